@@ -1,0 +1,188 @@
+"""The decision: retained experts per layer, format per group, experts used, KV-cache format.
+
+In: the choices. Out: a frozen, hashable value with a digest, its JSON, and its bytes in a layout.
+Invariant: `nbytes` is an integer equal to the bytes of the written file, per tensor and in total.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from allocator.errors import SpaceError
+from allocator.formats import format_named
+from allocator.memory import FileBytes
+from allocator.targets import Layout, Target, target_named
+
+
+class _Json(msgspec.Struct, forbid_unknown_fields=True):
+    target: str
+    experts_used: int
+    kv_format: str
+    retained: dict[int, list[int]]
+    formats: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A complete configuration of a quantized checkpoint.
+
+    Attributes:
+        target: whose layout its groups are (`gguf`, `safetensors`).
+        retained: `(layer, expert indices)` for every MoE layer, both ascending.
+        formats: `(group, format)` for every group, by name.
+        experts_used: routed experts per token.
+        kv_format: how the runtime stores keys and values.
+    """
+
+    target: str
+    retained: tuple[tuple[int, tuple[int, ...]], ...]
+    formats: tuple[tuple[str, str], ...]
+    experts_used: int
+    kv_format: str = "f16"
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        target: str,
+        retained: Mapping[int, tuple[int, ...]],
+        formats: Mapping[str, str],
+        experts_used: int,
+        kv_format: str = "f16",
+    ) -> "Allocation":
+        """From mappings, in canonical order."""
+        return cls(
+            target=target,
+            retained=tuple((layer, tuple(sorted(retained[layer]))) for layer in sorted(retained)),
+            formats=tuple(sorted(formats.items())),
+            experts_used=experts_used,
+            kv_format=kv_format,
+        )
+
+    @cached_property
+    def retained_experts(self) -> dict[int, tuple[int, ...]]:
+        """Retained expert indices by MoE layer."""
+        return dict(self.retained)
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Number of retained experts by MoE layer."""
+        return {layer: len(experts) for layer, experts in self.retained}
+
+    @cached_property
+    def format_of(self) -> dict[str, str]:
+        """Format by group."""
+        return dict(self.formats)
+
+    def check(self, layout: Layout) -> None:
+        """Raises:
+        SpaceError: if this is no allocation of that layout.
+        """
+        if self.target != layout.target:
+            raise SpaceError(
+                f"allocation for target {self.target!r}, needed {layout.target!r}: its groups are "
+                "encoded in another layout; make an allocation for this target"
+            )
+        if set(self.format_of) != set(layout.groups):
+            odd = min(set(self.format_of) ^ set(layout.groups))
+            raise SpaceError(f"allocation: group {odd!r} is not in both allocation and checkpoint")
+        for name, chosen in self.formats:
+            group = layout.groups[name]
+            format_named(chosen).nbytes(group.shape)
+            if format_named(chosen).needs_importance and not group.importance:
+                raise SpaceError(f"allocation: {name} has no importance, which {chosen} needs")
+        inventory = layout.inventory
+        if tuple(self.retained_experts) != layout.layers:
+            raise SpaceError(
+                f"allocation: retained experts for layers {tuple(self.retained_experts)}, "
+                f"the checkpoint routes in {layout.layers}"
+            )
+        if not 1 <= self.experts_used <= inventory.experts_used:
+            raise SpaceError(
+                f"allocation: {self.experts_used} experts used, needed 1..{inventory.experts_used}"
+            )
+        for layer, experts in self.retained:
+            if len(set(experts)) != len(experts) or not set(experts) <= set(range(inventory.n_experts)):
+                raise SpaceError(f"allocation: layer {layer} retains {experts}, no set of its experts")
+            if len(experts) < self.experts_used:
+                raise SpaceError(
+                    f"allocation: layer {layer} retains {len(experts)} experts, "
+                    f"fewer than the {self.experts_used} that a token uses"
+                )
+        if target_named(self.target).one_expert_count and len(set(self.counts.values())) > 1:
+            raise SpaceError(f"allocation: target {self.target} knows one retained count, got {self.counts}")
+
+    def nbytes(self, layout: Layout, container: Target | None = None) -> FileBytes:
+        """Its bytes, itemised.
+
+        Args:
+            layout: its target bound to the checkpoint.
+            container: the kind of file; its own target's by default.
+        """
+        target = container or target_named(self.target)
+        encoded = {name: self.group_bytes(layout, name) for name in layout.groups}
+        same = target.name == layout.target
+        kept = [
+            k.nbytes(self._count(k.layer))
+            if same
+            else _source_bytes(layout, k.source, k.shape, k.shape_with(self._count(k.layer)))
+            for k in layout.kept
+        ]
+        header = target.header_bytes(
+            layout, retained=self.counts, formats=self.format_of, experts_used=self.experts_used
+        )
+        padding = sum(target.padded(n) - n for n in (*encoded.values(), *kept))
+        return FileBytes(sum(encoded.values()), sum(kept), header + padding)
+
+    def group_bytes(self, layout: Layout, name: str) -> int:
+        """Encoded bytes of one group."""
+        group = layout.groups[name]
+        return format_named(self.format_of[name]).nbytes(group.shape_with(self._count(group.layer)))
+
+    def _count(self, layer: int | None) -> int:
+        return self.counts.get(-1 if layer is None else layer, 0)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of its canonical JSON; names it in files and attributes."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as in allocation files and trial attributes."""
+        return {
+            "target": self.target,
+            "experts_used": self.experts_used,
+            "kv_format": self.kv_format,
+            "retained": {str(layer): list(experts) for layer, experts in self.retained},
+            "formats": self.format_of,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Allocation":
+        """The inverse of `to_json`.
+
+        Raises:
+            SpaceError: if the data has another shape.
+        """
+        try:
+            raw = msgspec.convert(data, _Json, strict=False)
+        except msgspec.ValidationError as error:
+            raise SpaceError(f"allocation: {error}") from None
+        return cls.of(
+            target=raw.target,
+            retained={layer: tuple(experts) for layer, experts in raw.retained.items()},
+            formats=raw.formats,
+            experts_used=raw.experts_used,
+            kv_format=raw.kv_format,
+        )
+
+
+def _source_bytes(
+    layout: Layout, source: str, shape: tuple[int, ...], retained: tuple[int, ...]
+) -> int:
+    return layout.inventory.tensors[source].nbytes // shape[0] * retained[0]

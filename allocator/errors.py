@@ -1,0 +1,37 @@
+"""Everything the library raises for a user's input; each message is one line with a way out."""
+
+
+class AllocatorError(Exception):
+    """Base of all errors that a user can mend; the CLI prints it as one line and exits with 2."""
+
+
+class CheckpointError(AllocatorError):
+    """A checkpoint is missing, damaged, foreign, or not the one that was expected."""
+
+
+class FormatError(AllocatorError):
+    """A format is unknown, or cannot store a tensor of this shape as named."""
+
+
+class TargetError(AllocatorError):
+    """A target's runtime cannot express a choice."""
+
+
+class SpaceError(AllocatorError):
+    """A search space, pin or proposal does not fit the grammar or the checkpoint."""
+
+
+class BudgetError(AllocatorError):
+    """A budget or limit that no allocation of the space can meet."""
+
+
+class CalibrationError(AllocatorError):
+    """A calibration file cannot be read or does not hold what the study needs."""
+
+
+class StudyError(AllocatorError):
+    """A study, its lock or its storage does not allow what was asked."""
+
+
+class VerifyError(AllocatorError):
+    """A written checkpoint is not what its allocation says."""

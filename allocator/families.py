@@ -1,0 +1,215 @@
+"""The naming table of each architecture: the only place that knows tensor names.
+
+In: a `config.json` as a mapping. Out: a `Family` that says, for every tensor name, its role, layer
+and expert, the name llama.cpp gives it, and where transformers keeps it. Invariant: a name that no
+rule matches is an error upstream, so nothing of a checkpoint is ever left behind unseen.
+
+Sources: transformers' `modeling_deepseek_v3` and `modeling_qwen3_moe`; llama.cpp's tensor names as
+in gguf-py's `constants.MODEL_TENSORS`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from allocator.errors import CheckpointError
+
+
+class Role(StrEnum):
+    """What a tensor does; the value names its group."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+    EXPERT_GATE = "experts.gate"
+    EXPERT_UP = "experts.up"
+    EXPERT_DOWN = "experts.down"
+    SHARED_GATE = "shared.gate"
+    SHARED_UP = "shared.up"
+    SHARED_DOWN = "shared.down"
+    MLP_GATE = "mlp.gate"
+    MLP_UP = "mlp.up"
+    MLP_DOWN = "mlp.down"
+    Q = "attention.q"
+    K = "attention.k"
+    V = "attention.v"
+    O = "attention.o"  # noqa: E741
+    Q_A = "attention.q_a"
+    Q_B = "attention.q_b"
+    KV_A = "attention.kv_a"
+    KV_B = "attention.kv_b"
+    K_B = "attention.k_b"
+    V_B = "attention.v_b"
+    NEXTN = "nextn"
+
+    @property
+    def is_expert(self) -> bool:
+        """A routed expert's matrix."""
+        return self in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+    @property
+    def is_router(self) -> bool:
+        """A tensor with one row or value per routed expert."""
+        return self in (Role.ROUTER, Role.ROUTER_BIAS)
+
+    @property
+    def is_encoded(self) -> bool:
+        """A matrix whose format is searched; routers and norms keep full precision."""
+        return not self.is_router and self not in (Role.NORM, Role.NEXTN)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor name of an architecture.
+
+    Attributes:
+        pattern: the checkpoint's name with `{layer}` and `{expert}`.
+        role: what it does.
+        gguf: llama.cpp's name with `{layer}`; experts of a layer share one.
+    """
+
+    pattern: str
+    role: Role
+    gguf: str
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        """The pattern with named groups for layer and expert."""
+        text = re.escape(self.pattern)
+        for key in ("layer", "expert"):
+            text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>\d+)")
+        return re.compile(text)
+
+
+def _rules(*rows: tuple[str, Role, str]) -> tuple[Rule, ...]:
+    return tuple(Rule(*row) for row in rows)
+
+
+_L = "model.layers.{layer}."
+_COMMON = _rules(
+    ("model.embed_tokens.weight", Role.EMBEDDING, "token_embd.weight"),
+    ("lm_head.weight", Role.HEAD, "output.weight"),
+    ("model.norm.weight", Role.NORM, "output_norm.weight"),
+    (_L + "input_layernorm.weight", Role.NORM, "blk.{layer}.attn_norm.weight"),
+    (_L + "post_attention_layernorm.weight", Role.NORM, "blk.{layer}.ffn_norm.weight"),
+    (_L + "self_attn.o_proj.weight", Role.O, "blk.{layer}.attn_output.weight"),
+    (_L + "self_attn.q_proj.weight", Role.Q, "blk.{layer}.attn_q.weight"),
+    (_L + "mlp.gate.weight", Role.ROUTER, "blk.{layer}.ffn_gate_inp.weight"),
+    (_L + "mlp.gate_proj.weight", Role.MLP_GATE, "blk.{layer}.ffn_gate.weight"),
+    (_L + "mlp.up_proj.weight", Role.MLP_UP, "blk.{layer}.ffn_up.weight"),
+    (_L + "mlp.down_proj.weight", Role.MLP_DOWN, "blk.{layer}.ffn_down.weight"),
+    *(
+        (_L + f"mlp.experts.{{expert}}.{kind}_proj.weight", role, f"blk.{{layer}}.ffn_{kind}_exps.weight")
+        for kind, role in (
+            ("gate", Role.EXPERT_GATE),
+            ("up", Role.EXPERT_UP),
+            ("down", Role.EXPERT_DOWN),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
+
+    Attributes:
+        model_type: transformers' name, as in `config.json`.
+        gguf_architecture: llama.cpp's name.
+        rules: one per tensor name.
+        n_experts_keys: where `config.json` may say how many routed experts a layer has.
+    """
+
+    model_type: str
+    gguf_architecture: str
+    rules: tuple[Rule, ...]
+    n_experts_keys: tuple[str, ...]
+
+    def match(self, name: str) -> tuple[Rule, int | None, int | None] | None:
+        """The rule, layer and expert of a tensor name; None if no rule knows it."""
+        for rule in self.rules:
+            if found := rule.regex.fullmatch(name):
+                numbers = found.groupdict()
+                layer, expert = numbers.get("layer"), numbers.get("expert")
+                return (
+                    rule,
+                    None if layer is None else int(layer),
+                    None if expert is None else int(expert),
+                )
+        return None
+
+    def gguf_name(self, role: Role, layer: int | None) -> str:
+        """llama.cpp's name of the tensor with this role; for roles that occur once per layer."""
+        return next(r.gguf for r in self.rules if r.role is role).format(layer=layer)
+
+    def n_experts_key(self, config: Mapping[str, Any]) -> str:
+        """The key under which `config` says how many routed experts a layer has.
+
+        Raises:
+            CheckpointError: if it has none of the known ones.
+        """
+        for key in self.n_experts_keys:
+            if key in config:
+                return key
+        raise CheckpointError(
+            f"config.json: no {' or '.join(self.n_experts_keys)} for model_type "
+            f"{self.model_type!r}; a MoE checkpoint names its number of routed experts"
+        )
+
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    gguf_architecture="deepseek2",
+    rules=_COMMON
+    + _rules(
+        (_L + "self_attn.q_a_proj.weight", Role.Q_A, "blk.{layer}.attn_q_a.weight"),
+        (_L + "self_attn.q_a_layernorm.weight", Role.NORM, "blk.{layer}.attn_q_a_norm.weight"),
+        (_L + "self_attn.q_b_proj.weight", Role.Q_B, "blk.{layer}.attn_q_b.weight"),
+        (_L + "self_attn.kv_a_proj_with_mqa.weight", Role.KV_A, "blk.{layer}.attn_kv_a_mqa.weight"),
+        (_L + "self_attn.kv_a_layernorm.weight", Role.NORM, "blk.{layer}.attn_kv_a_norm.weight"),
+        (_L + "self_attn.kv_b_proj.weight", Role.KV_B, "blk.{layer}.attn_kv_b.weight"),
+        (_L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "blk.{layer}.exp_probs_b.bias"),
+        (_L + "mlp.shared_experts.gate_proj.weight", Role.SHARED_GATE, "blk.{layer}.ffn_gate_shexp.weight"),
+        (_L + "mlp.shared_experts.up_proj.weight", Role.SHARED_UP, "blk.{layer}.ffn_up_shexp.weight"),
+        (_L + "mlp.shared_experts.down_proj.weight", Role.SHARED_DOWN, "blk.{layer}.ffn_down_shexp.weight"),
+        # not in a checkpoint: the two halves of kv_b that llama.cpp stores
+        ("k_b of kv_b {layer}", Role.K_B, "blk.{layer}.attn_k_b.weight"),
+        ("v_b of kv_b {layer}", Role.V_B, "blk.{layer}.attn_v_b.weight"),
+    ),
+    n_experts_keys=("n_routed_experts", "num_local_experts"),
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    gguf_architecture="qwen3moe",
+    rules=_COMMON
+    + _rules(
+        (_L + "self_attn.k_proj.weight", Role.K, "blk.{layer}.attn_k.weight"),
+        (_L + "self_attn.v_proj.weight", Role.V, "blk.{layer}.attn_v.weight"),
+        (_L + "self_attn.q_norm.weight", Role.NORM, "blk.{layer}.attn_q_norm.weight"),
+        (_L + "self_attn.k_norm.weight", Role.NORM, "blk.{layer}.attn_k_norm.weight"),
+    ),
+    n_experts_keys=("num_experts", "num_local_experts"),
+)
+
+FAMILIES = {family.model_type: family for family in (DEEPSEEK_V3, QWEN3_MOE)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        CheckpointError: if its `model_type` is not one of ours.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}, needed one of {', '.join(FAMILIES)}; "
+            "another architecture needs a naming table in allocator/families.py"
+        )
+    return FAMILIES[model_type]

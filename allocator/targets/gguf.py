@@ -1,0 +1,112 @@
+"""Target `gguf`: stock llama.cpp.
+
+Its contract (read in llama.cpp's loader, checked by running it): one expert count and one experts
+used for the whole model; one ggml type per stacked expert tensor; routers, norms and biases in F32;
+multi-head latent attention stores `k_b` (transposed: rows of `qk_nope_head_dim`) and `v_b` (rows of
+`kv_lora_rank`) in place of `kv_b`; tensor data contiguous, each padded to 32 bytes.
+"""
+
+from collections.abc import Mapping
+
+from allocator.errors import TargetError
+from allocator.families import Role
+from allocator.inventory import Inventory, TensorInfo
+from allocator.targets.gguf_metadata import metadata, metadata_bytes
+from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
+
+_HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
+_MLA_LAYERS_WITHOUT_Q_LORA = (26, 27, 48)  # llama.cpp tells the old models apart by these
+
+
+class GgufTarget(Target):
+    """See the module."""
+
+    name = "gguf"
+    one_expert_count = True
+    alignment = 32
+
+    def layout(self, inventory: Inventory) -> Layout:
+        """Groups under llama.cpp's names, `kv_b` split.
+
+        Raises:
+            TargetError: if stock llama.cpp would not load the model, or not compute it rightly.
+        """
+        _check(inventory)
+        family = inventory.family
+        names = {
+            t.name: family.gguf_name(t.role, t.layer)
+            for t in inventory.tensors.values()
+            if t.role.is_encoded
+        }
+        groups = plain_groups(inventory, names, skip=(Role.KV_B,))
+        for layer in range(inventory.n_layers):
+            for tensor in inventory.of_role(Role.KV_B, layer):
+                groups += _halves(inventory, tensor, layer)
+        kept = tuple(
+            Kept(t.name, _kept_name(inventory, t), t.role, t.layer, t.shape, "F32")
+            for t in inventory.tensors.values()
+            if not t.role.is_encoded and t.role is not Role.NEXTN
+        )
+        return Layout(self.name, inventory, in_file_order(groups), kept)
+
+    def header_bytes(
+        self,
+        layout: Layout,
+        *,
+        retained: Mapping[int, int],
+        formats: Mapping[str, str],
+        experts_used: int,
+    ) -> int:
+        """Header, metadata and tensor table, padded to the alignment; formats do not matter."""
+        fields = metadata(
+            layout.inventory, n_experts=max(retained.values()), experts_used=experts_used
+        )
+        rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
+        rows += [(k.stored_as, len(k.shape)) for k in layout.kept]
+        # a table row: name with its length, number of dimensions, dimensions, type, offset
+        table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
+        return self.padded(_HEADER + metadata_bytes(fields) + table)
+
+
+def _check(inventory: Inventory) -> None:
+    config = inventory.config
+    if (
+        inventory.family.model_type == "deepseek_v3"
+        and config.get("q_lora_rank") is None
+        and inventory.n_layers not in _MLA_LAYERS_WITHOUT_Q_LORA
+    ):
+        raise TargetError(
+            f"gguf: llama.cpp loads a deepseek2 model without q_lora_rank only with "
+            f"{_MLA_LAYERS_WITHOUT_Q_LORA} layers, got {inventory.n_layers}; use target safetensors"
+        )
+    if inventory.family.model_type == "deepseek_v3" and not config.get("rope_interleave", True):
+        raise TargetError(
+            "gguf: llama.cpp rotates interleaved pairs in deepseek2, config.json says "
+            "rope_interleave = false; use target safetensors"
+        )
+
+
+def _halves(inventory: Inventory, kv_b: TensorInfo, layer: int) -> list[Group]:
+    config = inventory.config
+    heads, rank = int(config["num_attention_heads"]), int(config["kv_lora_rank"])
+    nope, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
+    return [
+        Group(
+            name=f"layers.{layer}.{role}",
+            role=role,
+            layer=layer,
+            shape=shape,
+            sources=(kv_b.name,),
+            stored_as=inventory.family.gguf_name(role, layer),
+        )
+        for role, shape in ((Role.K_B, (heads, rank, nope)), (Role.V_B, (heads, value, rank)))
+    ]
+
+
+def _kept_name(inventory: Inventory, tensor: TensorInfo) -> str:
+    found = inventory.family.match(tensor.name)
+    assert found is not None
+    return found[0].gguf.format(layer=tensor.layer)
+
+
+GGUF = GgufTarget()

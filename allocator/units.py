@@ -1,0 +1,48 @@
+"""Bytes and durations as people write them."""
+
+import re
+
+from allocator.errors import AllocatorError
+
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_SECONDS = {"": 1, "S": 1, "SEC": 1, "MIN": 60, "H": 3600}
+
+
+def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise AllocatorError(f"{what}: got {text!r}, needed a number with a unit, e.g. {example}")
+    return round(float(match[1].replace("_", "")) * units[match[2].upper()])
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of `12MiB`, `1.5GB` or a plain integer.
+
+    Raises:
+        AllocatorError: if the text is no size.
+    """
+    if isinstance(text, int):
+        return text
+    if re.fullmatch(r"[0-9]+", text):
+        return int(text)
+    return _parse(text, _BYTES, "size", "12MiB, 1.5GB or 8234496")
+
+
+def parse_seconds(text: str) -> int:
+    """Seconds of `30min`, `2h` or `90s`.
+
+    Raises:
+        AllocatorError: if the text is no duration.
+    """
+    return _parse(text, _SECONDS, "duration", "30min, 2h or 90s")
+
+
+def show_bytes(nbytes: int) -> str:
+    """A size for reading, exact count first: `8,234,496 B (7.85 MiB)`."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{nbytes:,} B" if unit == "B" else f"{nbytes:,} B ({value:.2f} {unit})"
+        value /= 1024
+    return f"{nbytes:,} B ({value:.2f} TiB)"
