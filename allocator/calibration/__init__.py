@@ -1,0 +1,1 @@
+"""Calibration text, and what one pass over it says about a model."""

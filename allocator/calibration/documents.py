@@ -1,0 +1,118 @@
+"""Calibration text: documents of token ids, in disjoint splits.
+
+In: JSON-lines files whose records hold `ids` (scored as they are), or `text` (tokenised with the
+checkpoint's tokenizer, each document preceded by the beginning-of-text id, concatenated, cut in
+windows), and optionally a `domain`. Out: documents, interleaved over their domains so that every
+prefix is representative. Invariant: a split never holds a document of another split.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from allocator.errors import CalibrationError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Tokens that are scored together.
+
+    Attributes:
+        ids: token ids, the first one is the beginning of text.
+        domain: where it is from; `""` if unknown.
+        text: for reading and lm-eval; need not re-encode to `ids`.
+    """
+
+    ids: tuple[int, ...]
+    domain: str = ""
+    text: str | None = None
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file.
+
+    Raises:
+        CalibrationError: if it cannot be read, naming the line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                record = json.loads(line)
+                if not isinstance(record, dict) or not ("ids" in record or "text" in record):
+                    raise CalibrationError(f"{path}:{number}: needed an object with ids or text")
+                yield record
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path}: cannot be read as JSON lines: {error}") from None
+
+
+def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
+    """The documents of a file whose records hold `ids`, in file order.
+
+    Raises:
+        CalibrationError: if a record has no usable ids.
+    """
+    documents = []
+    for number, record in enumerate(read_records(path), 1):
+        ids = record.get("ids")
+        good = isinstance(ids, list) and len(ids) > 1
+        if not good or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids or ()):
+            raise CalibrationError(
+                f"{path}:{number}: needed ids, a list of 2 or more numbers below {vocab_size}"
+            )
+        documents.append(Document(tuple(ids or ()), str(record.get("domain", "")), record.get("text")))
+    if not documents:
+        raise CalibrationError(f"{path}: no documents")
+    return documents
+
+
+def read_windows(path: Path, checkpoint: Path, *, window: int, bos: int = 0) -> list[Document]:
+    """Real text in windows: per domain, documents each preceded by `bos`, concatenated and cut.
+
+    Args:
+        path: records with `text` and optionally `domain`.
+        checkpoint: its tokenizer is used.
+        window: tokens per document; a last piece that is shorter is left out.
+        bos: the id before each text.
+
+    Raises:
+        CalibrationError: if the text is shorter than one window.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    except Exception as error:
+        raise CalibrationError(f"{checkpoint}/tokenizer.json: cannot be read ({error})") from None
+    streams: dict[str, list[int]] = {}
+    for record in read_records(path):
+        stream = streams.setdefault(str(record.get("domain", "")), [])
+        stream += [bos, *tokenizer.encode(record["text"], add_special_tokens=False).ids]
+    documents = [
+        Document(tuple(stream[start : start + window]), domain)
+        for domain, stream in streams.items()
+        for start in range(0, len(stream) - window + 1, window)
+    ]
+    if not documents:
+        raise CalibrationError(f"{path}: less text than one window of {window} tokens")
+    return documents
+
+
+def interleaved(documents: Sequence[Document]) -> list[Document]:
+    """The same documents, taken from the domains in turn."""
+    by_domain: dict[str, list[Document]] = {}
+    for document in documents:
+        by_domain.setdefault(document.domain, []).append(document)
+    rounds = zip_longest(*by_domain.values())
+    return [document for row in rounds for document in row if document is not None]
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """sha256 of the ids, in order."""
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(json.dumps(document.ids).encode() + b"\n")
+    return total.hexdigest()

@@ -1,0 +1,198 @@
+"""One pass of the original over calibration documents: importance, routing, saliency.
+
+In: a model with the original's weights and documents. Out: `Statistics`. Invariant: every group
+that multiplies something gets an importance vector with no zero rows: the mean square of each input
+channel over the tokens that reached it (llama.cpp's importance matrix), per expert for experts;
+an expert that no token reached gets the mean of its layer and is counted.
+
+Saliency `reap` is the mean over routed tokens of gate x output norm, gates renormalised (REAP,
+arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens; `gate` sums gates
+(the seed paper's code).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from allocator.calibration.documents import Document
+from allocator.codecs.source import Floats
+from allocator.families import Role
+from allocator.proxy.experts import use_observer, use_sorted_experts
+from allocator.targets import Group, Layout
+
+SALIENCIES = ("reap", "norm", "frequency", "gate")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the pass measured.
+
+    Attributes:
+        importance: per group, float32 `(in,)`, `(heads, in)` or `(experts, in)`.
+        saliency: per method and MoE layer, one value per expert, higher = keep.
+        counts: tokens routed to each expert, per MoE layer.
+        n_tokens: tokens of the pass.
+        unreached: `(layer, expert)` that no token reached.
+    """
+
+    importance: dict[str, Floats]
+    saliency: dict[str, dict[int, list[float]]]
+    counts: dict[int, list[int]]
+    n_tokens: int
+    unreached: list[tuple[int, int]]
+
+
+class _MeanSquare:
+    """Mean of squares per channel, `(in,)` or `(heads, in)`, over tokens."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.n = 0
+
+    def add(self, values: torch.Tensor, heads: int | None = None) -> None:
+        rows = values.reshape(-1, values.shape[-1]) if heads is None else values
+        self.total = self.total + rows.double().square().sum(0)
+        self.n += len(rows)
+
+    def mean(self) -> Floats:
+        assert isinstance(self.total, torch.Tensor)
+        return (self.total / self.n).float().numpy()
+
+
+class _Experts:
+    """Sums of one MoE layer, per expert."""
+
+    def __init__(self, n_experts: int, hidden: int, width: int) -> None:
+        self.counts = np.zeros(n_experts, np.int64)
+        self.inputs = torch.zeros(n_experts, hidden, dtype=torch.float64)
+        self.inner = torch.zeros(n_experts, width, dtype=torch.float64)
+        self.norms, self.gates, self.products = (np.zeros(n_experts) for _ in range(3))
+
+    def observe(
+        self, e: int, inputs: torch.Tensor, inner: torch.Tensor, outputs: torch.Tensor, gates: torch.Tensor
+    ) -> None:
+        norms = outputs.norm(dim=-1).double()
+        self.counts[e] += len(gates)
+        self.inputs[e] += inputs.double().square().sum(0)
+        self.inner[e] += inner.double().square().sum(0)
+        self.norms[e] += float(norms.sum())
+        self.gates[e] += float(gates.double().sum())
+        self.products[e] += float((norms * gates).sum())
+
+    def saliency(self, method: str) -> list[float]:
+        reached = np.maximum(self.counts, 1)
+        values = {
+            "reap": self.products / reached,
+            "norm": self.norms / reached,
+            "frequency": self.counts,
+            "gate": self.gates,
+        }[method]
+        return [float(v) for v in values]
+
+    def importance(self, sums: torch.Tensor) -> Floats:
+        reached = self.counts > 0
+        means = sums.numpy() / np.maximum(self.counts, 1)[:, None]
+        means[~reached] = sums.numpy().sum(0) / max(1, self.counts.sum())
+        return np.asarray(means, np.float32)
+
+
+def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
+    """Hooks that feed `sums` for every group that is no routed expert."""
+    config = layout.inventory.config
+    handles = []
+
+    def on_input(name: str) -> Callable[..., None]:
+        return lambda module, args: sums[name].add(args[0])
+
+    def on_q(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
+            sums[name].add(output.reshape(-1, heads, output.shape[-1] // heads)[..., :nope], heads)
+
+        return hook
+
+    for group in layout.groups.values():
+        if group.role.is_expert or not group.importance:
+            continue
+        sums[group.name] = _MeanSquare()
+        if group.role is Role.K_B:  # multiplies the query's part without rotation
+            attention = model.model.layers[group.layer].self_attn
+            q = attention.q_b_proj if attention.q_b_proj is not None else attention.q_proj
+            handles.append(q.register_forward_hook(on_q(group.name)))
+        else:
+            module = _reader(model, group)
+            handles.append(module.register_forward_pre_hook(on_input(group.name)))
+    return handles
+
+
+def _reader(model: Any, group: Group) -> Any:
+    """The module that multiplies its input by the group."""
+    if group.role in (Role.EMBEDDING, Role.HEAD):
+        return model.lm_head
+    return model.get_submodule(group.sources[0].removesuffix(".weight"))
+
+
+@torch.inference_mode()
+def collect(
+    model: Any, layout: Layout, documents: Sequence[Document], *, batch: int = 8, progress: bool = False
+) -> Statistics:
+    """Runs the original over `documents`.
+
+    Args:
+        model: a transformers model with the original's weights and experts.
+        layout: whose groups get importance.
+        documents: of one length.
+        batch: documents per forward pass.
+        progress: shows a bar.
+    """
+    inventory = layout.inventory
+    sums: dict[str, _MeanSquare] = {}
+    hidden = int(inventory.config["hidden_size"])
+    experts = {
+        layer: _Experts(
+            inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]
+        )
+        for layer in layout.layers
+    }
+    handles = _watch(model, layout, sums)
+    for layer, layer_sums in experts.items():
+        use_observer(model, layer, layer_sums.observe)
+    try:
+        bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
+        for start in range(0, len(documents), batch):
+            chunk = documents[start : start + batch]
+            model(input_ids=torch.tensor([d.ids for d in chunk]), use_cache=False)
+            bar.update(len(chunk))
+        bar.close()
+    finally:
+        for handle in handles:
+            handle.remove()
+        use_sorted_experts(model, layout.layers)
+    return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+def _summary(
+    layout: Layout, sums: dict[str, _MeanSquare], experts: dict[int, _Experts], n_tokens: int
+) -> Statistics:
+    importance = {name: total.mean() for name, total in sums.items()}
+    for group in layout.groups.values():
+        if group.role.is_expert and group.layer is not None:
+            layer = experts[group.layer]
+            sums_of = layer.inner if group.role is Role.EXPERT_DOWN else layer.inputs
+            importance[group.name] = layer.importance(sums_of)
+    return Statistics(
+        importance={name: np.maximum(v, v.mean() * 1e-6 + 1e-30) for name, v in importance.items()},
+        saliency={
+            method: {layer: e.saliency(method) for layer, e in experts.items()}
+            for method in SALIENCIES
+        },
+        counts={layer: [int(n) for n in e.counts] for layer, e in experts.items()},
+        n_tokens=n_tokens,
+        unreached=[
+            (layer, int(i)) for layer, e in experts.items() for i in np.flatnonzero(e.counts == 0)
+        ],
+    )

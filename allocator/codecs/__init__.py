@@ -1,0 +1,1 @@
+"""Encoding and decoding of formats, by the libraries that define them."""

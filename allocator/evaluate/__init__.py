@@ -1,0 +1,1 @@
+"""What a written checkpoint is worth on text that no search has seen."""

@@ -1,0 +1,64 @@
+"""What was measured of a checkpoint: the value, its file, and what a search reads from it.
+
+In: `profile.json`. Out: a frozen `Profile`. Invariant: content-addressed by (checkpoint, calibration
+tokens, target, saliency, codec), so every study with the same inputs shares it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from allocator.errors import StudyError
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Measured sensitivities.
+
+    Attributes:
+        checkpoint: digest of the source checkpoint.
+        calibration: digest of the calibration tokens.
+        target: whose layout the groups are in.
+        importance: digest of the importance vectors beside this file.
+        n_tokens: tokens behind importance and saliency.
+        measured_tokens: tokens behind each measured loss.
+        saliency: per method, per MoE layer, one value per expert, higher = keep.
+        unreached: `(layer, expert)` that no calibration token reached.
+        counts: tokens routed to each expert, per MoE layer.
+        errors: per group and format, importance-weighted squared error over weighted square.
+        measured: per group and anchor format, the KL of that single change, nats per token.
+        pruned: per MoE layer and retained count, the KL of that single change, nats per token.
+        saliency_method: which saliency `pruned` was measured with.
+    """
+
+    checkpoint: str
+    calibration: str
+    target: str
+    importance: str
+    n_tokens: int
+    measured_tokens: int
+    saliency: dict[str, dict[int, list[float]]]
+    unreached: list[tuple[int, int]]
+    counts: dict[int, list[int]]
+    errors: dict[str, dict[str, float]]
+    measured: dict[str, dict[str, float]]
+    pruned: dict[int, dict[int, float]]
+    saliency_method: str
+    schema: int = 1
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """From its file.
+
+        Raises:
+            StudyError: if the file is no profile.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls, strict=False)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StudyError(f"{path}: no profile ({error}); run `allocator profile` again") from None
+
+    def to_bytes(self) -> bytes:
+        """As JSON that a person can open."""
+        plain: Any = msgspec.to_builtins(self, str_keys=True)
+        return msgspec.json.format(msgspec.json.encode(plain), indent=1)

@@ -1,0 +1,1 @@
+"""The proxy loss: what a candidate's deployed forward pass loses against the original's."""

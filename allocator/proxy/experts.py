@@ -1,0 +1,72 @@
+"""The routed experts' forward on a CPU: tokens sorted by expert, one matrix product per projection.
+
+Computes what transformers' `eager` experts compute (a test holds both against each other). Sorting
+replaces the scatter-add over tokens, which dominates the eager forward, and makes the sum over a
+token's experts run in a fixed order.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Gets expert, inputs `(n, hidden)`, intermediates `(n, width)`, outputs `(n, hidden)`, gates `(n,)`."""
+
+
+def routed_experts(
+    experts: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+    *,
+    observe: Observer | None = None,
+) -> torch.Tensor:
+    """Sum over a token's experts of gate x output.
+
+    Args:
+        experts: a module with `gate_up_proj` `(E, 2 width, hidden)`, `down_proj` `(E, hidden, width)`.
+        hidden: `(tokens, hidden)`.
+        index: `(tokens, k)` chosen experts.
+        gates: `(tokens, k)`.
+        observe: called once per expert that got tokens, outputs before the gate.
+
+    Returns:
+        `(tokens, hidden)`.
+    """
+    n_tokens, k = index.shape
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=len(experts.down_proj)).tolist()
+    inputs = hidden[order // k]
+    sorted_gates = gates.reshape(-1)[order].to(hidden.dtype)
+    outputs = torch.empty_like(inputs)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        rows = slice(start, start + count)
+        start += count
+        gate, up = (inputs[rows] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        inner = experts.act_fn(gate).mul_(up)
+        torch.mm(inner, experts.down_proj[expert].T, out=outputs[rows])
+        if observe is not None:
+            observe(expert, inputs[rows], inner, outputs[rows], sorted_gates[rows])
+    outputs.mul_(sorted_gates[:, None])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return outputs[inverse].view(n_tokens, k, -1).sum(1)
+
+
+def use_sorted_experts(model: Any, layers: tuple[int, ...]) -> None:
+    """Lets the MoE layers of a transformers model run `routed_experts`."""
+    for layer in layers:
+        experts = model.model.layers[layer].mlp.experts
+        experts.forward = partial(routed_experts, experts)
+
+
+def use_observer(model: Any, layer: int, observe: Observer | None) -> None:
+    """Watches one layer's experts; None stops it."""
+    experts = model.model.layers[layer].mlp.experts
+    experts.forward = partial(routed_experts, experts, observe=observe)

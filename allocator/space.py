@@ -1,0 +1,440 @@
+"""What may be chosen: the search-space file, and the same bound to a checkpoint and a target.
+
+In: a TOML file (grammar: `search_spaces/README.md`), a layout, and a ranking of each layer's experts.
+Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and back. Invariant:
+every format offered stores its group as named; `params(allocation(p)) == p`; a repaired proposal is
+within the budget, and repairing it again changes nothing.
+
+Params: `experts.<layer>` (or `experts.all` where the target knows one count), `format.<group>`,
+`experts_used`. A choice with one possible value is fixed and has no param.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+
+from allocator.allocation import Allocation
+from allocator.errors import BudgetError, SpaceError
+from allocator.formats import FORMATS, format_named
+from allocator.memory import Budget
+from allocator.targets import Group, Layout, target_named
+
+T = TypeVar("T")
+Params = dict[str, Any]
+Loss = Callable[[str, Any], float]
+"""Predicted loss of one param's value, nats per token."""
+
+
+class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Narrows the formats of the groups that match `pattern` (shell wildcards)."""
+
+    pattern: str
+    format: str | None = None
+    minimum: str | None = None
+    maximum: str | None = None
+
+
+class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits on retained experts."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+    same: bool = False
+    saliency: str = "reap"
+    protected: dict[int, list[int]] = {}  # noqa: RUF012 - msgspec copies it
+
+
+class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A search-space file."""
+
+    schema: int
+    formats: list[str] | None = None
+    experts: Experts = Experts()
+    experts_used: list[int] | None = None
+    pin: list[Pin] = []  # noqa: RUF012 - msgspec copies it
+
+    @classmethod
+    def read(cls, path: Path) -> "SearchSpace":
+        """From TOML.
+
+        Raises:
+            SpaceError: if the file is missing, no TOML, or has an unknown key or format.
+        """
+        space = read_toml(path, cls, SpaceError)
+        if space.schema != 1:
+            raise SpaceError(f"{path}: schema {space.schema}, needed 1; use a newer allocator")
+        for name in (*(space.formats or ()), *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f)):
+            if name not in FORMATS:
+                raise SpaceError(f"{path}: unknown format {name!r}; known: {', '.join(FORMATS)}")
+        return space
+
+
+def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
+    """A TOML file as a typed value; every failure is one line that names the file and the path in it."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (OSError, ValueError, msgspec.ValidationError) as reason:
+        raise error(f"{path}: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search space bound to a layout.
+
+    Attributes:
+        layout: the target bound to the checkpoint.
+        formats: offered formats by group, largest first.
+        counts: possible retained counts of a layer, ascending.
+        tied: all layers retain the same count.
+        rankings: expert indices by MoE layer, the ones to keep first.
+        experts_used: possible numbers of routed experts per token.
+    """
+
+    layout: Layout
+    formats: Mapping[str, tuple[str, ...]]
+    counts: tuple[int, ...]
+    tied: bool
+    rankings: Mapping[int, tuple[int, ...]]
+    experts_used: tuple[int, ...]
+
+    @cached_property
+    def count_params(self) -> dict[str, tuple[int, ...]]:
+        """Param of a retained count to the layers it decides."""
+        if self.tied:
+            return {"experts.all": self.layout.layers}
+        return {f"experts.{layer}": (layer,) for layer in self.layout.layers}
+
+    @cached_property
+    def layer_of(self) -> dict[str, int]:
+        """Layer by group; -1 outside the layers."""
+        return {n: -1 if g.layer is None else g.layer for n, g in self.layout.groups.items()}
+
+    @cached_property
+    def expert_groups(self) -> dict[int, tuple[str, ...]]:
+        """Groups of routed experts by MoE layer."""
+        return {
+            layer: tuple(
+                n for n, g in self.layout.groups.items() if g.layer == layer and g.role.is_expert
+            )
+            for layer in self.layout.layers
+        }
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Every decision and its possible values; counts ascending, formats largest first."""
+        table: dict[str, tuple[Any, ...]] = dict.fromkeys(self.count_params, self.counts)
+        table |= {f"format.{name}": names for name, names in self.formats.items()}
+        table["experts_used"] = self.experts_used
+        return table
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distributions of the decisions that have more than one value."""
+        found: dict[str, BaseDistribution] = {}
+        for name, values in self.choices.items():
+            if len(values) < 2:
+                continue
+            if name.startswith("format."):
+                found[name] = CategoricalDistribution(values)
+            else:
+                found[name] = IntDistribution(values[0], values[-1], step=values[1] - values[0])
+        return found
+
+    def complete(self, params: Mapping[str, Any]) -> Params:
+        """Params with the fixed choices filled in, checked.
+
+        Raises:
+            SpaceError: if a param is unknown, missing or outside its choices.
+        """
+        if unknown := set(params) - set(self.choices):
+            raise SpaceError(f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used")
+        full: Params = {}
+        for name, values in self.choices.items():
+            value = params.get(name, values[0] if len(values) == 1 else None)
+            if value not in values:
+                raise SpaceError(f"param {name} is {value!r}, needed one of {values}")
+            full[name] = value
+        return full
+
+    def allocation(self, params: Mapping[str, Any]) -> Allocation:
+        """The allocation that params propose.
+
+        Raises:
+            SpaceError: as `complete`.
+        """
+        full = self.complete(params)
+        return Allocation.of(
+            target=self.layout.target,
+            retained={
+                layer: self.retained(layer, full[name])
+                for name, layers in self.count_params.items()
+                for layer in layers
+            },
+            formats={name: full[f"format.{name}"] for name in self.formats},
+            experts_used=full["experts_used"],
+        )
+
+    def params(self, allocation: Allocation) -> Params:
+        """The params that propose an allocation; only those that are searched.
+
+        Raises:
+            SpaceError: if the space does not hold the allocation.
+        """
+        full: Params = {
+            name: allocation.counts[layers[0]] for name, layers in self.count_params.items()
+        }
+        full |= {f"format.{name}": fmt for name, fmt in allocation.formats}
+        full["experts_used"] = allocation.experts_used
+        if self.allocation(full) != allocation:
+            raise SpaceError("the allocation retains other experts than this space's ranking")
+        return {name: full[name] for name in self.distributions}
+
+    def retained(self, layer: int, count: int) -> tuple[int, ...]:
+        """The experts a layer keeps when it keeps `count`."""
+        return tuple(sorted(self.rankings[layer][:count]))
+
+    def costs(self, budget: Budget) -> "Costs":
+        """What each choice costs under a budget."""
+        return Costs(self, budget)
+
+    @cached_property
+    def smallest(self) -> Allocation:
+        """Every group in its smallest format, as few experts as allowed."""
+        return self.allocation(
+            {n: v[-1] if n.startswith("format.") else v[0] for n, v in self.choices.items()}
+        )
+
+    @cached_property
+    def largest(self) -> Allocation:
+        """Every group in its largest format, all allowed experts."""
+        return self.allocation(
+            {n: v[0] if n.startswith("format.") else v[-1] for n, v in self.choices.items()}
+        )
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raises:
+        BudgetError: if not even the smallest allocation fits, with what it is made of.
+        """
+        budget.check_positive()
+        size = self.smallest.nbytes(self.layout)
+        if budget.used(size) > budget.nbytes:
+            biggest = sorted(
+                self.layout.groups, key=lambda n: -self.smallest.group_bytes(self.layout, n)
+            )[:3]
+            parts = ", ".join(
+                f"{n} {self.smallest.group_bytes(self.layout, n):,} as {self.smallest.format_of[n]}"
+                for n in biggest
+            )
+            raise BudgetError(
+                f"budget of {budget.nbytes:,} bytes ({budget.bounds}) is under the floor of "
+                f"{budget.used(size):,}: {size.encoded:,} encoded with {self.counts[0]} experts per "
+                f"layer (largest: {parts}), {size.kept:,} routers and norms, {size.overhead:,} file "
+                "overhead; raise the budget, lower [experts] minimum or loosen pins"
+            )
+
+
+class Costs:
+    """Bytes of each choice under a budget, as a sum over independent parts.
+
+    The constant part is an upper bound where a header's length depends on the choices, so a sum of
+    costs within the budget is an allocation within the budget.
+    """
+
+    def __init__(self, space: Space, budget: Budget) -> None:
+        self.space = space
+        self.budget = budget
+        self._target = target_named(space.layout.target)
+        self.whole_file = budget.bounds == "file"
+
+    def group(self, name: str, fmt: str, count: int) -> int:
+        """Bytes of a group in a format when its layer retains `count`."""
+        nbytes = FORMATS[fmt].nbytes(self.space.layout.groups[name].shape_with(count))
+        return self._target.padded(nbytes) if self.whole_file else nbytes
+
+    def layer(self, layer: int, count: int) -> int:
+        """Bytes of a layer's router when it retains `count`."""
+        if not self.whole_file:
+            return 0
+        kept = (k for k in self.space.layout.kept if k.layer == layer and k.role.is_router)
+        return sum(self._target.padded(k.nbytes(count)) for k in kept)
+
+    @cached_property
+    def constant(self) -> int:
+        """Bytes that no choice changes."""
+        if not self.whole_file:
+            return 0
+        layout, largest = self.space.layout, self.space.largest
+        header = self._target.header_bytes(
+            layout,
+            retained=largest.counts,
+            formats=largest.format_of,
+            experts_used=largest.experts_used,
+        )
+        norms = (k for k in layout.kept if not k.role.is_router)
+        return header + sum(self._target.padded(k.nbytes(0)) for k in norms)
+
+    def total(self, params: Params) -> int:
+        """Bytes of complete params; at least what is written."""
+        return self.constant + self.affected(params, list(self.space.choices))
+
+    def affected(self, params: Params, names: list[str]) -> int:
+        """Bytes of the groups and routers that these params decide."""
+        layers = [x for n in names for x in self.space.count_params.get(n, ())]
+        groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
+        groups |= {g for x in layers for g in self.space.expert_groups[x]}
+        count = {x: params[n] for n, decided in self.space.count_params.items() for x in decided}
+        encoded = sum(
+            self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0)) for g in groups
+        )
+        return encoded + sum(self.layer(x, count[x]) for x in layers)
+
+
+def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
+    """Makes a proposal feasible: steps down, cheapest predicted loss per byte saved first.
+
+    Deterministic; a proposal within the budget comes back as it is.
+
+    Raises:
+        SpaceError: if a param is outside the space.
+        BudgetError: if not even the smallest allocation fits.
+    """
+    now = space.complete(params)
+    total = costs.total(now)
+    while total > costs.budget.nbytes:
+        best: tuple[float, str, Any, int] | None = None
+        for name, values in space.choices.items():
+            step = _step_down(name, values, now[name])
+            if step is None:
+                continue
+            saved = costs.affected(now, [name]) - costs.affected({**now, name: step}, [name])
+            if saved <= 0:
+                continue
+            price = (loss(name, step) - loss(name, now[name])) / saved
+            if best is None or price < best[0]:
+                best = (price, name, step, saved)
+        if best is None:
+            space.check_budget(costs.budget)
+            break  # the smallest fits exactly, only its bound does not
+        now[best[1]], total = best[2], total - best[3]
+    return now
+
+
+def _step_down(name: str, values: tuple[Any, ...], value: Any) -> Any:
+    at = values.index(value)
+    if name.startswith("format."):
+        return values[at + 1] if at + 1 < len(values) else None
+    return values[at - 1] if at > 0 and name != "experts_used" else None
+
+
+def bind(
+    spec: SearchSpace, layout: Layout, saliency: Mapping[str, Mapping[int, list[float]]] | None
+) -> Space:
+    """Binds a search space to a layout.
+
+    Args:
+        spec: the file.
+        layout: the target bound to a checkpoint.
+        saliency: per method and MoE layer, one value per expert; None ranks experts by index (for
+            pricing before a profile exists).
+
+    Raises:
+        SpaceError: if a pin matches nothing, or leaves a group or layer without a choice.
+    """
+    inventory = layout.inventory
+    for pin in spec.pin:
+        if not any(fnmatchcase(name, pin.pattern) for name in layout.groups):
+            raise SpaceError(f"pin {pin.pattern!r} matches no group; groups are named like "
+                             f"{', '.join(list(layout.groups)[:4])}")  # fmt: skip
+    used = tuple(spec.experts_used or (inventory.experts_used,))
+    if any(not 1 <= n <= inventory.experts_used for n in used):
+        raise SpaceError(f"experts_used {used}: needed 1..{inventory.experts_used}")
+    return Space(
+        layout=layout,
+        formats={name: _formats(spec, group) for name, group in layout.groups.items()},
+        counts=_counts(spec.experts, layout, max(used)),
+        tied=spec.experts.same or target_named(layout.target).one_expert_count,
+        rankings=_rankings(spec.experts, layout, saliency),
+        experts_used=tuple(sorted(used)),
+    )
+
+
+def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
+    offered = group.offered()
+    if spec.formats is not None:
+        offered = tuple(f for f in offered if f.name in spec.formats)
+    for pin in spec.pin:
+        if not fnmatchcase(group.name, pin.pattern):
+            continue
+        if pin.format is not None:
+            fmt = format_named(pin.format)
+            if not fmt.stores(group.shape) or (fmt.needs_importance and not group.importance):
+                raise SpaceError(
+                    f"pin {pin.pattern!r}: {pin.format} cannot store {group.name} "
+                    f"(rows of {group.shape[-1]}); offered: {', '.join(f.name for f in group.offered())}"
+                )
+            offered = (fmt,)
+        low = format_named(pin.minimum).bits if pin.minimum else 0.0
+        high = format_named(pin.maximum).bits if pin.maximum else float("inf")
+        offered = tuple(f for f in offered if low <= f.bits <= high)
+    if not offered:
+        raise SpaceError(
+            f"no format left for {group.name} (rows of {group.shape[-1]}); it could take "
+            f"{', '.join(f.name for f in group.offered())}: loosen [formats] or its pins"
+        )
+    return tuple(f.name for f in offered)
+
+
+def _counts(experts: Experts, layout: Layout, used: int) -> tuple[int, ...]:
+    n, groups = layout.inventory.n_experts, layout.inventory.expert_groups
+    low = max(experts.minimum if experts.minimum is not None else n // 4, used, 1)
+    low = -(-low // groups) * groups  # a router that chooses among groups needs them equal
+    high = min(n if experts.maximum is None else experts.maximum, n) // groups * groups
+    protected = max((len(v) for v in experts.protected.values()), default=0)
+    if experts.minimum is not None and experts.minimum > n:
+        raise SpaceError(f"[experts] minimum {experts.minimum}: the checkpoint has {n} per layer")
+    if max(low, protected) > high:
+        raise SpaceError(
+            f"[experts]: minimum {max(low, protected)} (experts used {used}, protected {protected}) "
+            f"is above maximum {high}"
+        )
+    return tuple(range(low, high + 1, groups)) if protected <= low else tuple(
+        c for c in range(low, high + 1, groups) if c >= protected
+    )
+
+
+def _rankings(
+    experts: Experts, layout: Layout, saliency: Mapping[str, Mapping[int, list[float]]] | None
+) -> dict[int, tuple[int, ...]]:
+    inventory = layout.inventory
+    for layer, indices in experts.protected.items():
+        if layer not in layout.layers or any(not 0 <= i < inventory.n_experts for i in indices):
+            raise SpaceError(
+                f"[experts] protected {layer} = {indices}: MoE layers are {layout.layers}, "
+                f"experts 0..{inventory.n_experts - 1}"
+            )
+    if saliency is not None and experts.saliency not in saliency:
+        raise SpaceError(f"[experts] saliency {experts.saliency!r}: known are {', '.join(saliency)}")
+    found = {}
+    for layer in layout.layers:
+        scores = [0.0] * inventory.n_experts if saliency is None else saliency[experts.saliency][layer]
+        kept = set(experts.protected.get(layer, ()))
+        order = sorted(range(inventory.n_experts), key=lambda e: (e not in kept, -scores[e], e))
+        found[layer] = _balanced(order, inventory.n_experts // inventory.expert_groups)
+    return found
+
+
+def _balanced(order: list[int], group_size: int) -> tuple[int, ...]:
+    """The ranking dealt out over expert groups in turn, so that every prefix of whole rounds is equal."""
+    queues: dict[int, list[int]] = {}
+    for expert in order:
+        queues.setdefault(expert // group_size, []).append(expert)
+    return tuple(expert for row in zip(*queues.values(), strict=True) for expert in row)

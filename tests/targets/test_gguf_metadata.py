@@ -1,0 +1,258 @@
+"""Metadata against gguf-py's own writer and reader, and the refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocator.errors import CheckpointError, TargetError
+from allocator.inventory import read_inventory
+from allocator.targets.gguf_metadata import Field, metadata, metadata_bytes, tokenizer
+
+REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
+
+
+@pytest.fixture(scope="module")
+def inventory():
+    return read_inventory(REFERENCE)
+
+
+def with_config(inventory, **changes):
+    return replace(inventory, config={**inventory.config, **changes})
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The reference checkpoint with tokenizer files that a test may change."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REFERENCE / name, tmp_path)
+    for file in REFERENCE.glob("model*"):
+        (tmp_path / file.name).symlink_to(file)
+    return tmp_path
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def written(fields, path):
+    """The bytes of these fields in a file by gguf-py: all but magic, version and two counts."""
+    arch, *rest = fields
+    writer = GGUFWriter(path, arch.value)
+    for field in rest:
+        writer.add_key_value(field.key, field.value, field.type, sub_type=field.element)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path.stat().st_size - 24
+
+
+def values(inventory, **counts):
+    return {
+        f.key: f.value for f in metadata(inventory, **{"n_experts": 24, "experts_used": 4} | counts)
+    }
+
+
+def test_bytes_are_those_that_gguf_py_writes(inventory, tmp_path):
+    fields = metadata(inventory, n_experts=24, experts_used=4)
+    assert metadata_bytes(fields) == written(fields, tmp_path / "kv.gguf")
+
+
+_SCALARS = {
+    GGUFValueType.UINT32: st.integers(0, 2**32 - 1),
+    GGUFValueType.FLOAT32: st.floats(width=32),
+    GGUFValueType.BOOL: st.booleans(),
+    GGUFValueType.STRING: st.text(st.characters(exclude_categories=["Cs"])),
+}
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+        st.sampled_from(list(_SCALARS)).flatmap(
+            lambda kind: st.tuples(st.just(kind), _SCALARS[kind], st.booleans(), st.integers(1, 4))
+        ),
+    )
+)
+def test_bytes_of_any_pairs_are_those_that_gguf_py_writes(tmp_path_factory, drawn):
+    fields = [Field("general.architecture", "qwen3moe", GGUFValueType.STRING)]
+    for key, (kind, value, is_array, n) in drawn.items():
+        if is_array:
+            fields.append(Field(key, (value,) * n, GGUFValueType.ARRAY, kind))
+        else:
+            fields.append(Field(key, value, kind))
+    path = tmp_path_factory.mktemp("kv") / "kv.gguf"
+    assert metadata_bytes(fields) == written(fields, path)
+
+
+def test_bytes_do_not_depend_on_the_counts(inventory):
+    sizes = {
+        metadata_bytes(metadata(inventory, n_experts=n, experts_used=used))
+        for n in (1, 7, 24, 100_000)
+        for used in (1, 4)
+    }
+    assert len(sizes) == 1
+
+
+def test_tokenizer_read_back_by_gguf_py_is_the_checkpoints(inventory, tmp_path):
+    path = tmp_path / "kv.gguf"
+    written(metadata(inventory, n_experts=24, experts_used=4), path)
+    reader = GGUFReader(path)
+    raw = json.loads((REFERENCE / "tokenizer.json").read_text())
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert {text: n for n, text in enumerate(tokens)} == raw["model"]["vocab"]
+    merges = reader.get_field("tokenizer.ggml.merges").contents()
+    assert [m.split(" ") for m in merges] == raw["model"]["merges"]
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    assert types == [3] + [1] * (len(tokens) - 1)  # control, then normal
+    assert reader.get_field("tokenizer.ggml.pre").contents() == "gpt-2"
+    for role in ("bos", "eos", "padding"):
+        assert reader.get_field(f"tokenizer.ggml.{role}_token_id").contents() == 0
+    assert reader.get_field("tokenizer.ggml.add_bos_token").contents() is False
+
+
+def test_values_of_the_reference_model(inventory):
+    found = values(inventory, n_experts=16, experts_used=3)
+    expected = {
+        "expert_count": 16, "expert_used_count": 3, "expert_gating_func": 2, "block_count": 6,
+        "expert_weights_scale": 2.5, "expert_weights_norm": True, "expert_shared_count": 1,
+        "leading_dense_block_count": 1, "context_length": 256, "rope.dimension_count": 32,
+        "attention.key_length": 160, "attention.value_length": 128, "attention.q_lora_rank": 256,
+        "attention.key_length_mla": 96, "attention.value_length_mla": 64, "vocab_size": 8192,
+        "attention.kv_lora_rank": 128, "attention.head_count": 4, "attention.head_count_kv": 1,
+        "expert_feed_forward_length": 256, "feed_forward_length": 768,
+    }  # fmt: skip
+    assert {key: found[f"deepseek2.{key}"] for key in expected} == expected
+    assert "deepseek2.expert_group_count" not in found
+
+
+def test_values_of_a_real_deepseek_v3_config(inventory):
+    """As published: rope_theta beside rope_scaling, router groups."""
+    published = with_config(
+        inventory, n_group=8, topk_group=4, rope_parameters=None, rope_theta=10000,
+        rope_scaling={
+            "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+        },
+    )  # fmt: skip
+    found = values(published)
+    assert found["deepseek2.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.1)
+    assert found["deepseek2.rope.scaling.type"] == "yarn"
+    assert found["deepseek2.rope.scaling.factor"] == 40
+    assert found["deepseek2.rope.scaling.original_context_length"] == 4096
+    assert found["deepseek2.expert_group_count"] == 8
+    assert found["deepseek2.expert_group_used_count"] == 4
+    with pytest.raises(TargetError, match="multiple of 8"):
+        values(published, n_experts=20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scoring_func": "softmax"}, TargetError, "scoring_func"),
+        ({"hidden_act": "gelu"}, TargetError, "silu"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, TargetError, "llama3"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 1.0}},
+            TargetError,
+            "mscale",
+        ),
+        ({"kv_lora_rank": "many"}, CheckpointError, "kv_lora_rank"),
+        ({"moe_intermediate_size": None}, CheckpointError, "moe_intermediate_size"),
+    ],
+)
+def test_what_llama_cpp_would_compute_wrongly_is_refused(inventory, changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        values(with_config(inventory, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_tokenizer_there_is_no_vocab(copied):
+    (copied / "tokenizer.json").unlink()
+    found = values(read_inventory(copied))
+    assert found["tokenizer.ggml.model"] == "no_vocab"
+    assert found["deepseek2.vocab_size"] == 8192
+    assert "tokenizer.ggml.tokens" not in found
+
+
+def test_tokenizer_is_read_once_and_again_when_its_file_changes(copied):
+    inventory = read_inventory(copied)
+    first = tokenizer(inventory)
+    assert tokenizer(inventory) is first
+    edit(copied / "tokenizer_config.json", lambda c: c.update(add_bos_token=True))
+    again = {f.key: f.value for f in tokenizer(inventory)}
+    assert again["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_bos_of_a_post_processor_and_chat_template(copied):
+    def add_bos(raw):
+        raw["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<|endoftext|>"}})
+
+    edit(copied / "tokenizer.json", add_bos)
+    (copied / "chat_template.jinja").write_text("{{ messages }}")
+    found = values(read_inventory(copied))
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_eos_token"] is False
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_rows_without_a_token_are_unused(copied):
+    def drop_last(raw):
+        raw["model"]["vocab"] = {t: n for t, n in raw["model"]["vocab"].items() if n < 8190}
+        raw["model"]["merges"] = raw["model"]["merges"][:-2]
+        raw["added_tokens"].append({"id": 8190, "content": "<mine>", "special": False})
+
+    edit(copied / "tokenizer.json", drop_last)
+    found = values(read_inventory(copied))
+    assert found["tokenizer.ggml.tokens"][8190:] == ("<mine>", "[PAD8191]")
+    assert found["tokenizer.ggml.token_type"][8189:] == (1, 4, 5)
+
+
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern):
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ],
+    }
+
+
+def test_pre_tokenizer_of_qwen_is_known(copied):
+    edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=_split(_QWEN)))
+    assert values(read_inventory(copied))["tokenizer.ggml.pre"] == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda raw: raw["model"].update(type="Unigram"), TargetError),
+        (lambda raw: raw["model"].update(byte_fallback=True), TargetError),
+        (lambda raw: raw["model"].update(ignore_merges=True), TargetError),
+        (lambda raw: raw.update(normalizer={"type": "Lowercase"}), TargetError),
+        (lambda raw: raw.update(pre_tokenizer=_split("my own")), TargetError),
+        (lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}), TargetError),
+        (lambda raw: raw["model"]["merges"].append("a b c"), TargetError),
+        (lambda raw: raw["model"]["vocab"].update(much=9000), CheckpointError),
+        (lambda raw: raw.pop("model"), CheckpointError),
+        (lambda raw: raw["model"].update(vocab=[]), CheckpointError),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_cannot_express_is_refused(copied, change, error):
+    edit(copied / "tokenizer.json", change)
+    with pytest.raises(error, match=r"tokenizer\.json") as caught:
+        values(read_inventory(copied))
+    assert "\n" not in str(caught.value)
