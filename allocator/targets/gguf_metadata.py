@@ -75,12 +75,7 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
         TargetError: if llama.cpp cannot express the model, its tokenizer or these counts.
     """
     arch = inventory.family.gguf_architecture
-    groups = inventory.expert_groups
-    if n_experts % groups:
-        raise TargetError(
-            f"gguf: {n_experts} retained experts do not fill {groups} router groups (n_group); "
-            f"retain a multiple of {groups}"
-        )
+    _check_router_groups(inventory, n_experts, experts_used)
     hparams = _deepseek2 if arch == "deepseek2" else _qwen3moe
     return [
         _string("general.architecture", arch),
@@ -97,6 +92,20 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
 
 
 # -- hyperparameters
+
+
+def _check_router_groups(inventory: Inventory, n_experts: int, experts_used: int) -> None:
+    groups = inventory.expert_groups
+    if groups == 1:
+        return
+    size, chosen = n_experts // groups, _int(inventory.config, "topk_group")
+    # a group is ranked by its two best experts, and only the chosen groups' experts are used
+    if n_experts % groups or size < 2 or experts_used > size * chosen:
+        raise TargetError(
+            f"gguf: {experts_used} of {n_experts} retained experts in {groups} router groups "
+            f"(n_group) of which {chosen} are chosen; retain a multiple of {groups}, at least two "
+            f"per group and {experts_used} in the chosen ones"
+        )
 
 
 def _shared_hparams(inventory: Inventory, arch: str) -> Iterator[Field]:

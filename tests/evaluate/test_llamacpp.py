@@ -114,7 +114,6 @@ def mean_kl(model, path, documents):
             p = expected(model, ids)
             q = torch.from_numpy(runtime.logits(ids)).double().log_softmax(-1)
             found.append((p.exp() * (p - q)).sum(-1))
-    print("KL", torch.cat(found).mean().item())
     return torch.cat(found).mean().item()
 
 

@@ -149,8 +149,9 @@ def test_values_of_a_real_deepseek_v3_config(inventory):
     assert found["deepseek2.rope.scaling.original_context_length"] == 4096
     assert found["deepseek2.expert_group_count"] == 8
     assert found["deepseek2.expert_group_used_count"] == 4
-    with pytest.raises(TargetError, match="multiple of 8"):
-        values(published, n_experts=20)
+    for n_experts, experts_used in ((20, 4), (8, 4), (16, 9)):
+        with pytest.raises(TargetError, match="multiple of 8"):
+            values(published, n_experts=n_experts, experts_used=experts_used)
 
 
 @pytest.mark.parametrize(

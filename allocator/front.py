@@ -1,0 +1,60 @@
+"""Fronts: the non-dominated points in (bytes, loss), and baselines read off a lower hull.
+
+In: points. Out: indices, or a loss at given bytes. Invariant: `front` equals the brute-force set of
+points that no other point beats in one objective without losing in the other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from allocator.errors import BudgetError
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Something with a size and a loss."""
+
+    name: str
+    nbytes: int
+    loss: float
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The non-dominated points, by bytes; of equal ones the first."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.nbytes, p.loss)):
+        if not kept or point.loss < kept[-1].loss:
+            kept.append(point)
+    return kept
+
+
+def lower_hull(points: Sequence[Point]) -> list[Point]:
+    """The lower convex hull in (bytes, log loss), by bytes; losses must be positive."""
+    hull: list[Point] = []
+    for point in front(points):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def baseline_loss(points: Sequence[Point], nbytes: int) -> float:
+    """Loss of the baseline at exactly `nbytes`: log loss linear in bytes along the lower hull.
+
+    Raises:
+        BudgetError: if `nbytes` is outside the hull.
+    """
+    hull = lower_hull(points)
+    for left, right in zip(hull, hull[1:], strict=False):
+        if left.nbytes <= nbytes <= right.nbytes:
+            share = (nbytes - left.nbytes) / (right.nbytes - left.nbytes)
+            return math.exp((1 - share) * math.log(left.loss) + share * math.log(right.loss))
+    raise BudgetError(
+        f"no baseline at {nbytes:,} bytes: the hull spans "
+        f"{hull[0].nbytes:,}..{hull[-1].nbytes:,}; add points"
+    )
+
+
+def _slope(a: Point, b: Point) -> float:
+    return (math.log(b.loss) - math.log(a.loss)) / (b.nbytes - a.nbytes)

@@ -1,0 +1,93 @@
+"""Optuna samplers: stock ones, made repeatable, and the knapsack sampler.
+
+In: a name, a study seed. Out: an Optuna sampler. Invariant: its random state comes from (study seed,
+proposal number) alone, so a study that was stopped and resumed proposes what an undisturbed one does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.errors import StudyError
+from allocator.memory import Budget
+from allocator.samplers.knapsack import KnapsackSampler
+from allocator.surrogate import Surrogate
+
+ABANDONED = "abandoned"
+"""User attribute of a trial whose process died; it does not count as a proposal."""
+
+SAMPLERS = ("knapsack", "random", "tpe", "nsga2")
+
+
+def proposal_number(study: Study, trial: FrozenTrial) -> int:
+    """How many proposals came before this trial, not counting abandoned ones."""
+    lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return trial.number - sum(ABANDONED in t.user_attrs and t.number < trial.number for t in lost)
+
+
+class SeededSampler(BaseSampler):
+    """Any sampler, made anew for every trial with a seed of (study seed, proposal number).
+
+    Args:
+        make: a seed to a sampler.
+        seed: of the study.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make = make
+        self._seed = seed
+        self._inner = make(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Seeds the sampler for this trial."""
+        entropy = np.random.SeedSequence([self._seed, proposal_number(study, trial)])
+        self._inner = self._make(int(entropy.generate_state(1)[0]))
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """As the inner sampler."""
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As the inner sampler."""
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the inner sampler."""
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
+    ) -> None:
+        """As the inner sampler."""
+        self._inner.after_trial(study, trial, state, values)
+
+
+def make_sampler(
+    name: str, *, seed: int, surrogate: Surrogate, budget: Budget, population: int = 20
+) -> BaseSampler:
+    """A sampler by its name in study.toml.
+
+    Raises:
+        StudyError: if there is none of that name.
+    """
+    makers: dict[str, Callable[[int], BaseSampler]] = {
+        "random": lambda s: RandomSampler(seed=s),
+        "tpe": lambda s: TPESampler(seed=s),
+        "nsga2": lambda s: NSGAIISampler(seed=s, population_size=population),
+        "knapsack": lambda s: KnapsackSampler(surrogate, budget, seed=s),
+    }
+    if name not in makers:
+        raise StudyError(f"unknown sampler {name!r}; known: {', '.join(makers)}")
+    return SeededSampler(makers[name], seed)
