@@ -6,6 +6,7 @@ Invariant: `nbytes` is an integer equal to the bytes of the written file, per te
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,7 @@ class Allocation:
     def check(self, layout: Layout) -> None:
         """Raises:
         SpaceError: if this is no allocation of that layout.
+        FormatError: if a format is unknown, or cannot store its group.
         """
         if self.target != layout.target:
             raise SpaceError(
@@ -107,15 +109,29 @@ class Allocation:
                 f"allocation: {self.experts_used} experts used, needed 1..{inventory.experts_used}"
             )
         for layer, experts in self.retained:
-            if len(set(experts)) != len(experts) or not set(experts) <= set(range(inventory.n_experts)):
-                raise SpaceError(f"allocation: layer {layer} retains {experts}, no set of its experts")
-            if len(experts) < self.experts_used:
+            if len(set(experts)) != len(experts) or not set(experts) <= set(
+                range(inventory.n_experts)
+            ):
                 raise SpaceError(
-                    f"allocation: layer {layer} retains {len(experts)} experts, "
-                    f"fewer than the {self.experts_used} that a token uses"
+                    f"allocation: layer {layer} retains {experts}, no set of its experts"
+                )
+            if len(experts) < inventory.least_experts(self.experts_used):
+                raise SpaceError(
+                    f"allocation: layer {layer} retains {len(experts)} experts, fewer than the "
+                    f"{inventory.least_experts(self.experts_used)} that its router needs for "
+                    f"{self.experts_used} experts used"
+                )
+            size = inventory.n_experts // inventory.expert_groups
+            per_group = Counter(e // size for e in experts)
+            if len(per_group) != inventory.expert_groups or len(set(per_group.values())) != 1:
+                raise SpaceError(
+                    f"allocation: layer {layer} retains {dict(per_group)} by router group, "
+                    f"needed as many in each of {inventory.expert_groups}"
                 )
         if target_named(self.target).one_expert_count and len(set(self.counts.values())) > 1:
-            raise SpaceError(f"allocation: target {self.target} knows one retained count, got {self.counts}")
+            raise SpaceError(
+                f"allocation: target {self.target} knows one retained count, got {self.counts}"
+            )
 
     def nbytes(self, layout: Layout, container: Target | None = None) -> FileBytes:
         """Its bytes, itemised.

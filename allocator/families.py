@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from allocator.errors import CheckpointError
@@ -82,8 +83,12 @@ class Rule:
         """The pattern with named groups for layer and expert."""
         text = re.escape(self.pattern)
         for key in ("layer", "expert"):
-            text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>\d+)")
+            text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>0|[1-9][0-9]{{0,5}})")
         return re.compile(text)
+
+
+Parts = frozenset[str]
+"""Patterns of a layer's tensors, without the layer and `.weight`."""
 
 
 def _rules(*rows: tuple[str, Role, str]) -> tuple[Rule, ...]:
@@ -104,7 +109,11 @@ _COMMON = _rules(
     (_L + "mlp.up_proj.weight", Role.MLP_UP, "blk.{layer}.ffn_up.weight"),
     (_L + "mlp.down_proj.weight", Role.MLP_DOWN, "blk.{layer}.ffn_down.weight"),
     *(
-        (_L + f"mlp.experts.{{expert}}.{kind}_proj.weight", role, f"blk.{{layer}}.ffn_{kind}_exps.weight")
+        (
+            _L + f"mlp.experts.{{expert}}.{kind}_proj.weight",
+            role,
+            f"blk.{{layer}}.ffn_{kind}_exps.weight",
+        )
         for kind, role in (
             ("gate", Role.EXPERT_GATE),
             ("up", Role.EXPERT_UP),
@@ -112,6 +121,22 @@ _COMMON = _rules(
         )
     ),
 )
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_ROUTED = ("mlp.gate", *(f"mlp.experts.{{expert}}.{kind}_proj" for kind in ("gate", "up", "down")))
+_SHARED = tuple(f"mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down"))
+_MLA = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+
+
+def _layers(
+    attentions: tuple[tuple[str, ...], ...], mlps: tuple[tuple[str, ...], ...]
+) -> tuple[Parts, ...]:
+    return tuple(
+        frozenset((*_NORMS, *(f"self_attn.{name}" for name in attention), *mlp))
+        for attention, mlp in product(attentions, mlps)
+    )
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,25 @@ class Family:
         gguf_architecture: llama.cpp's name.
         rules: one per tensor name.
         n_experts_keys: where `config.json` may say how many routed experts a layer has.
+        layers: the sets of tensors that may make up a layer.
+        n_nextn_layers: multi-token-prediction layers where `config.json` does not say.
     """
 
     model_type: str
     gguf_architecture: str
     rules: tuple[Rule, ...]
     n_experts_keys: tuple[str, ...]
+    layers: tuple[Parts, ...]
+    n_nextn_layers: int
+
+    def part(self, rule: Rule) -> str:
+        """What a rule's tensor is called within its layer, as in `layers`."""
+        return rule.pattern.removeprefix(_L).removesuffix(".weight")
+
+    def foreign_layer(self, name: str) -> int | None:
+        """The layer of a tensor that no rule knows (multi-token prediction has its own)."""
+        found = re.match(r"model\.layers\.(0|[1-9][0-9]{0,5})\.", name)
+        return None if found is None else int(found[1])
 
     def match(self, name: str) -> tuple[Rule, int | None, int | None] | None:
         """The rule, layer and expert of a tensor name; None if no rule knows it."""
@@ -146,6 +184,11 @@ class Family:
     def gguf_name(self, role: Role, layer: int | None) -> str:
         """llama.cpp's name of the tensor with this role; for roles that occur once per layer."""
         return next(r.gguf for r in self.rules if r.role is role).format(layer=layer)
+
+    def source_name(self, role: Role, layer: int | None) -> str:
+        """The checkpoint's name of the (first) tensor with this role; of `kv_b` for its halves."""
+        wanted = Role.KV_B if role in (Role.K_B, Role.V_B) else role
+        return next(r.pattern for r in self.rules if r.role is wanted).format(layer=layer, expert=0)
 
     def n_experts_key(self, config: Mapping[str, Any]) -> str:
         """The key under which `config` says how many routed experts a layer has.
@@ -174,14 +217,35 @@ DEEPSEEK_V3 = Family(
         (_L + "self_attn.kv_a_layernorm.weight", Role.NORM, "blk.{layer}.attn_kv_a_norm.weight"),
         (_L + "self_attn.kv_b_proj.weight", Role.KV_B, "blk.{layer}.attn_kv_b.weight"),
         (_L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "blk.{layer}.exp_probs_b.bias"),
-        (_L + "mlp.shared_experts.gate_proj.weight", Role.SHARED_GATE, "blk.{layer}.ffn_gate_shexp.weight"),
-        (_L + "mlp.shared_experts.up_proj.weight", Role.SHARED_UP, "blk.{layer}.ffn_up_shexp.weight"),
-        (_L + "mlp.shared_experts.down_proj.weight", Role.SHARED_DOWN, "blk.{layer}.ffn_down_shexp.weight"),
+        (
+            _L + "mlp.shared_experts.gate_proj.weight",
+            Role.SHARED_GATE,
+            "blk.{layer}.ffn_gate_shexp.weight",
+        ),
+        (
+            _L + "mlp.shared_experts.up_proj.weight",
+            Role.SHARED_UP,
+            "blk.{layer}.ffn_up_shexp.weight",
+        ),
+        (
+            _L + "mlp.shared_experts.down_proj.weight",
+            Role.SHARED_DOWN,
+            "blk.{layer}.ffn_down_shexp.weight",
+        ),
         # not in a checkpoint: the two halves of kv_b that llama.cpp stores
         ("k_b of kv_b {layer}", Role.K_B, "blk.{layer}.attn_k_b.weight"),
         ("v_b of kv_b {layer}", Role.V_B, "blk.{layer}.attn_v_b.weight"),
     ),
     n_experts_keys=("n_routed_experts", "num_local_experts"),
+    layers=_layers(
+        ((*_MLA, "q_proj"), (*_MLA, "q_a_proj", "q_a_layernorm", "q_b_proj")),
+        (
+            _DENSE,
+            (*_ROUTED, "mlp.gate.e_score_correction_bias"),
+            (*_ROUTED, "mlp.gate.e_score_correction_bias", *_SHARED),
+        ),
+    ),
+    n_nextn_layers=1,
 )
 
 QWEN3_MOE = Family(
@@ -195,6 +259,10 @@ QWEN3_MOE = Family(
         (_L + "self_attn.k_norm.weight", Role.NORM, "blk.{layer}.attn_k_norm.weight"),
     ),
     n_experts_keys=("num_experts", "num_local_experts"),
+    layers=_layers(
+        (("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),), (_DENSE, _ROUTED)
+    ),
+    n_nextn_layers=0,
 )
 
 FAMILIES = {family.model_type: family for family in (DEEPSEEK_V3, QWEN3_MOE)}
@@ -207,9 +275,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
         CheckpointError: if its `model_type` is not one of ours.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(str(model_type))
+    if family is None:
         raise CheckpointError(
             f"config.json: model_type is {model_type!r}, needed one of {', '.join(FAMILIES)}; "
             "another architecture needs a naming table in allocator/families.py"
         )
-    return FAMILIES[model_type]
+    return family

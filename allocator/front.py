@@ -7,6 +7,7 @@ points that no other point beats in one objective without losing in the other.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from allocator.errors import BudgetError
 
@@ -43,10 +44,14 @@ def baseline_loss(points: Sequence[Point], nbytes: int) -> float:
     """Loss of the baseline at exactly `nbytes`: log loss linear in bytes along the lower hull.
 
     Raises:
-        BudgetError: if `nbytes` is outside the hull.
+        BudgetError: if `nbytes` is outside the hull, or there are no points.
     """
     hull = lower_hull(points)
-    for left, right in zip(hull, hull[1:], strict=False):
+    if not hull:
+        raise BudgetError("no baseline: no points; score at least one uniform format")
+    if nbytes == hull[-1].nbytes:
+        return hull[-1].loss
+    for left, right in pairwise(hull):
         if left.nbytes <= nbytes <= right.nbytes:
             share = (nbytes - left.nbytes) / (right.nbytes - left.nbytes)
             return math.exp((1 - share) * math.log(left.loss) + share * math.log(right.loss))

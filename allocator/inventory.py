@@ -16,10 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from allocator.errors import CheckpointError
 from allocator.families import Family, Role, family_of
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_COUNTS = ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size")
+_VECTORS = (Role.NORM, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -80,6 +84,16 @@ class Inventory:
         """Groups that the router first chooses among (`n_group`); 1 where it has none."""
         return int(self.config.get("n_group") or 1)
 
+    def least_experts(self, used: int) -> int:
+        """The fewest experts per layer from which the router can choose `used`.
+
+        A router with groups rates each by its two best experts, and then chooses experts from the
+        `topk_group` best groups.
+        """
+        if self.expert_groups == 1:
+            return used
+        return self.expert_groups * max(2, -(-used // int(self.config["topk_group"])))
+
     @cached_property
     def tied_embeddings(self) -> bool:
         """Whether the head is the embedding."""
@@ -128,6 +142,18 @@ class Inventory:
         return found
 
 
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def _entries(header: bytes) -> dict[str, _Entry]:
+    raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    raw.pop("__metadata__", None)
+    return {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
+
+
 def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
     """Yields `(name, dtype, shape, offset, nbytes)` of a safetensors file, checked.
 
@@ -144,24 +170,14 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, in
                 "the file is truncated or no safetensors file: fetch it again"
             )
         try:
-            header = json.loads(file.read(length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            rows = [
-                (
-                    str(name),
-                    str(e["dtype"]),
-                    tuple(int(n) for n in e["shape"]),
-                    *(int(n) for n in e["data_offsets"]),
-                )
-                for name, e in entries.items()
-            ]
-            rows.sort(key=lambda row: row[3])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            entries = _entries(file.read(length))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: unreadable safetensors header ({error!r}); fetch the file again"
             ) from None
     end = 0
-    for name, dtype, shape, start, stop in rows:
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
         width = DTYPE_BYTES.get(dtype)
         if width is None:
             raise CheckpointError(
@@ -192,7 +208,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; needed a checkpoint directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 
@@ -200,14 +216,16 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
     """Safetensors files and, if sharded, the index: tensor name to file."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        found = read_json(index)
+        weight_map = found.get("weight_map") if isinstance(found, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map; fetch the file again")
-        for file in set(weight_map.values()):
-            if not isinstance(file, str) or Path(file).name != file:
+        for file in {str(file) for file in weight_map.values()}:
+            if Path(file).name != file or len(file) > 255:
                 raise CheckpointError(f"{index}: {file!r} is no file name inside the checkpoint")
             if not (path / file).is_file():
                 raise CheckpointError(f"{path}: shard {file} of the index is missing; fetch it")
+        weight_map = {name: str(file) for name, file in weight_map.items()}
         return sorted(set(weight_map.values())), weight_map
     if (path / "model.safetensors").is_file():
         return ["model.safetensors"], None
@@ -217,7 +235,10 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
     )
 
 
-def _tensors(path: Path, family: Family, n_layers: int) -> Iterator[TensorInfo]:
+def _tensors(
+    path: Path, family: Family, n_layers: int, n_nextn: int
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields every tensor, and what it is called within its layer."""
     files, weight_map = _files(path)
     seen: dict[str, str] = {}
     for file in files:
@@ -227,40 +248,68 @@ def _tensors(path: Path, family: Family, n_layers: int) -> Iterator[TensorInfo]:
                 raise CheckpointError(f"{path}: {name} is in {file} and, by index, in {where}")
             seen[name] = file
             found = family.match(name)
-            if found is None:
-                layer = next((int(p) for p in name.split(".") if p.isdigit()), -1)
-                if layer < n_layers:
-                    raise CheckpointError(
-                        f"{path}: {name} is no tensor of {family.model_type}; "
-                        "is this checkpoint already quantized, or of another architecture?"
-                    )
-                yield TensorInfo(name, shape, dtype, Role.NEXTN, layer, None, file, offset, nbytes)
-                continue
-            rule, number, expert = found
-            role = Role.NEXTN if number is not None and number >= n_layers else rule.role
-            yield TensorInfo(name, shape, dtype, role, number, expert, file, offset, nbytes)
+            layer = found[1] if found else family.foreign_layer(name)
+            expert = found[2] if found else None
+            part = family.part(found[0]) if found else name
+            role = found[0].role if found else Role.NEXTN
+            if layer is not None and layer >= n_layers:
+                role, found = Role.NEXTN, None
+            if found is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
+                raise CheckpointError(
+                    f"{path}: {name} is no tensor of {family.model_type} with {n_layers} layers "
+                    f"and {n_nextn} for multi-token prediction; "
+                    "is this checkpoint already quantized, or of another architecture?"
+                )
+            if role is not Role.NEXTN and len(shape) != (1 if role in _VECTORS else 2):
+                raise CheckpointError(
+                    f"{path}: {name} ({role}) has shape {shape}; is this another architecture?"
+                )
+            yield TensorInfo(name, shape, dtype, role, layer, expert, file, offset, nbytes), part
     if missing := set(weight_map or ()) - set(seen):
         raise CheckpointError(f"{path}: {min(missing)} is in the index but in no shard; fetch it")
 
 
 def _check_experts(inventory: Inventory) -> None:
     if not inventory.moe_layers:
-        raise CheckpointError(f"{inventory.path}: no router; needed a Mixture-of-Experts checkpoint")
+        raise CheckpointError(
+            f"{inventory.path}: no router; needed a Mixture-of-Experts checkpoint"
+        )
     n = inventory.n_experts
     for layer in inventory.moe_layers:
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
             found = inventory.of_role(role, layer)
-            if [t.expert for t in found] != list(range(n)) or len({t.shape for t in found}) != 1:
+            whole = len(found) == n and all(t.expert == i for i, t in enumerate(found))
+            if not whole or len({t.shape for t in found}) != 1:
                 raise CheckpointError(
                     f"{inventory.path}: layer {layer} has {len(found)} {role} tensors, "
                     f"needed experts 0..{n - 1} of one shape as config.json says"
                 )
 
+        for role in (Role.ROUTER, Role.ROUTER_BIAS):
+            for tensor in inventory.of_role(role, layer):
+                if tensor.shape[0] != n:
+                    raise CheckpointError(
+                        f"{inventory.path}: {tensor.name} has shape {tensor.shape}, "
+                        f"needed {n} rows as config.json says"
+                    )
+
+
+def _check_layer(inventory: Inventory, layer: int, found: frozenset[str]) -> None:
+    if found not in inventory.family.layers:
+        nearest = min(inventory.family.layers, key=lambda whole: len(whole ^ found))
+        lacks, odd = sorted(nearest - found), sorted(found - nearest)
+        raise CheckpointError(
+            f"{inventory.path}: layer {layer} lacks {', '.join(lacks) or 'nothing'}"
+            f"{' and has ' + ', '.join(odd) if odd else ''}; the checkpoint is not whole"
+        )
+
 
 def _check_names(inventory: Inventory, names: Iterable[str]) -> None:
     for name in names:
         if name not in inventory.tensors:
-            raise CheckpointError(f"{inventory.path}: {name} is missing; the checkpoint is not whole")
+            raise CheckpointError(
+                f"{inventory.path}: {name} is missing; the checkpoint is not whole"
+            )
 
 
 def read_inventory(path: str | Path) -> Inventory:
@@ -276,17 +325,43 @@ def read_inventory(path: str | Path) -> Inventory:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
     family = family_of(config)
-    family.n_experts_key(config)
-    for key in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size"):
-        if not isinstance(config.get(key), int):
-            raise CheckpointError(f"{path}/config.json: {key} is {config.get(key)!r}, needed a number")
-    found = {t.name: t for t in _tensors(path, family, int(config["num_hidden_layers"]))}
-    inventory = Inventory(path=path, config=config, family=family, tensors=found)
-    _check_experts(inventory)
+    _check_config(path, config, family)
+    n_layers = int(config["num_hidden_layers"])
+    n_nextn = config.get("num_nextn_predict_layers")
+    n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
+    tensors: dict[str, TensorInfo] = {}
+    parts: dict[int | None, set[str]] = {}
+    for tensor, part in _tensors(path, family, n_layers, n_nextn):
+        tensors[tensor.name] = tensor
+        parts.setdefault(tensor.layer, set()).add(part)
+    inventory = Inventory(path=path, config=config, family=family, tensors=tensors)
     _check_names(inventory, ("model.embed_tokens.weight", "model.norm.weight"))
-    for layer in range(inventory.n_layers):
-        _check_names(
-            inventory,
-            (f"model.layers.{layer}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")),
-        )
+    if not config.get("tie_word_embeddings", False):
+        _check_names(inventory, ("lm_head.weight",))
+    for layer in range(n_layers):
+        _check_layer(inventory, layer, frozenset(parts.get(layer, ())))
+    _check_experts(inventory)
     return inventory
+
+
+def _check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
+    def check(key: str, least: int) -> int:
+        value = config.get(key)
+        if type(value) is not int or value < least:
+            raise CheckpointError(
+                f"{path}/config.json: {key} is {value!r}, needed a number from {least}"
+            )
+        return value
+
+    for key in _COUNTS:
+        check(key, 1)
+    n_experts = check(family.n_experts_key(config), 1)
+    if config.get("num_nextn_predict_layers") is not None:
+        check("num_nextn_predict_layers", 0)
+    groups = check("n_group", 1) if config.get("n_group") is not None else 1
+    chosen = check("topk_group", 1) if groups > 1 else 1
+    if config["num_experts_per_tok"] > n_experts or n_experts % groups or chosen > groups:
+        raise CheckpointError(
+            f"{path}/config.json: {config['num_experts_per_tok']} of {n_experts} experts used, in "
+            f"{chosen} of {groups} groups; needed at most all, in equal groups"
+        )

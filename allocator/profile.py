@@ -1,7 +1,7 @@
 """What was measured of a checkpoint: the value, its file, and what a search reads from it.
 
-In: `profile.json`. Out: a frozen `Profile`. Invariant: content-addressed by (checkpoint, calibration
-tokens, target, saliency, codec), so every study with the same inputs shares it.
+In: `profile.json`. Out: a frozen `Profile`. Invariant: content-addressed by (checkpoint,
+calibration tokens, target, saliency, codec), so every study with the same inputs shares it.
 """
 
 from pathlib import Path
@@ -56,7 +56,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls, strict=False)
         except (OSError, msgspec.DecodeError) as error:
-            raise StudyError(f"{path}: no profile ({error}); run `allocator profile` again") from None
+            raise StudyError(
+                f"{path}: no profile ({error}); run `allocator profile` again"
+            ) from None
 
     def to_bytes(self) -> bytes:
         """As JSON that a person can open."""

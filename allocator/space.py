@@ -1,15 +1,16 @@
 """What may be chosen: the search-space file, and the same bound to a checkpoint and a target.
 
-In: a TOML file (grammar: `search_spaces/README.md`), a layout, and a ranking of each layer's experts.
-Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and back. Invariant:
-every format offered stores its group as named; `params(allocation(p)) == p`; a repaired proposal is
-within the budget, and repairing it again changes nothing.
+In: a TOML file (grammar: `search_spaces/README.md`), a layout, and a ranking of each layer's
+experts. Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and back.
+Invariant: every format offered stores its group as named; `params(allocation(p)) == p`; a repaired
+proposal is within the budget, and repairing it again changes nothing.
 
 Params: `experts.<layer>` (or `experts.all` where the target knows one count), `format.<group>`,
 `experts_used`. A choice with one possible value is fixed and has no param.
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -48,7 +49,7 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum: int | None = None
     same: bool = False
     saliency: str = "reap"
-    protected: dict[int, list[int]] = {}  # noqa: RUF012 - msgspec copies it
+    protected: dict[int, list[int]] = {}  # msgspec copies it
 
 
 class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,7 +59,7 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     formats: list[str] | None = None
     experts: Experts = Experts()
     experts_used: list[int] | None = None
-    pin: list[Pin] = []  # noqa: RUF012 - msgspec copies it
+    pin: list[Pin] = []  # msgspec copies it
 
     @classmethod
     def read(cls, path: Path) -> "SearchSpace":
@@ -70,14 +71,17 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         space = read_toml(path, cls, SpaceError)
         if space.schema != 1:
             raise SpaceError(f"{path}: schema {space.schema}, needed 1; use a newer allocator")
-        for name in (*(space.formats or ()), *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f)):
+        for name in (
+            *(space.formats or ()),
+            *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f),
+        ):
             if name not in FORMATS:
                 raise SpaceError(f"{path}: unknown format {name!r}; known: {', '.join(FORMATS)}")
         return space
 
 
 def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
-    """A TOML file as a typed value; every failure is one line that names the file and the path in it."""
+    """A TOML file as a typed value; a failure is one line with the file and the path in it."""
     try:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
     except FileNotFoundError:
@@ -143,10 +147,11 @@ class Space:
         for name, values in self.choices.items():
             if len(values) < 2:
                 continue
-            if name.startswith("format."):
-                found[name] = CategoricalDistribution(values)
+            step = None if name.startswith("format.") else values[1] - values[0]
+            if step is not None and values == tuple(range(values[0], values[-1] + 1, step)):
+                found[name] = IntDistribution(values[0], values[-1], step=step)
             else:
-                found[name] = IntDistribution(values[0], values[-1], step=values[1] - values[0])
+                found[name] = CategoricalDistribution(values)
         return found
 
     def complete(self, params: Mapping[str, Any]) -> Params:
@@ -156,7 +161,9 @@ class Space:
             SpaceError: if a param is unknown, missing or outside its choices.
         """
         if unknown := set(params) - set(self.choices):
-            raise SpaceError(f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used")
+            raise SpaceError(
+                f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used"
+            )
         full: Params = {}
         for name, values in self.choices.items():
             value = params.get(name, values[0] if len(values) == 1 else None)
@@ -190,7 +197,7 @@ class Space:
             SpaceError: if the space does not hold the allocation.
         """
         full: Params = {
-            name: allocation.counts[layers[0]] for name, layers in self.count_params.items()
+            name: allocation.counts.get(layers[0]) for name, layers in self.count_params.items()
         }
         full |= {f"format.{name}": fmt for name, fmt in allocation.formats}
         full["experts_used"] = allocation.experts_used
@@ -236,9 +243,9 @@ class Space:
             )
             raise BudgetError(
                 f"budget of {budget.nbytes:,} bytes ({budget.bounds}) is under the floor of "
-                f"{budget.used(size):,}: {size.encoded:,} encoded with {self.counts[0]} experts per "
-                f"layer (largest: {parts}), {size.kept:,} routers and norms, {size.overhead:,} file "
-                "overhead; raise the budget, lower [experts] minimum or loosen pins"
+                f"{budget.used(size):,}: {size.encoded:,} encoded with {self.counts[0]} experts "
+                f"per layer (largest: {parts}), {size.kept:,} routers and norms, {size.overhead:,} "
+                "file overhead; raise the budget, lower [experts] minimum or loosen pins"
             )
 
 
@@ -293,7 +300,8 @@ class Costs:
         groups |= {g for x in layers for g in self.space.expert_groups[x]}
         count = {x: params[n] for n, decided in self.space.count_params.items() for x in decided}
         encoded = sum(
-            self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0)) for g in groups
+            self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0))
+            for g in groups
         )
         return encoded + sum(self.layer(x, count[x]) for x in layers)
 
@@ -312,12 +320,10 @@ def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) ->
     while total > costs.budget.nbytes:
         best: tuple[float, str, Any, int] | None = None
         for name, values in space.choices.items():
-            step = _step_down(name, values, now[name])
-            if step is None:
+            found = _step_down(costs, now, name, values)
+            if found is None:
                 continue
-            saved = costs.affected(now, [name]) - costs.affected({**now, name: step}, [name])
-            if saved <= 0:
-                continue
+            step, saved = found
             price = (loss(name, step) - loss(name, now[name])) / saved
             if best is None or price < best[0]:
                 best = (price, name, step, saved)
@@ -328,11 +334,19 @@ def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) ->
     return now
 
 
-def _step_down(name: str, values: tuple[Any, ...], value: Any) -> Any:
-    at = values.index(value)
-    if name.startswith("format."):
-        return values[at + 1] if at + 1 < len(values) else None
-    return values[at - 1] if at > 0 and name != "experts_used" else None
+def _step_down(
+    costs: Costs, now: Params, name: str, values: tuple[Any, ...]
+) -> tuple[Any, int] | None:
+    """The next smaller value that saves bytes (padding may hide a step), and how many it saves."""
+    if name == "experts_used":
+        return None
+    at = values.index(now[name])
+    before = costs.affected(now, [name])
+    for value in values[at + 1 :] if name.startswith("format.") else values[:at][::-1]:
+        saved = before - costs.affected({**now, name: value}, [name])
+        if saved > 0:
+            return value, saved
+    return None
 
 
 def bind(
@@ -363,7 +377,7 @@ def bind(
         counts=_counts(spec.experts, layout, max(used)),
         tied=spec.experts.same or target_named(layout.target).one_expert_count,
         rankings=_rankings(spec.experts, layout, saliency),
-        experts_used=tuple(sorted(used)),
+        experts_used=tuple(sorted(set(used))),
     )
 
 
@@ -371,6 +385,7 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
     offered = group.offered()
     if spec.formats is not None:
         offered = tuple(f for f in offered if f.name in spec.formats)
+    low, high, pinned = 0.0, float("inf"), offered
     for pin in spec.pin:
         if not fnmatchcase(group.name, pin.pattern):
             continue
@@ -379,12 +394,13 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
             if not fmt.stores(group.shape) or (fmt.needs_importance and not group.importance):
                 raise SpaceError(
                     f"pin {pin.pattern!r}: {pin.format} cannot store {group.name} "
-                    f"(rows of {group.shape[-1]}); offered: {', '.join(f.name for f in group.offered())}"
+                    f"(rows of {group.shape[-1]}); offered: "
+                    f"{', '.join(f.name for f in group.offered())}"
                 )
-            offered = (fmt,)
-        low = format_named(pin.minimum).bits if pin.minimum else 0.0
-        high = format_named(pin.maximum).bits if pin.maximum else float("inf")
-        offered = tuple(f for f in offered if low <= f.bits <= high)
+            pinned = (fmt,) if pinned in (offered, (fmt,)) else ()
+        low = max(low, format_named(pin.minimum).bits) if pin.minimum else low
+        high = min(high, format_named(pin.maximum).bits) if pin.maximum else high
+    offered = tuple(f for f in pinned if low <= f.bits <= high)
     if not offered:
         raise SpaceError(
             f"no format left for {group.name} (rows of {group.shape[-1]}); it could take "
@@ -395,20 +411,20 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
 
 def _counts(experts: Experts, layout: Layout, used: int) -> tuple[int, ...]:
     n, groups = layout.inventory.n_experts, layout.inventory.expert_groups
-    low = max(experts.minimum if experts.minimum is not None else n // 4, used, 1)
+    least = layout.inventory.least_experts(used)
+    low = max(experts.minimum if experts.minimum is not None else n // 4, least)
     low = -(-low // groups) * groups  # a router that chooses among groups needs them equal
     high = min(n if experts.maximum is None else experts.maximum, n) // groups * groups
-    protected = max((len(v) for v in experts.protected.values()), default=0)
+    per_group = (Counter(e // (n // groups) for e in set(v)) for v in experts.protected.values())
+    protected = groups * max((max(c.values(), default=0) for c in per_group), default=0)
     if experts.minimum is not None and experts.minimum > n:
         raise SpaceError(f"[experts] minimum {experts.minimum}: the checkpoint has {n} per layer")
     if max(low, protected) > high:
         raise SpaceError(
-            f"[experts]: minimum {max(low, protected)} (experts used {used}, protected {protected}) "
-            f"is above maximum {high}"
+            f"[experts]: minimum {max(low, protected)} (experts used {used}, protected "
+            f"{protected}) is above maximum {high}"
         )
-    return tuple(range(low, high + 1, groups)) if protected <= low else tuple(
-        c for c in range(low, high + 1, groups) if c >= protected
-    )
+    return tuple(range(max(low, protected), high + 1, groups))
 
 
 def _rankings(
@@ -422,10 +438,14 @@ def _rankings(
                 f"experts 0..{inventory.n_experts - 1}"
             )
     if saliency is not None and experts.saliency not in saliency:
-        raise SpaceError(f"[experts] saliency {experts.saliency!r}: known are {', '.join(saliency)}")
+        raise SpaceError(
+            f"[experts] saliency {experts.saliency!r}: known are {', '.join(saliency)}"
+        )
     found = {}
     for layer in layout.layers:
-        scores = [0.0] * inventory.n_experts if saliency is None else saliency[experts.saliency][layer]
+        scores = (
+            [0.0] * inventory.n_experts if saliency is None else saliency[experts.saliency][layer]
+        )
         kept = set(experts.protected.get(layer, ()))
         order = sorted(range(inventory.n_experts), key=lambda e: (e not in kept, -scores[e], e))
         found[layer] = _balanced(order, inventory.n_experts // inventory.expert_groups)
@@ -433,7 +453,7 @@ def _rankings(
 
 
 def _balanced(order: list[int], group_size: int) -> tuple[int, ...]:
-    """The ranking dealt out over expert groups in turn, so that every prefix of whole rounds is equal."""
+    """The ranking dealt out over router groups in turn: prefixes of whole rounds are equal."""
     queues: dict[int, list[int]] = {}
     for expert in order:
         queues.setdefault(expert // group_size, []).append(expert)

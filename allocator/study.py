@@ -25,14 +25,27 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.allocation import Allocation
-from allocator.errors import StudyError
+from allocator.errors import SpaceError, StudyError
 from allocator.memory import Budget
 from allocator.samplers import ABANDONED
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
 
-ALLOCATION, KIND, LOSSES, LOCK = "allocation", "kind", "losses", "lock"
+ALLOCATION, KIND, LOSSES, RESULT, LOCK = "allocation", "kind", "losses", "result", "lock"
 RACE_Z = 3.0
+
+
+class _Clock:
+    """Adds the time since the last lap to a total."""
+
+    def __init__(self, totals: dict[str, float]) -> None:
+        self._totals = totals
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._totals[name] += now - self._last
+        self._last = now
 
 
 class Losses(Protocol):
@@ -79,6 +92,7 @@ class Search:
         scorer: measures allocations.
         rungs: documents after which a candidate may lose its race, ascending.
         queue: first trials, in order.
+        seconds: spent so far, by what they were spent on.
     """
 
     study: optuna.Study
@@ -88,6 +102,9 @@ class Search:
     scorer: TrialScorer
     rungs: Sequence[int]
     queue: Sequence[Queued] = ()
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"scoring": 0.0, "sampler": 0.0, "storage": 0.0}
+    )
     _costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,35 +145,35 @@ class Search:
 
     def step(self) -> FrozenTrial:
         """One trial: ask, make feasible, score, tell."""
-        began = time.perf_counter()
+        clock = _Clock(self.seconds)
         kind = self._enqueue_next()
         trial = self.study.ask(self.space.distributions)
+        clock.lap("storage")
+        sampling = getattr(self.study.sampler, "sampling_seconds", 0.0)
+        self.seconds["storage"] -= sampling
+        self.seconds["sampler"] += sampling
         params = repair(self.space, self._costs, trial.params, self.surrogate.loss)
-        asked = time.perf_counter()
         allocation = self.space.allocation(params)
         size = allocation.nbytes(self.space.layout)
         used = self.budget.used(size)
         assert used <= self.budget.nbytes, "repair keeps the budget"
+        clock.lap("sampler")
         trial.set_user_attr(ALLOCATION, allocation.to_json())
         trial.set_user_attr(KIND, kind or "proposal")
         trial.set_constraint("budget", used - self.budget.nbytes)
-        stored = time.perf_counter()
+        clock.lap("storage")
         losses, lost = self._race(allocation, used)
-        scored = time.perf_counter()
-        summary = self.scorer.summary(losses)
-        summary |= {
+        clock.lap("scoring")
+        result = self.scorer.summary(losses) | {
             "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
             "effective_bits": size.encoded * 8 / self.space.layout.inventory.n_searched_weights,
             "predicted": self.surrogate.predict(params),
             "repaired": params != self.space.complete(trial.params),
         }
         trial.set_user_attr(LOSSES, [float(v) for v in losses.kl])
-        for name, value in summary.items():
-            trial.set_user_attr(name, value)
-        self._tell(trial, float(summary["loss"]), used, lost)
-        self.study._storage.set_trial_user_attr
-        told = time.perf_counter()
-        del began, asked, stored, scored, told
+        trial.set_user_attr(RESULT, result)
+        self._tell(trial, float(result["loss"]), used, lost)
+        clock.lap("storage")
         return self.study.get_trials(deepcopy=False)[trial.number]
 
     def _enqueue_next(self) -> str | None:
@@ -267,7 +284,11 @@ def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def first_trials(
-    surrogate: Surrogate, budget: Budget, baselines: Sequence[tuple[str, Allocation]], *, n_knapsack: int
+    surrogate: Surrogate,
+    budget: Budget,
+    baselines: Sequence[tuple[str, Allocation]],
+    *,
+    n_knapsack: int,
 ) -> list[Queued]:
     """The unperturbed knapsack solutions, at the cap first, then the baselines that fit.
 
@@ -301,8 +322,6 @@ def _full(space: Space, allocation: Allocation) -> Params:
 
 
 def _held(space: Space, allocation: Allocation) -> bool:
-    from allocator.errors import SpaceError
-
     try:
         space.params(allocation)
     except SpaceError:

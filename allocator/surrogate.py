@@ -1,8 +1,8 @@
 """The additive prediction of the proxy loss, and its exact optimum under a budget.
 
-In: a profile and a space. Out: a loss per choice (format of a group, retained count of a layer), and
-`solve`: the choices of least total loss within the bytes. Invariant: the solution is the optimum of
-the (multiplied) surrogate, never over the budget.
+In: a profile and a space. Out: a loss per choice (format of a group, retained count of a layer),
+and `solve`: the choices of least total loss within the bytes. Invariant: the solution is the optimum
+of the (multiplied) surrogate, never over the budget.
 
 Between and beyond the measured formats of a group, the loss follows a power law of the format's
 weighted error through the measured points: log loss linear in log error, exponent 1 (a second-order
@@ -117,7 +117,9 @@ class Surrogate:
     def _solve_untied(self, costs: Costs) -> Params | None:
         names, classes = self._plain(costs)
         tables = {x: self._layer_class(costs, x) for x in self.space.layout.layers}
-        found = solve(classes + [t[0] for t in tables.values()], costs.budget.nbytes - costs.constant)
+        found = solve(
+            classes + [t[0] for t in tables.values()], costs.budget.nbytes - costs.constant
+        )
         if found is None:
             return None
         params: Params = {
@@ -135,9 +137,13 @@ class Surrogate:
         """A layer's retained count and formats as one class; rows are `(count, pick per group)`."""
         classes, rows = [], []
         for count in self.space.counts:
-            joint, picks = _joint([self._options(costs, g, count) for g in self.space.expert_groups[layer]])
+            joint, picks = _joint(
+                [self._options(costs, g, count) for g in self.space.expert_groups[layer]]
+            )
             classes.append(
-                Options(joint.nbytes + costs.layer(layer, count), joint.loss + self.counts[layer][count])
+                Options(
+                    joint.nbytes + costs.layer(layer, count), joint.loss + self.counts[layer][count]
+                )
             )
             rows.append(np.column_stack([np.full(len(picks), count), picks]))
         merged, where = union(classes)
@@ -157,7 +163,7 @@ def _joint(classes: list[Options]) -> tuple[Options, np.ndarray]:
 
 
 def from_profile(profile: Profile, space: Space) -> Surrogate:
-    """The surrogate that a profile's measurements give; the profile must be of the space's layout."""
+    """The surrogate that measurements give; the profile must be of the space's layout."""
     return Surrogate(
         space,
         {g: _format_losses(profile, g, names) for g, names in space.formats.items()},

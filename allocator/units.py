@@ -1,6 +1,7 @@
 """Bytes and durations as people write them."""
 
 import re
+from fractions import Fraction
 
 from allocator.errors import AllocatorError
 
@@ -13,7 +14,7 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in units:
         raise AllocatorError(f"{what}: got {text!r}, needed a number with a unit, e.g. {example}")
-    return round(float(match[1].replace("_", "")) * units[match[2].upper()])
+    return round(Fraction(match[1].replace("_", "")) * units[match[2].upper()])
 
 
 def parse_bytes(text: str | int) -> int:

@@ -41,12 +41,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise CalibrationError(f"{path}:{number}: no JSON ({error})") from None
                 if not isinstance(record, dict) or not ("ids" in record or "text" in record):
                     raise CalibrationError(f"{path}:{number}: needed an object with ids or text")
                 yield record
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: cannot be read as JSON lines: {error}") from None
+        raise CalibrationError(f"{path}: cannot be read ({error})") from None
 
 
 def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
@@ -63,7 +66,8 @@ def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
             raise CalibrationError(
                 f"{path}:{number}: needed ids, a list of 2 or more numbers below {vocab_size}"
             )
-        documents.append(Document(tuple(ids or ()), str(record.get("domain", "")), record.get("text")))
+        domain, text = str(record.get("domain", "")), record.get("text")
+        documents.append(Document(tuple(ids or ()), domain, text))
     if not documents:
         raise CalibrationError(f"{path}: no documents")
     return documents
@@ -88,7 +92,9 @@ def read_windows(path: Path, checkpoint: Path, *, window: int, bos: int = 0) -> 
     except Exception as error:
         raise CalibrationError(f"{checkpoint}/tokenizer.json: cannot be read ({error})") from None
     streams: dict[str, list[int]] = {}
-    for record in read_records(path):
+    for number, record in enumerate(read_records(path), 1):
+        if not isinstance(record.get("text"), str):
+            raise CalibrationError(f"{path}:{number}: needed text, to be cut in windows")
         stream = streams.setdefault(str(record.get("domain", "")), [])
         stream += [bos, *tokenizer.encode(record["text"], add_special_tokens=False).ids]
     documents = [
@@ -108,6 +114,22 @@ def interleaved(documents: Sequence[Document]) -> list[Document]:
         by_domain.setdefault(document.domain, []).append(document)
     rounds = zip_longest(*by_domain.values())
     return [document for row in rounds for document in row if document is not None]
+
+
+def batches(
+    documents: Sequence[Document], start: int, stop: int, *, n_tokens: int
+) -> Iterator[list[int]]:
+    """Indices of `documents[start:stop]` in runs of one length, at most `n_tokens` each."""
+    batch: list[int] = []
+    for i in range(start, stop):
+        length = len(documents[i].ids)
+        full = (len(batch) + 1) * length > n_tokens
+        if batch and (full or len(documents[batch[0]].ids) != length):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def digest(documents: Sequence[Document]) -> str:

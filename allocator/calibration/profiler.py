@@ -31,7 +31,7 @@ from allocator.formats import format_named
 from allocator.profile import Profile
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, mean
-from allocator.space import SearchSpace, Space, bind
+from allocator.space import Experts, SearchSpace, Space, bind
 from allocator.targets import Group, Layout
 
 ANCHOR_BITS = (1.75, 3.0)
@@ -243,8 +243,10 @@ class Profiler:
             for fmt in dict.fromkeys(_nearest(group, bits) for bits in ANCHOR_BITS):
                 yield group.name, fmt
         inventory = self.layout.inventory
-        least = max(inventory.experts_used, inventory.expert_groups)
         step = inventory.expert_groups
+        chosen = int(inventory.config.get("topk_group") or step) if step > 1 else 1
+        # a router ranks its expert groups by their best two, then needs `experts_used` in `chosen`
+        least = step * max(2, -(-inventory.experts_used // chosen))
         counts = (round(share * inventory.n_experts / step) * step for share in PRUNED_SHARES)
         counts_measured = sorted({max(least, n) for n in counts} | {least}, reverse=True)
         for layer in self.layout.layers:
@@ -256,9 +258,11 @@ class Profiler:
         lines = _Lines(self.folder / "losses.jsonl")
         done = {(row["change"], row["to"]): row["kl"] for row in lines.rows}
         changes = list(self._changes())
-        bar = tqdm(total=len(changes), initial=len(done), desc="measuring", disable=not self.progress)
+        bar = tqdm(
+            total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
+        )
         scorer: Scorer | None = None
-        space = self.space(msgspec.convert({"schema": 1, "experts": {"saliency": self.inputs.saliency}}, SearchSpace))
+        space = self.space(SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency)))
         for change, to in changes:
             if (change, to) in done:
                 continue

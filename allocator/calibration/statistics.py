@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from allocator.calibration.documents import Document
+from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats
 from allocator.families import Role
 from allocator.proxy.experts import use_observer, use_sorted_experts
@@ -73,7 +73,12 @@ class _Experts:
         self.norms, self.gates, self.products = (np.zeros(n_experts) for _ in range(3))
 
     def observe(
-        self, e: int, inputs: torch.Tensor, inner: torch.Tensor, outputs: torch.Tensor, gates: torch.Tensor
+        self,
+        e: int,
+        inputs: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+        gates: torch.Tensor,
     ) -> None:
         norms = outputs.norm(dim=-1).double()
         self.counts[e] += len(gates)
@@ -121,7 +126,7 @@ def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any
         sums[group.name] = _MeanSquare()
         if group.role is Role.K_B:  # multiplies the query's part without rotation
             attention = model.model.layers[group.layer].self_attn
-            q = attention.q_b_proj if attention.q_b_proj is not None else attention.q_proj
+            q = attention.q_proj if config.get("q_lora_rank") is None else attention.q_b_proj
             handles.append(q.register_forward_hook(on_q(group.name)))
         else:
             module = _reader(model, group)
@@ -138,15 +143,20 @@ def _reader(model: Any, group: Group) -> Any:
 
 @torch.inference_mode()
 def collect(
-    model: Any, layout: Layout, documents: Sequence[Document], *, batch: int = 8, progress: bool = False
+    model: Any,
+    layout: Layout,
+    documents: Sequence[Document],
+    *,
+    batch_tokens: int = 4096,
+    progress: bool = False,
 ) -> Statistics:
     """Runs the original over `documents`.
 
     Args:
         model: a transformers model with the original's weights and experts.
         layout: whose groups get importance.
-        documents: of one length.
-        batch: documents per forward pass.
+        documents: tokens to run.
+        batch_tokens: tokens per forward pass.
         progress: shows a bar.
     """
     inventory = layout.inventory
@@ -163,10 +173,10 @@ def collect(
         use_observer(model, layer, layer_sums.observe)
     try:
         bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
-        for start in range(0, len(documents), batch):
-            chunk = documents[start : start + batch]
-            model(input_ids=torch.tensor([d.ids for d in chunk]), use_cache=False)
-            bar.update(len(chunk))
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
+            ids = torch.tensor([documents[i].ids for i in batch])
+            model(input_ids=ids, use_cache=False)
+            bar.update(len(batch))
         bar.close()
     finally:
         for handle in handles:

@@ -29,7 +29,7 @@ class Bank:
     Args:
         folder: where entries live; made if missing.
         layout: the groups.
-        importance: per group, `(in,)` or `(experts or heads, in)`; groups without are encoded plainly.
+        importance: per group, `(in,)` or `(experts or heads, in)`; others are encoded plainly.
         threads: for encoding.
     """
 
@@ -76,7 +76,10 @@ class Bank:
         if name not in self._digests:
             group = self.layout.groups[name]
             weighted = self.group_importance(name)
-            parts = (group_digest(self.layout, group), "" if weighted is None else weighted.tobytes().hex())
+            parts = (
+                group_digest(self.layout, group),
+                "" if weighted is None else weighted.tobytes().hex(),
+            )
             self._digests[name] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         return hashlib.sha256(f"{self._digests[name]} {fmt} {self._codec}".encode()).hexdigest()
 

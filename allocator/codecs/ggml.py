@@ -108,6 +108,8 @@ def encode(
     flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, rows, width)
     if not np.isfinite(flat).all():
         raise FormatError(f"{fmt.name}: weights are not finite; the checkpoint is damaged")
+    if importance is not None and not (np.isfinite(importance).all() and (importance >= 0).all()):
+        raise FormatError(f"{fmt.name}: importance must be finite and not negative; profile again")
     out = np.zeros((len(flat), rows, row_bytes), np.uint8)
     if fmt.name == "F32":
         out[:] = flat.view(np.uint8).reshape(out.shape)
@@ -151,7 +153,9 @@ def decode(data: Bytes, fmt: Format, *, out: Floats | None = None) -> Floats:
     width = row_bytes // fmt.block_bytes * fmt.block
     if out is None:
         out = np.empty((*outer, width), np.float32)
-    assert out.shape == (*outer, width) and out.flags.c_contiguous and out.dtype == np.float32
+    assert out.shape == (*outer, width)
+    assert out.flags.c_contiguous
+    assert out.dtype == np.float32
     data = np.ascontiguousarray(data)
     if fmt.name == "F32":
         out[...] = data.view(np.float32)

@@ -24,9 +24,7 @@ def read_raw(inventory: Inventory, info: TensorInfo) -> npt.NDArray[np.uint8]:
     Raises:
         CheckpointError: if the file ends before it.
     """
-    data = np.fromfile(
-        inventory.path / info.file, np.uint8, count=info.nbytes, offset=info.offset
-    )
+    data = np.fromfile(inventory.path / info.file, np.uint8, count=info.nbytes, offset=info.offset)
     if data.size != info.nbytes:
         raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
     return data

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Gets expert, inputs `(n, hidden)`, intermediates `(n, width)`, outputs `(n, hidden)`, gates `(n,)`."""
+"""Gets expert, inputs `(n, hidden)`, inner `(n, width)`, outputs `(n, hidden)`, gates `(n,)`."""
 
 
 def routed_experts(
@@ -26,7 +26,7 @@ def routed_experts(
     """Sum over a token's experts of gate x output.
 
     Args:
-        experts: a module with `gate_up_proj` `(E, 2 width, hidden)`, `down_proj` `(E, hidden, width)`.
+        experts: has `gate_up_proj` `(E, 2 width, hidden)` and `down_proj` `(E, hidden, width)`.
         hidden: `(tokens, hidden)`.
         index: `(tokens, k)` chosen experts.
         gates: `(tokens, k)`.

@@ -6,7 +6,8 @@ is gone from the router before top-k, gates are renormalised by the architecture
 and the weights are the decoded ones of the file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
         old = getattr(module, name, None)
         if old is None:
             continue
-        new = torch.empty((n_experts, *old.shape[1:]), dtype=torch.float32)
+        new = _memory((n_experts, *old.shape[1:]))
         if isinstance(old, nn.Parameter):
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         else:
@@ -75,20 +76,35 @@ def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> 
         moe_block(model, layer).gate.top_k = experts_used
 
 
+def _memory(shape: tuple[int, ...]) -> torch.Tensor:
+    with torch.inference_mode(False):  # else nothing could be put in outside of inference mode
+        return torch.empty(shape, dtype=torch.float32)
+
+
 def parameter_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer by its dotted name, with memory of its own."""
+    """A parameter or buffer by its dotted name, with memory of its own.
+
+    Raises:
+        CheckpointError: if the architecture has none of that name.
+    """
     module_name, _, attribute = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    tensor: torch.Tensor = getattr(module, attribute)
+    try:
+        module = model.get_submodule(module_name)
+        tensor: torch.Tensor = getattr(module, attribute)
+    except AttributeError:
+        raise CheckpointError(
+            f"{name} is in the checkpoint, but not in the model of its config.json; "
+            "fetch both from one place"
+        ) from None
     if tensor.is_meta:
-        tensor = nn.Parameter(torch.empty(tensor.shape, dtype=torch.float32), requires_grad=False)
+        tensor = nn.Parameter(_memory(tuple(tensor.shape)), requires_grad=False)
         setattr(module, attribute, tensor)
         if name == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
             model.lm_head.weight = tensor
     return tensor
 
 
-def destination(model: Any, layout: Layout, group: Group) -> torch.Tensor:
+def destination(model: Any, config: Mapping[str, Any], group: Group) -> torch.Tensor:
     """A view of the model's memory with the group's shape; writing into it installs the group."""
     if group.role.is_expert:
         experts = f"model.layers.{group.layer}.mlp.experts"
@@ -99,24 +115,34 @@ def destination(model: Any, layout: Layout, group: Group) -> torch.Tensor:
         return fused[:, :half] if group.role is Role.EXPERT_GATE else fused[:, half:]
     weight = parameter_of(model, group.sources[0])
     if group.role in (Role.K_B, Role.V_B):
-        config = layout.inventory.config
         heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
         halves = weight.view(heads, -1, weight.shape[-1])
         return halves[:, :nope].transpose(1, 2) if group.role is Role.K_B else halves[:, nope:]
     return weight
 
 
-def install(model: Any, layout: Layout, group: Group, values: Floats) -> None:
-    """Puts a group's values, `group.shape_with(retained)`, into the model."""
-    view = destination(model, layout, group)
-    assert view.shape == values.shape, (group.name, view.shape, values.shape)
-    view.copy_(torch.from_numpy(values))
+def install(model: Any, config: Mapping[str, Any], group: Group, values: Floats) -> None:
+    """Puts a group's values, `group.shape_with(retained)`, into the model.
+
+    Raises:
+        CheckpointError: if the architecture has another shape there.
+    """
+    _fill(destination(model, config, group), values, group.name)
 
 
 def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...] | None) -> None:
     """Puts a norm, or the retained rows of a router, into the model."""
     rows = values[list(experts)] if kept.role.is_router and experts is not None else values
-    parameter_of(model, kept.source).copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+    _fill(parameter_of(model, kept.source), np.ascontiguousarray(rows), kept.source)
+
+
+def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
+    if tensor.shape != values.shape:
+        raise CheckpointError(
+            f"{name} has shape {values.shape} in the checkpoint, but {tuple(tensor.shape)} in the "
+            "model of its config.json; fetch both from one place"
+        )
+    tensor.copy_(torch.from_numpy(values))
 
 
 class SwapModel:
@@ -124,10 +150,14 @@ class SwapModel:
 
     Attributes:
         model: the transformers model, float32.
-        state: what each group holds now: `(format, retained experts)`; None for the original.
+        retained: experts by MoE layer that it holds now.
+        experts_used: routed experts per token now.
+        state: what each group holds now: `(format, retained experts)`; "" for the original's.
     """
 
-    def __init__(self, layout: Layout, decoded: Callable[[str, str, tuple[int, ...] | None], Floats]) -> None:
+    def __init__(
+        self, layout: Layout, decoded: Callable[[str, str, tuple[int, ...] | None], Floats]
+    ) -> None:
         """Loads the original.
 
         Args:
@@ -138,9 +168,13 @@ class SwapModel:
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
         self.model = skeleton(self.inventory.path)
+        if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
+            self.model.config.tie_word_embeddings = False
+        self._check_routers()
         use_sorted_experts(self.model, self.inventory.moe_layers)
         self.retained: dict[int, tuple[int, ...]] = {}
-        self.state: dict[str, tuple[str, tuple[int, ...] | None] | None] = {}
+        self.experts_used = self.inventory.experts_used
+        self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
         self._kept = {k.source: read_tensor(self.inventory, k.source) for k in layout.kept}
         self._all = tuple(range(self.inventory.n_experts))
         for kept in layout.kept:
@@ -156,6 +190,17 @@ class SwapModel:
             retained=dict.fromkeys(self.layout.layers, self._all),
             experts_used=self.inventory.experts_used,
         )
+
+    @contextmanager
+    def original(self) -> Iterator[Any]:
+        """The model as the original; what it held before is put back afterwards."""
+        formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
+        retained, experts_used = dict(self.retained), self.experts_used
+        self.reset()
+        try:
+            yield self.model
+        finally:
+            self.put(formats=formats, retained=retained, experts_used=experts_used)
 
     def put(
         self,
@@ -176,18 +221,21 @@ class SwapModel:
                 self._retain(layer, experts)
         for name, fmt in formats.items():
             group = self.layout.groups[name]
-            experts = retained[group.layer] if group.role.is_expert and group.layer is not None else None
-            wanted = (fmt or "", experts)
+            held = None
+            if group.role.is_expert and group.layer is not None:
+                held = retained[group.layer]
+            wanted = (fmt or "", held)
             if self.state.get(name) == wanted:
                 continue
             if fmt is None:
                 values = group_weights(self.layout, group)
-                values = values if experts is None else values[list(experts)]
+                values = values if held is None else values[list(held)]
             else:
-                values = self._decoded(name, fmt, experts)
-            install(self.model, self.layout, group, values)
+                values = self._decoded(name, fmt, held)
+            install(self.model, self.inventory.config, group, values)
             self.state[name] = wanted
         set_experts_used(self.model, self.layout.layers, experts_used)
+        self.experts_used = experts_used
 
     def _retain(self, layer: int, experts: tuple[int, ...]) -> None:
         resize_experts(self.model, layer, len(experts))
@@ -199,7 +247,26 @@ class SwapModel:
                 self.state.pop(name, None)
         self.retained[layer] = experts
 
+    def _check_routers(self) -> None:
+        sources = {kept.source for kept in self.layout.kept}
+        for layer in self.inventory.moe_layers:
+            router = f"model.layers.{layer}.mlp.gate"
+            if not hasattr(moe_block(self.model, layer), "experts"):
+                raise CheckpointError(
+                    f"{self.inventory.path}: {router}.weight is in the checkpoint, but config.json "
+                    f"makes layer {layer} dense; fetch both from one place"
+                )
+            bias = f"{router}.e_score_correction_bias"
+            if hasattr(moe_block(self.model, layer).gate, "e_score_correction_bias"):
+                self._need(bias in sources, bias)
+
     def _check_complete(self) -> None:
-        empty = [name for name, p in self.model.named_parameters() if p.is_meta]
-        if empty:
-            raise CheckpointError(f"{self.inventory.path}: no tensor for {empty[0]} in the checkpoint")
+        for name, parameter in self.model.named_parameters():
+            self._need(not parameter.is_meta, name)
+
+    def _need(self, found: bool, name: str) -> None:
+        if not found:
+            raise CheckpointError(
+                f"{self.inventory.path}: no {name} in the checkpoint, which its architecture has; "
+                "the checkpoint is not whole: fetch it again"
+            )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from allocator.allocation import Allocation
-from allocator.calibration.documents import Document
+from allocator.calibration.documents import Document, batches
 from allocator.proxy.model import SwapModel
 
 Array = npt.NDArray[np.float64]
@@ -70,6 +70,24 @@ class Scorer:
         self._hidden: dict[int, torch.Tensor] = {}
         self._log_probs: dict[int, torch.Tensor] = {}
         self._head: torch.Tensor | None = None
+        self._top1: dict[int, torch.Tensor] = {}
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents there are."""
+        return len(self.documents)
+
+    def summary(self, losses: DocumentLosses) -> dict[str, Any]:
+        """Means of losses that began at document 0, as plain values for trial attributes."""
+        scored = self.documents[: len(losses.kl)]
+        return {
+            "loss": mean(losses.kl, scored),
+            "tokens": sum(len(d.ids) for d in scored),
+            "kl_by_domain": by_domain(losses.kl, scored),
+            "top1": mean(losses.top1, scored),
+            "overlap": mean(losses.overlap, scored),
+            "perplexity": perplexity(losses.nll, scored),
+        }
 
     @property
     def n_tokens(self) -> int:
@@ -77,7 +95,9 @@ class Scorer:
         return sum(len(d.ids) for d in self.documents)
 
     @torch.inference_mode()
-    def score(self, allocation: Allocation, start: int = 0, stop: int | None = None) -> DocumentLosses:
+    def score(
+        self, allocation: Allocation, start: int = 0, stop: int | None = None
+    ) -> DocumentLosses:
         """Losses of an allocation on `documents[start:stop]`."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
@@ -90,12 +110,12 @@ class Scorer:
 
     @torch.inference_mode()
     def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:
-        """Losses of what the model holds now; the reference must have been run before."""
+        """Losses of what the model holds now."""
         return self.score_model(self.swap.model, start, stop)
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
-        """Losses of any transformers model with the same vocabulary, e.g. a re-opened checkpoint."""
+        """Losses of any transformers model with this vocabulary, e.g. a re-opened checkpoint."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
         rows: list[tuple[float, float, float, float]] = []
@@ -105,37 +125,54 @@ class Scorer:
         return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
 
     @torch.inference_mode()
-    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> tuple[float, float, float, float]:
+    def score_logits(
+        self, index: int, logits: npt.NDArray[np.float32]
+    ) -> tuple[float, float, float, float]:
         """KL, top-1, overlap and nll of one document from another runtime's logits."""
         self.ensure_reference(index + 1)
         return self._compare(index, torch.from_numpy(logits))
 
     @torch.inference_mode()
+    def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
+        """Logits `(tokens, vocabulary)` of what the model holds now, on one document."""
+        model = self.swap.model
+        logits: torch.Tensor = model.lm_head(_hidden_states(model, [self.documents[index]])[0])
+        return logits.numpy()
+
+    @torch.inference_mode()
     def ensure_reference(self, stop: int) -> None:
-        """Runs the original on the documents before `stop` that it has not seen."""
-        missing = [i for i in range(stop) if i not in self._hidden]
-        if not missing:
+        """Runs the original on the documents before `stop` that it has not seen.
+
+        What the model holds meanwhile is put back. The batches do not depend on what was asked
+        for before, because sums over other batches differ in the last bit.
+        """
+        if all(i in self._hidden for i in range(stop)):
             return
-        self.swap.reset()
-        if self._head is None:
-            self._head = self.swap.model.lm_head.weight.clone()
-        for batch in self._batches(missing[0], missing[-1] + 1):
-            hidden = _hidden_states(self.swap.model, [self.documents[i] for i in batch])
-            for i, state in zip(batch, hidden, strict=True):
-                self._hidden[i] = state.clone()
+        with self.swap.original() as model:
+            if self._head is None:
+                self._head = model.lm_head.weight.clone()
+            for batch in self._batches(0, len(self.documents)):
+                if batch[0] >= stop or batch[0] in self._hidden:
+                    continue
+                hidden = _hidden_states(model, [self.documents[i] for i in batch])
+                for i, state in zip(batch, hidden, strict=True):
+                    self._hidden[i] = state.clone()
 
     def _reference(self, index: int) -> torch.Tensor:
         if index in self._log_probs:
             return self._log_probs[index]
         assert self._head is not None
         log_probs = torch.log_softmax(self._hidden[index] @ self._head.T, -1)
-        if (len(self._log_probs) + 1) * log_probs.numel() * 4 <= self._cache_bytes:
+        if log_probs.nbytes <= self._cache_bytes:
+            self._cache_bytes -= log_probs.nbytes
             self._log_probs[index] = log_probs
         return log_probs
 
     def _compare(self, index: int, logits: torch.Tensor) -> tuple[float, float, float, float]:
         p_log = self._reference(index)
-        top1 = (logits.argmax(-1) == p_log.argmax(-1)).double().mean()
+        if index not in self._top1:
+            self._top1[index] = p_log.argmax(-1)
+        top1 = (logits.argmax(-1) == self._top1[index]).double().mean()
         q_log = torch.log_softmax(logits, -1)
         ids = torch.tensor(self.documents[index].ids[1:])
         nll = -q_log[:-1].gather(1, ids[:, None]).double().mean()
@@ -145,17 +182,7 @@ class Scorer:
         return float(kl), float(top1), float(overlap), float(nll)
 
     def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
-        """Runs of documents of one length, at most `batch_tokens` each."""
-        batch: list[int] = []
-        for i in range(start, stop):
-            length = len(self.documents[i].ids)
-            full = (len(batch) + 1) * length > self.batch_tokens
-            if batch and (full or len(self.documents[batch[0]].ids) != length):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+        return batches(self.documents, start, stop, n_tokens=self.batch_tokens)
 
 
 def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
@@ -183,5 +210,6 @@ def by_domain(values: Array, documents: Sequence[Document]) -> dict[str, float]:
 
 
 def perplexity(nll: Array, documents: Sequence[Document]) -> float:
-    """exp of the token-weighted mean negative log-likelihood."""
-    return math.exp(mean(nll, documents))
+    """exp of the mean negative log-likelihood of all predicted tokens."""
+    n_predicted = np.array([len(d.ids) - 1 for d in documents], np.float64)
+    return math.exp(float(np.average(nll, weights=n_predicted)))

@@ -4,6 +4,7 @@ In: a name, a study seed. Out: an Optuna sampler. Invariant: its random state co
 proposal number) alone, so a study that was stopped and resumed proposes what an undisturbed one does.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +37,16 @@ class SeededSampler(BaseSampler):
     Args:
         make: a seed to a sampler.
         seed: of the study.
+
+    Attributes:
+        sampling_seconds: what the last proposal took.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make = make
         self._seed = seed
         self._inner = make(seed)
+        self.sampling_seconds = 0.0
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Seeds the sampler for this trial."""
@@ -59,17 +64,22 @@ class SeededSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As the inner sampler."""
-        return self._inner.sample_relative(study, trial, search_space)
+        began = time.perf_counter()
+        proposed = self._inner.sample_relative(study, trial, search_space)
+        self.sampling_seconds = time.perf_counter() - began
+        return proposed
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         """As the inner sampler."""
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         """As the inner sampler."""
         self._inner.after_trial(study, trial, state, values)
 

@@ -68,7 +68,11 @@ class KnapsackSampler(BaseSampler):
         return proposal
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         """For params outside the space only."""
         return self._independent.sample_independent(study, trial, param_name, param_distribution)

@@ -1,8 +1,8 @@
-"""A runtime's contract: which tensors are encoded, in which groups and layouts, and what a file costs.
+"""A runtime's contract: which tensors are encoded, in which groups and layouts, at what file cost.
 
 In: an inventory. Out: a `Layout`: the groups (one format each) and the tensors kept in full
-precision, with their names, shapes and bytes in the target's file. Invariant: the layout lists every
-tensor of the file, so sizes predicted from it are the sizes written.
+precision, with their names, shapes and bytes in the target's file. Invariant: the layout lists
+every tensor of the file, so sizes predicted from it are the sizes written.
 """
 
 from allocator.errors import TargetError

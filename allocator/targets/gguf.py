@@ -8,14 +8,14 @@ multi-head latent attention stores `k_b` (transposed: rows of `qk_nope_head_dim`
 
 from collections.abc import Mapping
 
-from allocator.errors import TargetError
+from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role
 from allocator.inventory import Inventory, TensorInfo
 from allocator.targets.gguf_metadata import metadata, metadata_bytes
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
 _HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
-_MLA_LAYERS_WITHOUT_Q_LORA = (26, 27, 48)  # llama.cpp tells the old models apart by these
+_MLA_LAYERS_WITHOUT_Q_LORA = (26, 27)  # llama.cpp tells the old models apart by these
 
 
 class GgufTarget(Target):
@@ -90,6 +90,11 @@ def _halves(inventory: Inventory, kv_b: TensorInfo, layer: int) -> list[Group]:
     config = inventory.config
     heads, rank = int(config["num_attention_heads"]), int(config["kv_lora_rank"])
     nope, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
+    if kv_b.shape != (heads * (nope + value), rank):
+        raise CheckpointError(
+            f"{inventory.path}: {kv_b.name} has shape {kv_b.shape}, config.json says "
+            f"{heads} heads x ({nope} + {value}) by {rank}; fetch the checkpoint again"
+        )
     return [
         Group(
             name=f"layers.{layer}.{role}",

@@ -1,8 +1,9 @@
-"""Target `safetensors`: our own loader for transformers; a retained count per layer, any format per group.
+"""Target `safetensors`: our own loader for transformers; any count per layer and format per group.
 
 A safetensors file is 8 bytes of header length, a JSON header padded with spaces to 8 bytes, and the
 tensor data without gaps (https://github.com/huggingface/safetensors#format). Encoded groups are
-`U8` tensors of shape `(..., bytes per row)` under the group's name; kept tensors keep name and dtype.
+`U8` tensors of shape `(..., bytes per row)` under the group's name; kept tensors keep name and
+dtype.
 """
 
 import json

@@ -1,0 +1,328 @@
+"""The command line: a table of verbs; each parses, calls one function of `allocator.api`, prints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.errors import AllocatorError
+from allocator.units import parse_seconds, show_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_EPILOG = (
+    "Bad input is one line on stderr and exit code 2. `allocator VERB --help` explains a verb."
+)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"cache": args.cache, "threads": args.threads, "progress": not args.quiet}
+
+
+def _print_table(table: "pd.DataFrame", **formats: str) -> None:
+    shown = table.copy()
+    for column, spec in formats.items():
+        if column in shown:
+            shown[column] = [
+                "" if v is None or v != v else format(v, spec)  # noqa: PLR0124 - NaN
+                for v in shown[column]
+            ]
+    print(shown.to_string(index=False))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    table = api.inspect(args.checkpoint, target=args.target)
+    _print_table(table, weights=",")
+    print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    profile = api.profile(args.study, **_options(args))
+    print(
+        f"profile of checkpoint {profile.checkpoint[:12]} for target {profile.target}: "
+        f"{len(profile.errors)} groups, {sum(map(len, profile.errors.values()))} errors, "
+        f"{sum(map(len, profile.measured.values())) + sum(map(len, profile.pruned.values()))} "
+        f"measured changes on {profile.measured_tokens:,} tokens; importance from "
+        f"{profile.n_tokens:,} tokens, {len(profile.unreached)} experts unreached"
+    )
+
+
+def _search(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    launch = {
+        "budget": args.budget,
+        "weights_budget": args.weights_budget,
+        "trials": args.trials,
+    }
+    if args.dry_run:
+        _print_estimate(api.estimate(args.study, **launch, **_options(args)))
+        return
+    result = api.search(
+        args.study,
+        **launch,
+        seconds=None if args.time is None else parse_seconds(args.time),
+        storage=args.storage,
+        sampler=args.sampler,
+        seed=args.seed,
+        join=args.join,
+        on_trial=None if args.quiet else _TrialPrinter(),
+        **_options(args),
+    )
+    for message in result.messages:
+        print(message)
+    print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
+    print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
+    print(f"pick: {result.pick}\nknapsack alone: {result.knapsack}")
+
+
+def _print_estimate(e: Any) -> None:
+    print(f"budget   {show_bytes(e.budget.nbytes)}, bounds the {e.budget.bounds}")
+    print(f"floor    {show_bytes(e.floor)}")
+    print(f"ceiling  {show_bytes(e.ceiling)}")
+    print(f"groups   {e.groups} with a choice; retained experts {e.counts[0]}..{e.counts[-1]}")
+    print(
+        f"trial    {e.seconds_per_full_trial:.1f} s on the full search split; losers stop earlier"
+    )
+    ready = "ready" if e.profile_ready else f"about {e.profile_seconds:.0f} s"
+    print(f"profile  {ready}")
+    print(f"total    at most about {e.total_seconds / 60:.0f} min")
+
+
+class _TrialPrinter:
+    """One line per finished trial."""
+
+    def __call__(self, trial: Any) -> None:
+        from allocator.study import KIND, RESULT
+
+        result = trial.user_attrs.get(RESULT)
+        if result is not None:
+            print(
+                f"trial {trial.number:4d}  {trial.state.name:8s}  {result['effective_bits']:.3f} bits"
+                f"  loss {result['loss']:.5f}  predicted {result['predicted']:.5f}"
+                f"  tokens {result['tokens']:6d}  {trial.user_attrs[KIND]}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _front(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    table = api.front(args.study, storage=args.storage, **_options(args))
+    _print_table(
+        table.drop(columns=["state", "tokens"]),
+        bytes=",", file_bytes=",", effective_bits=".3f", loss=".5f", predicted=".5f", top1=".4f",
+    )  # fmt: skip
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    _print_table(
+        api.explain(args.study, args.allocation, **_options(args)),
+        bytes=",.0f", predicted_loss=".6f",
+        up_bytes="+,.0f", up_loss="+.6f", down_bytes="+,.0f", down_loss="+.6f",
+    )  # fmt: skip
+
+
+def _score(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    found = api.score(args.study, args.allocation, base=args.base, **_options(args))
+    for name, value in found.items():
+        print(f"{name:16s} {value}")
+
+
+def _materialize(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    written = api.materialize(
+        args.study,
+        args.allocation,
+        args.out,
+        container=args.container,
+        record=args.record,
+        **_options(args),
+    )
+    _print_written(written)
+
+
+def _print_written(written: Any) -> None:
+    m = written.manifest
+    print(
+        f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
+        f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
+    )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    v = api.verify(args.study, args.folder, documents=args.documents, **_options(args))
+    runtime = "llama.cpp" if v.container == "gguf" else "transformers"
+    off = "KL(torch || llama.cpp)" if v.container == "gguf" else "difference"
+    print(
+        f"{v.folder}: {v.n_tensors} tensors equal, {v.tensor_bytes:,} tensor bytes and "
+        f"{v.file_bytes:,} file bytes as predicted; proxy loss {v.loss:.6f} in torch, "
+        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}"
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    table = api.evaluate(
+        args.study,
+        args.allocation or None,
+        documents=None if args.all else args.documents,
+        text=args.text,
+        pruned=args.pruned,
+        tasks=args.tasks,
+        **_options(args),
+    )
+    _print_table(
+        table,
+        bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f", top1=".4f",
+        acc=".3f", lm_eval_perplexity=".2f",
+    )  # fmt: skip
+    if args.csv:
+        table.to_csv(args.csv, index=False)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    for written in api.reproduce(args.allocation, args.out, study=args.study, **_options(args)):
+        _print_written(written)
+
+
+def _study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="folder with a study.toml")
+
+
+def _allocation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "allocation", type=Path, help="allocation file, e.g. STUDY/allocations/pick.json"
+    )
+
+
+def _study_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--study", type=Path, help="study folder (default: the one that the allocation lies in)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allocator",
+        description="Search how many experts each layer of an MoE model keeps and which format every "
+        "tensor gets, inside a memory budget; write and verify the checkpoint.",
+        epilog=_EPILOG,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--cache", type=Path, help="profiles and encoded weights (default: $ALLOCATOR_CACHE)"
+        )
+        sub.add_argument("--threads", type=int, help="cores to use (default: all)")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars, no line per trial")
+        return sub
+
+    p = verb("inspect", _inspect, "list the groups of a checkpoint; reads headers only")
+    p.add_argument("checkpoint", type=Path, help="directory with safetensors and config.json")
+    p.add_argument("--target", default="safetensors", help="gguf or safetensors (default)")
+
+    _study(verb("profile", _profile, "measure sensitivities; continues where it was stopped"))
+
+    p = verb("search", _search, "launch or resume a study; pick on the selection split")
+    _study(p)
+    p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB")
+    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    p.add_argument("--trials", type=int, help="trials in the study in total (default: study.toml)")
+    p.add_argument("--time", help="stop after so long, e.g. 30min")
+    p.add_argument("--sampler", help="knapsack, random, tpe or nsga2 (default: study.toml)")
+    p.add_argument("--seed", type=int, help="default: study.toml")
+    p.add_argument("--storage", help="RDB URL or journal:PATH (default: a journal in the folder)")
+    p.add_argument("--join", action="store_true", help="work beside a search that is running")
+    p.add_argument("--dry-run", action="store_true", help="print floor, ceiling and estimates only")
+
+    p = verb("front", _front, "list the non-dominated trials; writes front.json")
+    _study(p)
+    p.add_argument("--storage", help="as for search")
+
+    p = verb("explain", _explain, "per decision: bytes, predicted loss, next step up and down")
+    _allocation(p)
+    _study_option(p)
+
+    p = verb("score", _score, "measure any allocation, or a llama-quantize tensor-type file")
+    _allocation(p)
+    _study_option(p)
+    p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
+
+    p = verb("materialize", _materialize, "write the checkpoint of an allocation")
+    _allocation(p)
+    p.add_argument("out", type=Path, help="directory to make")
+    _study_option(p)
+    p.add_argument("--container", choices=("gguf", "safetensors"), help="default: the target")
+    p.add_argument("--record", action="store_true", help="note the sha256 in the allocation file")
+
+    p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")
+    p.add_argument("folder", type=Path, help="directory written by materialize")
+    p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
+    p.add_argument("--documents", type=int, default=16, help="documents to score (default 16)")
+
+    p = verb(
+        "evaluate", _evaluate, "held-out KL and perplexity beside uniform formats and role mixes"
+    )
+    _study(p)
+    p.add_argument("--allocation", type=Path, action="append", help="default: allocations/*.json")
+    p.add_argument("--documents", type=int, default=48, help="report documents (default 48)")
+    p.add_argument("--all", action="store_true", help="the full report split")
+    p.add_argument("--text", type=Path, help="JSON lines with text to evaluate on instead")
+    p.add_argument("--pruned", action="store_true", help="baselines also with fewer experts")
+    p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
+    p.add_argument("--csv", type=Path, help="write the table there too")
+
+    p = verb("reproduce", _reproduce, "rebuild a committed allocation's files; compares sha256")
+    _allocation(p)
+    p.add_argument("--out", type=Path, help="parent directory (default: STUDY/out)")
+    _study_option(p)
+    return parser
+
+
+def _default_study(args: argparse.Namespace) -> None:
+    """An allocation in STUDY/allocations belongs to STUDY."""
+    if getattr(args, "study", "") is None:
+        args.study = args.allocation.resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
+    args = _parser().parse_args(argv)
+    _default_study(args)
+    try:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        args.run(args)
+    except AllocatorError as error:
+        print(f"allocator {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"allocator {args.verb}: stopped; run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Held-out figures: KL and perplexity of the original, of baselines, and of found allocations.
+
+In: a study and allocation files. Out: one table. Invariant: every figure is on documents that
+neither search nor selection has seen, or on a text file that the caller names; the column `split`
+says which.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from allocator.allocation import Allocation
+from allocator.calibration.documents import Document, interleaved
+from allocator.errors import CalibrationError
+from allocator.proxy.scorer import Scorer, by_domain, mean, perplexity
+from allocator.workspace import Workspace
+
+
+def evaluate(
+    study: str | Path,
+    allocations: Sequence[str | Path] | None = None,
+    *,
+    documents: int | None = 48,
+    text: str | Path | None = None,
+    pruned: bool = False,
+    tasks: bool = False,
+    domains: bool = False,
+    **options: Any,
+) -> pd.DataFrame:
+    """KL, perplexity and top-1 agreement on held-out documents, smallest first.
+
+    Args:
+        study: its folder.
+        allocations: files; all of `allocations/*.json` by default.
+        documents: how many, taken from the domains in turn; None for all.
+        text: JSON lines to evaluate on instead of the report split.
+        pruned: baselines also with one smaller retained count in every layer.
+        tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
+        domains: a KL column per domain.
+        options: of `Workspace`.
+    """
+    workspace = Workspace(study, **options)
+    held_out = _documents(workspace, documents, text)
+    scorer = Scorer(workspace.profiler.swap, held_out)
+    rows = [(name, a) for name, a in workspace.baselines(pruned=pruned)]
+    found = _allocations(workspace, allocations)
+    table = [_original(workspace, scorer)]
+    for name, allocation in tqdm(rows + found, desc="evaluate", disable=not workspace.progress):
+        table.append(_row(workspace, scorer, name, allocation, domains=domains))
+    frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
+    frame["split"] = str(text) if text else "report"
+    if tasks:
+        _add_tasks(workspace, frame, dict(found), held_out)
+    return frame
+
+
+def _documents(workspace: Workspace, n: int | None, text: str | Path | None) -> list[Document]:
+    found = workspace.report if text is None else interleaved(workspace.read_documents(Path(text)))
+    if n is not None and n > len(found):
+        raise CalibrationError(f"{n} documents asked for, there are {len(found)}; use --all")
+    return found[:n]
+
+
+def _allocations(
+    workspace: Workspace, paths: Sequence[str | Path] | None
+) -> list[tuple[str, Allocation]]:
+    chosen = paths or sorted((workspace.folder / "allocations").glob("*.json"))
+    return [(f"* {Path(p).stem}", workspace.read_allocation(p)) for p in chosen]
+
+
+def _original(workspace: Workspace, scorer: Scorer) -> dict[str, Any]:
+    weights = workspace.inventory.n_searched_weights
+    swap = scorer.swap
+    scorer.ensure_reference(len(scorer.documents))
+    swap.reset()
+    losses = scorer.score_installed()
+    stored = sum(t.nbytes for t in workspace.inventory.tensors.values() if t.role.is_encoded)
+    return {
+        "name": "original",
+        "bits": stored * 8 / weights,
+        "bytes": stored,
+        "kl": mean(losses.kl, scorer.documents),
+        "perplexity": perplexity(losses.nll, scorer.documents),
+        "top1": mean(losses.top1, scorer.documents),
+    }
+
+
+def _row(
+    workspace: Workspace, scorer: Scorer, name: str, allocation: Allocation, *, domains: bool
+) -> dict[str, Any]:
+    size = allocation.nbytes(workspace.layout)
+    losses = scorer.score(allocation)
+    row: dict[str, Any] = {
+        "name": name,
+        "bits": size.encoded * 8 / workspace.inventory.n_searched_weights,
+        "bytes": size.encoded,
+        "file_bytes": size.file,
+        "kl": mean(losses.kl, scorer.documents),
+        "perplexity": perplexity(losses.nll, scorer.documents),
+        "top1": mean(losses.top1, scorer.documents),
+        "experts": " ".join(str(n) for n in allocation.counts.values()),
+    }
+    if domains:
+        row |= {f"kl_{d}": v for d, v in by_domain(losses.kl, scorer.documents).items()}
+    return row
+
+
+def _add_tasks(
+    workspace: Workspace,
+    frame: pd.DataFrame,
+    found: dict[str, Allocation],
+    documents: Sequence[Document],
+) -> None:
+    """Adds lm-eval's figures for the original, the found ones and their neighbours in size."""
+    from transformers import AutoTokenizer
+
+    from allocator.evaluate.tasks import run_tasks, write_tasks
+
+    tokenizer = AutoTokenizer.from_pretrained(workspace.inventory.path)
+    folder = workspace.cache / "lm-eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = write_tasks(documents, tokenizer, folder)
+    swap = workspace.profiler.swap
+    known = dict(workspace.baselines()) | found
+    chosen = {"original", *found} | _neighbours(frame, found)
+    frame["acc"] = np.nan
+    frame["lm_eval_perplexity"] = np.nan
+    for at, row in tqdm(
+        frame.iterrows(), desc="lm-eval", total=len(frame), disable=not workspace.progress
+    ):
+        if row["name"] not in chosen:
+            continue
+        if row["name"] == "original":
+            swap.reset()
+        else:
+            allocation = known[row["name"]]
+            swap.put(
+                formats=dict(allocation.formats),
+                retained=allocation.retained_experts,
+                experts_used=allocation.experts_used,
+            )
+        results = run_tasks(swap.model, tokenizer, folder, names)
+        frame.loc[at, "acc"] = results["report_continuation"]["acc"]
+        frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
+
+
+def _neighbours(frame: pd.DataFrame, found: dict[str, Allocation]) -> set[str]:
+    """The unpruned baselines just below and above each found allocation."""
+    plain = frame[
+        ~frame["name"].isin([*found, "original"]) & ~frame["name"].str.contains("experts")
+    ]
+    names: set[str] = set()
+    for size in frame[frame["name"].isin(found)]["bytes"]:
+        names |= set(plain[plain["bytes"] <= size]["name"].tail(1))
+        names |= set(plain[plain["bytes"] >= size]["name"].head(1))
+    return names

@@ -1,0 +1,197 @@
+"""A quantized checkpoint directory: what is written, and the manifest that says so.
+
+In: an allocation, a bank, a container (`gguf` or `safetensors`). Out: a directory with the file,
+`allocation.json` and `manifest.json` (sizes, sha256). Invariant: it appears under its name whole;
+free disk is checked first; the same allocation gives the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from allocator.allocation import Allocation
+from allocator.codecs.bank import Bank
+from allocator.errors import TargetError, VerifyError
+from allocator.materialize.gguf import tensor_type_file, write_gguf
+from allocator.materialize.source import BankSource
+from allocator.targets import Layout, target_named
+from allocator.targets.safetensors import entries, header
+
+FILE = {"gguf": "model.gguf", "safetensors": "model.safetensors"}
+QUANT_METHOD = "moe-allocator"
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "generation_config.json", "chat_template.jinja")  # fmt: skip
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was written.
+
+    Attributes:
+        container: `gguf` or `safetensors`.
+        allocation: digest of the allocation.
+        checkpoint: digest of the source checkpoint.
+        importance: digest of the importance vectors.
+        file: name of the weights' file.
+        file_bytes: its size.
+        tensor_bytes: bytes of its tensor data.
+        overhead_bytes: the rest of it.
+        sha256: of every file, by name.
+        schema: of this file.
+    """
+
+    container: str
+    allocation: str
+    checkpoint: str
+    importance: str
+    file: str
+    file_bytes: int
+    tensor_bytes: int
+    overhead_bytes: int
+    sha256: dict[str, str]
+    schema: int = 1
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """From a checkpoint directory.
+
+        Raises:
+            VerifyError: if it has none.
+        """
+        try:
+            return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise VerifyError(
+                f"{folder}: no readable manifest.json ({error}); needed a directory written by "
+                "`allocator materialize`"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A directory and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def materialize(
+    allocation: Allocation, bank: Bank, folder: Path, *, container: str, importance: str
+) -> Written:
+    """Writes a checkpoint directory; an earlier one of the same allocation is replaced.
+
+    Args:
+        allocation: in the bank's layout.
+        bank: encoded weights.
+        folder: where; its parent must exist.
+        container: `gguf` or `safetensors`.
+        importance: digest of the bank's importance vectors, for the manifest.
+
+    Raises:
+        TargetError: if the container's runtime cannot express the allocation.
+        VerifyError: if `folder` holds something else, or the disk is too small.
+    """
+    layout = bank.layout
+    allocation.check(layout)
+    if container == "gguf" and allocation.target != "gguf":
+        raise TargetError(
+            f"an allocation for target {allocation.target!r} cannot be written as gguf: llama.cpp "
+            'stores other tensors (and one expert count); search with target = "gguf"'
+        )
+    size = allocation.nbytes(layout, target_named(container))
+    _check_place(folder, allocation, size.file)
+    source = BankSource(bank, allocation)
+    with _whole_directory(folder) as place:
+        if container == "gguf":
+            write_gguf(place / FILE["gguf"], layout, allocation, source)
+            (place / "tensor-types.txt").write_text(tensor_type_file(layout, allocation))
+        else:
+            _write_safetensors(place / FILE["safetensors"], layout, allocation, source)
+            _write_config(place, layout, allocation)
+        (place / "allocation.json").write_text(json.dumps(allocation.to_json(), indent=1) + "\n")
+        manifest = Manifest(
+            container=container,
+            allocation=allocation.digest,
+            checkpoint=layout.inventory.digest,
+            importance=importance,
+            file=FILE[container],
+            file_bytes=(place / FILE[container]).stat().st_size,
+            tensor_bytes=size.tensors,
+            overhead_bytes=size.overhead,
+            sha256={p.name: file_digest(p) for p in sorted(place.iterdir())},
+        )
+        if manifest.file_bytes != size.file:
+            raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
+        (place / "manifest.json").write_bytes(
+            msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        )
+    return Written(folder, manifest)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_place(folder: Path, allocation: Allocation, nbytes: int) -> None:
+    if not folder.parent.is_dir():
+        raise VerifyError(f"{folder.parent}: no such directory; make it first")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        same = folder.is_dir() and (folder / "manifest.json").exists()
+        if not same or Manifest.read(folder).allocation != allocation.digest:
+            raise VerifyError(f"{folder}: holds something else; choose another --out or remove it")
+    free = shutil.disk_usage(folder.parent).free
+    if free < nbytes * 1.01 + (16 << 20):
+        raise VerifyError(
+            f"{folder.parent}: {free:,} bytes free, needed {nbytes:,}; free some disk"
+        )
+
+
+@contextmanager
+def _whole_directory(folder: Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of `folder` when the body succeeds."""
+    place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+        if folder.exists():
+            shutil.rmtree(folder)
+        place.rename(folder)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _write_safetensors(
+    path: Path, layout: Layout, allocation: Allocation, source: BankSource
+) -> None:
+    rows = entries(layout, retained=allocation.counts, formats=allocation.format_of)
+    with open(path, "wb") as file:
+        file.write(header(rows))
+        for name in layout.groups:
+            file.write(memoryview(source.encoded(name)).cast("B"))
+        for kept in layout.kept:
+            file.write(memoryview(source.kept_raw(kept)).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
+    """config.json with a quantization method that stock loaders refuse instead of misreading."""
+    config: dict[str, Any] = dict(layout.inventory.config)
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "allocation": allocation.to_json(),
+    }
+    (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in _COPIED:
+        if (layout.inventory.path / name).is_file():
+            shutil.copyfile(layout.inventory.path / name, place / name)

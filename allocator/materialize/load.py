@@ -1,0 +1,197 @@
+"""Opens a written safetensors checkpoint as a transformers model.
+
+In: a directory written by `materialize`. Out: the transformers model. Invariant: the encoded bytes
+stay encoded in memory; each decoder layer (and the embedding, the last norm, the head) is decoded
+when its forward begins and dropped when it ends, so resident tensor bytes are at most the file's
+plus the largest decoded layer. `dense=True` decodes everything once instead.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from allocator.allocation import Allocation
+from allocator.codecs import ggml
+from allocator.errors import CheckpointError, VerifyError
+from allocator.families import Role, family_of
+from allocator.formats import Format, format_named
+from allocator.inventory import read_json
+from allocator.materialize.checkpoint import FILE, QUANT_METHOD
+from allocator.proxy.model import destination, resize_experts, set_experts_used, skeleton
+from allocator.targets import Group
+
+
+@dataclass
+class _Part:
+    """What one module needs while its forward runs.
+
+    Attributes:
+        groups: encoded: the group, its format, its bytes.
+        kept: stored tensors by parameter name.
+        shapes: of the parameters that are filled, by name.
+    """
+
+    groups: list[tuple[Group, Format, torch.Tensor]] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def load(path: str | Path, *, dense: bool = False) -> Any:
+    """The model of a written safetensors checkpoint, float32, for inference.
+
+    Args:
+        path: the directory.
+        dense: decode all weights once; faster, and as large as the float32 model.
+
+    Raises:
+        VerifyError: if the directory was not written by `materialize`.
+        CheckpointError: if its file is damaged or does not fill the model.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise VerifyError(
+            f"{folder}: config.json has quant_method {quantization.get('quant_method')!r}, needed "
+            f"{QUANT_METHOD!r}; open other checkpoints with transformers"
+        )
+    allocation = Allocation.from_json(quantization["allocation"])
+    model = skeleton(folder)
+    layers = tuple(allocation.counts)
+    for layer, count in allocation.counts.items():
+        resize_experts(model, layer, count)
+    set_experts_used(model, layers, allocation.experts_used)
+    parts = _parts(folder, config, allocation, model)
+    for module_name, part in parts.items():
+        module = model.get_submodule(module_name)
+        if dense:
+            _fill(model, config, part)
+        else:
+            _empty(model, part)
+            module.register_forward_pre_hook(lambda *_, part=part: _fill(model, config, part))
+            module.register_forward_hook(lambda *_, part=part: _empty(model, part))
+    if dense and model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _check_complete(folder, model, parts)
+    return model
+
+
+def _parts(
+    folder: Path, config: Mapping[str, Any], allocation: Allocation, model: Any
+) -> dict[str, _Part]:
+    """Every stored tensor, by the module that needs it."""
+    family = family_of(config)
+    parts: dict[str, _Part] = {}
+    with _opened(folder / FILE["safetensors"]) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            if name not in allocation.format_of:
+                part = parts.setdefault(_module_of(name), _Part())
+                part.kept[name] = file.get_tensor(name)
+                part.shapes[name] = tuple(part.kept[name].shape)
+                continue
+            group = _group(family, name)
+            for module in _modules_of(group, tied=bool(model.config.tie_word_embeddings)):
+                part = parts.setdefault(module, _Part())
+                target = group if module != "lm_head" else _as_head(group)
+                part.groups.append(
+                    (target, format_named(allocation.format_of[name]), file.get_tensor(name))
+                )
+                for parameter in _parameters_of(target):
+                    part.shapes[parameter] = tuple(_shape(model, parameter))
+    return parts
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error}); materialize it again") from None
+
+
+def _group(family: Any, name: str) -> Group:
+    """The group that a stored name means; its shape is the stored tensor's business."""
+    layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+    role = Role(name if layer is None else name.split(".", 2)[2])
+    return Group(name, role, layer, (), (family.source_name(role, layer),), name)
+
+
+def _as_head(group: Group) -> Group:
+    return Group(group.name, Role.HEAD, None, (), ("lm_head.weight",), group.stored_as)
+
+
+def _modules_of(group: Group, *, tied: bool) -> tuple[str, ...]:
+    if group.role is Role.EMBEDDING:
+        return ("model.embed_tokens", "lm_head") if tied else ("model.embed_tokens",)
+    return ("lm_head",) if group.role is Role.HEAD else (f"model.layers.{group.layer}",)
+
+
+def _module_of(name: str) -> str:
+    """The module that is decoded as a whole around a kept tensor."""
+    pieces = name.split(".")
+    return ".".join(pieces[:3]) if pieces[1] == "layers" else name.rpartition(".")[0]
+
+
+def _parameters_of(group: Group) -> tuple[str, ...]:
+    experts = f"model.layers.{group.layer}.mlp.experts"
+    if group.role is Role.EXPERT_DOWN:
+        return (f"{experts}.down_proj",)
+    return (f"{experts}.gate_up_proj",) if group.role.is_expert else group.sources
+
+
+def _shape(model: Any, name: str) -> torch.Size:
+    module, _, attribute = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(module), attribute)
+    return tensor.shape
+
+
+def _set(model: Any, name: str, values: torch.Tensor) -> None:
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if attribute in module._buffers:
+        module._buffers[attribute] = values
+    else:
+        module._parameters[attribute] = nn.Parameter(values, requires_grad=False)
+
+
+def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
+    with torch.no_grad():
+        for name, shape in part.shapes.items():
+            kept = part.kept.get(name)
+            _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
+        for group, fmt, data in part.groups:
+            _decode_into(destination(model, config, group), fmt, data)
+
+
+def _empty(model: Any, part: _Part) -> None:
+    for name in part.shapes:
+        if part.kept.get(name, _NONE).dtype != torch.float32:  # those are the file's own memory
+            _set(model, name, _NONE)
+
+
+_NONE = torch.empty(0)
+
+
+def _decode_into(view: torch.Tensor, fmt: Format, data: torch.Tensor) -> None:
+    """Decodes without a second copy where the destination's rows lie together."""
+    if view.is_contiguous():
+        ggml.decode(data.numpy(), fmt, out=view.numpy())
+    elif view.dim() == 3 and view[0].is_contiguous():
+        for matrix, encoded in zip(view, data, strict=True):
+            ggml.decode(encoded.numpy(), fmt, out=matrix.numpy())
+    else:
+        view.copy_(torch.from_numpy(ggml.decode(np.ascontiguousarray(data.numpy()), fmt)))
+
+
+def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
+    filled = {name for part in parts.values() for name in part.shapes}
+    for name, _ in model.named_parameters():
+        if name not in filled:
+            raise CheckpointError(
+                f"{folder}: no tensor for {name}; materialize the checkpoint again"
+            )

@@ -1,0 +1,206 @@
+"""Re-opens a written checkpoint in its runtime and holds it against its allocation.
+
+In: a directory written by `materialize`, the bank it came from, and a scorer. Out: a `Verification`.
+Invariant: every check compares the file with something else: the digests in the manifest, the bytes
+that ggml encodes from the source now, gguf-py's independent decoding, transformers or llama.cpp.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from safetensors import SafetensorError, safe_open
+
+from allocator.allocation import Allocation
+from allocator.codecs.bank import Bank
+from allocator.codecs.ggml import decode
+from allocator.errors import VerifyError
+from allocator.evaluate.llamacpp import LlamaCpp
+from allocator.formats import format_named
+from allocator.inventory import read_json
+from allocator.materialize.checkpoint import FILE, Manifest, file_digest
+from allocator.materialize.gguf import read_gguf
+from allocator.materialize.load import load
+from allocator.materialize.source import BankSource
+from allocator.proxy.scorer import Scorer, mean
+from allocator.targets import target_named
+
+SAFETENSORS_TOLERANCE = 1e-5
+"""Difference of the re-opened safetensors checkpoint's proxy loss, nats per token."""
+LLAMACPP_TOLERANCE = 5e-3
+"""KL(torch on decoded weights || llama.cpp), nats per token: llama.cpp quantizes activations too."""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found equal, and how far the runtime's outputs are off.
+
+    Attributes:
+        folder: the checkpoint.
+        container: `gguf` or `safetensors`.
+        file_bytes: size of the file, as predicted.
+        tensor_bytes: of its tensors, as predicted.
+        n_tensors: compared byte by byte and decoded by a second implementation.
+        loss: proxy loss of the candidate in torch, on the scorer's documents.
+        runtime_loss: proxy loss of the re-opened checkpoint in its runtime.
+        divergence: |difference| for safetensors, KL(torch || llama.cpp) for gguf.
+    """
+
+    folder: Path
+    container: str
+    file_bytes: int
+    tensor_bytes: int
+    n_tensors: int
+    loss: float
+    runtime_loss: float
+    divergence: float
+
+
+def verify(folder: Path, bank: Bank, scorer: Scorer) -> Verification:
+    """Checks a written checkpoint.
+
+    Args:
+        folder: the directory.
+        bank: of the checkpoint that it was made from, with the same importance.
+        scorer: documents to score in torch and in the runtime.
+
+    Raises:
+        VerifyError: at the first thing that is not as it should be.
+    """
+    manifest = Manifest.read(folder)
+    _check_digests(folder, manifest)
+    allocation = Allocation.from_json(read_json(folder / "allocation.json"))
+    allocation.check(bank.layout)
+    if manifest.checkpoint != bank.layout.inventory.digest:
+        raise VerifyError(
+            f"{folder}: made from checkpoint {manifest.checkpoint[:12]}, this one is "
+            f"{bank.layout.inventory.digest[:12]}; verify against its own source"
+        )
+    size = allocation.nbytes(bank.layout, target_named(manifest.container))
+    found = dict(_tensors(folder, manifest, bank))
+    nbytes = sum(data.nbytes for data, _ in found.values())
+    if (nbytes, (folder / manifest.file).stat().st_size) != (size.tensors, size.file):
+        raise VerifyError(
+            f"{folder}: {nbytes} tensor bytes in a file of {(folder / manifest.file).stat().st_size}, "
+            f"predicted {size.tensors} in {size.file}"
+        )
+    _check_weights(folder, manifest, bank, allocation, found)
+    loss, runtime_loss, divergence = _run(folder, manifest, allocation, scorer)
+    limit = LLAMACPP_TOLERANCE if manifest.container == "gguf" else SAFETENSORS_TOLERANCE
+    if not divergence <= limit:
+        raise VerifyError(
+            f"{folder}: its runtime is off by {divergence:.2e} nats per token, at most {limit:.0e} "
+            "allowed; do not use this file"
+        )
+    return Verification(
+        folder,
+        manifest.container,
+        size.file,
+        size.tensors,
+        len(found),
+        loss,
+        runtime_loss,
+        divergence,
+    )
+
+
+def _check_digests(folder: Path, manifest: Manifest) -> None:
+    for name, digest in manifest.sha256.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file() or file_digest(path) != digest:
+            raise VerifyError(
+                f"{path}: missing or changed since it was written; materialize it again"
+            )
+
+
+def _tensors(
+    folder: Path, manifest: Manifest, bank: Bank
+) -> Iterator[tuple[str, tuple[Bytes, str]]]:
+    """Stored tensors by the name in the layout: bytes, and format or dtype."""
+    if manifest.container == "gguf":
+        stored = read_gguf(folder / manifest.file)
+        names = {g.stored_as: g.name for g in bank.layout.groups.values()}
+        names |= {k.stored_as: k.source for k in bank.layout.kept}
+        for name, (fmt, _, data) in stored.items():
+            yield names.get(name, name), (data, fmt)
+        return
+    try:
+        with safe_open(folder / FILE["safetensors"], framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                tensor = file.get_tensor(name).contiguous()
+                yield name, (tensor.view(-1).view(_uint8()).numpy(), str(tensor.dtype))
+    except (OSError, SafetensorError) as error:
+        raise VerifyError(f"{folder}: cannot be opened ({error}); materialize it again") from None
+
+
+def _uint8() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def _check_weights(
+    folder: Path,
+    manifest: Manifest,
+    bank: Bank,
+    allocation: Allocation,
+    found: dict[str, tuple[Bytes, str]],
+) -> None:
+    source = BankSource(bank, allocation)
+    expected = {*bank.layout.groups, *(k.source for k in bank.layout.kept)}
+    if set(found) != expected:
+        odd = min(set(found) ^ expected)
+        raise VerifyError(f"{folder}: tensor {odd} is not in both file and allocation")
+    for name in bank.layout.groups:
+        fmt = format_named(allocation.format_of[name])
+        stored, stored_as = found[name]
+        wanted = np.ascontiguousarray(source.encoded(name))
+        if manifest.container == "gguf" and stored_as != fmt.name:
+            raise VerifyError(f"{folder}: {name} is stored as {stored_as}, allocated {fmt.name}")
+        if stored.tobytes() != wanted.tobytes():
+            raise VerifyError(f"{folder}: {name} holds other bytes than its {fmt.name} encoding")
+        second = dequantize(wanted[..., :1, :], GGMLQuantizationType(fmt.ggml_type))
+        if not np.array_equal(second.reshape(-1), decode(wanted[..., :1, :], fmt).reshape(-1)):
+            raise VerifyError(f"{folder}: {name} decodes differently in gguf-py; update the wheels")
+    for kept in bank.layout.kept:
+        raw = source.kept(kept) if manifest.container == "gguf" else source.kept_raw(kept)
+        if found[kept.source][0].tobytes() != raw.tobytes():
+            raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
+
+
+def _run(
+    folder: Path, manifest: Manifest, allocation: Allocation, scorer: Scorer
+) -> tuple[float, float, float]:
+    """Loss in torch, loss in the runtime, and how far the runtime is off."""
+    losses = scorer.score(allocation)
+    loss = mean(losses.kl, scorer.documents)
+    if manifest.container == "safetensors":
+        runtime_loss = mean(scorer.score_model(load(folder)).kl, scorer.documents)
+        return loss, runtime_loss, abs(runtime_loss - loss)
+    divergence, runtime = [], []
+    longest = max(len(d.ids) for d in scorer.documents)
+    with LlamaCpp(folder / manifest.file, context=longest, exact=False) as llama:
+        for index, document in enumerate(scorer.documents):
+            logits = llama.logits(document.ids)
+            runtime.append(scorer.score_logits(index, logits)[0])
+            divergence.append(_divergence(scorer.candidate_logits(index), logits))
+    return (
+        loss,
+        mean(np.array(runtime), scorer.documents),
+        mean(np.array(divergence), scorer.documents),
+    )
+
+
+def _divergence(torch_logits: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> float:
+    """Mean KL(torch || runtime) over positions, nats per token."""
+    p, q = (x.astype(np.float64) for x in (torch_logits, logits))
+    p -= np.logaddexp.reduce(p, axis=-1, keepdims=True)
+    q -= np.logaddexp.reduce(q, axis=-1, keepdims=True)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())

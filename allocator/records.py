@@ -1,0 +1,98 @@
+"""The answer of a study, as files that a person can open and commit.
+
+In: an allocation and what is known of it. Out: `allocations/<name>.json` (an `AllocationRecord`) and
+`front.json`. Invariant: a record names the checkpoint, the importance vectors and the codec that it
+needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from allocator.allocation import Allocation
+from allocator.errors import SpaceError
+
+
+class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An allocation file.
+
+    Attributes:
+        name: of the file.
+        kind: the trial it comes from: `knapsack`, `proposal`, a baseline's name.
+        allocation: the decision.
+        digest: of the decision.
+        checkpoint: digest of the source checkpoint.
+        importance: digest of the importance vectors.
+        codec: the quantizer that writes its bytes.
+        bytes: encoded, kept and file bytes in the target's container.
+        effective_bits: encoded bits over the searched weights.
+        loss: proxy loss per split, nats per token.
+        sha256: of the materialized weights' file, per container.
+    """
+
+    name: str
+    kind: str
+    allocation: dict[str, Any]
+    digest: str
+    checkpoint: str
+    importance: str
+    codec: str
+    bytes: dict[str, int]
+    effective_bits: float
+    loss: dict[str, float]
+    sha256: dict[str, str] = {}  # noqa: RUF012 - msgspec copies it
+    schema: int = 1
+
+    @property
+    def decision(self) -> Allocation:
+        """The allocation, checked against its digest.
+
+        Raises:
+            SpaceError: if they do not belong together.
+        """
+        allocation = Allocation.from_json(self.allocation)
+        if allocation.digest != self.digest:
+            raise SpaceError(
+                f"allocation {self.name!r}: its digest is {self.digest[:12]}…, its content's "
+                f"{allocation.digest[:12]}…; it was edited by hand: score its `allocation` part as a file of its own"
+            )
+        return allocation
+
+    @classmethod
+    def read(cls, path: Path) -> "AllocationRecord":
+        """From its file.
+
+        Raises:
+            SpaceError: if the file is no allocation record.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise SpaceError(f"{path}: no allocation file ({error})") from None
+
+    def to_bytes(self) -> bytes:
+        """As JSON that a person can open."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+
+def codec() -> str:
+    """The quantizer that writes bytes here."""
+    return f"xllamacpp {version('xllamacpp')}"
+
+
+def read_allocation(path: Path) -> Allocation:
+    """The allocation in a record, or in a plain `allocation.json`.
+
+    Raises:
+        SpaceError: if the file is neither.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpaceError(f"{path}: cannot be read as an allocation ({error})") from None
+    if isinstance(data, dict) and "allocation" in data:
+        return AllocationRecord.read(path).decision
+    return Allocation.from_json(data)

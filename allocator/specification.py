@@ -1,0 +1,94 @@
+"""`study.toml`: the question a study asks, parsed once into frozen typed values."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from allocator.errors import StudyError
+from allocator.memory import Budget
+from allocator.samplers import SAMPLERS
+from allocator.space import read_toml
+from allocator.units import parse_bytes
+
+
+class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Exactly one of the two limits."""
+
+    weights: str | int | None = None
+    file: str | int | None = None
+
+
+class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where tokens come from, and how many each stage uses.
+
+    Attributes:
+        documents: JSON lines with `ids` or `text`, for search and selection.
+        splits: JSON with lists `search` and `selection` of record indices; else every third
+            document (of its domain) is for selection.
+        report: JSON lines for the published figures.
+        search_documents: documents that a COMPLETE trial is scored on, from the search split.
+        rungs: documents after which a losing trial is stopped.
+        measured_documents: documents behind each measured sensitivity.
+        window: tokens per document when records hold text.
+    """
+
+    documents: str
+    splits: str | None = None
+    report: str | None = None
+    search_documents: int | None = None
+    rungs: tuple[int, ...] = (8, 32)
+    measured_documents: int = 12
+    window: int = 256
+
+
+class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `study.toml`; paths are relative to it."""
+
+    schema: int
+    checkpoint: str
+    target: Literal["gguf", "safetensors"]
+    calibration: CalibrationSpec
+    space: str = ""
+    budget: BudgetSpec = BudgetSpec()
+    sampler: str = "knapsack"
+    seed: int = 0
+    trials: int = 100
+
+    @classmethod
+    def read(cls, folder: Path) -> "StudySpec":
+        """From `folder/study.toml`.
+
+        Raises:
+            StudyError: if it is missing, or something in it is wrong.
+        """
+        path = folder / "study.toml"
+        spec = read_toml(path, cls, StudyError)
+        if spec.schema != 1:
+            raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
+        if spec.sampler not in SAMPLERS:
+            raise StudyError(
+                f"{path}: sampler {spec.sampler!r}, needed one of {', '.join(SAMPLERS)}"
+            )
+        c = spec.calibration
+        if any(n < 1 for n in (*c.rungs, c.measured_documents, c.search_documents or 1, c.window)):
+            raise StudyError(f"{path}: [calibration] counts must be positive")
+        return spec
+
+
+def chosen_budget(spec: BudgetSpec, *, file: str | None, weights: str | None) -> Budget:
+    """The budget of a launch: the command line's, else the study's.
+
+    Raises:
+        StudyError: if there is none, or two.
+    """
+    given = BudgetSpec(weights=weights, file=file) if file or weights else spec
+    if (given.weights is None) == (given.file is None):
+        raise StudyError(
+            "needed one budget: --budget SIZE (the whole file) or --weights-budget SIZE "
+            "(the searched matrices), or [budget] in study.toml"
+        )
+    if given.file is not None:
+        return Budget(parse_bytes(given.file), "file")
+    assert given.weights is not None
+    return Budget(parse_bytes(given.weights), "weights")

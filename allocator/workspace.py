@@ -1,0 +1,349 @@
+"""A study folder, opened: every stage's inputs, each made when it is first needed.
+
+In: a folder with `study.toml`. Out: inventory, layout, splits, profile, space, surrogate, scorers.
+Invariant: the three splits are disjoint; what a study computes depends on its files alone, and the
+cache (profiles, bank) only saves time.
+"""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from allocator.allocation import Allocation
+from allocator.baselines import baselines, mixed
+from allocator.calibration import documents as calibration
+from allocator.calibration.documents import Document
+from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
+from allocator.codecs.bank import Bank
+from allocator.errors import CalibrationError, CheckpointError, SpaceError, StudyError
+from allocator.formats import fallback
+from allocator.inventory import Inventory, read_inventory
+from allocator.materialize.gguf import parse_tensor_type_file
+from allocator.memory import Budget
+from allocator.profile import Profile
+from allocator.proxy.scorer import Scorer
+from allocator.records import read_allocation
+from allocator.samplers import make_sampler
+from allocator.space import SearchSpace, Space, bind
+from allocator.specification import StudySpec, chosen_budget
+from allocator.storage import open_storage
+from allocator.study import open_study
+from allocator.surrogate import Surrogate, from_profile
+from allocator.targets import Layout, target_named
+
+
+def default_cache() -> Path:
+    """`$ALLOCATOR_CACHE`, else `~/.cache/moe-allocator`."""
+    return Path(os.environ.get("ALLOCATOR_CACHE") or Path.home() / ".cache" / "moe-allocator")
+
+
+class Workspace:
+    """See the module.
+
+    Args:
+        folder: of the study.
+        cache: where profiles and encoded weights are kept between studies.
+        threads: for torch and for encoding; all cores by default.
+        progress: shows bars for whatever takes longer than two seconds.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        cache: Path | None = None,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
+        self.spec = StudySpec.read(self.folder)
+        self.cache = cache or default_cache()
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.progress = progress
+
+    # -- what is given
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        """The checkpoint."""
+        return read_inventory(self.folder / self.spec.checkpoint)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The target bound to the checkpoint."""
+        return target_named(self.spec.target).layout(self.inventory)
+
+    @cached_property
+    def search_space(self) -> SearchSpace:
+        """The search-space file; everything is offered where study.toml names none."""
+        if not self.spec.space:
+            return SearchSpace(schema=1)
+        return SearchSpace.read(self.folder / self.spec.space)
+
+    def budget(self, *, file: str | None = None, weights: str | None = None) -> Budget:
+        """The budget of a launch, checked against the floor."""
+        budget = chosen_budget(self.spec.budget, file=file, weights=weights)
+        self.unranked_space.check_budget(budget)
+        return budget
+
+    # -- calibration
+
+    @cached_property
+    def splits(self) -> tuple[list[Document], list[Document]]:
+        """Search and selection documents, interleaved over domains."""
+        spec = self.spec.calibration
+        found = self.read_documents(self.folder / spec.documents)
+        if spec.splits is None:
+            ordered = calibration.interleaved(found)
+            search = [d for i, d in enumerate(ordered) if i % 3 != 2]
+            selection = [d for i, d in enumerate(ordered) if i % 3 == 2]
+        else:
+            search, selection = (
+                calibration.interleaved([found[i] for i in indices])
+                for indices in _read_splits(self.folder / spec.splits, len(found))
+            )
+        if {d.ids for d in search} & {d.ids for d in selection}:
+            raise CalibrationError(
+                f"{self.folder / spec.documents}: search and selection share a document; "
+                "splits must be disjoint"
+            )
+        wanted = spec.search_documents or len(search)
+        if wanted > len(search):
+            raise CalibrationError(
+                f"{self.folder}/study.toml: search_documents = {wanted}, the search split has "
+                f"{len(search)}"
+            )
+        return search, selection
+
+    @cached_property
+    def report(self) -> list[Document]:
+        """Held-out documents, disjoint from both other splits, interleaved over domains."""
+        if self.spec.calibration.report is None:
+            raise CalibrationError(
+                f"{self.folder}/study.toml: no report under [calibration]; add it"
+            )
+        path = self.folder / self.spec.calibration.report
+        found = calibration.interleaved(self.read_documents(path))
+        used = {d.ids for split in self.splits for d in split}
+        if any(d.ids in used for d in found):
+            raise CalibrationError(f"{path}: shares a document with search or selection")
+        return found
+
+    def read_documents(self, path: Path) -> list[Document]:
+        """Documents of a file with `ids`, or windows of a file with `text`."""
+        first = next(calibration.read_records(path), None)
+        if first is None:
+            raise CalibrationError(f"{path}: no documents")
+        if "ids" in first:
+            return calibration.read_documents(
+                path, vocab_size=int(self.inventory.config["vocab_size"])
+            )
+        bos = self.inventory.config.get("bos_token_id")
+        return calibration.read_windows(
+            path,
+            self.inventory.path,
+            window=self.spec.calibration.window,
+            bos=bos if isinstance(bos, int) else 0,
+        )
+
+    # -- profile
+
+    @cached_property
+    def profiler(self) -> Profiler:
+        """Builds or continues this study's profile."""
+        _use_threads(self.threads)
+        inputs = ProfileInputs(
+            layout=self.layout,
+            documents=tuple(self.splits[0]),
+            n_measured=self.spec.calibration.measured_documents,
+            saliency=self.search_space.experts.saliency,
+        )
+        return Profiler(inputs, self.cache, threads=self.threads, progress=self.progress)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The measured profile."""
+        return self.profiler.profile()
+
+    @cached_property
+    def unranked_space(self) -> Space:
+        """The space for pricing, before any profile exists."""
+        return bind(self.search_space, self.layout, None)
+
+    @cached_property
+    def space(self) -> Space:
+        """The space, with the profile's ranking of experts."""
+        return self.profiler.space(self.search_space)
+
+    @cached_property
+    def surrogate(self) -> Surrogate:
+        """Predicted losses."""
+        return from_profile(self.profile, self.space)
+
+    def bank_for(self, importance: str) -> Bank:
+        """The bank of the importance vectors with this digest.
+
+        Raises:
+            CheckpointError: if neither the study's committed file nor its calibration gives them.
+        """
+        from safetensors.numpy import load_file
+
+        path = self.importance_path(importance)
+        if path.is_file():
+            vectors = load_file(path)
+            if importance_digest(vectors) != importance:
+                raise CheckpointError(
+                    f"{path}: not the importance it is named for; restore the file"
+                )
+            _use_threads(self.threads)
+            return Bank(self.cache / "bank", self.layout, vectors, threads=self.threads)
+        if importance_digest(self.profiler.statistics.importance) != importance:
+            raise CheckpointError(
+                f"importance {importance[:12]} is neither in {path} nor what this study's calibration "
+                "gives here; restore the file"
+            )
+        return self.profiler.bank
+
+    def importance_path(self, digest: str) -> Path:
+        """Where a study commits the importance vectors of its allocations."""
+        return self.folder / "allocations" / f"importance-{digest[:12]}.safetensors"
+
+    # -- scoring
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Scores on the search split."""
+        return Scorer(self.profiler.swap, self.splits[0][: self.spec.calibration.search_documents])
+
+    @cached_property
+    def selection_scorer(self) -> Scorer:
+        """Scores on the selection split."""
+        return Scorer(self.profiler.swap, self.splits[1])
+
+    def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
+        """Uniform formats and role mixes."""
+        return list(baselines(self.layout, self.space.rankings, pruned=pruned))
+
+    def read_allocation(self, path: str | Path, *, base: str | None = None) -> Allocation:
+        """An allocation file, or a llama-quantize `--tensor-type-file` over a base format.
+
+        Args:
+            path: JSON, or text with `pattern=type` entries (all experts retained).
+            base: format of the tensors that no entry names, with llama-quantize's fallbacks.
+
+        Raises:
+            SpaceError: if it is neither, or does not fit the checkpoint.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise SpaceError(f"{path}: no such allocation file")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        plain = text.lstrip().startswith("{")
+        allocation = read_allocation(path) if plain else self._from_tensor_types(text, base)
+        allocation.check(self.layout)
+        return allocation
+
+    def _from_tensor_types(self, text: str, base: str | None) -> Allocation:
+        if self.spec.target != "gguf":
+            raise SpaceError(
+                "a tensor-type file names gguf tensors; this study's target is not gguf"
+            )
+        named = parse_tensor_type_file(text, self.layout)
+        missing = [g for g in self.layout.groups if g not in named]
+        if missing and base is None:
+            raise SpaceError(
+                f"the tensor-type file names no type for {len(missing)} groups (first: "
+                f"{missing[0]}); give llama-quantize's base type with --base"
+            )
+        n = self.inventory.n_experts
+        rankings = dict.fromkeys(self.layout.layers, tuple(range(n)))
+        whole = mixed(self.layout, rankings, experts=base or "Q8_0", rest=base or "Q8_0", count=n)
+        chosen = {g: fallback(f, self.layout.groups[g].shape).name for g, f in named.items()}
+        return Allocation.of(
+            target=self.spec.target,
+            retained=whole.retained_experts,
+            formats=whole.format_of | chosen,
+            experts_used=self.inventory.experts_used,
+        )
+
+    # -- study
+
+    def lock(self, budget: Budget, sampler: str, seed: int) -> dict[str, Any]:
+        """The resolved inputs of a study; a study with other ones is another study."""
+        choices = json.dumps({k: list(v) for k, v in self.space.choices.items()}, sort_keys=True)
+        return {
+            "checkpoint": self.inventory.digest,
+            "target": self.spec.target,
+            "profile": self.profiler.inputs.digest,
+            "space": hashlib.sha256(
+                (choices + json.dumps(sorted(self.space.rankings.items()))).encode()
+            ).hexdigest(),
+            "search split": calibration.digest(self.scorer.documents),
+            "rungs": list(self.spec.calibration.rungs),
+            "budget": f"{budget.nbytes} ({budget.bounds})",
+            "sampler": sampler,
+            "seed": seed,
+            "versions": {p: version(p) for p in ("torch", "transformers", "optuna", "xllamacpp")},
+        }
+
+    def study(
+        self,
+        budget: Budget,
+        *,
+        storage: str | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+    ) -> optuna.Study:
+        """The Optuna study of this folder, created or re-opened."""
+        name, chosen = sampler or self.spec.sampler, self.spec.seed if seed is None else seed
+        return open_study(
+            open_storage(storage, self.folder),
+            self.study_name,
+            make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget),
+            self.lock(budget, name, chosen),
+        )
+
+    @property
+    def study_name(self) -> str:
+        """The study's name in its storage: the folder's."""
+        return self.folder.resolve().name
+
+
+def _use_threads(n: int) -> None:
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def _read_splits(path: Path, n: int) -> tuple[list[int], list[int]]:
+    try:
+        data = json.loads(path.read_text())
+        search, selection = list(data["search"]), list(data["selection"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path}: needed JSON with lists search and selection ({error!r})"
+        ) from None
+    if not all(isinstance(i, int) and 0 <= i < n for i in search + selection):
+        raise CalibrationError(f"{path}: needed record indices from 0 to {n - 1}")
+    if set(search) & set(selection) or not search or not selection:
+        raise CalibrationError(f"{path}: search and selection must be disjoint and not empty")
+    return search, selection
+
+
+def check_same_checkpoint(wanted: str, inventory: Inventory) -> None:
+    """Raises:
+    CheckpointError: if an allocation was made for another checkpoint.
+    """
+    if wanted != inventory.digest:
+        raise CheckpointError(
+            f"the allocation is for checkpoint {wanted[:12]}…, {inventory.path} is "
+            f"{inventory.digest[:12]}…; use the checkpoint that it was searched on"
+        )

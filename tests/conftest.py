@@ -1,0 +1,494 @@
+"""Checkpoints, layouts, and a synthetic profile that the tests of the inner rings share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allocator.formats import FORMATS
+from allocator.inventory import read_inventory
+from allocator.profile import Profile
+from allocator.space import SearchSpace, bind
+from allocator.surrogate import from_profile
+from allocator.targets import GGUF, SAFETENSORS
+
+REFERENCE = Path(__file__).parents[1] / "studies/reference/model"
+QWEN = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "hidden_size": 64,
+    "vocab_size": 48,
+}
+
+
+def qwen_tensors(config):
+    """Name to shape of every tensor, written out by hand."""
+    hidden, inner, head = config["hidden_size"], 32, 32
+    table = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "lm_head.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        table |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (2 * head, hidden),
+            f"{at}.self_attn.k_proj.weight": (head, hidden),
+            f"{at}.self_attn.v_proj.weight": (head, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, 2 * head),
+            f"{at}.self_attn.q_norm.weight": (head,),
+            f"{at}.self_attn.k_norm.weight": (head,),
+            f"{at}.mlp.gate.weight": (config["num_experts"], hidden),
+        }
+        for expert in range(config["num_experts"]):
+            table |= {
+                f"{at}.mlp.experts.{expert}.gate_proj.weight": (inner, hidden),
+                f"{at}.mlp.experts.{expert}.up_proj.weight": (inner, hidden),
+                f"{at}.mlp.experts.{expert}.down_proj.weight": (hidden, inner),
+            }
+    return table
+
+
+def safetensors_header(tensors):
+    """The JSON table of a bfloat16 file, and the bytes of its data."""
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        stop = end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, stop]}
+        end = stop
+    return header, end
+
+
+def write_raw(path, header, n_data):
+    """A safetensors file of zeros (sparse) with this header, given as JSON or as bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + n_data)
+
+
+def write_qwen(folder, *, tensors=None, **changes):
+    """A Qwen3-MoE checkpoint of zeros in one file; `changes` go to config.json, None removes."""
+    config = {k: v for k, v in (QWEN | changes).items() if v is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    made = qwen_tensors(QWEN) if tensors is None else tensors
+    write_raw(folder / "model.safetensors", *safetensors_header(made))
+    return folder
+
+
+def synthetic_profile(layout, seed=0):
+    """Random losses: falling with bits in every group, rising with every expert removed."""
+    rng = np.random.default_rng(seed)
+    errors, measured = {}, {}
+    for name, group in layout.groups.items():
+        stores = [f for f in FORMATS.values() if f.stores(group.shape)]
+        errors[name] = {f.name: float(4**-f.bits * rng.uniform(0.8, 1.25)) for f in stores}
+        scale = float(np.exp(rng.normal()))
+        anchors = [f.name for f in (group.offered()[-1], group.offered()[1])]
+        measured[name] = {
+            f: scale * errors[name][f] * float(rng.uniform(0.7, 1.4)) for f in anchors
+        }
+    n = layout.inventory.n_experts
+    shares = [max(2, n * k // 6) for k in (5, 4, 3, 2, 1)]
+    return Profile(
+        checkpoint="c",
+        calibration="t",
+        target=layout.target,
+        importance="i",
+        n_tokens=1,
+        measured_tokens=1,
+        saliency={
+            m: {x: rng.uniform(size=n).tolist() for x in layout.layers} for m in ("reap", "norm")
+        },
+        unreached=[],
+        counts={x: [1] * n for x in layout.layers},
+        errors=errors,
+        measured=measured,
+        pruned={
+            x: {c: float(rng.uniform(0.5, 2) * (1 - c / n) ** 2) for c in shares if c < n}
+            for x in layout.layers
+        },
+        saliency_method="reap",
+    )
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return read_inventory(REFERENCE)
+
+
+@pytest.fixture(scope="session")
+def layouts(reference):
+    return {target.name: target.layout(reference) for target in (GGUF, SAFETENSORS)}
+
+
+@pytest.fixture(scope="session")
+def profiles(layouts):
+    return {name: synthetic_profile(layout) for name, layout in layouts.items()}
+
+
+@pytest.fixture(scope="session")
+def spaces(layouts, profiles):
+    """The default space of the reference model, by target."""
+    return {n: bind(SearchSpace(schema=1), x, profiles[n].saliency) for n, x in layouts.items()}
+
+
+@pytest.fixture(scope="session")
+def surrogates(spaces, profiles):
+    return {name: from_profile(profiles[name], space) for name, space in spaces.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A Qwen3-MoE checkpoint of zeros: 2 layers, 4 experts, rows of 32 and 64."""
+    return read_inventory(write_qwen(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def make():
+    """`qwen`, `raw`, `header`, `tensors`, `profile`: the functions above, for tests."""
+
+    class Make:
+        qwen = staticmethod(write_qwen)
+        raw = staticmethod(write_raw)
+        header = staticmethod(safetensors_header)
+        profile = staticmethod(synthetic_profile)
+
+        @staticmethod
+        def tensors(**changes):
+            return qwen_tensors(QWEN | changes)
+
+    return Make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Random checkpoints written by transformers: `qwen` in one file, `deepseek` in shards."""
+    import torch
+    from transformers import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_experts_per_tok": 2,
+    }
+    folder = tmp_path_factory.mktemp("saved")
+    qwen = Qwen3MoeConfig(
+        **small, num_hidden_layers=2, num_key_value_heads=1, head_dim=32, num_experts=8
+    )
+    deepseek = DeepseekV3Config(
+        **small,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        n_shared_experts=1,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+    )
+    models = {
+        "qwen": Qwen3MoeForCausalLM(qwen).to(torch.bfloat16),
+        "deepseek": DeepseekV3ForCausalLM(deepseek).to(torch.bfloat16),
+    }
+    models["qwen"].save_pretrained(folder / "qwen")
+    models["deepseek"].save_pretrained(folder / "deepseek", max_shard_size="100KB")
+    return {name: folder / name for name in models}
+
+
+# random checkpoints for the tests that need torch: every tensor matters in their logits
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+DEEPSEEK = {
+    **SMALL,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 256,  # the rows of v_b: whole superblocks, so the K and IQ formats are offered
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "routed_scaling_factor": 2.5,
+}
+QWEN3 = {
+    **SMALL,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def write_checkpoint(path, kind, seed=0, *, dtype="float32", **changes):
+    """Saves a random model whose weights are large enough that every tensor matters."""
+    import torch
+    from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+
+    made = {"deepseek": (DeepseekV3Config, DEEPSEEK), "qwen3": (Qwen3MoeConfig, QWEN3)}[kind]
+    config = made[0](**{**made[1], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5 if p.dim() > 1 else 1 + p * 0.1)
+        for name, buffer in model.named_buffers():
+            if "e_score" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
+        if kind == "deepseek":  # an expert that no token reaches
+            model.model.layers[1].mlp.gate.e_score_correction_bias[5] = -10
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Paths by name; read only."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "deepseek": write_checkpoint(folder / "deepseek", "deepseek"),
+        "qwen3": write_checkpoint(folder / "qwen3", "qwen3", dtype="bfloat16"),
+        "qwen3_tied": write_checkpoint(folder / "qwen3_tied", "qwen3", tie_word_embeddings=True),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint():
+    """`write_checkpoint`, for tests that change something."""
+    return write_checkpoint
+
+
+@pytest.fixture
+def change_checkpoint(tmp_path):
+    """Copies a checkpoint with tensors edited and config keys replaced."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def change(source, edit=lambda tensors: None, **config):
+        tensors = {}
+        for file in sorted(source.glob("*.safetensors")):
+            tensors |= load_file(file)
+        edit(tensors)
+        target = tmp_path / "changed"
+        target.mkdir()
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items() if isinstance(v, torch.Tensor)},
+            target / "model.safetensors",
+        )
+        plain = json.loads((source / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**plain, **config}))
+        return target
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def make_documents():
+    """Random documents of given lengths."""
+    from allocator.calibration.documents import Document
+
+    def make(lengths, seed=0, vocab_size=512):
+        rng = np.random.default_rng(seed)
+        return tuple(
+            Document((0, *rng.integers(1, vocab_size, n - 1).tolist()), f"d{i % 2}")
+            for i, n in enumerate(lengths)
+        )
+
+    return make
+
+
+# -- the reference checkpoint, checkpoints of zeros written by hand, and synthetic measurements
+
+REFERENCE = Path(__file__).parents[1] / "studies/reference/model"
+ZEROS = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "hidden_size": 64,
+    "vocab_size": 48,
+}
+
+
+def zeros_tensors(**changes):
+    """Name to shape of every tensor of a Qwen3-MoE checkpoint, written out by hand."""
+    config = ZEROS | changes
+    hidden, inner, head = config["hidden_size"], 32, 32
+    table = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "lm_head.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        table |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (2 * head, hidden),
+            f"{at}.self_attn.k_proj.weight": (head, hidden),
+            f"{at}.self_attn.v_proj.weight": (head, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, 2 * head),
+            f"{at}.self_attn.q_norm.weight": (head,),
+            f"{at}.self_attn.k_norm.weight": (head,),
+            f"{at}.mlp.gate.weight": (config["num_experts"], hidden),
+        }
+        for expert in range(config["num_experts"]):
+            table |= {
+                f"{at}.mlp.experts.{expert}.gate_proj.weight": (inner, hidden),
+                f"{at}.mlp.experts.{expert}.up_proj.weight": (inner, hidden),
+                f"{at}.mlp.experts.{expert}.down_proj.weight": (hidden, inner),
+            }
+    return table
+
+
+def write_raw(path, header, n_data):
+    """A safetensors file of zeros (sparse) with this header, given as JSON or as bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + n_data)
+
+
+def write_zeros(folder, *, tensors=None, **changes):
+    """A checkpoint of zeros in one file; `changes` go to config.json, None removes a key."""
+    config = {k: v for k, v in (ZEROS | changes).items() if v is not None}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in (zeros_tensors() if tensors is None else tensors).items():
+        stop = end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, stop]}
+        end = stop
+    write_raw(folder / "model.safetensors", header, end)
+    return folder
+
+
+def synthetic_profile(layout, seed=0):
+    """Random losses: falling with bits in every group, rising with every expert removed."""
+    rng = np.random.default_rng(seed)
+    errors, measured = {}, {}
+    for name, group in layout.groups.items():
+        stores = [f for f in FORMATS.values() if f.stores(group.shape)]
+        errors[name] = {f.name: float(4**-f.bits * rng.uniform(0.8, 1.25)) for f in stores}
+        scale = float(np.exp(rng.normal()))
+        anchors = [f.name for f in (group.offered()[-1], group.offered()[1])]
+        measured[name] = {
+            f: scale * errors[name][f] * float(rng.uniform(0.7, 1.4)) for f in anchors
+        }
+    n = layout.inventory.n_experts
+    least = layout.inventory.least_experts(layout.inventory.experts_used)
+    counts = sorted({least, *(c for c in range(least, n) if c % 4 == 0)})
+    return Profile(
+        checkpoint="c",
+        calibration="t",
+        target=layout.target,
+        importance="i",
+        n_tokens=1,
+        measured_tokens=1,
+        saliency={
+            m: {x: rng.uniform(size=n).tolist() for x in layout.layers} for m in ("reap", "norm")
+        },
+        unreached=[],
+        counts={x: [1] * n for x in layout.layers},
+        errors=errors,
+        measured=measured,
+        pruned={
+            x: {c: float(rng.uniform(0.5, 2) * (1 - c / n) ** 2) for c in counts if c < n}
+            for x in layout.layers
+        },
+        saliency_method="reap",
+    )
+
+
+@pytest.fixture(scope="session")
+def make():
+    """`zeros`, `raw`, `tensors`, `profile`: the functions above, for tests."""
+    return SimpleNamespace(
+        zeros=write_zeros, raw=write_raw, tensors=zeros_tensors, profile=synthetic_profile
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A Qwen3-MoE checkpoint of zeros: 2 layers, 4 experts, rows of 32 and 64."""
+    return read_inventory(write_zeros(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def saved(checkpoints, tmp_path_factory):
+    """Paths of `qwen` in one file, and `deepseek` in shards and with 4 router groups of 2."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("saved")
+    groups = {"n_group": 4, "topk_group": 2}
+    whole = write_checkpoint(folder / "whole", "deepseek", dtype="bfloat16", **groups)
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype="auto")
+    model.save_pretrained(folder / "deepseek", max_shard_size="300KB")
+    return {"qwen": checkpoints["qwen3"], "deepseek": folder / "deepseek"}
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The inventory of the reference checkpoint."""
+    return read_inventory(REFERENCE)
+
+
+@pytest.fixture(scope="session")
+def layouts(reference):
+    """Of the reference checkpoint, by target."""
+    return {target.name: target.layout(reference) for target in TARGETS.values()}
+
+
+@pytest.fixture(scope="session")
+def profiles(layouts):
+    """Synthetic, by target."""
+    return {name: synthetic_profile(layout) for name, layout in layouts.items()}
+
+
+@pytest.fixture(scope="session")
+def spaces(layouts, profiles):
+    """Everything the reference checkpoint can be, by target."""
+    return {n: bind(SearchSpace(schema=1), x, profiles[n].saliency) for n, x in layouts.items()}
+
+
+@pytest.fixture(scope="session")
+def surrogates(spaces, profiles):
+    """Of the synthetic profiles, by target."""
+    return {name: from_profile(profiles[name], space) for name, space in spaces.items()}

@@ -1,0 +1,188 @@
+"""The proxy loss against float64 formulas on transformers' own logits, and its bookkeeping."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from allocator.allocation import Allocation
+from allocator.calibration.documents import Document
+from allocator.codecs.bank import Bank
+from allocator.inventory import read_inventory
+from allocator.proxy.model import SwapModel
+from allocator.proxy.scorer import Scorer, by_domain, mean, perplexity
+from allocator.targets import GGUF
+
+torch.set_num_threads(1)
+LENGTHS = (17, 17, 17, 9, 9, 17, 21, 17)
+FIELDS = ("kl", "top1", "overlap", "nll")
+
+
+@pytest.fixture(scope="module", params=["deepseek", "qwen3_tied"])
+def path(request, checkpoints):
+    return checkpoints[request.param]
+
+
+@pytest.fixture(scope="module")
+def swap(path, tmp_path_factory):
+    layout = GGUF.layout(read_inventory(path))
+    return SwapModel(layout, Bank(tmp_path_factory.mktemp("bank"), layout, {}).decoded)
+
+
+@pytest.fixture
+def documents(make_documents):
+    return make_documents(LENGTHS)
+
+
+def allocation(swap, fmt, n_experts=8, experts_used=2):
+    return Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(swap.layout.layers, tuple(range(8 - n_experts, 8))),
+        formats=dict.fromkeys(swap.layout.groups, fmt),
+        experts_used=experts_used,
+    )
+
+
+def same(a, b, tolerance=1e-6):
+    for field in FIELDS:
+        np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=0, atol=tolerance)
+
+
+def identical(a, b):
+    same(a, b, 0)
+
+
+@torch.inference_mode()
+def naive(original, candidate, document):
+    """KL, top-1, overlap and nll of one document, alone in its batch, in float64."""
+    ids = torch.tensor([document.ids])
+    p = original(ids).logits[0].double().log_softmax(-1)
+    q = candidate(ids).logits[0].double().log_softmax(-1)
+    n = len(document.ids)
+    kl = functional.kl_div(q, p, reduction="sum", log_target=True) / n
+    top1 = sum(int(p[i].argmax() == q[i].argmax()) for i in range(n)) / n
+    overlap = torch.minimum(p.exp(), q.exp()).sum() / n
+    nll = functional.cross_entropy(q[:-1], ids[0, 1:])
+    return float(kl), top1, float(overlap), float(nll)
+
+
+def test_every_measure_is_its_formula(path, swap, documents):
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    losses = Scorer(swap, documents).score(allocation(swap, "Q4_0", 5))
+    expected = [naive(original, swap.model, d) for d in documents]
+    for field, values in zip(FIELDS, zip(*expected, strict=True), strict=True):
+        np.testing.assert_allclose(getattr(losses, field), values, rtol=2e-5, atol=2e-6)
+    assert (losses.kl > 1e-2).all()
+    assert (losses.top1 < 1).any()
+
+
+def test_small_losses_are_exact_too(path, swap, documents):
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    losses = Scorer(swap, documents).score(allocation(swap, "Q8_0"))
+    expected = [naive(original, swap.model, d)[0] for d in documents]
+    assert min(expected) < 0.001
+    np.testing.assert_allclose(losses.kl, expected, rtol=1e-3, atol=5e-7)
+
+
+def test_the_original_loses_nothing(swap, documents):
+    scorer = Scorer(swap, documents)
+    scorer.score(allocation(swap, "Q4_0"))
+    swap.reset()
+    losses = scorer.score_installed()
+    np.testing.assert_allclose(losses.kl, 0, atol=1e-6)
+    np.testing.assert_array_equal(losses.top1, 1)
+    np.testing.assert_allclose(losses.overlap, 1, atol=1e-5)
+
+
+def test_slices_add_up(swap, documents):
+    scorer, chosen = Scorer(swap, documents), allocation(swap, "Q4_0", 6)
+    parts = scorer.score(chosen, 0, 4) + scorer.score(chosen, 4, 8)
+    same(parts, scorer.score(chosen))
+    same(scorer.score(chosen, 2, 3) + scorer.score(chosen, 3, 5), scorer.score(chosen, 2, 5))
+    assert len(scorer.score(chosen, 3, 3).kl) == 0
+
+
+def test_batching_does_not_matter(swap, documents):
+    chosen = allocation(swap, "Q4_0", 6)
+    whole = Scorer(swap, documents).score(chosen)
+    same(Scorer(swap, documents, batch_tokens=1).score(chosen), whole)
+    same(Scorer(swap, documents, batch_tokens=40).score(chosen), whole)
+
+
+def test_the_cache_does_not_matter_and_keeps_its_limit(swap, documents):
+    chosen, row = allocation(swap, "Q4_0", 6), 512 * 4
+    whole = Scorer(swap, documents).score(chosen)
+    for size in (0, row * 30, row * 40):
+        scorer = Scorer(swap, documents, cache_bytes=size)
+        identical(scorer.score(chosen), whole)
+        identical(scorer.score(chosen), whole)
+        assert sum(t.nbytes for t in scorer._log_probs.values()) <= size
+
+
+def test_twice_is_the_same(swap, documents):
+    scorer, chosen = Scorer(swap, documents), allocation(swap, "Q5_0", 6)
+    first = scorer.score(chosen)
+    scorer.score(allocation(swap, "Q4_0", 3, experts_used=1))
+    identical(scorer.score(chosen), first)
+    identical(Scorer(swap, documents).score(chosen), first)
+
+
+def test_what_was_asked_before_does_not_matter(swap, documents):
+    """A study that goes on after a stop asks in another order and must get the same values."""
+    chosen = allocation(swap, "Q4_0", 6)
+    whole = Scorer(swap, documents).score(chosen)
+    for first in ((0, 1), (0, 2), (3, 6), (7, 8)):
+        scorer = Scorer(swap, documents)
+        scorer.score(chosen, *first)
+        identical(scorer.score(chosen), whole)
+
+
+def test_two_scorers_share_a_model(swap, documents, make_documents):
+    """Search and selection in turn, the second one meeting its documents late."""
+    other, chosen = make_documents((13, 13, 19), seed=1), allocation(swap, "Q4_0", 5)
+    alone = Scorer(swap, documents).score(chosen), Scorer(swap, other).score(chosen)
+    search, selection = Scorer(swap, documents), Scorer(swap, other)
+    identical(search.score(chosen, 0, 4), Scorer(swap, documents).score(chosen, 0, 4))
+    identical(selection.score_installed(), alone[1])
+    identical(search.score_installed(), alone[0])
+    identical(search.score_installed(), alone[0])
+    search.score(allocation(swap, "Q8_0"))
+    identical(selection.score(chosen), alone[1])
+    identical(search.score(chosen), alone[0])
+
+
+def test_installed_is_what_is_scored_when_the_reference_is_missing(swap, documents):
+    chosen = allocation(swap, "Q4_0", 5)
+    expected = Scorer(swap, documents).score(chosen)
+    assert (expected.kl > 1e-2).all()
+    identical(Scorer(swap, documents).score_installed(), expected)
+    identical(Scorer(swap, documents).score_model(swap.model), expected)
+
+
+def test_logits_of_another_runtime(swap, documents):
+    scorer = Scorer(swap, documents, batch_tokens=1)
+    losses = scorer.score(allocation(swap, "Q4_0", 5))
+    logits = scorer.candidate_logits(3)
+    found = Scorer(swap, documents, batch_tokens=1).score_logits(3, logits.copy())
+    np.testing.assert_array_equal(found, [getattr(losses, f)[3] for f in FIELDS])
+
+
+def test_means_weigh_tokens():
+    documents = [Document((0,) * 3, "a"), Document((0,) * 5, "b"), Document((0,) * 2, "a")]
+    values = np.array([1.0, 2.0, 4.0])
+    assert mean(values, documents) == pytest.approx((3 + 10 + 8) / 10)
+    assert by_domain(values, documents) == pytest.approx({"a": 11 / 5, "b": 2})
+    assert perplexity(values, documents) == pytest.approx(math.exp((2 + 8 + 4) / 7))
+
+
+def test_summary_is_of_the_first_documents(swap, documents):
+    scorer = Scorer(swap, documents)
+    losses = scorer.score(allocation(swap, "Q4_0"), 0, 4)
+    summary = scorer.summary(losses)
+    weights = np.array(LENGTHS[:4])
+    assert summary["loss"] == pytest.approx((losses.kl * weights).sum() / weights.sum())
+    assert summary["tokens"] == weights.sum()
+    assert set(summary["kl_by_domain"]) == {"d0", "d1"}

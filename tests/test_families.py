@@ -1,0 +1,80 @@
+"""Names of transformers and llama.cpp, against the checkpoints and tables that those write."""
+
+import pytest
+from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocator.errors import CheckpointError
+from allocator.families import DEEPSEEK_V3, FAMILIES, QWEN3_MOE, Role, family_of
+
+ARCHITECTURES = {"deepseek2": MODEL_ARCH.DEEPSEEK2, "qwen3moe": MODEL_ARCH.QWEN3MOE}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
+def test_gguf_names_are_llama_cpps(family):
+    known = MODEL_TENSORS[ARCHITECTURES[family.gguf_architecture]]
+    names = {TENSOR_NAMES[kind].replace("{bid}", "{layer}") for kind in known}
+    for rule in family.rules:
+        stem = rule.gguf.removesuffix(".weight").removesuffix(".bias")
+        # the common rules hold a few that only the other family uses
+        assert stem in names or rule.role in (Role.Q, Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
+@given(layer=st.integers(0, 999_999), expert=st.integers(0, 999_999))
+def test_a_pattern_matches_what_it_makes(family, layer, expert):
+    for rule in family.rules:
+        name = rule.pattern.format(layer=layer, expert=expert)
+        expected = tuple(
+            n if f"{{{k}}}" in rule.pattern else None
+            for k, n in (("layer", layer), ("expert", expert))
+        )
+        assert family.match(name) == (rule, *expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.01.mlp.gate.weight",  # would be a second tensor of layer 1
+        "model.layers.٣.mlp.gate.weight",
+        f"model.layers.{'9' * 5000}.mlp.gate.weight",
+        "model.layers.-1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.weight.scale",
+        "xmodel.layers.1.mlp.gate.weight",
+        "modelxlayers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.weight\n",
+    ],
+)
+def test_foreign_names_match_nothing(name):
+    assert DEEPSEEK_V3.match(name) is None
+    assert QWEN3_MOE.match(name) is None
+
+
+def test_roles():
+    assert [r for r in Role if r.is_expert] == ["experts.gate", "experts.up", "experts.down"]
+    assert [r for r in Role if r.is_router] == ["router", "router_bias"]
+    kept = [r for r in Role if not r.is_encoded]
+    assert kept == ["norm", "router", "router_bias", "nextn"]
+
+
+def test_family_of():
+    assert family_of({"model_type": "qwen3_moe"}) is QWEN3_MOE
+    for config in ({}, {"model_type": "llama"}, {"model_type": None}):
+        with pytest.raises(CheckpointError, match="needed one of deepseek_v3, qwen3_moe"):
+            family_of(config)
+    with pytest.raises(CheckpointError, match="needed one of"):
+        family_of({"model_type": ["qwen3_moe"]})
+
+
+def test_number_of_experts():
+    assert QWEN3_MOE.n_experts_key({"num_local_experts": 8}) == "num_local_experts"
+    assert DEEPSEEK_V3.n_experts_key({"n_routed_experts": 8}) == "n_routed_experts"
+    with pytest.raises(CheckpointError, match="no num_experts or num_local_experts"):
+        QWEN3_MOE.n_experts_key({})
+
+
+def test_gguf_name_of_a_role():
+    assert DEEPSEEK_V3.gguf_name(Role.EXPERT_DOWN, 3) == "blk.3.ffn_down_exps.weight"
+    assert DEEPSEEK_V3.gguf_name(Role.K_B, 0) == "blk.0.attn_k_b.weight"
+    assert QWEN3_MOE.gguf_name(Role.EMBEDDING, None) == "token_embd.weight"
