@@ -49,7 +49,7 @@ from allocator.workspace import Workspace, check_same_checkpoint
 
 N_KNAPSACK = 3
 """Unperturbed knapsack solutions among the first trials: at the cap, and below it."""
-N_FINALISTS = 5
+N_FINALISTS = 3
 """Trials of least search loss that the selection split decides between."""
 
 
@@ -137,7 +137,7 @@ def estimate(
 
 
 def _seconds_per_token(workspace: Workspace) -> float:
-    scorer = Scorer(workspace.profiler.original, workspace.splits[0][:4])
+    scorer = Scorer(workspace.profiler.swap, workspace.splits[0][:4])
     scorer.ensure_reference(4)
     began = time.perf_counter()
     scorer.score_installed()

@@ -1,8 +1,8 @@
 """The additive prediction of the proxy loss, and its exact optimum under a budget.
 
 In: a profile and a space. Out: a loss per choice (format of a group, retained count of a layer),
-and `solve`: the choices of least total loss within the bytes. Invariant: the solution is the optimum
-of the (multiplied) surrogate, never over the budget.
+and `solve`: the choices of least total loss within the bytes. Invariant: the solution is the
+optimum of the (multiplied) surrogate, never over the budget.
 
 Between and beyond the measured formats of a group, the loss follows a power law of the format's
 weighted error through the measured points: log loss linear in log error, exponent 1 (a second-order

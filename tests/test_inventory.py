@@ -96,7 +96,7 @@ def test_digest_follows_the_content(tmp_path, make):
     assert after.digest != before
     file = folder / info.file
     os.truncate(file, info.offset + 1)
-    with pytest.raises(CheckpointError, match="ends inside model.layers.1.mlp.gate.weight"):
+    with pytest.raises(CheckpointError, match=r"ends inside model.layers.1.mlp.gate.weight"):
         after.tensor_digest(info.name)
 
 
@@ -124,9 +124,7 @@ def with_nextn(make, folder, layer=2, n=1):
         f"model.layers.{layer}.self_attn.q_proj.weight": (64, 64),
         f"model.layers.{layer}.mlp.experts.0.up_proj.weight": (32, 64),
     }
-    return make.zeros(
-        folder, tensors=make.tensors() | extra, num_nextn_predict_layers=n
-    ), extra
+    return make.zeros(folder, tensors=make.tensors() | extra, num_nextn_predict_layers=n), extra
 
 
 def test_nextn_layers_are_seen_and_left_out(tmp_path, make, tiny):
@@ -182,7 +180,8 @@ def test_header_length_lies(tmp_path, make, length):
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 ODD_HEADERS = {
-    "overlap": lambda h: h[Q].update(data_offsets=[h[Q]["data_offsets"][0] - 2] * 2),
+    "overlap": lambda h: h[Q].update(data_offsets=h[Q.replace("q_", "o_")]["data_offsets"]),
+    "shifted": lambda h: h[Q].update(data_offsets=[n - 2 for n in h[Q]["data_offsets"]]),
     "gap": lambda h: h.pop(Q),
     "wrong shape": lambda h: h[Q].update(shape=[64, 65]),
     "negative": lambda h: h[Q].update(shape=[-64, -64]),
@@ -358,7 +357,9 @@ def test_index_points_elsewhere(shards, file):
     refused(shards, "no file name inside|is missing")
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"weight_map": []}', '{"weight_map": {}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", '{"weight_map": []}', '{"weight_map": {}}', "{"]
+)
 def test_odd_index(shards, text):
     (shards / INDEX).write_text(text)
     refused(shards, "index.json")

@@ -15,8 +15,16 @@ UNITS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("12MiB", 12 << 20), ("1.5GB", 1_500_000_000), ("8234496", 8234496), (" 2 gib ", 2 << 30)]
-    + [(77, 77), ("1_000kb", 10**6), ("0", 0), ("4503599627370496.5B", 4503599627370496)],
+    [
+        ("12MiB", 12 << 20),
+        ("1.5GB", 1_500_000_000),
+        ("8234496", 8234496),
+        (" 2 gib ", 2 << 30),
+        (77, 77),
+        ("1_000kb", 10**6),
+        ("0", 0),
+        ("4503599627370496.5B", 4503599627370496),
+    ],
 )
 def test_sizes(text, nbytes):
     assert parse_bytes(text) == nbytes
@@ -34,10 +42,11 @@ def test_whole_sizes_are_exact(whole, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "1 GB 2", "1.GB", "12QB", "nan", "1e9", "٣GB", "0x10", "1,5GB", "5min"]
+    "text",
+    ["", "GB", "-1GB", "1 GB 2", "1.GB", "12QB", "nan", "1e9", "٣GB", "0x10", "1,5GB", "5min"],
 )
 def test_no_sizes(text):
-    with pytest.raises(AllocatorError, match="size: got .*12MiB"):
+    with pytest.raises(AllocatorError, match=r"size: got .*12MiB"):
         parse_bytes(text)
 
 
@@ -56,8 +65,13 @@ def test_no_durations(text):
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 B"), (1023, "1,023 B"), (1024, "1,024 B (1.00 KiB)")]
-    + [(8234496, "8,234,496 B (7.85 MiB)"), (5 << 40, "5,497,558,138,880 B (5.00 TiB)")],
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1,024 B (1.00 KiB)"),
+        (8234496, "8,234,496 B (7.85 MiB)"),
+        (5 << 40, "5,497,558,138,880 B (5.00 TiB)"),
+    ],
 )
 def test_shown(nbytes, text):
     assert show_bytes(nbytes) == text

@@ -137,7 +137,7 @@ class Profiler:
         path, weights = self.folder / "statistics.json", self.folder / "importance.safetensors"
         if not path.exists():
             found = collect(
-                self._swap().model, self.layout, self.inputs.documents, progress=self.progress
+                self.swap.model, self.layout, self.inputs.documents, progress=self.progress
             )
             write_whole(weights, save(found.importance))
             plain = {
@@ -162,11 +162,8 @@ class Profiler:
 
     @cached_property
     def swap(self) -> SwapModel:
-        """The model that candidates are put into."""
-        return SwapModel(self.layout, self.bank.decoded)
-
-    def _swap(self) -> SwapModel:
-        return SwapModel(self.layout, _no_formats)
+        """The model that candidates are put into; the bank is opened when one needs it."""
+        return SwapModel(self.layout, lambda *wanted: self.bank.decoded(*wanted))
 
     def space(self, spec: SearchSpace) -> Space:
         """A search space bound with this profile's saliency."""
@@ -237,16 +234,14 @@ class Profiler:
             energy = energy * counts[:, None, None]
         return np.asarray(energy)
 
-    def _changes(self) -> Iterator[tuple[str, str | int]]:
+    def changes(self) -> Iterator[tuple[str, str | int]]:
         """Single changes: `(group, format)` and `(experts.<layer>, count)`."""
         for group in self.layout.groups.values():
             for fmt in dict.fromkeys(_nearest(group, bits) for bits in ANCHOR_BITS):
                 yield group.name, fmt
         inventory = self.layout.inventory
         step = inventory.expert_groups
-        chosen = int(inventory.config.get("topk_group") or step) if step > 1 else 1
-        # a router ranks its expert groups by their best two, then needs `experts_used` in `chosen`
-        least = step * max(2, -(-inventory.experts_used // chosen))
+        least = max(2, inventory.least_experts(inventory.experts_used))
         counts = (round(share * inventory.n_experts / step) * step for share in PRUNED_SHARES)
         counts_measured = sorted({max(least, n) for n in counts} | {least}, reverse=True)
         for layer in self.layout.layers:
@@ -257,7 +252,7 @@ class Profiler:
     def _losses(self) -> tuple[dict[str, dict[str, float]], dict[int, dict[int, float]]]:
         lines = _Lines(self.folder / "losses.jsonl")
         done = {(row["change"], row["to"]): row["kl"] for row in lines.rows}
-        changes = list(self._changes())
+        changes = list(self.changes())
         bar = tqdm(
             total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
         )
@@ -285,21 +280,20 @@ class Profiler:
         layout = self.layout
         formats: dict[str, str | None] = dict.fromkeys(layout.groups)
         retained = dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts)))
+        first: int | None
         if isinstance(to, int):
-            layer = int(change.removeprefix("experts."))
-            retained[layer] = space.retained(layer, to)
+            first = int(change.removeprefix("experts."))
+            retained[first] = space.retained(first, to)
         else:
+            first = layout.groups[change].layer
             formats[change] = to
         scorer.ensure_reference(len(scorer.documents))
         scorer.swap.put(
             formats=formats, retained=retained, experts_used=layout.inventory.experts_used
         )
-        return mean(scorer.score_installed().kl, scorer.documents)
+        losses = scorer.score_installed() if first is None else scorer.score_from(first)
+        return mean(losses.kl, scorer.documents)
 
 
 def _nearest(group: Group, bits: float) -> str:
     return min(group.offered(), key=lambda f: (abs(f.bits - bits), f.name)).name
-
-
-def _no_formats(name: str, fmt: str, experts: tuple[int, ...] | None) -> Floats:
-    raise AssertionError("the statistics pass runs the original")

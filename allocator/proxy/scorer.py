@@ -71,6 +71,7 @@ class Scorer:
         self._log_probs: dict[int, torch.Tensor] = {}
         self._head: torch.Tensor | None = None
         self._top1: dict[int, torch.Tensor] = {}
+        self._boundaries: list[list[torch.Tensor]] = []
 
     @property
     def n_documents(self) -> int:
@@ -123,6 +124,42 @@ class Scorer:
             hidden = _hidden_states(model, [self.documents[i] for i in batch])
             rows += [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
         return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
+
+    @torch.inference_mode()
+    def score_from(self, layer: int) -> DocumentLosses:
+        """Losses of what the model holds now, where everything before `layer` is the original's.
+
+        Starts at the original's hidden states there, so it computes what `score_installed` does
+        with that share of the layers; those states stay in memory: tokens x hidden per layer.
+        """
+        self._ensure_boundaries()
+        rows: list[tuple[float, float, float, float]] = []
+        for batch, states in zip(
+            self._batches(0, len(self.documents)), self._boundaries, strict=True
+        ):
+            hidden = _rest_of(self.swap.model, states[layer], layer)
+            heads = (self.swap.model.lm_head(h) for h in hidden)
+            rows += [self._compare(i, logits) for i, logits in zip(batch, heads, strict=True)]
+        return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
+
+    def _ensure_boundaries(self) -> None:
+        """Collects the original's hidden states before every layer, batch by batch."""
+        self.ensure_reference(len(self.documents))
+        if self._boundaries:
+            return
+        with self.swap.original() as model:
+            for batch in self._batches(0, len(self.documents)):
+                states: list[torch.Tensor] = []
+                handles = [
+                    block.register_forward_pre_hook(
+                        lambda _, args, states=states: states.append(args[0].clone())
+                    )
+                    for block in model.model.layers
+                ]
+                _hidden_states(model, [self.documents[i] for i in batch])
+                for handle in handles:
+                    handle.remove()
+                self._boundaries.append(states)
 
     @torch.inference_mode()
     def score_logits(
@@ -188,6 +225,17 @@ class Scorer:
 def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
     ids = torch.tensor([d.ids for d in documents])
     hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _rest_of(model: Any, states: torch.Tensor, layer: int) -> torch.Tensor:
+    """Final hidden states from the hidden states that enter `layer`."""
+    whole = model.model.layers
+    model.model.layers = whole[layer:]
+    try:
+        hidden: torch.Tensor = model.model(inputs_embeds=states, use_cache=False).last_hidden_state
+    finally:
+        model.model.layers = whole
     return hidden
 
 

@@ -20,7 +20,7 @@ from allocator.surrogate import Surrogate
 
 MULTIPLIERS = "knapsack:multipliers"
 _AT_THE_CAP = 0.75  # share of proposals whose byte target is the budget itself
-_SIGMAS = (0.15, 0.3, 0.6)
+_SIGMAS = (0.05, 0.1, 0.2, 0.4)
 _ATTEMPTS = 6  # redraws, wider each time, while the proposal is one that was made before
 
 
@@ -89,13 +89,12 @@ class KnapsackSampler(BaseSampler):
 
     def _parent(self, study: Study, target: Budget) -> dict[str, float]:
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        fitting = [
-            t for t in finished if MULTIPLIERS in t.system_attrs and t.values[1] <= target.nbytes
-        ]
+        fitting = [t for t in finished if t.values[1] <= target.nbytes]
         if not fitting:
             return {}
         best = min(fitting, key=lambda t: (t.values[0], t.number))
-        found: dict[str, float] = best.system_attrs[MULTIPLIERS]
+        # first trials carry none: the unperturbed surrogate, all ones
+        found: dict[str, float] = best.system_attrs.get(MULTIPLIERS, {})
         return found
 
     def _perturb(self, parent: dict[str, float], sigma: float) -> dict[str, float]:

@@ -62,10 +62,10 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
 def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(CalibrationError, match="no documents"):
         read_documents(write(tmp_path / "x"), vocab_size=10)
-    with pytest.raises(CalibrationError, match="missing.*cannot be read"):
+    with pytest.raises(CalibrationError, match=r"missing.*cannot be read"):
         read_documents(tmp_path / "missing", vocab_size=10)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match="binary.*cannot be read"):
+    with pytest.raises(CalibrationError, match=r"binary.*cannot be read"):
         read_documents(tmp_path / "binary", vocab_size=10)
 
 

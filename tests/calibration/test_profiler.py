@@ -240,7 +240,7 @@ def test_pruned_counts_suit_a_router_with_expert_groups(make_checkpoint, make_do
         layout=layout, documents=make_documents((9,)), n_measured=1, saliency="reap"
     )
     profiler = Profiler(inputs, tmp_path / "cache")
-    counts = {to for _, to in profiler._changes() if isinstance(to, int)}
+    counts = {to for _, to in profiler.changes() if isinstance(to, int)}
     assert counts == {12}  # six used of two chosen groups: three in each
     swap = SwapModel(layout, profiler.bank.decoded)
     swap.put(

@@ -58,7 +58,7 @@ def test_halves_of_kv_b_compute_what_transformers_computes(checkpoints):
         "model.layers.1.self_attn.kv_b_proj.weight"
     ]
     latent, q_nope = torch.randn(7, 256), torch.randn(7, 4, 32)
-    # DeepseekV3Attention: kv_b_proj(latent).view(..., heads, nope + value), split in keys and values
+    # DeepseekV3Attention: kv_b_proj(latent) viewed as (..., heads, nope + value), then split
     keys, values = (latent @ weight.T).view(7, 4, 64).split([32, 32], -1)
     torch.testing.assert_close(torch.einsum("hvr,tr->thv", v_b, latent), values)
     absorbed = torch.einsum("hrn,thn->thr", k_b, q_nope)  # llama.cpp: the query meets the latent

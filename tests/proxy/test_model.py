@@ -246,3 +246,18 @@ def test_nothing_is_left_uninitialised_after_pruning(checkpoints):
     put(swap, None, {1: (0, 1), 2: (5, 6, 7)})
     assert all(np.isfinite(v.numpy()).all() for v in snapshot(swap.model).values())
     assert swap.retained == {1: (0, 1), 2: (5, 6, 7)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_put_that_fails_does_not_spoil_the_next(checkpoints, name, tmp_path):
+    swap = swap_model(checkpoints[name], tmp_path)
+    before = snapshot(swap.model)
+    with pytest.raises(KeyError):
+        swap.put(
+            formats={"no such group": None},
+            retained=dict.fromkeys(swap.layout.layers, (0, 3, 4)),
+            experts_used=1,
+        )
+    swap.reset()
+    after = snapshot(swap.model)
+    assert all(torch.equal(after[key], before[key]) for key in before)

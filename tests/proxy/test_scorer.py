@@ -186,3 +186,15 @@ def test_summary_is_of_the_first_documents(swap, documents):
     assert summary["loss"] == pytest.approx((losses.kl * weights).sum() / weights.sum())
     assert summary["tokens"] == weights.sum()
     assert set(summary["kl_by_domain"]) == {"d0", "d1"}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_starting_at_a_layer_is_the_whole_forward(swap, documents, layer):
+    scorer = Scorer(swap, documents)
+    formats = dict.fromkeys(swap.layout.groups)
+    formats[f"layers.{layer}.attention.o"] = "Q4_0"
+    swap.reset()
+    swap.put(formats=formats, retained=dict(swap.retained), experts_used=2)
+    found = scorer.score_from(layer)
+    assert (found.kl > 1e-5).any()
+    same(found, scorer.score_installed())

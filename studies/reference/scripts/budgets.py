@@ -1,0 +1,152 @@
+"""Baseline, knapsack alone and the study's pick at five budgets, both targets, on held-out text.
+
+    python studies/reference/scripts/budgets.py --text VALIDATION.jsonl [--calibration CALIBRATION.jsonl]
+
+Every run is a study of its own under --work (journals there; resumable: run the same command again).
+Writes budgets.csv and baselines.csv beside this study's study.toml.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from allocator import api
+from allocator.calibration.documents import interleaved
+from allocator.calibration.profiler import write_whole
+from allocator.front import Point, baseline_loss
+from allocator.proxy.scorer import Scorer, mean
+from allocator.workspace import Workspace
+
+HERE = Path(__file__).resolve().parent.parent
+BUDGETS = {2.25: 8_234_496, 1.75: 6_404_608, 3.0: 10_979_328, 2.0: 7_319_552, 4.0: 14_639_104}
+SCREEN_DOCUMENTS = 8  # every baseline; those near the hull are scored again on all documents
+
+
+def study_folder(args, target, bits, source="generated"):
+    folder = args.work / f"{source}-{target}-{bits}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if source == "generated":
+        documents = f'documents = "{HERE}/generated/calibration.jsonl"\nsplits = "{HERE}/splits.json"'
+    else:
+        documents = f'documents = "{args.calibration.resolve()}"'
+    (folder / "study.toml").write_text(
+        f'schema = 1\ncheckpoint = "{HERE}/model"\ntarget = "{target}"\nseed = {args.seed}\n'
+        f"[budget]\nweights = {BUDGETS[bits]}\n[calibration]\n{documents}\n"
+        f'report = "{HERE}/generated/report.jsonl"\nsearch_documents = {args.search_documents}\n'
+    )
+    return folder
+
+
+def run(args, target, bits, source="generated"):
+    folder = study_folder(args, target, bits, source)
+    done = folder / "result.json"
+    if not done.exists():
+        result = api.search(folder, trials=args.trials, progress=True)
+        write_whole(done, json.dumps({"seconds": result.seconds, "trials": result.trials}).encode())
+    print(folder.name, done.read_text(), flush=True)
+    return folder
+
+
+class Held:
+    """Per-document KL of allocations on the held-out splits, kept on disk."""
+
+    def __init__(self, args, workspace):
+        self.args, self.workspace = args, workspace
+        self.splits = {"report": workspace.report[: args.documents]}
+        if args.text:
+            windows = interleaved(workspace.read_documents(args.text))
+            self.splits["text"] = windows[: args.documents]
+        self.scorers = {k: Scorer(workspace.profiler.swap, v) for k, v in self.splits.items()}
+
+    def kl(self, split, allocation, n=None):
+        documents = self.splits[split][:n]
+        name = f"{split}-{len(documents)}-{self.workspace.profile.importance[:8]}-{allocation.digest[:32]}.npy"
+        path = self.args.work / "kl" / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            np.save(path, self.scorers[split].score(allocation, 0, len(documents)).kl)
+        return np.load(path)
+
+
+def baseline_points(held, split):
+    """Every baseline on a few documents, then the ones near the hull on all."""
+    workspace = held.workspace
+    rows = [(n, a, a.nbytes(workspace.layout).encoded) for n, a in workspace.baselines(pruned=True)]
+    rough = [Point(n, b, float(held.kl(split, a, SCREEN_DOCUMENTS).mean())) for n, a, b in rows]
+    points = []
+    for (name, allocation, nbytes), point in zip(rows, rough, strict=True):
+        try:
+            near = point.loss <= 1.15 * baseline_loss(rough, nbytes)
+        except Exception:
+            near = True
+        if near and nbytes < 17_000_000:
+            points.append(Point(name, nbytes, float(held.kl(split, allocation).mean())))
+    return points
+
+
+def interval(a, b, seed=0, n=2000):
+    """95 % paired bootstrap interval over documents of mean(a)/mean(b)."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(a), (n, len(a)))
+    return np.quantile(a[draws].mean(1) / b[draws].mean(1), [0.025, 0.975])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--work", type=Path, default=HERE.parent.parent / ".cache" / "budgets")
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--search-documents", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=192)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    table, baselines = [], []
+    runs = [(bits, target, "generated") for bits in BUDGETS for target in ("gguf", "safetensors")]
+    if args.calibration:
+        runs += [(bits, "safetensors", "text") for bits in BUDGETS]
+    folders = {r: run(args, r[1], r[0], r[2]) for r in runs}
+    for source, target in dict.fromkeys((s, t) for _, t, s in runs):
+        held = None
+        for bits in BUDGETS:
+            folder = folders[bits, target, source]
+            if held is None:
+                held = Held(args, Workspace(folder, progress=True))
+                points = {k: baseline_points(held, k) for k in held.splits}
+                baselines += [
+                    {"calibration": source, "target": target, "split": k, "name": p.name,
+                     "bytes": p.nbytes, "kl": p.loss} for k, ps in points.items() for p in ps
+                ]
+            for split in held.splits:
+                kl, names = {}, {}
+                for name in ("knapsack", "pick"):
+                    allocation = held.workspace.read_allocation(folder / "allocations" / f"{name}.json")
+                    kl[name] = held.kl(split, allocation)
+                    names[name] = allocation
+                size = names["pick"].nbytes(held.workspace.layout).encoded
+                try:
+                    base = baseline_loss(points[split], size)
+                except Exception:
+                    base = math.nan
+                low, high = interval(kl["pick"], kl["knapsack"])
+                table.append({
+                    "calibration": source, "target": target, "bits": bits, "split": split,
+                    "documents": len(kl["pick"]), "baseline": base, "knapsack": kl["knapsack"].mean(),
+                    "pick": kl["pick"].mean(), "pick/baseline": kl["pick"].mean() / base,
+                    "pick/knapsack": kl["pick"].mean() / kl["knapsack"].mean(),
+                    "low": low, "high": high,
+                    "knapsack experts": " ".join(map(str, names["knapsack"].counts.values())),
+                    "pick experts": " ".join(map(str, names["pick"].counts.values())),
+                })
+    frame = pd.DataFrame(table).sort_values(["calibration", "split", "target", "bits"])
+    print(frame.to_string(index=False, float_format="{:.4f}".format))
+    frame.to_csv(HERE / "budgets.csv", index=False, float_format="%.6g")
+    pd.DataFrame(baselines).to_csv(HERE / "baselines.csv", index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()

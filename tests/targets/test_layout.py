@@ -1,0 +1,176 @@
+"""Layouts of both targets against the checkpoint they lay out, and safetensors' own reader."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from allocator.errors import CheckpointError, TargetError
+from allocator.families import Role
+from allocator.formats import FORMATS
+from allocator.inventory import read_inventory
+from allocator.targets import GGUF, SAFETENSORS, TARGETS, target_named
+from allocator.targets.safetensors import entries, header
+
+
+@pytest.fixture(scope="module")
+def inventories(saved, reference, tiny):
+    return {n: read_inventory(p) for n, p in saved.items()} | {"reference": reference, "tiny": tiny}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("kind", ["qwen", "deepseek", "reference", "tiny"])
+class TestEveryLayout:
+    def test_every_tensor_is_somewhere_once(self, inventories, kind, target):
+        layout = target.layout(inventories[kind])
+        found = Counter(name for g in layout.groups.values() for name in set(g.sources))
+        halves = [g for g in layout.groups.values() if g.role in (Role.K_B, Role.V_B)]
+        found.subtract(name for g in halves if g.role is Role.V_B for name in g.sources)
+        found.update(k.source for k in layout.kept)
+        assert found == Counter(inventories[kind].tensors.keys())
+
+    def test_weights_agree(self, inventories, kind, target):
+        inventory = inventories[kind]
+        layout = target.layout(inventory)
+        n_groups = sum(math.prod(g.shape) for g in layout.groups.values())
+        n_kept = sum(math.prod(k.shape) for k in layout.kept)
+        assert n_groups == inventory.n_searched_weights
+        assert n_groups + n_kept == sum(math.prod(t.shape) for t in inventory.tensors.values())
+
+    def test_groups_hold_what_their_sources_hold(self, inventories, kind, target):
+        tensors = inventories[kind].tensors
+        for group in target.layout(inventories[kind]).groups.values():
+            n = sum(math.prod(tensors[s].shape) for s in group.sources)
+            if group.role not in (Role.K_B, Role.V_B):
+                assert math.prod(group.shape) == n
+                assert {tensors[s].layer for s in group.sources} == {group.layer}
+            if group.role.is_expert:
+                assert [tensors[s].expert for s in group.sources] == list(range(group.shape[0]))
+
+    def test_names_are_distinct(self, inventories, kind, target):
+        layout = target.layout(inventories[kind])
+        stored = [g.stored_as for g in layout.groups.values()]
+        stored += [k.stored_as for k in layout.kept]
+        assert len(set(stored)) == len(stored)
+        assert [g.name for g in layout.groups.values()] == list(layout.groups)
+
+    def test_only_an_untied_embedding_has_no_importance(self, inventories, kind, target):
+        layout = target.layout(inventories[kind])
+        without = [g.name for g in layout.groups.values() if not g.importance]
+        assert without == ([] if kind == "reference" else ["embedding"])
+        if without:
+            assert not any(f.needs_importance for f in layout.groups["embedding"].offered())
+
+
+def test_kv_b_is_split_for_gguf(inventories):
+    inventory = inventories["reference"]
+    groups = GGUF.layout(inventory).groups
+    for layer in range(6):
+        whole = inventory.of_role(Role.KV_B, layer)[0]
+        k_b, v_b = groups[f"layers.{layer}.attention.k_b"], groups[f"layers.{layer}.attention.v_b"]
+        assert (k_b.shape, v_b.shape) == ((4, 128, 64), (4, 64, 128))
+        assert math.prod(k_b.shape) + math.prod(v_b.shape) == math.prod(whole.shape)
+        assert k_b.sources == v_b.sources == (whole.name,)
+    assert "layers.0.attention.kv_b" in SAFETENSORS.layout(inventory).groups
+
+
+def test_kv_b_of_another_shape(inventories):
+    inventory = inventories["reference"]
+    for change in ({"v_head_dim": 32}, {"num_attention_heads": 8}, {"kv_lora_rank": 64}):
+        odd = replace(inventory, config={**inventory.config, **change})
+        with pytest.raises(CheckpointError, match=r"kv_b_proj.weight has shape \(512, 128\)"):
+            GGUF.layout(odd)
+
+
+def test_nextn_is_in_no_layout(tmp_path, make, tiny):
+    extra = {
+        "model.layers.2.eh_proj.weight": (64, 128),
+        "model.layers.2.mlp.gate.weight": (4, 64),
+        "model.layers.2.input_layernorm.weight": (64,),
+    }
+    folder = make.zeros(tmp_path, tensors=make.tensors() | extra, num_nextn_predict_layers=1)
+    for target in TARGETS.values():
+        layout, plain = target.layout(read_inventory(folder)), target.layout(tiny)
+        assert layout.groups == plain.groups
+        assert [k.source for k in layout.kept] == [k.source for k in plain.kept]
+
+
+def test_order_is_outside_then_by_layer(inventories):
+    names = list(SAFETENSORS.layout(inventories["tiny"]).groups)
+    assert names[:2] == ["embedding", "head"]
+    assert [n.split(".")[1] for n in names[2:]] == ["0"] * 7 + ["1"] * 7
+
+
+def test_gguf_keeps_float32_and_safetensors_the_checkpoints(inventories):
+    assert {k.dtype for k in GGUF.layout(inventories["deepseek"]).kept} == {"F32"}
+    inventory = inventories["deepseek"]  # router biases in float32, the rest in bfloat16
+    kept = SAFETENSORS.layout(inventory).kept
+    assert {k.dtype for k in kept} == {"BF16", "F32"}
+    assert all(k.dtype == inventory.tensors[k.source].dtype for k in kept)
+
+
+def test_fewer_experts(layouts):
+    for layout in layouts.values():
+        group = layout.groups["layers.1.experts.down"]
+        assert group.shape_with(7) == (7, 256, 256)
+        assert layout.groups["embedding"].shape_with(7) == (8192, 256)
+        router = next(k for k in layout.kept if k.role is Role.ROUTER)
+        norm = next(k for k in layout.kept if k.role is Role.NORM)
+        width = {"F32": 4, "BF16": 2, "F16": 2}
+        assert router.nbytes(7) == 7 * 256 * width[router.dtype]
+        assert norm.nbytes(7) == norm.shape[0] * width[norm.dtype]
+
+
+def test_what_llama_cpp_would_compute_wrongly_is_refused(inventories):
+    inventory = inventories["reference"]
+    for change, match in (({"q_lora_rank": None}, "q_lora_rank"), ({"rope_interleave": 0}, "rope")):
+        odd = replace(inventory, config={**inventory.config, **change})
+        with pytest.raises(TargetError, match=match):
+            GGUF.layout(odd)
+        assert SAFETENSORS.layout(odd).groups
+
+
+def test_target_named():
+    assert target_named("gguf") is GGUF
+    with pytest.raises(TargetError, match="unknown target 'mlx'; known: gguf, safetensors"):
+        target_named("mlx")
+
+
+@pytest.mark.parametrize("kind", ["qwen", "deepseek", "reference"])
+@pytest.mark.parametrize("pick", [0, -1])
+def test_a_file_with_our_header_is_one_that_safetensors_reads(tmp_path, inventories, kind, pick):
+    layout = SAFETENSORS.layout(inventories[kind])
+    formats = {n: g.offered()[pick].name for n, g in layout.groups.items()}
+    retained = {layer: 8 - 4 * (i % 2) for i, layer in enumerate(layout.layers)}
+    rows = entries(layout, retained=retained, formats=formats)
+    head = header(rows)
+    kept = sum(k.nbytes(retained.get(k.layer, 0)) for k in layout.kept)
+    encoded = sum(
+        FORMATS[formats[n]].nbytes(g.shape_with(retained.get(g.layer, 0)))
+        for n, g in layout.groups.items()
+    )
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + encoded + kept)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert sorted(file.keys()) == sorted(name for name, _, _ in rows)
+        for name, dtype, shape in rows:
+            part = file.get_slice(name)
+            assert (part.get_dtype(), tuple(part.get_shape())) == (dtype, shape)
+    assert sum(t.nbytes for t in load_file(path).values()) == encoded + kept
+    args = {"retained": retained, "formats": formats, "experts_used": 2}
+    assert SAFETENSORS.header_bytes(layout, **args) == len(head)
+    assert len(head) % 8 == 0
+    assert json.loads(head[8:])["embedding"]["data_offsets"][0] == 0
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 31, 32, 33, 1000])
+def test_padding(nbytes):
+    assert SAFETENSORS.padded(nbytes) == nbytes
+    assert GGUF.padded(nbytes) == math.ceil(nbytes / 32) * 32

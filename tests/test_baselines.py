@@ -1,0 +1,95 @@
+"""What people do without a search, under the names that llama-quantize would really store."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from allocator.baselines import baselines, mixed
+from allocator.formats import FORMATS
+from allocator.inventory import read_inventory
+from allocator.targets import GGUF, SAFETENSORS, TARGETS
+
+
+def by_index(layout):
+    n = layout.inventory.n_experts
+    size = n // layout.inventory.expert_groups
+    order = sorted(range(n), key=lambda e: e % size)
+    return dict.fromkeys(layout.layers, tuple(order))
+
+
+@pytest.fixture(scope="module")
+def many(layouts, tiny, saved, reference):
+    grouped = replace(reference, config={**reference.config, "n_group": 4, "topk_group": 2})
+    found = dict(layouts)
+    for name, target in TARGETS.items():
+        found |= {f"{name} tiny": target.layout(tiny), f"{name} 4x6": target.layout(grouped)}
+        found[f"{name} 4x2"] = target.layout(read_inventory(saved["deepseek"]))
+    return found
+
+
+KINDS = [f"{t}{s}" for t, s in itertools.product(TARGETS, ("", " tiny", " 4x6", " 4x2"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_are_allocations_with_names_of_their_own(many, kind):
+    layout = many[kind]
+    made = list(baselines(layout, by_index(layout), pruned=True))
+    assert len({name for name, _ in made}) == len(made)
+    for _, allocation in made:
+        allocation.check(layout)
+    whole = dict(baselines(layout, by_index(layout)))
+    assert whole.items() <= dict(made).items()
+    n = layout.inventory.n_experts
+    assert all(set(a.counts.values()) == {n} for a in whole.values())
+
+
+def test_counts_of_the_reference(layouts):
+    made = baselines(layouts["gguf"], by_index(layouts["gguf"]), pruned=True)
+    assert sorted({n for _, a in made for n in a.counts.values()}) == [8, 12, 16, 20, 24]
+
+
+def test_ranking_says_who_stays(layouts):
+    layout = layouts["safetensors"]
+    rankings = {x: tuple((5 * e + x) % 24 for e in range(24)) for x in layout.layers}
+    made = mixed(layout, rankings, experts="Q4_K", rest="Q6_K", count=3)
+    assert made.retained_experts[2] == (2, 7, 12)
+
+
+def test_uniform_q4_k_of_the_reference(layouts):
+    """Rows of 128 and 64 are no superblocks: llama-quantize stores Q5_0."""
+    stored = dict(baselines(layouts["gguf"], by_index(layouts["gguf"])))["Q4_K"].format_of
+    for name, group in layouts["gguf"].groups.items():
+        assert stored[name] == {256: "Q4_K", 768: "Q4_K", 128: "Q5_0", 64: "Q5_0"}[group.shape[-1]]
+    assert stored["layers.2.attention.k_b"] == stored["layers.2.attention.v_b"] == "Q5_0"
+    flat = dict(baselines(layouts["safetensors"], by_index(layouts["safetensors"])))
+    assert flat["IQ2_XXS"].format_of["layers.2.attention.kv_b"] == "IQ4_NL"
+
+
+def test_mixes_are_of_two_roles(layouts):
+    for name, allocation in baselines(layouts["gguf"], by_index(layouts["gguf"])):
+        if " / " not in name:
+            continue
+        experts, rest = name.split(" / ")
+        assert FORMATS[experts].bits < FORMATS[rest].bits
+        assert allocation.format_of["layers.1.experts.down"] == experts
+        assert allocation.format_of["layers.1.shared.down"] == rest
+        assert allocation.format_of["embedding"] == rest
+
+
+def test_uniform_formats_come_largest_first(layouts):
+    made = baselines(layouts["gguf"], by_index(layouts["gguf"]))
+    sizes = [a.nbytes(layouts["gguf"]).encoded for n, a in made if "/" not in n]
+    assert len(sizes) == 12
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_embedding_without_importance(tmp_path, make):
+    wide = {"hidden_size": 256}
+    folder = make.zeros(tmp_path, tensors=make.tensors(**wide), **wide)
+    for target in (GGUF, SAFETENSORS):
+        layout = target.layout(read_inventory(folder))
+        made = dict(baselines(layout, by_index(layout)))
+        assert made["IQ2_XXS"].format_of["embedding"] == "Q2_K"
+        assert made["IQ2_XXS"].format_of["head"] == "IQ2_XXS"
+        assert made["IQ3_S"].format_of["embedding"] == "IQ3_S"

@@ -1,0 +1,446 @@
+"""The grammar, params and allocations, and repairs that never exceed a budget."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, IntDistribution
+
+from allocator.allocation import Allocation
+from allocator.errors import BudgetError, SpaceError
+from allocator.formats import FORMATS
+from allocator.inventory import read_inventory
+from allocator.memory import Budget
+from allocator.space import SearchSpace, bind, repair
+from allocator.targets import GGUF, SAFETENSORS, TARGETS
+
+SHIPPED = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.toml"))
+TARGET_NAMES = list(TARGETS)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Parses a search space."""
+
+    def parse(text="", head="schema = 1\n"):
+        path = tmp_path / "space.toml"
+        path.write_text(head + text)
+        return SearchSpace.read(path)
+
+    return parse
+
+
+# -- the file
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_shipped_spaces_bind(layouts, profiles, path, target):
+    layout = layouts[target]
+    space = bind(SearchSpace.read(path), layout, profiles[target].saliency)
+    space.smallest.check(layout)
+    space.largest.check(layout)
+    assert space.smallest.nbytes(layout).file < space.largest.nbytes(layout).file
+
+
+def test_something_is_shipped():
+    assert {p.stem for p in SHIPPED} >= {"default", "careful"}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("colour = 1", r"unknown field `colour`"),
+        ("[experts]\nmin = 3", r"unknown field `min` - at `\$\.experts`"),
+        ('[[pin]]\npattern = "*"\nfmt = "Q4_K"', r"unknown field `fmt` - at `\$\.pin\[0\]`"),
+        ("[[pin]]\nformat = 'Q4_K'", r"missing required field `pattern` - at `\$\.pin\[0\]`"),
+        ('formats = ["Q4_K", "Q4_KM"]', "unknown format 'Q4_KM'; known: F32"),
+        ('[[pin]]\npattern = "*"\nformat = "q4_k"', "unknown format 'q4_k'"),
+        ('[[pin]]\npattern = "*"\nminimum = "4 bits"', "unknown format '4 bits'"),
+        ('[[pin]]\npattern = "*"\nmaximum = "x"', "unknown format 'x'"),
+        ("[experts]\nminimum = 'few'", r"Expected `int \| null`.* - at `\$\.experts\.minimum`"),
+        ("[experts.protected]\nfirst = [0]", r"\$\.experts\.protected"),
+        ("formats = ", "space.toml: Invalid value"),
+        ("\0", "space.toml: "),
+    ],
+)
+def test_refused_files(spec, text, match):
+    with pytest.raises(SpaceError, match=match) as caught:
+        spec(text)
+    assert "space.toml: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_schema(spec, tmp_path):
+    with pytest.raises(SpaceError, match="missing required field `schema`"):
+        spec(head="")
+    with pytest.raises(SpaceError, match="schema 2, needed 1"):
+        spec(head="schema = 2")
+    with pytest.raises(SpaceError, match=r"nowhere.toml: no such file"):
+        SearchSpace.read(tmp_path / "nowhere.toml")
+    with pytest.raises(SpaceError, match="directory"):
+        SearchSpace.read(tmp_path)
+    (tmp_path / "latin").write_bytes(b"schema = 1 # \xe4")
+    with pytest.raises(SpaceError, match="latin: "):
+        SearchSpace.read(tmp_path / "latin")
+
+
+# -- pins and limits
+
+
+def formats(spec, layout, text):
+    return bind(spec(text), layout, None).formats
+
+
+def pin(pattern, **keys):
+    return f'[[pin]]\npattern = "{pattern}"\n' + "".join(f'{k} = "{v}"\n' for k, v in keys.items())
+
+
+DOWN, KV_B = "layers.1.experts.down", "layers.1.attention.kv_b"
+ALL = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS")
+ALL += ("IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+
+
+def test_without_limits(spec, layouts):
+    found = formats(spec, layouts["safetensors"], "")
+    assert found[DOWN] == ALL
+    assert found[KV_B] == ("BF16", "Q8_0", "Q5_0", "IQ4_NL", "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "left"),
+    [
+        ('formats = ["IQ1_S", "Q4_K", "IQ4_NL"]', DOWN, ("Q4_K", "IQ1_S")),
+        ('formats = ["IQ1_S", "Q4_K", "IQ4_NL"]', KV_B, ("IQ4_NL",)),
+        (pin("*.experts.*", format="Q4_K"), DOWN, ("Q4_K",)),
+        (pin("*.experts.*", format="Q2_K"), DOWN, ("Q2_K",)),  # stored, if not offered
+        (pin("*.experts.*", format="Q4_K"), "layers.1.shared.down", ALL),
+        (pin("layers.[12].*", minimum="Q5_K"), DOWN, ALL[:4]),
+        (pin("*", minimum="Q4_K"), KV_B, ("BF16", "Q8_0", "Q5_0", "IQ4_NL", "Q4_0")),  # 4.5 bits
+        (pin("*", minimum="IQ4_XS", maximum="Q5_K"), DOWN, ("Q5_K", "Q4_K", "IQ4_XS")),
+        (pin("*", maximum="Q5_K") + pin("*.down", minimum="Q4_K"), DOWN, ("Q5_K", "Q4_K")),
+        (pin("*", maximum="Q8_0") + pin("*.down", maximum="BF16"), DOWN, ALL[1:]),
+        (pin("*", minimum="Q4_K") + pin("*.down", format="Q5_K"), DOWN, ("Q5_K",)),
+        (
+            pin("*.up", format="Q5_K") + pin("*.[gu]*", format="Q5_K"),
+            "layers.1.shared.up",
+            ("Q5_K",),
+        ),
+    ],
+)
+def test_narrowed(spec, layouts, text, name, left):
+    assert formats(spec, layouts["safetensors"], text)[name] == left
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (pin("*.expert.*", format="Q4_K"), r"pin '\*.expert.\*' matches no group; .*embedding"),
+        (
+            pin("*", format="Q4_K"),
+            "Q4_K cannot store layers.0.attention.kv_b .rows of 128.; offered",
+        ),
+        ('formats = ["Q4_K"]', "no format left for layers.0.attention.kv_b .rows of 128."),
+        (pin("*", minimum="Q5_K", maximum="Q4_K"), "no format left for embedding"),
+        (pin("*", minimum="Q4_K") + pin("*.experts.down", format="IQ2_S"), "left for layers.1.exp"),
+        (pin("*.q_a", format="Q4_K") + pin("*", format="Q8_0"), "no format left for .*q_a"),
+        (pin("*", minimum="Q4_K") + pin("*", maximum="IQ2_S"), "no format left for embedding"),
+        ("experts_used = [0]", r"experts_used \(0,\): needed 1..4"),
+        ("experts_used = [2, 5]", r"experts_used \(2, 5\): needed 1..4"),
+        ("[experts]\nminimum = 25", "minimum 25: the checkpoint has 24 per layer"),
+        ("[experts]\nminimum = 13\nmaximum = 12", "minimum 13 .* is above maximum 12"),
+        ("[experts]\nmaximum = 3", "minimum 6 .* is above maximum 3"),
+        ("[experts]\nmaximum = -1", "is above maximum -1"),
+        ("[experts]\nsaliency = 'luck'", "saliency 'luck': known are reap, norm"),
+        ("[experts.protected]\n0 = [1]", r"protected 0 = \[1\]: MoE layers are \(1, 2, 3, 4, 5\)"),
+        ("[experts.protected]\n1 = [24]", r"protected 1 = \[24\]: .* experts 0..23"),
+        ("[experts.protected]\n1 = [-1]", r"protected 1 = \[-1\]"),
+        ("[experts]\nmaximum = 6\n[experts.protected]\n1 = [0,1,2,3,4,5,6]", "protected 7"),
+    ],
+)
+def test_nothing_left(spec, layouts, profiles, text, match):
+    with pytest.raises(SpaceError, match=match):
+        bind(spec(text), layouts["safetensors"], profiles["safetensors"].saliency)
+
+
+def test_importance_of_an_untied_embedding(spec, tmp_path, make):
+    wide = {"hidden_size": 256}
+    folder = make.zeros(tmp_path / "wide", tensors=make.tensors(**wide), **wide)
+    layout = SAFETENSORS.layout(read_inventory(folder))
+    with pytest.raises(SpaceError, match="IQ1_S cannot store embedding"):
+        formats(spec, layout, pin("embedding", format="IQ1_S"))
+    assert formats(spec, layout, "")["embedding"][-1] == "IQ1_M"
+    assert formats(spec, layout, "")["head"][-1] == "IQ1_S"
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("", range(6, 25)),
+        ("[experts]\nminimum = 20", range(20, 25)),
+        ("[experts]\nminimum = 1", range(4, 25)),  # as many as a token uses
+        ("experts_used = [1, 2]\n[experts]\nminimum = 1", range(2, 25)),
+        ("[experts]\nmaximum = 99", range(6, 25)),
+        ("[experts]\nminimum = 7\nmaximum = 7", [7]),
+        ("[experts.protected]\n1 = [0, 1, 2, 3, 4, 5, 6, 7]", range(8, 25)),
+        ("[experts.protected]\n1 = [0, 0, 0, 0, 0, 0, 0, 0]", range(6, 25)),
+    ],
+)
+def test_counts(spec, layouts, text, counts):
+    assert bind(spec(text), layouts["safetensors"], None).counts == tuple(counts)
+
+
+def test_tied(spec, layouts):
+    same = "[experts]\nsame = true"
+    assert bind(spec(), layouts["gguf"], None).tied
+    assert not bind(spec(), layouts["safetensors"], None).tied
+    assert list(bind(spec(same), layouts["safetensors"], None).count_params) == ["experts.all"]
+
+
+# -- rankings
+
+
+def test_rankings_follow_saliency_and_protection(spec, layouts, profiles):
+    layout, saliency = layouts["safetensors"], profiles["safetensors"].saliency
+    text = "[experts]\nsaliency = 'norm'\n[experts.protected]\n2 = [7, 3]"
+    space = bind(spec(text), layout, saliency)
+    for layer in layout.layers:
+        scores = saliency["norm"][layer]
+        best = sorted(range(24), key=lambda e: scores[e], reverse=True)
+        first = sorted({7, 3}, key=best.index) if layer == 2 else []
+        assert list(space.rankings[layer]) == first + [e for e in best if e not in first]
+    assert {3, 7} <= set(space.retained(2, 6))
+    assert bind(spec(), layout, None).rankings[1] == tuple(range(24))
+
+
+@pytest.fixture(scope="module")
+def grouped(reference):
+    """The reference as if its router had 4 groups of 6, of which 2 are chosen."""
+    config = {**reference.config, "n_group": 4, "topk_group": 2}
+    return {n: t.layout(replace(reference, config=config)) for n, t in TARGETS.items()}
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_router_groups_stay_balanced(grouped, profiles, target):
+    space = bind(SearchSpace(schema=1), grouped[target], profiles[target].saliency)
+    assert space.counts == (8, 12, 16, 20, 24)  # at least two of each group
+    for layer, count in itertools.product(grouped[target].layers, space.counts):
+        kept = space.retained(layer, count)
+        scores = profiles[target].saliency["reap"][layer]
+        for group in range(4):
+            best = sorted(range(6 * group, 6 * group + 6), key=lambda e: -scores[e])
+            assert {e for e in kept if e // 6 == group} == set(best[: count // 4])
+    space.smallest.check(grouped[target])
+    assert space.smallest.nbytes(grouped[target]).file > 0
+
+
+def test_protected_experts_of_one_router_group(grouped, spec):
+    space = bind(spec("[experts.protected]\n3 = [6, 7, 9]"), grouped["safetensors"], None)
+    assert space.counts == (12, 16, 20, 24)
+    assert all({6, 7, 9} <= set(space.retained(3, n)) for n in space.counts)
+
+
+# -- params
+
+
+def test_distributions(spaces, spec, layouts):
+    for target, space in spaces.items():
+        names = ["experts.all"] if target == "gguf" else [f"experts.{x}" for x in range(1, 6)]
+        groups = [f"format.{g}" for g in space.layout.groups]
+        assert list(space.distributions) == names + groups
+        assert space.distributions[names[0]] == IntDistribution(6, 24)
+    text = (
+        'experts_used = [4, 1, 2, 2]\n[experts]\nminimum = 24\n[[pin]]\npattern="*"\nformat="Q8_0"'
+    )
+    space = bind(spec(text), layouts["gguf"], None)
+    assert space.distributions == {"experts_used": CategoricalDistribution((1, 2, 4))}
+    text = text.replace("[4, 1, 2, 2]", "[2, 4]")
+    space = bind(spec(text), layouts["gguf"], None)
+    assert space.distributions == {"experts_used": IntDistribution(2, 4, step=2)}
+    space = bind(spec(text.replace("[2, 4]", "[4, 4]")), layouts["gguf"], None)
+    assert space.distributions == {}
+    assert space.allocation({}).experts_used == 4
+
+
+def test_optuna_samples_what_the_space_holds(spec, layouts):
+    for text in ("experts_used = [1, 2, 4]", "experts_used = [1, 4]", ""):
+        space = bind(spec(text), layouts["gguf"], None)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for _ in range(10):
+            space.allocation(study.ask(space.distributions).params).check(layouts["gguf"])
+
+
+def draw(data, space):
+    """Random complete params."""
+    return {n: data.draw(st.sampled_from(v), label=n) for n, v in space.choices.items()}
+
+
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+@quick
+@given(data=st.data())
+def test_params_of_an_allocation_of_params(spaces, target, data):
+    space = spaces[target]
+    params = draw(data, space)
+    allocation = space.allocation(params)
+    allocation.check(space.layout)
+    searched = {n: v for n, v in params.items() if n in space.distributions}
+    assert space.params(allocation) == searched
+    assert space.complete(searched) == params
+    assert space.allocation(searched) == allocation
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"experts.all": 5}, "param experts.all is 5, needed one of"),
+        ({"experts.all": None}, "param experts.all is None"),
+        ({"experts.1": 7}, "unknown param 'experts.1'"),
+        ({"format.embedding": "Q4_0"}, "param format.embedding is 'Q4_0'"),
+        ({"experts_used": 3}, "param experts_used is 3"),
+    ],
+)
+def test_params_outside_the_space(spaces, change, match):
+    space = spaces["gguf"]
+    with pytest.raises(SpaceError, match=match):
+        space.allocation(space.params(space.largest) | change)
+
+
+def test_missing_params(spaces):
+    with pytest.raises(SpaceError, match=r"param experts.all is None"):
+        spaces["gguf"].allocation({})
+
+
+def test_allocations_outside_the_space(spaces, tiny):
+    space = spaces["gguf"]
+    data = space.largest.to_json()
+    worst = {x: sorted(r[-8:]) for x, r in space.rankings.items()}
+    some = {x: list(range(8 if x == 3 else 7)) for x in worst}
+    for change in (
+        {"retained": worst},
+        {"retained": some},
+        {"retained": {}},
+        {"formats": {}},
+        {"formats": data["formats"] | {"extra": "Q4_K"}},
+        {"kv_format": "q8_0"},
+        {"target": "safetensors"},
+    ):
+        with pytest.raises(SpaceError):
+            space.params(Allocation.from_json(data | change))
+    other = bind(SearchSpace(schema=1), SAFETENSORS.layout(tiny), None)
+    with pytest.raises(SpaceError):
+        spaces["safetensors"].params(other.largest)
+
+
+# -- bytes and repairs
+
+
+BOUNDS = ["file", "weights"]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("target", TARGET_NAMES)
+@quick
+@given(data=st.data())
+def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
+    space = spaces[target]
+    budget = Budget(1, bounds)
+    params = draw(data, space)
+    used = budget.used(space.allocation(params).nbytes(space.layout))
+    cost = space.costs(budget).total(params)
+    if target == "gguf" or bounds == "weights":
+        assert cost == used
+    else:
+        assert 0 <= cost - used < 2000  # digits of a header
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("target", TARGET_NAMES)
+@quick
+@given(data=st.data(), share=st.floats(0, 1.2))
+def test_repair(spaces, surrogates, target, bounds, data, share):
+    space, loss = spaces[target], surrogates[target].loss
+    layout = space.layout
+    low, high = (Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest))
+    budget = Budget(low + int(share * (high - low)), bounds)
+    costs = space.costs(budget)
+    params = draw(data, space)
+    repaired = repair(space, costs, params, loss)
+    allocation = space.allocation(repaired)
+    assert budget.used(allocation.nbytes(layout)) <= budget.nbytes
+    assert repair(space, costs, repaired, loss) == repaired
+    if costs.total(params) <= budget.nbytes:
+        assert repaired == params
+    for name, values in space.choices.items():  # nothing grows
+        moved = values.index(repaired[name]) - values.index(params[name])
+        assert moved >= 0 if name.startswith("format.") else moved <= 0
+
+
+def test_repair_steps_where_a_byte_costs_least(spaces):
+    space = spaces["gguf"]
+    params = space.complete(space.params(space.largest))
+    costs = space.costs(Budget(1, "weights"))
+    budget = Budget(costs.total(params) - 1, "weights")
+
+    def loss(name, value):
+        step = space.choices[name].index(value)
+        return 0.0 if name == "format.layers.2.experts.up" else float(step)
+
+    repaired = repair(space, space.costs(budget), params, loss)
+    changed = {n: v for n, v in repaired.items() if v != params[n]}
+    assert changed in ({"format.layers.2.experts.up": "Q8_0"}, {"experts.all": 23})
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
+    """One row of 32 weights: 64, 34 and 22 bytes are 64, 64 and 32 in a file padded to 32."""
+    tensors = make.tensors() | {
+        f"model.layers.{i}.self_attn.{n}_proj.weight": (1, 32) for i in (0, 1) for n in "kv"
+    }
+    layout = GGUF.layout(read_inventory(make.zeros(tmp_path, tensors=tensors)))
+    space = bind(SearchSpace(schema=1), layout, None)
+    costs = space.costs(Budget(10**9, bounds))
+    costs.__dict__["constant"] = 0  # no tokenizer for its header
+    low = costs.total(space.complete(space.params(space.smallest)))
+    costs.budget = Budget(low, bounds)
+    params = space.complete(space.params(space.largest))
+    repaired = repair(space, costs, params, lambda name, value: 0.0)
+    assert costs.total(repaired) <= low
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_floor(spaces, surrogates, target, bounds):
+    space = spaces[target]
+    floor = Budget(1, bounds).used(space.smallest.nbytes(space.layout))
+    space.check_budget(Budget(floor, bounds))
+    under = Budget(floor - 1, bounds)
+    with pytest.raises(BudgetError) as caught:
+        space.check_budget(under)
+    assert f"{floor - 1:,} bytes ({bounds}) is under the floor of {floor:,}" in str(caught.value)
+    assert "with 6 experts per layer" in str(caught.value)
+    assert "lower [experts] minimum or loosen pins" in str(caught.value)
+    params = space.complete(space.params(space.largest))
+    with pytest.raises(BudgetError, match="is under the floor"):
+        repair(space, space.costs(under), params, surrogates[target].loss)
+    at = repair(space, space.costs(Budget(floor, bounds)), params, surrogates[target].loss)
+    assert Budget(floor, bounds).used(space.allocation(at).nbytes(space.layout)) <= floor
+    with pytest.raises(BudgetError, match="needed a positive size"):
+        space.check_budget(Budget(0, bounds))
+
+
+def test_smallest_is_smallest(spaces):
+    for space in spaces.values():
+        layout = space.layout
+        small = space.smallest
+        assert set(small.counts.values()) == {6}
+        for name, group in layout.groups.items():
+            stored = [FORMATS[f].nbytes(group.shape) for f in space.formats[name]]
+            assert FORMATS[small.format_of[name]].nbytes(group.shape) == min(stored)
+            assert FORMATS[space.largest.format_of[name]].nbytes(group.shape) == max(stored)
