@@ -91,8 +91,8 @@ OFFERED = tuple(dict.fromkeys(_SUPERBLOCK + _SMALL_BLOCK))
 def offered(shape: tuple[int, ...], *, importance: bool) -> tuple[Format, ...]:
     """Formats that store a weight of `shape` as named, largest first.
 
-    The ggml types left out are dominated on this kind of row (measured: evidence in
-    `studies/reference/NOTES.md`) and serve baselines only.
+    The ggml types left out are dominated at equal bytes on this kind of row and serve baselines
+    only.
 
     Args:
         shape: `(..., out_features, in_features)`.
