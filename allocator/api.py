@@ -5,11 +5,12 @@ are shown when `progress` is true; nothing else is printed.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -17,25 +18,27 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.numpy import save
+from tqdm import tqdm
 
 from allocator.allocation import Allocation
+from allocator.calibration import documents as calibration
 from allocator.calibration.profiler import importance_digest, write_whole
 from allocator.errors import SpaceError, StudyError, VerifyError
-from allocator.evaluate.report import evaluate
 from allocator.formats import FORMATS
 from allocator.front import Point
 from allocator.front import front as front_of
 from allocator.inventory import read_inventory
 from allocator.materialize.checkpoint import Manifest, Written
 from allocator.materialize.checkpoint import materialize as _materialize
-from allocator.materialize.verify import Verification
+from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification
 from allocator.materialize.verify import verify as _verify
 from allocator.memory import Budget
 from allocator.profile import Profile
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import AllocationRecord, codec
-from allocator.storage import open_storage, repair_storage, search_lock
+from allocator.report import evaluate
+from allocator.storage import journal_path, open_storage, repair_storage, search_lock
 from allocator.study import (
     KIND,
     RESULT,
@@ -54,7 +57,7 @@ N_FINALISTS = 3
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
-    """Groups of a checkpoint in a target: role, layer, shape, formats offered; no weights are read."""
+    """Groups of a checkpoint in a target, with the formats offered; no weights are read."""
     layout = target_named(target).layout(read_inventory(checkpoint))
     rows = [
         {
@@ -185,7 +188,6 @@ def search(
     sampler: str | None = None,
     seed: int | None = None,
     join: bool = False,
-    on_trial: Callable[[FrozenTrial], None] | None = None,
     **options: Any,
 ) -> SearchResult:
     """Launches or resumes a study, then picks among its front on the selection split.
@@ -194,13 +196,13 @@ def search(
         study: its folder.
         budget: of the whole file, e.g. `12MiB`; else study.toml's.
         weights_budget: of the searched matrices alone.
-        trials: proposals in the study in total; study.toml's if neither this nor `seconds` is given.
+        trials: proposals in the study in total; if neither this nor `seconds` is given,
+            study.toml's.
         seconds: stop after so long instead.
         storage: an RDB URL, `journal:PATH`, or None for a journal in the folder.
         sampler: instead of study.toml's.
         seed: instead of study.toml's.
         join: work beside a search that is running.
-        on_trial: called after every trial.
         options: of `Workspace`.
 
     Raises:
@@ -208,6 +210,7 @@ def search(
     """
     workspace = Workspace(study, **options)
     limit = workspace.budget(file=budget, weights=weights_budget)
+    workspace.check_launch(sampler=sampler, seed=seed)
     with search_lock(workspace.folder, join=join) as lock:
         messages = repair_storage(storage, workspace.folder) if lock.exclusive_start else []
         running = prepare(workspace, limit, storage=storage, sampler=sampler, seed=seed)
@@ -215,7 +218,8 @@ def search(
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
         lock.ready()
         wanted = trials if trials is not None or seconds is not None else workspace.spec.trials
-        running.run(n_trials=wanted, seconds=seconds, on_trial=on_trial)
+        with _TrialBar(wanted, running, shown=workspace.progress) as bar:
+            running.run(n_trials=wanted, seconds=seconds, on_trial=bar)
         pick, knapsack = _conclude(workspace, running)
     return SearchResult(
         study=running.study,
@@ -228,6 +232,32 @@ def search(
         },
         messages=tuple(messages),
     )
+
+
+class _TrialBar:
+    """A progress bar over trials, with the least loss so far."""
+
+    def __init__(self, wanted: int | None, running: Search, *, shown: bool) -> None:
+        self._bar = tqdm(
+            total=wanted,
+            initial=running.n_proposals(),
+            desc="search",
+            unit="trial",
+            disable=not shown,
+        )
+        self._best = min((t.values[0] for t in complete_trials(running.study)), default=math.inf)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.COMPLETE:
+            self._best = min(self._best, trial.values[0])
+        self._bar.set_postfix_str(f"least loss {self._best:.5f}")
+        self._bar.update()
 
 
 def prepare(
@@ -275,9 +305,10 @@ def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path]:
 
 
 def _selection_loss(workspace: Workspace, allocation: Allocation) -> float:
-    path = workspace.profiler.folder / f"selection-{allocation.digest[:32]}.json"
+    scorer = workspace.selection_scorer
+    key = f"{calibration.digest(scorer.documents)[:16]}-{allocation.digest[:32]}"
+    path = workspace.profiler.folder / f"selection-{key}.json"
     if not path.exists():
-        scorer = workspace.selection_scorer
         loss = mean(scorer.score(allocation).kl, scorer.documents)
         write_whole(path, json.dumps({"loss": loss}).encode())
     return float(json.loads(path.read_text())["loss"])
@@ -325,7 +356,7 @@ def _known_digests(path: Path, allocation: Allocation) -> dict[str, str]:
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """One row per trial that scored something: kind, state, bytes, bits, losses, predicted, counts."""
+    """One row per trial that scored something: kind, state, bytes, losses, retained counts."""
     rows = []
     for t in study.get_trials(deepcopy=False):
         if RESULT not in t.user_attrs:
@@ -350,9 +381,12 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 
 
 def front(study: str | Path, *, storage: str | None = None, **options: Any) -> pd.DataFrame:
-    """The non-dominated COMPLETE trials of a study, smallest first; also written to `front.json`."""
+    """The non-dominated COMPLETE trials, smallest first; also written to `front.json`."""
     workspace = Workspace(study, **options)
+    path = journal_path(storage, workspace.folder)
     try:
+        if path is not None and not path.exists():
+            raise KeyError(path)
         opened = optuna.load_study(
             study_name=workspace.study_name, storage=open_storage(storage, workspace.folder)
         )
@@ -471,22 +505,38 @@ def materialize(
 
 
 def verify(
-    study: str | Path, folder: str | Path, *, documents: int = 16, **options: Any
+    study: str | Path, folder: str | Path, *, documents: int | None = None, **options: Any
 ) -> Verification:
     """Re-opens a written checkpoint in its runtime and compares it with its allocation.
 
     Args:
         study: the folder it belongs to.
         folder: the checkpoint's directory.
-        documents: of the search split, scored in torch and in the runtime.
+        documents: of the search split, scored in torch and in the runtime; by default those that a
+            trial is scored on, and then the trial's loss must come out again.
         options: of `Workspace`.
+
+    Raises:
+        VerifyError: at the first thing that is not as it should be.
     """
     workspace = Workspace(study, **options)
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, workspace.inventory)
     bank = workspace.bank_for(manifest.importance)
-    swap = SwapModel(workspace.layout, bank.decoded)
-    return _verify(Path(folder), bank, Scorer(swap, workspace.splits[0][:documents]))
+    scored = documents or workspace.spec.calibration.search_documents
+    scorer = Scorer(SwapModel(workspace.layout, bank.decoded), workspace.splits[0][:scored])
+    found = _verify(Path(folder), bank, scorer)
+    for path in sorted((workspace.folder / "allocations").glob("*.json")):
+        record = AllocationRecord.read(path)
+        if documents is None and record.digest == manifest.allocation:
+            off = abs(record.loss["search"] - found.loss)
+            if off > SAFETENSORS_TOLERANCE:
+                raise VerifyError(
+                    f"{folder}: proxy loss {found.loss:.6f}, {path.name} says "
+                    f"{record.loss['search']:.6f}; the study was run on another calibration "
+                    "or version"
+                )
+    return found
 
 
 def reproduce(
@@ -533,6 +583,6 @@ def reproduce(
 
 
 __all__ = [
-    "estimate", "evaluate", "explain", "front", "inspect", "materialize", "profile", "reproduce", "score",
-    "search", "trials_table", "verify",
+    "estimate", "evaluate", "explain", "front", "inspect", "materialize", "profile",
+    "reproduce", "score", "search", "trials_table", "verify",
 ]  # fmt: skip

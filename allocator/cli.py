@@ -1,4 +1,4 @@
-"""The command line: a table of verbs; each parses, calls one function of `allocator.api`, prints."""
+"""The command line: a table of verbs; each parses, calls a function of `allocator.api`, prints."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def _print_table(table: "pd.DataFrame", **formats: str) -> None:
     for column, spec in formats.items():
         if column in shown:
             shown[column] = [
-                "" if v is None or v != v else format(v, spec)  # noqa: PLR0124 - NaN
+                "" if v is None or v != v else format(v, spec)  # NaN
                 for v in shown[column]
             ]
     print(shown.to_string(index=False))
@@ -72,7 +72,6 @@ def _search(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         seed=args.seed,
         join=args.join,
-        on_trial=None if args.quiet else _TrialPrinter(),
         **_options(args),
     )
     for message in result.messages:
@@ -93,23 +92,6 @@ def _print_estimate(e: Any) -> None:
     ready = "ready" if e.profile_ready else f"about {e.profile_seconds:.0f} s"
     print(f"profile  {ready}")
     print(f"total    at most about {e.total_seconds / 60:.0f} min")
-
-
-class _TrialPrinter:
-    """One line per finished trial."""
-
-    def __call__(self, trial: Any) -> None:
-        from allocator.study import KIND, RESULT
-
-        result = trial.user_attrs.get(RESULT)
-        if result is not None:
-            print(
-                f"trial {trial.number:4d}  {trial.state.name:8s}  {result['effective_bits']:.3f} bits"
-                f"  loss {result['loss']:.5f}  predicted {result['predicted']:.5f}"
-                f"  tokens {result['tokens']:6d}  {trial.user_attrs[KIND]}",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def _front(args: argparse.Namespace) -> None:
@@ -222,8 +204,8 @@ def _study_option(parser: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allocator",
-        description="Search how many experts each layer of an MoE model keeps and which format every "
-        "tensor gets, inside a memory budget; write and verify the checkpoint.",
+        description="Search how many experts each layer of an MoE model keeps and which format "
+        "every tensor gets, inside a memory budget; write and verify the checkpoint.",
         epilog=_EPILOG,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -235,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
             "--cache", type=Path, help="profiles and encoded weights (default: $ALLOCATOR_CACHE)"
         )
         sub.add_argument("--threads", type=int, help="cores to use (default: all)")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars, no line per trial")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
     p = verb("inspect", _inspect, "list the groups of a checkpoint; reads headers only")
@@ -279,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")
     p.add_argument("folder", type=Path, help="directory written by materialize")
     p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
-    p.add_argument("--documents", type=int, default=16, help="documents to score (default 16)")
+    p.add_argument("--documents", type=int, help="documents to score (default: those of a trial)")
 
     p = verb(
         "evaluate", _evaluate, "held-out KL and perplexity beside uniform formats and role mixes"

@@ -1,10 +1,11 @@
 """The answer of a study, as files that a person can open and commit.
 
-In: an allocation and what is known of it. Out: `allocations/<name>.json` (an `AllocationRecord`) and
-`front.json`. Invariant: a record names the checkpoint, the importance vectors and the codec that it
+In: an allocation and what is known of it. Out: `allocations/<name>.json`, an `AllocationRecord`.
+Invariant: a record names the checkpoint, the importance vectors and the codec that it
 needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal.
 """
 
+import builtins
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: dict[str, int]
     effective_bits: float
     loss: dict[str, float]
-    sha256: dict[str, str] = {}  # noqa: RUF012 - msgspec copies it
+    sha256: dict[str, str] = {}  # msgspec copies it
     schema: int = 1
 
     @property
@@ -57,7 +58,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if allocation.digest != self.digest:
             raise SpaceError(
                 f"allocation {self.name!r}: its digest is {self.digest[:12]}…, its content's "
-                f"{allocation.digest[:12]}…; it was edited by hand: score its `allocation` part as a file of its own"
+                f"{allocation.digest[:12]}…; it was edited by hand: "
+                "score its `allocation` part as a file of its own"
             )
         return allocation
 
@@ -73,7 +75,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except (OSError, msgspec.DecodeError) as error:
             raise SpaceError(f"{path}: no allocation file ({error})") from None
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         """As JSON that a person can open."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 

@@ -7,7 +7,7 @@ import msgspec
 
 from allocator.errors import StudyError
 from allocator.memory import Budget
-from allocator.samplers import SAMPLERS
+from allocator.samplers import check_sampler
 from allocator.space import read_toml
 from allocator.units import parse_bytes
 
@@ -28,6 +28,7 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             document (of its domain) is for selection.
         report: JSON lines for the published figures.
         search_documents: documents that a COMPLETE trial is scored on, from the search split.
+        selection_documents: documents of the selection split that the pick is made on.
         rungs: documents after which a losing trial is stopped.
         measured_documents: documents behind each measured sensitivity.
         window: tokens per document when records hold text.
@@ -37,6 +38,7 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     splits: str | None = None
     report: str | None = None
     search_documents: int | None = None
+    selection_documents: int | None = None
     rungs: tuple[int, ...] = (8, 32)
     measured_documents: int = 12
     window: int = 256
@@ -66,12 +68,18 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         spec = read_toml(path, cls, StudyError)
         if spec.schema != 1:
             raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
-        if spec.sampler not in SAMPLERS:
-            raise StudyError(
-                f"{path}: sampler {spec.sampler!r}, needed one of {', '.join(SAMPLERS)}"
-            )
+        check_sampler(spec.sampler)
         c = spec.calibration
-        if any(n < 1 for n in (*c.rungs, c.measured_documents, c.search_documents or 1, c.window)):
+        if any(
+            n < 1
+            for n in (
+                *c.rungs,
+                c.measured_documents,
+                c.search_documents or 1,
+                c.selection_documents or 1,
+                c.window,
+            )
+        ):
             raise StudyError(f"{path}: [calibration] counts must be positive")
         return spec
 

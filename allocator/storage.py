@@ -213,29 +213,26 @@ def _keep(path: Path, tail: bytes) -> Path:
     return kept
 
 
-class _RepairingLock:
+class _RepairingLock(JournalFileSymlinkLock):
     """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
 
     Covers what no start can repair: a search killed, or a disk filled, beside a living one.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
         self._path = path
-        self._lock = JournalFileSymlinkLock(str(path))
 
     def acquire(self) -> bool:
-        self._lock.acquire()
+        super().acquire()
         try:
             shown = repair_journal(self._path)
         except BaseException:
-            self._lock.release()
+            self.release()
             raise
         if shown is not None:
             _log.warning(shown)
         return True
-
-    def release(self) -> None:
-        self._lock.release()
 
 
 def _open_journal(path: Path) -> BaseStorage:

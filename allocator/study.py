@@ -3,9 +3,9 @@
 In: a space, a budget, a sampler, and a scorer (handed in; this module never loads torch). Out: a
 valid Optuna study. Invariants: no trial that leaves a decode exceeds the budget; `trial.params` is
 the proposal and `allocation_of(trial)` what was scored; COMPLETE means scored on the full search
-split, a lost race is PRUNED without values, a non-finite loss is FAIL with its reason; a trial whose
-process died is closed and its proposal made again under the same seed, so stopped and resumed equals
-undisturbed.
+split, a lost race is PRUNED without values, a non-finite loss is FAIL with its reason; a trial
+whose process died is closed and its proposal made again under the same seed, so stopped and resumed
+equals undisturbed.
 
 Racing: a candidate is scored on a growing prefix of the search split. After each rung it is
 compared, document by document, with every finished trial of at most its bytes; where the mean
@@ -14,20 +14,21 @@ difference is above `RACE_Z` standard errors it has lost.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError, StudyError
 from allocator.memory import Budget
-from allocator.samplers import ABANDONED
+from allocator.samplers.knapsack import ABANDONED
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
 
@@ -110,8 +111,9 @@ class Search:
     def __post_init__(self) -> None:
         self._costs = self.space.costs(self.budget)
         for queued in self.queue:
-            params = self.space.complete(self.space.params(queued.allocation))
-            if self._costs.total(params) > self.budget.nbytes:
+            self.space.params(queued.allocation)
+            used = self.budget.used(queued.allocation.nbytes(self.space.layout))
+            if used > self.budget.nbytes:
                 raise StudyError(f"first trial {queued.kind} is over the budget")
 
     def close_abandoned(self) -> int:
@@ -224,15 +226,12 @@ def loses(candidate: Any, rival: Any, *, z: float = RACE_Z) -> bool:
     return bool(difference.mean() > z * error)
 
 
-def open_study(
-    storage: BaseStorage, name: str, sampler: BaseSampler, lock: dict[str, Any]
-) -> optuna.Study:
+def open_study(storage: BaseStorage, name: str, lock: dict[str, Any]) -> optuna.Study:
     """Creates the study, or opens it if it was launched with the same inputs.
 
     Args:
         storage: Optuna's.
         name: of the study within the storage.
-        sampler: proposes.
         lock: the resolved inputs; equal for every launch of one study.
 
     Raises:
@@ -241,7 +240,6 @@ def open_study(
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        sampler=sampler,
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
@@ -249,14 +247,17 @@ def open_study(
     if known is None:
         if study.get_trials(deepcopy=False):
             raise StudyError(f"study {name!r} in this storage is not one of ours; use another name")
-        study.set_metric_names(["proxy_loss", "bytes"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["proxy_loss", "bytes"])
         study.set_user_attr(LOCK, lock)
         return study
     for key in lock:
         if known.get(key) != lock[key]:
             raise StudyError(
                 f"study {name!r} was launched with {key} = {_short(known.get(key))}, now it is "
-                f"{_short(lock[key])}; a changed study is a new one: use another folder or --storage"
+                f"{_short(lock[key])}; a changed study is a new one: "
+                "use another folder or --storage"
             )
     return study
 
@@ -301,7 +302,7 @@ def first_trials(
     """
     space = surrogate.space
     costs = space.costs(budget)
-    floor = costs.total(space.complete(space.params(space.smallest)))
+    floor = min(costs.total(space.complete(space.params(space.smallest))), budget.nbytes)
     queue: dict[str, Queued] = {}
 
     def add(kind: str, allocation: Allocation) -> None:
@@ -309,7 +310,7 @@ def first_trials(
 
     for i in range(n_knapsack):
         share = 1 - i / max(1, n_knapsack)
-        target = Budget(floor + int(share * max(0, budget.nbytes - floor)), budget.bounds)
+        target = Budget(floor + int(share * (budget.nbytes - floor)), budget.bounds)
         add("knapsack", space.allocation(surrogate.solve(target)))
     for name, allocation in baselines:
         if _held(space, allocation) and costs.total(_full(space, allocation)) <= budget.nbytes:

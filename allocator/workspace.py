@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from allocator.memory import Budget
 from allocator.profile import Profile
 from allocator.proxy.scorer import Scorer
 from allocator.records import read_allocation
-from allocator.samplers import make_sampler
+from allocator.samplers import check_sampler, make_sampler
 from allocator.space import SearchSpace, Space, bind
 from allocator.specification import StudySpec, chosen_budget
 from allocator.storage import open_storage
@@ -207,8 +206,8 @@ class Workspace:
             return Bank(self.cache / "bank", self.layout, vectors, threads=self.threads)
         if importance_digest(self.profiler.statistics.importance) != importance:
             raise CheckpointError(
-                f"importance {importance[:12]} is neither in {path} nor what this study's calibration "
-                "gives here; restore the file"
+                f"importance {importance[:12]} is neither in {path} nor what this study's "
+                "calibration gives here; restore the file"
             )
         return self.profiler.bank
 
@@ -226,7 +225,8 @@ class Workspace:
     @cached_property
     def selection_scorer(self) -> Scorer:
         """Scores on the selection split."""
-        return Scorer(self.profiler.swap, self.splits[1])
+        chosen = self.splits[1][: self.spec.calibration.selection_documents]
+        return Scorer(self.profiler.swap, chosen, progress="selection" if self.progress else None)
 
     def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
         """Uniform formats and role mixes."""
@@ -276,22 +276,36 @@ class Workspace:
 
     # -- study
 
+    def check_launch(self, *, sampler: str | None, seed: int | None) -> None:
+        """Reads what a search needs and what is cheap to read, before anything is written.
+
+        Raises:
+            AllocatorError: one line on whatever is wrong.
+        """
+        _ = self.splits
+        check_sampler(sampler or self.spec.sampler)
+        if (self.spec.seed if seed is None else seed) < 0:
+            raise StudyError(f"seed {seed}: needed 0 or a positive number")
+
     def lock(self, budget: Budget, sampler: str, seed: int) -> dict[str, Any]:
-        """The resolved inputs of a study; a study with other ones is another study."""
-        choices = json.dumps({k: list(v) for k, v in self.space.choices.items()}, sort_keys=True)
+        """The resolved inputs of a study, known before anything is measured.
+
+        A study with other ones is another study; `versions` are for the reader.
+        """
+        space = self.unranked_space
+        choices = json.dumps({k: list(v) for k, v in space.choices.items()}, sort_keys=True)
+        protected = json.dumps(sorted(self.search_space.experts.protected.items()))
+        scored = self.splits[0][: self.spec.calibration.search_documents]
         return {
             "checkpoint": self.inventory.digest,
             "target": self.spec.target,
-            "profile": self.profiler.inputs.digest,
-            "space": hashlib.sha256(
-                (choices + json.dumps(sorted(self.space.rankings.items()))).encode()
-            ).hexdigest(),
-            "search split": calibration.digest(self.scorer.documents),
-            "rungs": list(self.spec.calibration.rungs),
             "budget": f"{budget.nbytes} ({budget.bounds})",
             "sampler": sampler,
             "seed": seed,
-            "versions": {p: version(p) for p in ("torch", "transformers", "optuna", "xllamacpp")},
+            "space": hashlib.sha256((choices + protected).encode()).hexdigest(),
+            "search split": calibration.digest(scored),
+            "rungs": list(self.spec.calibration.rungs),
+            "profile": self.profiler.inputs.digest,
         }
 
     def study(
@@ -302,14 +316,16 @@ class Workspace:
         sampler: str | None = None,
         seed: int | None = None,
     ) -> optuna.Study:
-        """The Optuna study of this folder, created or re-opened."""
+        """The Optuna study of this folder, created or re-opened; a changed one is refused first."""
         name, chosen = sampler or self.spec.sampler, self.spec.seed if seed is None else seed
-        return open_study(
+        check_sampler(name)
+        opened = open_study(
             open_storage(storage, self.folder),
             self.study_name,
-            make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget),
             self.lock(budget, name, chosen),
         )
+        opened.sampler = make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget)
+        return opened
 
     @property
     def study_name(self) -> str:

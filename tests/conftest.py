@@ -1,6 +1,8 @@
 """Checkpoints (random ones by transformers, zeros by hand, the reference) and what tests share."""
 
 import json
+import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,3 +291,89 @@ def spaces(layouts, profiles):
 def surrogates(spaces, profiles):
     """Of the synthetic profiles, by target."""
     return {name: from_profile(profiles[name], space) for name, space in spaces.items()}
+
+
+# -- a search over the tiny checkpoint, with a scorer that is a formula
+
+
+class FormulaLosses:
+    """Per-document losses."""
+
+    def __init__(self, kl):
+        self.kl = kl
+
+    def __add__(self, other):
+        return FormulaLosses(np.concatenate([self.kl, other.kl]))
+
+
+class FormulaScorer:
+    """An additive loss: each group's falls with its bits, each layer's rises with lost experts.
+
+    Groups weigh differently, and documents too; nothing of it depends on the process. `before` is
+    called with the allocation and the documents of every request.
+    """
+
+    n_documents = 12
+
+    def __init__(self, before=lambda allocation, start, stop: None, change=lambda kl: kl):
+        self.before, self.change = before, change
+
+    def score(self, allocation, start, stop):
+        self.before(allocation, start, stop)
+        loss = sum(
+            (1 + zlib.crc32(g.encode()) % 97) / 50 * 4 ** -FORMATS[f].bits
+            for g, f in allocation.formats
+        )
+        loss += sum((1 + x) / (1 + n) ** 2 for x, n in allocation.counts.items())
+        noise = zlib.crc32(allocation.digest.encode()) % 101 / 5000
+        documents = np.arange(start, stop)
+        kl = loss * (1 + 0.05 * np.sin(documents)) + noise * np.cos(3 * documents + loss)
+        return FormulaLosses(self.change(kl))
+
+    def summary(self, losses):
+        n = len(losses.kl)
+        return {"loss": float(losses.kl.mean()), "tokens": 10 * n, "top1": 0.5}
+
+
+def formula_search(
+    checkpoint, storage, sampler, *, target="safetensors", bounds="file", share=0.4, seed=0,
+    scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4,
+):  # fmt: skip
+    """A `Search` of a checkpoint of zeros under synthetic measurements.
+
+    `share` places the budget between the floor and the ceiling.
+    """
+    from allocator.memory import Budget
+    from allocator.samplers import make_sampler
+    from allocator.study import Search, first_trials, open_study
+
+    layout = TARGETS[target].layout(read_inventory(checkpoint))
+    profile = synthetic_profile(layout)
+    space = bind(SearchSpace(schema=1), layout, profile.saliency)
+    surrogate = from_profile(profile, space)
+    low, high = (
+        Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest)
+    )
+    budget = Budget(low + int(share * (high - low)), bounds)
+    study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
+    study.sampler = make_sampler(
+        sampler, seed=seed, surrogate=surrogate, budget=budget, population=population
+    )
+    return Search(
+        study=study,
+        space=space,
+        surrogate=surrogate,
+        budget=budget,
+        scorer=scorer or FormulaScorer(),
+        rungs=rungs,
+        queue=first_trials(surrogate, budget, baselines, n_knapsack=n_knapsack),
+    )
+
+
+@pytest.fixture(scope="session")
+def formula(tmp_path_factory):
+    """`search(storage, sampler, ...)` over `checkpoint`, and `Scorer`."""
+    checkpoint = write_zeros(tmp_path_factory.mktemp("formula"))
+    return SimpleNamespace(
+        search=partial(formula_search, checkpoint), Scorer=FormulaScorer, checkpoint=checkpoint
+    )

@@ -1,1 +1,1 @@
-"""From an allocation to a checkpoint on disk: written whole, with a manifest, re-opened and compared."""
+"""From an allocation to a checkpoint on disk: written whole, re-opened, compared."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
@@ -106,7 +107,7 @@ def materialize(
             'stores other tensors (and one expert count); search with target = "gguf"'
         )
     size = allocation.nbytes(layout, target_named(container))
-    _check_place(folder, allocation, size.file)
+    _check_place(folder, allocation, container, size.file)
     source = BankSource(bank, allocation)
     with _whole_directory(folder) as place:
         if container == "gguf":
@@ -141,13 +142,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_place(folder: Path, allocation: Allocation, nbytes: int) -> None:
+def _check_place(folder: Path, allocation: Allocation, container: str, nbytes: int) -> None:
     if not folder.parent.is_dir():
         raise VerifyError(f"{folder.parent}: no such directory; make it first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        same = folder.is_dir() and (folder / "manifest.json").exists()
-        if not same or Manifest.read(folder).allocation != allocation.digest:
-            raise VerifyError(f"{folder}: holds something else; choose another --out or remove it")
+    if folder.exists() and not _holds(folder, allocation, container):
+        raise VerifyError(f"{folder}: holds something else; choose another directory or remove it")
     free = shutil.disk_usage(folder.parent).free
     if free < nbytes * 1.01 + (16 << 20):
         raise VerifyError(
@@ -155,19 +154,34 @@ def _check_place(folder: Path, allocation: Allocation, nbytes: int) -> None:
         )
 
 
+def _holds(folder: Path, allocation: Allocation, container: str) -> bool:
+    """Whether `folder` is empty, or this allocation in this container and nothing besides."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    if not (folder / "manifest.json").is_file():
+        return False
+    manifest = Manifest.read(folder)
+    same = (manifest.allocation, manifest.container) == (allocation.digest, container)
+    return same and {p.name for p in folder.iterdir()} <= {*manifest.sha256, "manifest.json"}
+
+
 @contextmanager
 def _whole_directory(folder: Path) -> Iterator[Path]:
     """A temporary directory that takes the place of `folder` when the body succeeds."""
     place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = place.with_suffix(".old")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     try:
         yield place
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # moved aside first: a kill leaves no half of it under the name
+            folder.rename(old)
         place.rename(folder)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        for leftover in (place, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_safetensors(
@@ -177,9 +191,9 @@ def _write_safetensors(
     with open(path, "wb") as file:
         file.write(header(rows))
         for name in layout.groups:
-            file.write(memoryview(source.encoded(name)).cast("B"))
+            file.write(np.ascontiguousarray(source.encoded(name)).data)
         for kept in layout.kept:
-            file.write(memoryview(source.kept_raw(kept)).cast("B"))
+            file.write(source.kept_raw(kept).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""The bytes that a file is made of: encoded groups from the bank, kept tensors from the checkpoint."""
+"""The bytes of a file: encoded groups from the bank, kept tensors from the checkpoint."""
 
 import numpy as np
 import numpy.typing as npt

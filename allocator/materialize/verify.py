@@ -1,6 +1,6 @@
 """Re-opens a written checkpoint in its runtime and holds it against its allocation.
 
-In: a directory written by `materialize`, the bank it came from, and a scorer. Out: a `Verification`.
+In: a directory written by `materialize`, the bank it came from, and a scorer. Out: `Verification`.
 Invariant: every check compares the file with something else: the digests in the manifest, the bytes
 that ggml encodes from the source now, gguf-py's independent decoding, transformers or llama.cpp.
 """
@@ -33,7 +33,7 @@ from allocator.targets import target_named
 SAFETENSORS_TOLERANCE = 1e-5
 """Difference of the re-opened safetensors checkpoint's proxy loss, nats per token."""
 LLAMACPP_TOLERANCE = 5e-3
-"""KL(torch on decoded weights || llama.cpp), nats per token: llama.cpp quantizes activations too."""
+"""KL(torch || llama.cpp), nats per token: llama.cpp quantizes activations, torch does not."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,18 +77,24 @@ def verify(folder: Path, bank: Bank, scorer: Scorer) -> Verification:
     manifest = Manifest.read(folder)
     _check_digests(folder, manifest)
     allocation = Allocation.from_json(read_json(folder / "allocation.json"))
-    allocation.check(bank.layout)
     if manifest.checkpoint != bank.layout.inventory.digest:
         raise VerifyError(
             f"{folder}: made from checkpoint {manifest.checkpoint[:12]}, this one is "
             f"{bank.layout.inventory.digest[:12]}; verify against its own source"
         )
+    allocation.check(bank.layout)
+    if allocation.digest != manifest.allocation:
+        raise VerifyError(
+            f"{folder}: allocation.json is {allocation.digest[:12]}, the manifest says "
+            f"{manifest.allocation[:12]}; materialize it again"
+        )
     size = allocation.nbytes(bank.layout, target_named(manifest.container))
     found = dict(_tensors(folder, manifest, bank))
     nbytes = sum(data.nbytes for data, _ in found.values())
-    if (nbytes, (folder / manifest.file).stat().st_size) != (size.tensors, size.file):
+    file_bytes = (folder / manifest.file).stat().st_size
+    if (nbytes, file_bytes) != (size.tensors, size.file):
         raise VerifyError(
-            f"{folder}: {nbytes} tensor bytes in a file of {(folder / manifest.file).stat().st_size}, "
+            f"{folder}: {nbytes} tensor bytes in a file of {file_bytes}, "
             f"predicted {size.tensors} in {size.file}"
         )
     _check_weights(folder, manifest, bank, allocation, found)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, batches
@@ -53,6 +54,7 @@ class Scorer:
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
+        progress: shows a bar with this text over documents.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Scorer:
         *,
         batch_tokens: int = 4096,
         cache_bytes: int = 2 << 30,
+        progress: str | None = None,
     ) -> None:
+        self._progress = progress
         self.swap = swap
         self.documents = tuple(documents)
         self.batch_tokens = batch_tokens
@@ -120,7 +124,7 @@ class Scorer:
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
         rows: list[tuple[float, float, float, float]] = []
-        for batch in self._batches(start, stop):
+        for batch in self._batches(start, stop, shown=True):
             hidden = _hidden_states(model, [self.documents[i] for i in batch])
             rows += [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
         return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
@@ -218,8 +222,17 @@ class Scorer:
         overlap = 1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double().mean()
         return float(kl), float(top1), float(overlap), float(nll)
 
-    def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
-        return batches(self.documents, start, stop, n_tokens=self.batch_tokens)
+    def _batches(self, start: int, stop: int, *, shown: bool = False) -> Iterator[list[int]]:
+        bar = tqdm(
+            total=stop - start,
+            desc=self._progress,
+            disable=not (shown and self._progress),
+            leave=False,
+        )
+        for batch in batches(self.documents, start, stop, n_tokens=self.batch_tokens):
+            yield batch
+            bar.update(len(batch))
+        bar.close()
 
 
 def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Optuna samplers: stock ones, made repeatable, and the knapsack sampler.
 
-In: a name, a study seed. Out: an Optuna sampler. Invariant: its random state comes from (study seed,
-proposal number) alone, so a study that was stopped and resumed proposes what an undisturbed one does.
+In: a name, a study seed. Out: an Optuna sampler. Invariant: its random state comes from (study
+seed, proposal number) alone, so a study that was stopped and resumed proposes what an undisturbed
+one does.
 """
 
 import time
@@ -16,11 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from allocator.errors import StudyError
 from allocator.memory import Budget
-from allocator.samplers.knapsack import KnapsackSampler
+from allocator.samplers.knapsack import ABANDONED, KnapsackSampler
 from allocator.surrogate import Surrogate
-
-ABANDONED = "abandoned"
-"""User attribute of a trial whose process died; it does not count as a proposal."""
 
 SAMPLERS = ("knapsack", "random", "tpe", "nsga2")
 
@@ -28,7 +26,8 @@ SAMPLERS = ("knapsack", "random", "tpe", "nsga2")
 def proposal_number(study: Study, trial: FrozenTrial) -> int:
     """How many proposals came before this trial, not counting abandoned ones."""
     lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return trial.number - sum(ABANDONED in t.user_attrs and t.number < trial.number for t in lost)
+    number: int = trial.number
+    return number - sum(ABANDONED in t.user_attrs and t.number < number for t in lost)
 
 
 class SeededSampler(BaseSampler):
@@ -58,14 +57,15 @@ class SeededSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """As the inner sampler."""
-        return self._inner.infer_relative_search_space(study, trial)
+        space: dict[str, BaseDistribution] = self._inner.infer_relative_search_space(study, trial)
+        return space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As the inner sampler."""
         began = time.perf_counter()
-        proposed = self._inner.sample_relative(study, trial, search_space)
+        proposed: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
         self.sampling_seconds = time.perf_counter() - began
         return proposed
 
@@ -90,7 +90,7 @@ def make_sampler(
     """A sampler by its name in study.toml.
 
     Raises:
-        StudyError: if there is none of that name.
+        StudyError: if there is none of that name, or the seed is negative.
     """
     makers: dict[str, Callable[[int], BaseSampler]] = {
         "random": lambda s: RandomSampler(seed=s),
@@ -98,6 +98,15 @@ def make_sampler(
         "nsga2": lambda s: NSGAIISampler(seed=s, population_size=population),
         "knapsack": lambda s: KnapsackSampler(surrogate, budget, seed=s),
     }
-    if name not in makers:
-        raise StudyError(f"unknown sampler {name!r}; known: {', '.join(makers)}")
+    check_sampler(name)
+    if seed < 0:
+        raise StudyError(f"seed {seed}: needed 0 or a positive number")
     return SeededSampler(makers[name], seed)
+
+
+def check_sampler(name: str) -> None:
+    """Raises:
+    StudyError: if no sampler has that name.
+    """
+    if name not in SAMPLERS:
+        raise StudyError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")

@@ -1,9 +1,9 @@
 """Proposals that solve the surrogate exactly, under perturbed losses and a drawn byte target.
 
-In: the surrogate, the budget, and the finished trials. Out: params within the byte target. Invariant:
-every proposal is feasible as it is. Each group's (and each layer's counts') predicted loss is
-multiplied by a log-normal factor around the factors of the best finished trial within the drawn
-target; so accepted factors correct the surrogate where measurements disagree with it.
+In: the surrogate, the budget, and the finished trials. Out: params within the byte target.
+Invariant: every proposal is feasible as it is. Each group's (and each layer's counts') predicted
+loss is multiplied by a log-normal factor around the factors of the best finished trial within the
+drawn target; so accepted factors correct the surrogate where measurements disagree with it.
 """
 
 from typing import Any
@@ -18,6 +18,8 @@ from allocator.memory import Budget
 from allocator.space import Params
 from allocator.surrogate import Surrogate
 
+ABANDONED = "abandoned"
+"""User attribute of a trial whose process died; it does not count as a proposal."""
 MULTIPLIERS = "knapsack:multipliers"
 _AT_THE_CAP = 0.75  # share of proposals whose byte target is the budget itself
 _SIGMAS = (0.05, 0.1, 0.2, 0.4)
@@ -54,7 +56,9 @@ class KnapsackSampler(BaseSampler):
         space = self._surrogate.space
         target = self._draw_target()
         parent = self._parent(study, target)
-        seen = {tuple(sorted(t.params.items())) for t in study.get_trials(deepcopy=False)}
+        trials = study.get_trials(deepcopy=False)
+        # an abandoned trial's proposal is made again
+        seen = {tuple(sorted(t.params.items())) for t in trials if ABANDONED not in t.user_attrs}
         sigma = float(self._rng.choice(_SIGMAS))
         proposal: Params = {}
         multipliers: dict[str, float] = {}

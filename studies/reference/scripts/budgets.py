@@ -37,6 +37,7 @@ def study_folder(args, target, bits, source="generated"):
         f'schema = 1\ncheckpoint = "{HERE}/model"\ntarget = "{target}"\nseed = {args.seed}\n'
         f"[budget]\nweights = {BUDGETS[bits]}\n[calibration]\n{documents}\n"
         f'report = "{HERE}/generated/report.jsonl"\nsearch_documents = {args.search_documents}\n'
+        f"selection_documents = {args.selection_documents}\n"
     )
     return folder
 
@@ -45,7 +46,8 @@ def run(args, target, bits, source="generated"):
     folder = study_folder(args, target, bits, source)
     done = folder / "result.json"
     if not done.exists():
-        result = api.search(folder, trials=args.trials, progress=True)
+        trials = args.trials if source == "generated" else args.text_trials
+        result = api.search(folder, trials=trials, progress=True)
         write_whole(done, json.dumps({"seconds": result.seconds, "trials": result.trials}).encode())
     print(folder.name, done.read_text(), flush=True)
     return folder
@@ -101,7 +103,9 @@ def main():
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--work", type=Path, default=HERE.parent.parent / ".cache" / "budgets")
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--text-trials", type=int, default=1, help="1 is the knapsack alone")
     parser.add_argument("--search-documents", type=int, default=64)
+    parser.add_argument("--selection-documents", type=int, default=128)
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,108 @@
+"""The committed files of a study as tables, for notebooks and reports.
+
+In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invariant: read-only, and
+from the committed files alone: no checkpoint, no journal, no torch.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from allocator.allocation import Allocation
+from allocator.errors import StudyError
+from allocator.formats import format_named
+from allocator.records import AllocationRecord
+
+SEARCHED = ("knapsack", "proposal")
+"""Kinds of trials that are not baselines; a baseline's kind is its name."""
+BASELINE_COLUMNS = ("calibration", "target", "split", "name", "bytes", "kl")
+OUTSIDE = "outside"
+"""Row of an allocation's grid for the tensors outside the layers: embedding and head."""
+
+
+def front_table(folder: str | Path) -> pd.DataFrame:
+    """Every scored trial of `front.json`, losses on the search split in nats per token.
+
+    Returns:
+        The columns of `api.trials_table`, and `series` (`knapsack`, `proposal` or `baseline`),
+        `complete` (scored on the full split; a lost race's loss is over its first `tokens` only)
+        and `on_front`.
+
+    Raises:
+        StudyError: if the folder has no readable `front.json`, or it holds no trial.
+    """
+    path = Path(folder) / "front.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema, trials = data["schema"], data["trials"]
+        chosen = {row["trial"] for row in data["front"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path}: no front ({error!r}); run `allocator search` first") from None
+    if schema != 1:
+        raise StudyError(f"{path}: schema {schema}, needed 1; write it again: `allocator front`")
+    if not trials:
+        raise StudyError(f"{path}: no scored trial yet; give the search more --trials or --time")
+    table = pd.DataFrame(trials)
+    return table.assign(
+        series=table["kind"].where(table["kind"].isin(SEARCHED), "baseline"),
+        complete=table["state"] == "COMPLETE",
+        on_front=table["trial"].isin(chosen),
+    )
+
+
+def baselines_table(folder: str | Path) -> pd.DataFrame:
+    """The held-out baselines of `baselines.csv`: `kl` in nats per token; no rows without the file.
+
+    Raises:
+        StudyError: if a column is missing.
+    """
+    path = Path(folder) / "baselines.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=BASELINE_COLUMNS)
+    table = pd.read_csv(path)
+    if missing := [c for c in BASELINE_COLUMNS if c not in table]:
+        raise StudyError(f"{path}: no column {missing[0]!r}, got {list(table)}; write it again")
+    return table
+
+
+def allocation_grid(allocation: Allocation) -> pd.DataFrame:
+    """Formats, layers x roles; where a layer has no such tensor, the empty string.
+
+    Rows are layer numbers as text, ascending, then `OUTSIDE`; columns are group names without
+    their `layers.<n>.`, such as `experts.down`, and those outside the layers last.
+    """
+    layers: dict[int, dict[str, str]] = {}
+    outside: dict[str, str] = {}
+    for group, fmt in allocation.formats:
+        if group.startswith("layers."):
+            _, layer, role = group.split(".", 2)
+            layers.setdefault(int(layer), {})[role] = fmt
+        else:
+            outside[group] = fmt
+    rows = {str(layer): layers[layer] for layer in sorted(layers)} | {OUTSIDE: outside}
+    roles = sorted({role for row in layers.values() for role in row}) + sorted(outside)
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=roles).fillna("")
+
+
+def grid_bits(grid: pd.DataFrame) -> pd.DataFrame:
+    """Effective bits per weight of a grid's formats, for display; NaN where it is empty."""
+    return grid.map(lambda fmt: format_named(fmt).bits if fmt else math.nan)
+
+
+def records_table(records: Sequence[AllocationRecord]) -> pd.DataFrame:
+    """What is known of allocations, one column each: bytes, bits, losses, retained experts."""
+    columns = {}
+    for record in records:
+        counts = record.decision.counts.values()
+        columns[record.name] = (
+            {"from a trial of kind": record.kind}
+            | {f"{name} (bytes)": n for name, n in record.bytes.items()}
+            | {"effective bits": round(record.effective_bits, 4)}
+            | {f"KL on {s} (nats/token)": round(v, 5) for s, v in record.loss.items()}
+            | {"retained experts per layer": " ".join(map(str, counts))}
+            | {"digest": record.digest[:12]}
+        )
+    return pd.DataFrame(columns)
