@@ -195,15 +195,14 @@ class Search:
         ]
         losses: Any = None
         start = 0
-        for stop in (*self.rungs, self.scorer.n_documents):
-            if stop <= start:
-                continue
+        n_documents = self.scorer.n_documents
+        for stop in sorted({*(r for r in self.rungs if r < n_documents), n_documents}):
             more = self.scorer.score(allocation, start, stop)
             losses = more if losses is None else losses + more
             start = stop
             if not np.isfinite(losses.kl).all():
                 return losses, False
-            if stop < self.scorer.n_documents and any(loses(losses.kl, r[:stop]) for r in rivals):
+            if stop < n_documents and any(loses(losses.kl, r[:stop]) for r in rivals):
                 return losses, True
         return losses, False
 

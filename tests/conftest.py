@@ -351,9 +351,7 @@ def formula_search(
     profile = synthetic_profile(layout)
     space = bind(SearchSpace(schema=1), layout, profile.saliency)
     surrogate = from_profile(profile, space)
-    low, high = (
-        Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest)
-    )
+    low, high = (Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
     study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
     study.sampler = make_sampler(
@@ -373,7 +371,12 @@ def formula_search(
 @pytest.fixture(scope="session")
 def formula(tmp_path_factory):
     """`search(storage, sampler, ...)` over `checkpoint`, and `Scorer`."""
-    checkpoint = write_zeros(tmp_path_factory.mktemp("formula"))
+    checkpoint = write_zeros(  # with what a gguf header says of it
+        tmp_path_factory.mktemp("formula"),
+        max_position_embeddings=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        moe_intermediate_size=32, intermediate_size=64, rope_theta=1e4, rms_norm_eps=1e-6,
+        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
     return SimpleNamespace(
         search=partial(formula_search, checkpoint), Scorer=FormulaScorer, checkpoint=checkpoint
     )

@@ -26,6 +26,8 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setenv(f"JUPYTER_{name}", str(tmp_path / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    # tqdm, without ipywidgets; nothing else may be said on stderr
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.delenv("ALLOCATOR_STUDY", raising=False)
     place = tmp_path / "notebooks"

@@ -159,12 +159,15 @@ def profile(profiles):
 
 
 def test_power_law_through_two_points(layout, profile):
-    """kl = 3 error^1.4, measured at two formats, is found at all others."""
+    """kl = 3 error^1.4 through two formats; linear in the error below the smaller one."""
     errors = profile.errors[G]
     law = {f: 3 * e**1.4 for f, e in errors.items()}
     found = one_group(profile, layout, measured={f: law[f] for f in ("IQ3_XXS", "IQ1_M")})
+    low = errors["IQ3_XXS"]
     for fmt, loss in found.formats[G].items():
-        assert loss == pytest.approx(law[fmt])
+        linear = law["IQ3_XXS"] * errors[fmt] / low
+        assert loss == pytest.approx(law[fmt] if errors[fmt] >= low else linear)
+    assert errors["IQ1_S"] > errors["IQ2_S"] > low > errors["Q8_0"]
 
 
 def test_one_point_scales_with_the_error(layout, profile):
@@ -182,7 +185,8 @@ def test_noise_is_held_to_plausible_exponents(layout, profile, exponent, held):
     found = one_group(profile, layout, measured=measured).formats[G]
     assert found["IQ3_XXS"] == pytest.approx(0.01)
     assert found["IQ1_M"] == pytest.approx(measured["IQ1_M"])
-    assert found["Q8_0"] == pytest.approx(0.01 * (errors["Q8_0"] / low) ** held)
+    assert found["IQ1_S"] == pytest.approx(measured["IQ1_M"] * (errors["IQ1_S"] / high) ** held)
+    assert found["Q8_0"] == pytest.approx(0.01 * errors["Q8_0"] / low)
     assert found["IQ1_S"] == pytest.approx(measured["IQ1_M"] * (errors["IQ1_S"] / high) ** held)
 
 

@@ -1,4 +1,4 @@
-"""Samplers drive a study of a formula: feasible, repeatable, and the same after a stop or a kill."""
+"""Samplers drive a study of a formula: feasible, repeatable, the same after a stop or a kill."""
 
 import random
 import signal
@@ -37,12 +37,12 @@ def undisturbed(formula):
     """A finished search by sampler and kind of budget; read only."""
     made = {}
 
-    def run(sampler, bounds="file"):
-        if (sampler, bounds) not in made:
-            search = formula.search(InMemoryStorage(), sampler, bounds=bounds)
-            search.run(n_trials=N_TRIALS)
-            made[sampler, bounds] = search
-        return made[sampler, bounds]
+    def run(sampler, bounds="file", share=0.4):
+        key = sampler, bounds, share
+        if key not in made:
+            made[key] = formula.search(InMemoryStorage(), sampler, bounds=bounds, share=share)
+            made[key].run(n_trials=N_TRIALS)
+        return made[key]
 
     return run
 
@@ -73,7 +73,7 @@ def test_knapsack_proposes_what_is_scored(undisturbed, bounds):
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
 def test_stock_proposals_are_kept_and_their_repair_is_scored(undisturbed, sampler):
-    search = undisturbed(sampler, "weights")
+    search = undisturbed(sampler, "weights", 0.15)
     repaired = 0
     for trial in search.study.get_trials()[N_FIRST:]:
         raw = search.space.allocation(trial.params)
@@ -99,32 +99,24 @@ def test_first_trials_come_first(undisturbed, sampler):
 def test_nsga2_breeds_from_scored_trials(formula):
     search = formula.search(InMemoryStorage(), "nsga2", population=4, rungs=(), seed=3)
     search.run(n_trials=26)
-    trials = {t._trial_id: t for t in search.study.get_trials()}
-    generations = [t.system_attrs["NSGAIISampler:generation"] for t in trials.values()]
-    assert max(generations) >= 5
-    assert generations == sorted(generations)
+    trials = {t._trial_id: t for t in search.study.get_trials()[N_FIRST:]}
+    generation = {i: t.system_attrs["NSGAIISampler:generation"] for i, t in trials.items()}
+    assert max(generation.values()) == 5
     attrs = search.study._storage.get_study_system_attrs(search.study._study_id)
-    for generation in range(1, max(generations) + 1):
-        parents = attrs[f"NSGAIISampler:parent:{generation}"]
+    for child, trial in trials.items():
+        if not generation[child]:
+            continue
+        parents = attrs[f"NSGAIISampler:parent:{generation[child]}"]
         assert len(parents) == 4
         for parent in parents:
+            assert generation[parent] < generation[child]
             assert trials[parent].state is TrialState.COMPLETE
             assert trials[parent].values[1] <= search.budget.nbytes
-            assert trials[parent].system_attrs["NSGAIISampler:generation"] < generation
-    best = [
-        min(t.values[0] for t, g in zip(trials.values(), generations, strict=True) if g == wanted)
-        for wanted in (0, 5)
-    ]
-    first = [t for t in trials.values() if t.number >= N_FIRST][:2]
-    assert best[1] < max(t.values[0] for t in first)  # it learns: better than chance
-    bred = [t for t in trials.values() if t.system_attrs["NSGAIISampler:generation"] >= 1]
-    for trial in bred:  # almost every value is some parent's
-        parents = attrs[f"NSGAIISampler:parent:{trial.system_attrs['NSGAIISampler:generation']}"]
         inherited = sum(
             any(trials[p].params[name] == value for p in parents)
             for name, value in trial.params.items()
         )
-        assert inherited >= 0.6 * len(trial.params)
+        assert inherited >= 0.6 * len(trial.params)  # the rest is mutation
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

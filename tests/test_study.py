@@ -1,0 +1,354 @@
+"""The study loop: races, states, the lock, the first trials, and Optuna's own view of it."""
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from allocator.allocation import Allocation
+from allocator.baselines import baselines
+from allocator.errors import StudyError
+from allocator.memory import Budget
+from allocator.samplers.knapsack import ABANDONED
+from allocator.storage import open_storage
+from allocator.study import (
+    Queued,
+    Search,
+    allocation_of,
+    complete_trials,
+    first_trials,
+    loses,
+    open_study,
+)
+
+N = 12  # documents of the formula's scorer
+
+
+def uniform(space, fmt, count=4, **changes):
+    chosen = dict.fromkeys(space.layout.groups, fmt) | changes
+    return Allocation.of(
+        target=space.layout.target,
+        retained={x: space.retained(x, count) for x in space.layout.layers},
+        formats=chosen,
+        experts_used=2,
+    )
+
+
+@pytest.fixture
+def started(formula):
+    """A search with a queue of given allocations, by name; a generous budget."""
+
+    def make(queue, scorer=None, share=1.0, rungs=(3, 6), sampler="random"):
+        search = formula.search(
+            InMemoryStorage(), sampler, scorer=scorer, share=share, rungs=rungs, n_knapsack=1
+        )
+        search.queue = [Queued(name, make(search.space)) for name, make in queue.items()]
+        return search
+
+    return make
+
+
+# -- races
+
+
+def test_a_clearly_worse_candidate_is_pruned_without_values(started, formula):
+    asked = []
+    scorer = formula.Scorer(lambda a, start, stop: asked.append((start, stop)))
+    search = started(
+        {"good": lambda s: uniform(s, "Q5_0"), "bad": lambda s: uniform(s, "Q5_0", 3)}, scorer
+    )
+    good, bad = search.step(), search.step()
+    assert good.state is TrialState.COMPLETE
+    assert bad.state is TrialState.COMPLETE  # of fewer bytes: not a rival of anything smaller
+    search = started(
+        {"bad": lambda s: uniform(s, "IQ4_NL", 2), "worse": lambda s: uniform(s, "Q4_0", 2)},
+        scorer,
+    )
+    search.step()
+    asked.clear()
+    bad = uniform(search.space, "Q4_0", 2, head="Q8_0", embedding="Q8_0")
+    search.queue = [search.queue[0], Queued("worse", bad)]
+    change = formula.Scorer(change=lambda kl: kl * 2)
+    search.scorer.change = change.change
+    lost = search.step()
+    assert lost.state is TrialState.PRUNED
+    assert lost.values is None
+    assert asked == [(0, 3)]
+    assert len(lost.user_attrs["losses"]) == 3
+    assert lost.user_attrs["result"]["tokens"] == 30
+    assert lost.user_attrs["result"]["loss"] == pytest.approx(np.mean(lost.user_attrs["losses"]))
+    assert allocation_of(lost) == bad
+    assert lost not in complete_trials(search.study)
+
+
+def test_complete_means_the_full_split(started, formula):
+    asked = []
+    scorer = formula.Scorer(lambda a, start, stop: asked.append((start, stop)))
+    search = started({"first": lambda s: uniform(s, "Q8_0")}, scorer, rungs=(3, 6))
+    trial = search.step()
+    assert trial.state is TrialState.COMPLETE
+    assert asked == [(0, 3), (3, 6), (6, N)]
+    whole = formula.Scorer().score(allocation_of(trial), 0, N).kl
+    np.testing.assert_array_equal(trial.user_attrs["losses"], whole)
+    size = allocation_of(trial).nbytes(search.space.layout)
+    assert trial.values == [pytest.approx(whole.mean(), rel=1e-12), size.file]
+
+
+@pytest.mark.parametrize("rungs", [(), (N,), (N + 5,), (6, 3), (3, 3)])
+def test_odd_rungs_still_score_every_document_once(started, formula, rungs):
+    asked = []
+    scorer = formula.Scorer(lambda a, start, stop: asked.extend(range(start, min(stop, N))))
+    trial = started({"first": lambda s: uniform(s, "Q8_0")}, scorer, rungs=rungs).step()
+    assert trial.state is TrialState.COMPLETE
+    assert asked == list(range(N))
+    assert len(trial.user_attrs["losses"]) == N
+
+
+def test_equals_and_smaller_ones_are_not_pruned(started):
+    same = uniform
+    search = started(
+        {"a": lambda s: same(s, "Q8_0"), "b": lambda s: same(s, "Q8_0"),
+         "smaller and worse": lambda s: same(s, "Q4_0", 2)}
+    )  # fmt: skip
+    trials = [search.step() for _ in range(3)]
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    assert trials[0].values == trials[1].values
+    assert trials[2].values[0] > 2 * trials[0].values[0]
+
+
+def test_a_larger_rival_does_not_race(started):
+    """The same losses as above, the other way round: a smaller, better rival prunes."""
+    search = started(
+        {"small": lambda s: uniform(s, "IQ4_NL"), "big": lambda s: uniform(s, "Q4_0", head="Q8_0")}
+    )
+    search.scorer.change = lambda kl: kl
+    search.step()
+    search.scorer.change = lambda kl: kl + 1
+    assert search.step().state is TrialState.PRUNED
+
+
+def test_loses_is_a_paired_comparison():
+    rival = np.array([1.0, 5.0, 2.0, 9.0])
+    assert loses(rival + np.array([0.1, 0.11, 0.1, 0.09]), rival)
+    assert not loses(rival - 0.1, rival)
+    assert not loses(rival + np.array([1, -1, 1, -1]), rival)
+    assert not loses(rival[::-1].copy(), rival)
+    assert not loses(rival, rival)
+    assert not loses([9.0], [1.0])
+    error = np.std([0.0, 1.0, 2.0, 3.0], ddof=1) / 2
+    shift = np.array([0.0, 1.0, 2.0, 3.0]) - 1.5
+    assert loses(rival + shift + 3.01 * error, rival)
+    assert not loses(rival + shift + 2.99 * error, rival)
+
+
+# -- what cannot be scored
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, math.nan), (5, math.inf), (11, math.nan)])
+def test_a_loss_that_is_no_number_fails_with_its_reason(started, at, value):
+    search = started({"first": lambda s: uniform(s, "Q8_0")})
+    original = search.scorer.score
+
+    def score(allocation, start, stop):
+        losses = original(allocation, start, stop)
+        losses.kl[[i == at for i in range(start, stop)]] = value
+        return losses
+
+    search.scorer.score = score
+    trial = search.step()
+    assert trial.state is TrialState.FAIL
+    assert trial.values is None
+    assert str(value) in trial.user_attrs["reason"]
+    assert ABANDONED not in trial.user_attrs
+    assert search.n_proposals() == 1
+    del search.scorer.score
+    assert search.step().state is TrialState.COMPLETE  # the study goes on, and races nobody
+
+
+def test_an_error_of_the_scorer_is_not_swallowed(started, formula):
+    def fail(allocation, start, stop):
+        raise RuntimeError("the model is gone")
+
+    search = started({"first": lambda s: uniform(s, "Q8_0")}, formula.Scorer(fail))
+    with pytest.raises(RuntimeError, match="gone"):
+        search.step()
+    assert search.study.trials[0].state is TrialState.RUNNING
+    assert search.close_abandoned() == 1
+    assert search.n_proposals() == 0
+    search.scorer.before = lambda *_: None
+    assert search.step().user_attrs["kind"] == "first"
+
+
+def test_allocation_of_refuses_a_trial_without_one(formula):
+    search = formula.search(InMemoryStorage(), "random")
+    trial = search.study.ask(search.space.distributions)
+    with pytest.raises(StudyError, match="trial 0"):
+        allocation_of(search.study.trials[trial.number])
+
+
+# -- constraints and Optuna's tools
+
+
+@pytest.mark.parametrize("bounds", ["file", "weights"])
+def test_the_constraint_is_stored_and_kept(formula, bounds):
+    search = formula.search(InMemoryStorage(), "tpe", bounds=bounds)
+    search.run(n_trials=8)
+    for trial in search.study.get_trials():
+        used = search.budget.used(allocation_of(trial).nbytes(search.space.layout))
+        assert trial.constraints == {"budget": used - search.budget.nbytes}
+        assert trial.constraints["budget"] <= 0
+
+
+def test_optunas_own_tools_read_the_study(formula, tmp_path):
+    search = formula.search(open_storage(None, tmp_path), "knapsack")
+    search.run(n_trials=10)
+    study = optuna.load_study(study_name="formula", storage=open_storage(None, tmp_path))
+    done = [t for t in study.trials if t.state is TrialState.COMPLETE]
+    front = {
+        t.number
+        for t in done
+        if not any(
+            o.values[0] <= t.values[0] and o.values[1] <= t.values[1] and o.values != t.values
+            for o in done
+        )
+    }
+    assert {t.number for t in study.best_trials} == front
+    frame = study.trials_dataframe()
+    assert len(frame) == 10
+    assert {"values_proxy_loss", "values_bytes", "user_attrs_kind"} <= set(frame.columns)
+    assert set(search.space.distributions) == {
+        c.removeprefix("params_") for c in frame.columns if c.startswith("params_")
+    }
+    assert study.metric_names == ["proxy_loss", "bytes"]
+    for trial in done:
+        assert trial.distributions == search.space.distributions
+
+
+def test_the_same_allocation_twice_has_the_same_loss(started):
+    search = started({n: lambda s: uniform(s, "Q5_0", 3) for n in ("a", "b", "c")}, rungs=())
+    trials = [search.step() for _ in range(3)]
+    assert len({allocation_of(t).digest for t in trials}) == 1
+    assert len({tuple(t.values) for t in trials}) == 1
+    assert complete_trials(search.study)[0].number == 0
+
+
+def test_complete_trials_best_first(formula):
+    search = formula.search(InMemoryStorage(), "random")
+    search.run(n_trials=10)
+    losses = [t.values[0] for t in complete_trials(search.study)]
+    assert losses == sorted(losses)
+    assert len(losses) > 1
+
+
+def test_run_stops_at_the_count_or_the_clock(formula):
+    search = formula.search(InMemoryStorage(), "random")
+    search.run(seconds=0)
+    assert search.n_proposals() == 0
+    seen = []
+    search.run(n_trials=3, on_trial=seen.append)
+    assert [t.number for t in seen] == [0, 1, 2]
+    search.run(n_trials=3, on_trial=seen.append)
+    assert len(seen) == 3
+    assert min(search.seconds.values()) >= 0
+
+
+# -- the lock
+
+LOCK = {"checkpoint": "c" * 64, "budget": "100 (file)", "space": "s" * 64, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("budget", "101 (file)"), ("space", "t" * 64), ("seed", 1)]
+)
+def test_a_changed_input_is_refused_by_name(tmp_path, key, value):
+    open_study(open_storage(None, tmp_path), "s", LOCK)
+    assert open_study(open_storage(None, tmp_path), "s", LOCK).user_attrs["lock"] == LOCK
+    before = (tmp_path / "journal").read_bytes()
+    with pytest.raises(StudyError) as caught:
+        open_study(open_storage(None, tmp_path), "s", {**LOCK, key: value})
+    assert f"{key} = " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any(f"{other} = " in str(caught.value) for other in LOCK if other != key)
+    assert (tmp_path / "journal").read_bytes().startswith(before)
+    assert open_study(open_storage(None, tmp_path), "s", LOCK).user_attrs["lock"] == LOCK
+
+
+def test_a_foreign_study_is_refused(tmp_path):
+    foreign = optuna.create_study(
+        storage=open_storage(None, tmp_path), study_name="s", directions=["minimize"] * 2
+    )
+    foreign.tell(foreign.ask(), [1.0, 2.0])
+    with pytest.raises(StudyError, match="not one of ours"):
+        open_study(open_storage(None, tmp_path), "s", LOCK)
+
+
+# -- the first trials
+
+
+@pytest.mark.parametrize("bounds", ["file", "weights"])
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, target, bounds):
+    search = formula.search(InMemoryStorage(), "random", target=target, bounds=bounds)
+    space, budget = search.space, search.budget
+    known = list(baselines(space.layout, space.rankings, pruned=True))
+    queue = first_trials(search.surrogate, budget, known, n_knapsack=3)
+    kinds = [q.kind for q in queue]
+    n_knapsack = kinds.count("knapsack")
+    assert 1 < n_knapsack <= 3
+    assert kinds[:n_knapsack] == ["knapsack"] * n_knapsack
+    sizes = [budget.used(q.allocation.nbytes(space.layout)) for q in queue]
+    assert max(sizes) <= budget.nbytes
+    assert sizes[:n_knapsack] == sorted(sizes[:n_knapsack], reverse=True)
+    assert queue[0].allocation == space.allocation(search.surrogate.solve(budget))
+    assert len({q.allocation.digest for q in queue}) == len(queue)
+    fitting = [
+        name
+        for name, a in known
+        if budget.used(a.nbytes(space.layout)) <= budget.nbytes
+        and all(f in space.formats[g] for g, f in a.formats)
+    ]
+    assert 0 < len(set(fitting)) < len(known)
+    assert set(kinds[n_knapsack:]) <= set(fitting)
+    slack = len(space.layout.groups) * 4  # a safetensors header's bound
+    assert set(fitting) - set(kinds) <= {
+        n for n, a in known
+        if budget.used(a.nbytes(space.layout)) + slack > budget.nbytes
+        or a.digest in {q.allocation.digest for q in queue}
+    }  # fmt: skip
+
+
+def test_baselines_that_the_space_cannot_hold_are_left_out(formula):
+    search = formula.search(InMemoryStorage(), "random", share=1.0)
+    space = search.space
+    offered = uniform(space, "Q8_0")
+    other_format = uniform(space, "F16")
+    retained = {x: tuple(sorted(space.rankings[x][1:4])) for x in space.layout.layers}
+    other_experts = Allocation.of(
+        target="safetensors", retained=retained, formats=offered.format_of, experts_used=2
+    )
+    known = [("format", other_format), ("experts", other_experts), ("offered", offered)]
+    kinds = [q.kind for q in first_trials(search.surrogate, search.budget, known, n_knapsack=1)]
+    assert kinds == ["knapsack", "offered"]
+
+
+def test_a_first_trial_over_the_budget_is_refused(formula):
+    search = formula.search(InMemoryStorage(), "random", share=0.2)
+    with pytest.raises(StudyError, match="too big"):
+        Search(
+            study=search.study, space=search.space, surrogate=search.surrogate,
+            budget=search.budget, scorer=search.scorer, rungs=(),
+            queue=[Queued("too big", search.space.largest)],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+def test_a_file_budget_at_the_floor_is_searched(formula, target):
+    search = formula.search(InMemoryStorage(), "random", target=target, share=0.0)
+    floor = search.space.smallest.nbytes(search.space.layout).file
+    assert search.budget == Budget(floor, "file")
+    search.run(n_trials=3)
+    for trial in search.study.get_trials():  # IQ4_NL and Q4_0 have the same bytes
+        assert allocation_of(trial).nbytes(search.space.layout).file == floor
