@@ -19,6 +19,9 @@ from allocator.formats import format_named
 from allocator.memory import FileBytes
 from allocator.targets import Layout, Target, target_named
 
+KV_FORMAT = "f16"
+"""How the runtimes store keys and values unless told otherwise; nothing else is priced yet."""
+
 
 class _Json(msgspec.Struct, forbid_unknown_fields=True):
     target: str
@@ -44,7 +47,7 @@ class Allocation:
     retained: tuple[tuple[int, tuple[int, ...]], ...]
     formats: tuple[tuple[str, str], ...]
     experts_used: int
-    kv_format: str = "f16"
+    kv_format: str = KV_FORMAT
 
     @classmethod
     def of(
@@ -54,7 +57,7 @@ class Allocation:
         retained: Mapping[int, tuple[int, ...]],
         formats: Mapping[str, str],
         experts_used: int,
-        kv_format: str = "f16",
+        kv_format: str = KV_FORMAT,
     ) -> "Allocation":
         """From mappings, in canonical order."""
         return cls(
@@ -98,6 +101,10 @@ class Allocation:
             format_named(chosen).nbytes(group.shape)
             if format_named(chosen).needs_importance and not group.importance:
                 raise SpaceError(f"allocation: {name} has no importance, which {chosen} needs")
+        if self.kv_format != KV_FORMAT:
+            raise SpaceError(
+                f"allocation: kv_format {self.kv_format!r}, only {KV_FORMAT!r} is known"
+            )
         inventory = layout.inventory
         if tuple(self.retained_experts) != layout.layers:
             raise SpaceError(

@@ -90,9 +90,9 @@ class Inventory:
         A router with groups rates each by its two best experts, and then chooses experts from the
         `topk_group` best groups.
         """
-        if self.expert_groups == 1:
+        if not self.config.get("n_group"):
             return used
-        return self.expert_groups * max(2, -(-used // int(self.config["topk_group"])))
+        return self.expert_groups * max(2, -(-used // int(self.config.get("topk_group") or 1)))
 
     @cached_property
     def tied_embeddings(self) -> bool:

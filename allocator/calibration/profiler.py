@@ -241,7 +241,7 @@ class Profiler:
                 yield group.name, fmt
         inventory = self.layout.inventory
         step = inventory.expert_groups
-        least = max(2, inventory.least_experts(inventory.experts_used))
+        least = inventory.least_experts(inventory.experts_used)
         counts = (round(share * inventory.n_experts / step) * step for share in PRUNED_SHARES)
         counts_measured = sorted({max(least, n) for n in counts} | {least}, reverse=True)
         for layer in self.layout.layers:

@@ -26,7 +26,9 @@ from allocator.materialize.source import BankSource
 from allocator.targets import Layout, target_named
 from allocator.targets.safetensors import entries, header
 
-FILE = {"gguf": "model.gguf", "safetensors": "model.safetensors"}
+FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
+"""Not `model.safetensors`: stock transformers skips an unknown quantization method with a warning,
+and would then run on random weights; without that file it refuses the directory."""
 QUANT_METHOD = "moe-allocator"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "generation_config.json", "chat_template.jinja")  # fmt: skip
@@ -199,7 +201,7 @@ def _write_safetensors(
 
 
 def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
-    """config.json with a quantization method that stock loaders refuse instead of misreading."""
+    """config.json with the allocation, and what the tokenizer needs."""
     config: dict[str, Any] = dict(layout.inventory.config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,

@@ -6,6 +6,7 @@ when its forward begins and dropped when it ends, so resident tensor bytes are a
 plus the largest decoded layer. `dense=True` decodes everything once instead.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,13 +62,20 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
             f"{folder}: config.json has quant_method {quantization.get('quant_method')!r}, needed "
             f"{QUANT_METHOD!r}; open other checkpoints with transformers"
         )
-    allocation = Allocation.from_json(quantization["allocation"])
+    allocation = Allocation.from_json(quantization.get("allocation"))
     model = skeleton(folder)
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
     set_experts_used(model, layers, allocation.experts_used)
-    parts = _parts(folder, config, allocation, model)
+    try:
+        parts = _parts(folder, config, allocation, model)
+    except (AttributeError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: a tensor that the model of its config.json has not ({error}); "
+            "materialize the checkpoint again"
+        ) from None
+    _check_complete(folder, model, parts)
     for module_name, part in parts.items():
         module = model.get_submodule(module_name)
         if dense:
@@ -78,7 +86,6 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
             module.register_forward_hook(lambda *_, part=part: _empty(model, part))
     if dense and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    _check_complete(folder, model, parts)
     return model
 
 
@@ -92,6 +99,7 @@ def _parts(
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in allocation.format_of:
                 part = parts.setdefault(_module_of(name), _Part())
+                _shape(model, name)
                 part.kept[name] = file.get_tensor(name)
                 part.shapes[name] = tuple(part.kept[name].shape)
                 continue
@@ -170,7 +178,8 @@ def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
 
 def _empty(model: Any, part: _Part) -> None:
     for name in part.shapes:
-        if part.kept.get(name, _NONE).dtype != torch.float32:  # those are the file's own memory
+        kept = part.kept.get(name)
+        if kept is None or kept.dtype != torch.float32:  # those are the file's own memory
             _set(model, name, _NONE)
 
 
@@ -189,9 +198,16 @@ def _decode_into(view: torch.Tensor, fmt: Format, data: torch.Tensor) -> None:
 
 
 def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
-    filled = {name for part in parts.values() for name in part.shapes}
-    for name, _ in model.named_parameters():
-        if name not in filled:
+    """The file holds as many weights of every parameter as the model has."""
+    stored: Counter[str] = Counter()
+    for part in parts.values():
+        stored.update({name: tensor.numel() for name, tensor in part.kept.items()})
+        for group, fmt, data in part.groups:
+            for name in _parameters_of(group):
+                stored[name] += data.numel() // fmt.block_bytes * fmt.block
+    for name, tensor in model.state_dict().items():
+        if stored[name] != tensor.numel():
             raise CheckpointError(
-                f"{folder}: no tensor for {name}; materialize the checkpoint again"
+                f"{folder}: {stored[name]} weights of {name}, its config.json needs "
+                f"{tensor.numel()}; materialize the checkpoint again"
             )

@@ -47,7 +47,7 @@ def run(args, target, bits, source="generated"):
     done = folder / "result.json"
     if not done.exists():
         trials = args.trials if source == "generated" else args.text_trials
-        result = api.search(folder, trials=trials, progress=True)
+        result = api.search(folder, trials=trials, threads=args.threads, progress=True)
         write_whole(done, json.dumps({"seconds": result.seconds, "trials": result.trials}).encode())
     print(folder.name, done.read_text(), flush=True)
     return folder
@@ -108,18 +108,24 @@ def main():
     parser.add_argument("--selection-documents", type=int, default=128)
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="per process; default all cores")
+    parser.add_argument("--only", choices=("gguf", "safetensors"), help="run this target's studies, "
+                        "write no table: for two processes side by side")
     args = parser.parse_args()
     table, baselines = [], []
     runs = [(bits, target, "generated") for bits in BUDGETS for target in ("gguf", "safetensors")]
     if args.calibration:
         runs += [(bits, "safetensors", "text") for bits in BUDGETS]
+    runs = [r for r in runs if args.only in (None, r[1])]
     folders = {r: run(args, r[1], r[0], r[2]) for r in runs}
+    if args.only:
+        return
     for source, target in dict.fromkeys((s, t) for _, t, s in runs):
         held = None
         for bits in BUDGETS:
             folder = folders[bits, target, source]
             if held is None:
-                held = Held(args, Workspace(folder, progress=True))
+                held = Held(args, Workspace(folder, threads=args.threads, progress=True))
                 points = {k: baseline_points(held, k) for k in held.splits}
                 baselines += [
                     {"calibration": source, "target": target, "split": k, "name": p.name,

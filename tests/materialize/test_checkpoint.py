@@ -1,0 +1,261 @@
+"""Written directories: predicted bytes, the same bytes twice, whole or absent, and refusals."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+from safetensors import safe_open
+
+from allocator.errors import SpaceError, TargetError, VerifyError
+from allocator.materialize.checkpoint import FILE, Manifest
+from allocator.materialize.source import BankSource
+from allocator.targets import target_named
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def tensor_bytes(path):
+    if path.suffix == ".gguf":
+        return {t.name: int(t.n_bytes) for t in GGUFReader(path).tensors}
+    with safe_open(path, framework="pt") as file:  # numpy has no bfloat16
+        return {k: file.get_tensor(k).nbytes for k in file.keys()}  # noqa: SIM118
+
+
+def test_predicted_bytes_are_the_tensors_and_the_file(case, written, which):
+    name, target, container = which
+    made, done = case(name, target), written(*which)
+    allocation = made.allocation()
+    size = allocation.nbytes(made.layout, target_named(container))
+    path = done.folder / FILE[container]
+    assert path.stat().st_size == size.file == done.manifest.file_bytes
+    assert sum(tensor_bytes(path).values()) == size.tensors
+    assert done.manifest.tensor_bytes == size.tensors
+    assert done.manifest.overhead_bytes == size.overhead == size.file - size.tensors
+    assert done.manifest.allocation == allocation.digest
+    assert len(set(allocation.counts.values())) == (1 if target == "gguf" else 2)
+
+
+def test_the_safetensors_library_reads_every_tensor(case, written, which):
+    name, target, container = which
+    if container == "gguf":
+        pytest.skip("the other container")
+    made, folder = case(name, target), written(*which).folder
+    allocation = made.allocation()
+    source = BankSource(made.bank, allocation)
+    with safe_open(folder / FILE[container], framework="pt") as file:
+        names = set(file.keys())
+        assert names == {*made.layout.groups, *(k.source for k in made.layout.kept)}
+        total = 0
+        for group in made.layout.groups:
+            tensor = file.get_tensor(group)
+            assert tensor.numpy().tobytes() == source.encoded(group).tobytes()
+            total += tensor.nbytes
+        for kept in made.layout.kept:
+            tensor = file.get_tensor(kept.source)
+            assert tuple(tensor.shape) == kept.shape_with(allocation.counts.get(kept.layer, 0))
+            total += tensor.nbytes
+    assert total == allocation.nbytes(made.layout, target_named(container)).tensors
+
+
+def test_manifest_digests_are_the_files(written, which):
+    done = written(*which)
+    files = contents(done.folder)
+    assert set(files) == {*done.manifest.sha256, "manifest.json"}
+    for name, digest in done.manifest.sha256.items():
+        assert hashlib.sha256(files[name]).hexdigest() == digest
+    assert Manifest.read(done.folder) == done.manifest
+    expected = {"allocation.json", FILE[done.manifest.container]}
+    assert expected <= set(files)
+
+
+def test_two_writes_are_equal(case, written, which, tmp_path):
+    name, target, container = which
+    again = case(name, target).write(tmp_path / "again", container)
+    assert again.manifest == written(*which).manifest
+    assert contents(again.folder) == contents(written(*which).folder)
+
+
+def test_another_allocation_is_another_file(case, written, tmp_path):
+    made = case("qwen3", "safetensors")
+    other = made.write(tmp_path / "other", "safetensors", made.allocation(1))
+    assert other.manifest.sha256 != written("qwen3", "safetensors", "safetensors").manifest.sha256
+
+
+# -- whole or absent
+
+
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+@pytest.mark.parametrize("old", [False, True])
+def test_an_error_half_way_leaves_what_was_there(case, tmp_path, monkeypatch, container, old):
+    made, folder = case("qwen3", "gguf"), tmp_path / "out"
+    if old:
+        made.write(folder, container)
+    before = contents(folder) if old else None
+    calls = []
+
+    def failing(self, name):
+        calls.append(name)
+        if len(calls) == 5:
+            raise OSError("the disk is gone")
+        return original(self, name)
+
+    original = BankSource.encoded
+    monkeypatch.setattr(BankSource, "encoded", failing)
+    with pytest.raises(OSError, match="gone"):
+        made.write(folder, container)
+    assert os.listdir(tmp_path) == (["out"] if old else [])
+    if old:
+        assert contents(folder) == before
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from allocator.allocation import Allocation
+from allocator.codecs.bank import Bank
+from allocator.inventory import read_inventory
+from allocator.materialize import checkpoint
+from allocator.materialize.source import BankSource
+from allocator.targets import TARGETS
+import json
+
+path, bank, folder, container, allocation, where = sys.argv[1:]
+calls = []
+
+def dying(original):
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5 or where != "encoded":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return call
+
+if where == "encoded":
+    BankSource.encoded = dying(BankSource.encoded)
+else:
+    checkpoint.file_digest = dying(checkpoint.file_digest)
+layout = TARGETS["gguf"].layout(read_inventory(path))
+checkpoint.materialize(
+    Allocation.from_json(json.loads(allocation)), Bank(Path(bank), layout, {}), Path(folder),
+    container=container, importance="i" * 64,
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("container", "where", "old"),
+    [("gguf", "encoded", False), ("safetensors", "encoded", True), ("gguf", "digests", True)],
+)
+def test_kill_leaves_no_half_of_it_under_the_name(case, written, tmp_path, container, where, old):
+    made, folder = case("qwen3", "gguf"), tmp_path / "out"
+    if old:
+        made.write(folder, container)
+    whole = contents(written("qwen3", "gguf", container).folder)
+    arguments = [str(made.path), str(made.bank_folder), str(folder), container,
+                 json.dumps(made.allocation().to_json()), where]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert folder.exists() == old
+    if old:
+        assert contents(folder) == whole
+    made.write(folder, container)
+    assert contents(folder) == whole
+
+
+def test_a_kill_between_the_renames_leaves_whole_directories(case, written, tmp_path, monkeypatch):
+    """The moment when the old one is aside and the new one is not yet in place."""
+    made, folder = case("qwen3", "safetensors"), tmp_path / "out"
+    made.write(folder, "safetensors")
+    whole = contents(folder)
+    moments = []
+    original = Path.rename
+
+    def rename(self, target):
+        moments.append([contents(p) for p in tmp_path.iterdir() if p.is_dir()])
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", _logged(shutil.rmtree, moments, folder, whole))
+    made.write(folder, "safetensors")
+    assert len(moments) >= 2
+    assert all(whole in moment for moment in moments)
+    assert contents(folder) == whole
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def _logged(original, moments, folder, whole):
+    def rmtree(path, **options):
+        if Path(path) == folder:
+            pytest.fail("removes what lies under the name")
+        return original(path, **options)
+
+    return rmtree
+
+
+# -- refusals
+
+
+def refuses(tmp_path, error, match, write):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=match) as caught:
+        write()
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_small_a_disk_is_refused(case, tmp_path, monkeypatch):
+    made = case("qwen3", "gguf")
+    size = made.allocation().nbytes(made.layout).file
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(size * 2, size, size - 1))
+    refuses(tmp_path, VerifyError, f"{size - 1:,} bytes free, needed {size:,}",
+            lambda: made.write(tmp_path / "out", "gguf"))  # fmt: skip
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size * 2 + (32 << 20)))
+    made.write(tmp_path / "out", "gguf")
+
+
+def test_a_directory_with_something_else_is_refused(case, tmp_path):
+    made = case("qwen3", "gguf")
+    (tmp_path / "empty").mkdir()
+    made.write(tmp_path / "empty", "gguf")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").write_text("mine")
+    made.write(tmp_path / "other", "gguf", made.allocation(1))
+    made.write(tmp_path / "container", "safetensors")
+    made.write(tmp_path / "more", "gguf")
+    (tmp_path / "more/notes.txt").write_text("mine")
+    for name in ("file", "notes", "other", "container", "more"):
+        refuses(tmp_path, VerifyError, "holds something else",
+                lambda name=name: made.write(tmp_path / name, "gguf"))  # fmt: skip
+    assert (tmp_path / "more/notes.txt").read_text() == "mine"
+    made.write(tmp_path / "empty", "gguf")  # its own is replaced
+
+
+def test_a_missing_parent_is_refused(case, tmp_path):
+    made = case("qwen3", "gguf")
+    refuses(tmp_path, VerifyError, "no such directory",
+            lambda: made.write(tmp_path / "no/out", "gguf"))  # fmt: skip
+
+
+def test_a_safetensors_allocation_is_no_gguf(case, tmp_path):
+    made = case("deepseek", "safetensors")
+    refuses(tmp_path, TargetError, "cannot be written as gguf",
+            lambda: made.write(tmp_path / "out", "gguf"))  # fmt: skip
+
+
+def test_an_allocation_of_another_checkpoint_is_refused(case, tmp_path):
+    made = case("deepseek", "gguf")
+    other = case("qwen3", "gguf").allocation()
+    refuses(tmp_path, SpaceError, "not in both allocation and checkpoint",
+            lambda: made.write(tmp_path / "out", "gguf", other))  # fmt: skip

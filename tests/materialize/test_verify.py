@@ -1,0 +1,166 @@
+"""Verification passes on what materialize wrote, and finds every kind of change."""
+
+import json
+import shutil
+
+import pytest
+
+from allocator.errors import AllocatorError, VerifyError
+from allocator.materialize.checkpoint import FILE, Manifest, file_digest
+from allocator.materialize.verify import (
+    LLAMACPP_TOLERANCE,
+    SAFETENSORS_TOLERANCE,
+    verify,
+)
+from allocator.targets import target_named
+
+PRECISE = ("BF16",)  # random weights: llama.cpp's 8-bit activations flip their routing
+
+
+@pytest.fixture(scope="module")
+def precise(case, tmp_path_factory):
+    """Directories of allocations that llama.cpp computes closely."""
+    made = {}
+
+    def get(name, target, container):
+        key = name, target, container
+        if key not in made:
+            the = case(name, target)
+            folder = tmp_path_factory.mktemp("precise") / container
+            made[key] = the.write(folder, container, the.allocation(formats=PRECISE)).folder
+        return made[key]
+
+    return get
+
+
+def test_good_ones_pass(case, precise, which):
+    name, target, container = which
+    made, folder = case(name, target), precise(*which)
+    found = verify(folder, made.bank, made.scorer)
+    size = made.allocation(formats=PRECISE).nbytes(made.layout, target_named(container))
+    assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)
+    assert found.n_tensors == len(made.layout.groups) + len(made.layout.kept)
+    limit = LLAMACPP_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
+    assert 0 <= found.divergence <= limit
+    assert found.loss > 0.01
+    assert found.runtime_loss == pytest.approx(found.loss, abs=10 * limit)
+    if container == "gguf":
+        assert found.divergence > 0  # it ran, in another runtime
+
+
+@pytest.fixture
+def copy(precise, tmp_path):
+    def make(which):
+        return shutil.copytree(precise(*which), tmp_path / "copy")
+
+    return make
+
+
+def resign(folder, **changes):
+    """Makes the manifest agree with the files again."""
+    data = json.loads((folder / "manifest.json").read_text()) | changes
+    data["sha256"] = {name: file_digest(folder / name) for name in data["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
+def refused(folder, made, match):
+    with pytest.raises(VerifyError, match=match) as caught:
+        verify(folder, made.bank, made.scorer)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("at", [-1, -5000, "middle"])
+def test_a_flipped_byte_is_found(case, copy, which, at, signed):
+    folder = copy(which)
+    path = folder / FILE[which[2]]
+    data = bytearray(path.read_bytes())
+    where = len(data) // 2 if at == "middle" else len(data) + at
+    if path.suffix == ".gguf":  # the last bytes may be padding
+        where -= 64
+    data[where] ^= 1
+    path.write_bytes(data)
+    if signed:
+        resign(folder)
+    refused(folder, case(*which[:2]), "other bytes" if signed else "changed since it was written")
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_changed_allocation_is_found(case, copy, which, signed):
+    folder, made = copy(which), case(*which[:2])
+    other = made.allocation(1, formats=PRECISE)
+    (folder / "allocation.json").write_text(json.dumps(other.to_json()))
+    if signed:
+        resign(folder)
+    refused(folder, made, "the manifest says" if signed else "changed since it was written")
+    if signed:
+        resign(folder, allocation=other.digest)
+        refused(folder, made, "predicted|other bytes|is stored as")
+
+
+def test_a_missing_file_is_found(case, copy, which):
+    folder = copy(which)
+    (folder / "allocation.json").unlink()
+    refused(folder, case(*which[:2]), "missing or changed")
+    (folder / "manifest.json").unlink()
+    refused(folder, case(*which[:2]), "no readable manifest")
+
+
+def test_a_manifest_that_points_outside_is_refused(case, copy):
+    which = ("qwen3", "gguf", "gguf")
+    folder = copy(which)
+    data = json.loads((folder / "manifest.json").read_text())
+    data["sha256"]["../copy/allocation.json"] = data["sha256"]["allocation.json"]
+    (folder / "manifest.json").write_text(json.dumps(data))
+    refused(folder, case(*which[:2]), "changed since it was written")
+
+
+def test_another_checkpoint_is_refused(case, precise, make_checkpoint, which, tmp_path):
+    from allocator.codecs.bank import Bank
+    from allocator.inventory import read_inventory
+    from allocator.targets import TARGETS
+
+    name, target, _ = which
+    other = {"deepseek": "qwen3", "qwen3": "deepseek"}[name]
+    refused(precise(*which), case(other, target), "made from checkpoint")
+    wide = {"deepseek": {"hidden_size": 256, "moe_intermediate_size": 256}}.get(
+        name, {"hidden_size": 256, "dtype": "bfloat16"}
+    )
+    twin = make_checkpoint(tmp_path / "twin", name, seed=1, **wide)
+    layout = TARGETS[target].layout(read_inventory(twin))
+    bank = Bank(tmp_path / "bank", layout, {})
+    with pytest.raises(VerifyError, match="made from checkpoint"):
+        verify(precise(*which), bank, case(name, target).scorer)
+
+
+def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypatch):
+    made = case(*which[:2])
+    if which[2] == "gguf":
+        from allocator.evaluate.llamacpp import LlamaCpp
+
+        original = LlamaCpp.logits
+        monkeypatch.setattr(LlamaCpp, "logits", lambda *args: original(*args)[:, ::-1].copy())
+    else:
+        from allocator.materialize import load
+
+        original_fill = load._fill
+
+        def off(model, config, part):
+            original_fill(model, config, part)
+            if "model.norm.weight" in part.shapes:
+                model.model.norm.weight.data[0] *= 1.5
+
+        monkeypatch.setattr(load, "_fill", off)
+        folder = copy(which)
+        refused(folder, made, "its runtime is off")
+        return
+    refused(copy(which), made, "its runtime is off")
+
+
+def test_manifest_refuses_unknown_keys(copy):
+    folder = copy(("qwen3", "gguf", "gguf"))
+    data = json.loads((folder / "manifest.json").read_text()) | {"surprise": 1}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(AllocatorError, match="surprise"):
+        Manifest.read(folder)
