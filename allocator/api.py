@@ -38,6 +38,7 @@ from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
+from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import journal_path, open_storage, repair_storage, search_lock
 from allocator.study import (
     KIND,
@@ -359,7 +360,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
     """One row per trial that scored something: kind, state, bytes, losses, retained counts."""
     rows = []
     for t in study.get_trials(deepcopy=False):
-        if RESULT not in t.user_attrs:
+        if RESULT not in t.user_attrs or ABANDONED in t.user_attrs:
             continue
         result = t.user_attrs[RESULT]
         rows.append(

@@ -236,12 +236,15 @@ def open_study(storage: BaseStorage, name: str, lock: dict[str, Any]) -> optuna.
     Raises:
         StudyError: if the study was launched with other inputs, naming the first that differs.
     """
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        directions=["minimize", "minimize"],
-        load_if_exists=True,
-    )
+    try:  # first: creating what exists adds a line to the journal
+        study = optuna.load_study(storage=storage, study_name=name)
+    except KeyError:
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
     known = study.user_attrs.get(LOCK)
     if known is None:
         if study.get_trials(deepcopy=False):

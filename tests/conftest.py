@@ -1,6 +1,7 @@
 """Checkpoints (random ones by transformers, zeros by hand, the reference) and what tests share."""
 
 import json
+import shutil
 import zlib
 from functools import partial
 from pathlib import Path
@@ -380,3 +381,72 @@ def formula(tmp_path_factory):
     return SimpleNamespace(
         search=partial(formula_search, checkpoint), Scorer=FormulaScorer, checkpoint=checkpoint
     )
+
+
+# -- a study folder of a random checkpoint
+
+
+def write_jsonl(path, documents):
+    lines = (json.dumps({"ids": d.ids, "domain": d.domain}) for d in documents)
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+STUDY = """schema = 1
+checkpoint = "{checkpoint}"
+target = "gguf"
+space = "space.toml"
+trials = 8
+
+[budget]
+weights = {budget}
+
+[calibration]
+documents = "documents.jsonl"
+report = "report.jsonl"
+search_documents = 6
+rungs = [2, 4, 40]
+measured_documents = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def write_study(make_documents):
+    """`write(folder, checkpoint)`: a study under a budget between its floor and its ceiling."""
+
+    def write(folder, checkpoint, share=0.4):
+        layout = TARGETS["gguf"].layout(read_inventory(checkpoint))
+        space = bind(SearchSpace(schema=1), layout, None)
+        low, high = (a.nbytes(layout).encoded for a in (space.smallest, space.largest))
+        folder.mkdir(parents=True)
+        (folder / "study.toml").write_text(
+            STUDY.format(checkpoint=checkpoint, budget=low + int(share * (high - low)))
+        )
+        (folder / "space.toml").write_text("schema = 1\n")
+        write_jsonl(folder / "documents.jsonl", make_documents([32] * 12, seed=1))
+        write_jsonl(folder / "report.jsonl", make_documents([32] * 4, seed=2))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def study_cache(tmp_path_factory):
+    """Profiles and encoded weights, for all tests."""
+    return tmp_path_factory.mktemp("study_cache")
+
+
+@pytest.fixture(scope="session")
+def fresh_study(checkpoints, write_study, tmp_path_factory):
+    """A study folder that was never launched; read only."""
+    return write_study(tmp_path_factory.mktemp("fresh") / "study", checkpoints["qwen3"])
+
+
+@pytest.fixture(scope="session")
+def finished_study(fresh_study, study_cache, tmp_path_factory):
+    """The same after a search of 8 trials; read only."""
+    from allocator import api
+
+    folder = tmp_path_factory.mktemp("finished") / "study"
+    shutil.copytree(fresh_study, folder)
+    api.search(folder, cache=study_cache, threads=1)
+    return folder

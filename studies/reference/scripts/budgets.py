@@ -8,7 +8,6 @@ Writes budgets.csv and baselines.csv beside this study's study.toml.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,13 @@ import pandas as pd
 from allocator import api
 from allocator.calibration.documents import interleaved
 from allocator.calibration.profiler import write_whole
-from allocator.front import Point, baseline_loss
+from allocator.front import Point, baseline_loss, lower_hull
 from allocator.proxy.scorer import Scorer, mean
 from allocator.workspace import Workspace
 
 HERE = Path(__file__).resolve().parent.parent
 BUDGETS = {2.25: 8_234_496, 1.75: 6_404_608, 3.0: 10_979_328, 2.0: 7_319_552, 4.0: 14_639_104}
-SCREEN_DOCUMENTS = 8  # every baseline; those near the hull are scored again on all documents
+SCREEN_DOCUMENTS = 8  # every baseline near the budgets; those near the hull again on all documents
 
 
 def study_folder(args, target, bits, source="generated"):
@@ -74,20 +73,26 @@ class Held:
         return np.load(path)
 
 
-def baseline_points(held, split):
-    """Every baseline on a few documents, then the ones near the hull on all."""
+def near_hull(held, split):
+    """Names of the baselines that may touch the lower hull near the budgets, from a few documents."""
     workspace = held.workspace
     rows = [(n, a, a.nbytes(workspace.layout).encoded) for n, a in workspace.baselines(pruned=True)]
+    rows = [r for r in rows if 5_000_000 < r[2] < 17_000_000]
     rough = [Point(n, b, float(held.kl(split, a, SCREEN_DOCUMENTS).mean())) for n, a, b in rows]
-    points = []
-    for (name, allocation, nbytes), point in zip(rows, rough, strict=True):
-        try:
-            near = point.loss <= 1.15 * baseline_loss(rough, nbytes)
-        except Exception:
-            near = True
-        if near and nbytes < 17_000_000:
-            points.append(Point(name, nbytes, float(held.kl(split, allocation).mean())))
-    return points
+    inside = [p for p in rough if p in (hull := lower_hull(rough))]
+    ends = hull[0].nbytes, hull[-1].nbytes
+    inside += [
+        p for p in rough
+        if ends[0] < p.nbytes < ends[1] and p.loss <= 1.05 * baseline_loss(rough, p.nbytes)
+    ]
+    return {p.name for p in inside}
+
+
+def baseline_points(held, split, names):
+    """The baselines of these names on all documents."""
+    layout = held.workspace.layout
+    rows = [(n, a) for n, a in held.workspace.baselines(pruned=True) if n in names]
+    return [Point(n, a.nbytes(layout).encoded, float(held.kl(split, a).mean())) for n, a in rows]
 
 
 def interval(a, b, seed=0, n=2000):
@@ -106,13 +111,13 @@ def main():
     parser.add_argument("--text-trials", type=int, default=1, help="1 is the knapsack alone")
     parser.add_argument("--search-documents", type=int, default=64)
     parser.add_argument("--selection-documents", type=int, default=128)
-    parser.add_argument("--documents", type=int, default=192)
+    parser.add_argument("--documents", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="per process; default all cores")
     parser.add_argument("--only", choices=("gguf", "safetensors"), help="run this target's studies, "
                         "write no table: for two processes side by side")
     args = parser.parse_args()
-    table, baselines = [], []
+    table, baselines, names_of = [], [], {}
     runs = [(bits, target, "generated") for bits in BUDGETS for target in ("gguf", "safetensors")]
     if args.calibration:
         runs += [(bits, "safetensors", "text") for bits in BUDGETS]
@@ -126,7 +131,10 @@ def main():
             folder = folders[bits, target, source]
             if held is None:
                 held = Held(args, Workspace(folder, threads=args.threads, progress=True))
-                points = {k: baseline_points(held, k) for k in held.splits}
+                for k in held.splits:
+                    if k not in names_of:
+                        names_of[k] = near_hull(held, k)
+                points = {k: baseline_points(held, k, names_of[k]) for k in held.splits}
                 baselines += [
                     {"calibration": source, "target": target, "split": k, "name": p.name,
                      "bytes": p.nbytes, "kl": p.loss} for k, ps in points.items() for p in ps
@@ -138,10 +146,7 @@ def main():
                     kl[name] = held.kl(split, allocation)
                     names[name] = allocation
                 size = names["pick"].nbytes(held.workspace.layout).encoded
-                try:
-                    base = baseline_loss(points[split], size)
-                except Exception:
-                    base = math.nan
+                base = baseline_loss(points[split], size)
                 low, high = interval(kl["pick"], kl["knapsack"])
                 table.append({
                     "calibration": source, "target": target, "bits": bits, "split": split,

@@ -1,0 +1,373 @@
+"""The command line on a tiny study: every verb, bad input in one line, and kill -9."""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from allocator.cli import main
+from allocator.materialize.checkpoint import file_digest
+from allocator.storage import search_lock
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def study(finished_study, tmp_path):
+    return shutil.copytree(finished_study, tmp_path / "study")
+
+
+@pytest.fixture
+def fresh(fresh_study, tmp_path):
+    return shutil.copytree(fresh_study, tmp_path / "study")
+
+
+@pytest.fixture
+def run(study_cache, capsys):
+    """`run(verb, ...)`: exit code, stdout, stderr; one thread, no bars."""
+
+    def call(verb, *arguments, quiet=True):
+        options = ["--cache", study_cache, "--threads", 1, *(["--quiet"] if quiet else [])]
+        capsys.readouterr()
+        code = main([str(a) for a in (verb, *arguments, *options)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def good(done):
+    code, out, err = done
+    assert code == 0, err
+    return out
+
+
+def state(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def trials(study):
+    """What the trials scored and found, without what a clock says."""
+    rows = json.loads((study / "front.json").read_text())["trials"]
+    return [{k: v for k, v in row.items() if k != "trial"} for row in rows]
+
+
+# -- every verb
+
+
+def test_inspect(run, checkpoints):
+    out = good(run("inspect", checkpoints["qwen3"], "--target", "gguf"))
+    assert "layers.1.experts.down" in out
+    assert re.search(r"\d+ groups, [\d,]+ weights", out)
+
+
+def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, tmp_path):
+    before = state(fresh)
+    out = good(run("search", fresh, "--dry-run"))
+    assert re.search(r"floor +[\d,]+ B", out)
+    assert state(fresh) == before
+    out = good(run("profile", fresh))
+    assert "measured changes" in out
+    assert state(fresh) == before
+    out = good(run("search", fresh, "--trials", 8))
+    assert sum(map(int, re.findall(r"(\d+) (?:COMPLETE|PRUNED|FAIL)", out))) == 8
+    first = trials(fresh)
+    assert len(first) == 8
+    answer = state(fresh / "allocations")
+    good(run("search", fresh, "--trials", 8))
+    assert trials(fresh) == first
+    assert state(fresh / "allocations") == answer
+    pick = fresh / "allocations/pick.json"
+
+    out = good(run("front", fresh))
+    assert "KiB" not in out
+    assert str(json.loads((fresh / "front.json").read_text())["front"][0]["trial"]) in out
+    out = good(run("explain", pick))
+    assert "experts.all" in out
+    score = good(run("score", pick))
+    record = json.loads(pick.read_text())
+    assert float(re.search(r"loss +(\S+)", score)[1]) == pytest.approx(record["loss"]["search"])
+    types = tmp_path / "types.txt"
+    types.write_text("ffn_down_exps=q4_0\n")
+    out = good(run("score", types, "--study", fresh, "--base", "Q8_0"))
+    assert float(re.search(r"loss +(\S+)", out)[1]) > 0
+
+    for container in ("gguf", "safetensors"):
+        folder = tmp_path / container
+        out = good(run("materialize", pick, folder, "--container", container, "--record"))
+        file = next(p for p in folder.iterdir() if p.suffix == f".{container}")
+        assert f"{file.stat().st_size:,} bytes" in out
+        digest = file_digest(file)
+        assert digest in out
+        assert json.loads(pick.read_text())["sha256"][container] == digest
+        out = good(run("verify", folder, "--study", fresh, "--documents", 3))
+        assert "as predicted" in out
+    for name in ("one", "two"):
+        out = good(run("reproduce", pick, "--out", tmp_path / name))
+        for digest in json.loads(pick.read_text())["sha256"].values():
+            assert digest in out
+
+    table = tmp_path / "table.csv"
+    out = good(run("evaluate", fresh, "--documents", 2, "--csv", table))
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"original", "* pick", "* knapsack"} <= {r["name"] for r in rows}
+    assert {r["split"] for r in rows} == {"report"}
+    assert all(r["name"] in out for r in rows)
+
+
+def test_progress_goes_to_stderr_alone(run, fresh):
+    code, out, err = run("search", fresh, "--trials", 3, quiet=False)
+    assert code == 0
+    assert re.search(r"search: .*3/3", err)
+    assert "search:" not in out
+    assert "\r" not in out
+    assert run("search", fresh, "--trials", 4)[2] == ""
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+def test_controls_run(run, fresh, sampler):
+    good(run("search", fresh, "--sampler", sampler, "--trials", 5, "--seed", 3))
+    assert len(trials(fresh)) == 5
+
+
+def test_storage_in_a_database(run, fresh, tmp_path):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    good(run("search", fresh, "--trials", 4, "--storage", url))
+    assert not (fresh / "journal").exists()
+    rows = trials(fresh)
+    good(run("search", fresh, "--trials", 4, "--storage", url))
+    assert trials(fresh) == rows
+    good(run("front", fresh, "--storage", url))
+
+
+# -- bad input
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert re.search(old, text)
+    path.write_text(re.sub(old, new, text, count=1))
+
+
+def missing_checkpoint(study, other):
+    edit(study / "study.toml", 'checkpoint = ".*"', 'checkpoint = "nowhere"')
+    return "nowhere"
+
+
+def unknown_key(study, other):
+    edit(study / "study.toml", "trials = 8", "trials = 8\nsurprise = 1")
+    return "surprise"
+
+
+def no_toml(study, other):
+    (study / "study.toml").write_text("schema = = 1")
+    return "study.toml"
+
+
+def no_study_file(study, other):
+    (study / "study.toml").unlink()
+    return "study.toml: no such file"
+
+
+def unknown_format(study, other):
+    (study / "space.toml").write_text('schema = 1\nformats = ["Q9_Z"]\n')
+    return "Q9_Z"
+
+
+def unknown_sampler(study, other):
+    edit(study / "study.toml", "trials = 8", 'trials = 8\nsampler = "annealing"')
+    return "annealing"
+
+
+def missing_calibration(study, other):
+    (study / "documents.jsonl").unlink()
+    return "documents.jsonl"
+
+
+def unreadable_calibration(study, other):
+    with (study / "documents.jsonl").open("a") as file:
+        file.write("{nothing\n")
+    return "documents.jsonl:13"
+
+
+def foreign_tokens(study, other):
+    with (study / "documents.jsonl").open("a") as file:
+        file.write('{"ids": [0, 5, 99999]}\n')
+    return "documents.jsonl:13"
+
+
+def too_few_documents(study, other):
+    edit(study / "study.toml", "search_documents = 6", "search_documents = 600")
+    return "600"
+
+
+def under_the_floor(study, other):
+    edit(study / "study.toml", "weights = .*", 'weights = "5KiB"')
+    return r"5,120 bytes.*floor of \d+,\d+"
+
+
+def no_budget(study, other):
+    edit(study / "study.toml", "weights = .*", "")
+    return "needed one budget"
+
+
+def no_size(study, other):
+    edit(study / "study.toml", "weights = .*", 'weights = "much"')
+    return "much"
+
+
+def another_checkpoint(study, other):
+    edit(study / "study.toml", 'checkpoint = ".*"', f'checkpoint = "{other}"')
+    return "launched with checkpoint"
+
+
+def changed_rungs(study, other):
+    edit(study / "study.toml", r"rungs = \[2", "rungs = [3")
+    return "launched with rungs"
+
+
+def damaged_journal(study, other):
+    lines = (study / "journal").read_bytes().splitlines(keepends=True)
+    lines[len(lines) // 2] = b"{damaged\n"
+    (study / "journal").write_bytes(b"".join(lines))
+    return rf"journal: line {len(lines) // 2 + 1} is no record"
+
+
+BAD = [
+    missing_checkpoint, unknown_key, no_toml, no_study_file, unknown_format, unknown_sampler,
+    missing_calibration, unreadable_calibration, foreign_tokens, too_few_documents,
+    under_the_floor, no_budget, no_size, another_checkpoint, changed_rungs, damaged_journal,
+]  # fmt: skip
+
+
+def refused(done, match):
+    code, out, err = done
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("allocator ")
+    assert re.search(match, err), err
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
+def test_bad_input_is_one_line_and_writes_nothing(run, study, make_checkpoint, tmp_path, spoil):
+    other = tmp_path / "other"
+    if spoil is another_checkpoint:
+        make_checkpoint(other, "qwen3", seed=5, dtype="bfloat16")
+    match = spoil(study, other)
+    before = state(study)
+    refused(run("search", study, "--trials", 9), match)
+    after = state(study)
+    # who searches is noted once a search has begun to open its storage
+    assert {n for n in after if after[n] != before.get(n)} <= {"search.lock", "search.start"}
+    assert set(before) <= set(after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--budget", "1KiB"], r"1,024 bytes.*floor of \d"),
+        (["--budget", "much"], "much"),
+        (["--seed", "-1"], "-1"),
+        (["--seed", "9"], "launched with seed = 0, now it is 9"),
+        (["--sampler", "annealing"], "annealing"),
+        (["--weights-budget", "100KiB"], "launched with budget"),
+        (["--budget", "1MiB", "--weights-budget", "1MiB"], "needed one budget"),
+        (["--storage", "nonsense"], "nonsense"),
+        (["--storage", "sqlite:////no/such/folder/t.db"], "sqlite"),
+        (["--time", "soon"], "soon"),
+    ],
+)
+def test_bad_options(run, study, arguments, match):
+    before = state(study)
+    refused(run("search", study, *arguments), match)
+    after = state(study)
+    assert {n for n in after if after[n] != before.get(n)} <= {"search.lock"}
+
+
+def test_bad_paths(run, study, checkpoints, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    pick = study / "allocations/pick.json"
+    before = state(study)
+    refused(run("inspect", nowhere), "nowhere")
+    refused(run("inspect", checkpoints["qwen3"], "--target", "onnx"), "onnx")
+    for verb in ("profile", "search", "front", "evaluate"):
+        refused(run(verb, nowhere), "no such study folder")
+    refused(run("score", nowhere, "--study", study), "no such allocation file")
+    refused(run("explain", nowhere, "--study", study), "no such allocation file")
+    refused(run("materialize", nowhere, tmp_path / "out", "--study", study), "nowhere")
+    refused(run("materialize", pick, nowhere / "deep/out"), "no such directory")
+    refused(run("materialize", pick, study), "holds something else")
+    refused(run("verify", nowhere, "--study", study), "manifest.json")
+    refused(run("reproduce", nowhere, "--study", study), "nowhere")
+    refused(run("evaluate", study, "--documents", 99), "99 documents asked for")
+    assert state(study) == before
+
+
+def test_reproduce_on_another_checkpoint(run, study, make_checkpoint, tmp_path):
+    make_checkpoint(tmp_path / "other", "qwen3", seed=5, dtype="bfloat16")
+    another_checkpoint(study, tmp_path / "other")
+    before = state(study)
+    pick = study / "allocations/pick.json"
+    refused(run("reproduce", pick, "--out", tmp_path / "out"), "is for checkpoint")
+    assert state(study) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_search_on_a_living_study(run, study):
+    with search_lock(study) as lock:
+        lock.ready()
+        before = state(study)
+        refused(run("search", study, "--trials", 9), f"searched by pid {os.getpid()}.*--join")
+        assert state(study) == before
+        good(run("search", study, "--trials", 9, "--join"))
+    assert len(trials(study)) == 9
+
+
+def test_unknown_verbs_and_options_are_argparses(capsys):
+    for arguments in ([], ["fly"], ["search"], ["search", "x", "--fast"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+# -- kill -9
+
+
+def n_scored(study):
+    journal = study / "journal"
+    return journal.read_bytes().count(b'"losses"') if journal.exists() else 0
+
+
+def test_killed_at_random_moments_is_undisturbed(run, fresh_study, study_cache, tmp_path):
+    whole = shutil.copytree(fresh_study, tmp_path / "whole/study")
+    good(run("search", whole, "--trials", 40))
+    killed = shutil.copytree(fresh_study, tmp_path / "killed/study")
+    command = [
+        sys.executable, "-m", "allocator.cli", "search", killed, "--trials", "40",
+        "--cache", study_cache, "--threads", "1", "--quiet",
+    ]  # fmt: skip
+    rng = random.Random()
+    for at in (2, 15):  # once so many trials were scored, and a moment later
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and n_scored(killed) < at:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err.decode()
+        assert n_scored(killed) < 40
+    good(run("search", killed, "--trials", 40))
+    assert trials(killed) == trials(whole)
+    assert state(killed / "allocations") == state(whole / "allocations")
