@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration import documents as calibration
-from allocator.calibration.profiler import importance_digest, write_whole
+from allocator.calibration.profiler import importance_digest
 from allocator.errors import SpaceError, StudyError, VerifyError
+from allocator.files import write_whole
 from allocator.formats import FORMATS
 from allocator.front import Point
 from allocator.front import front as front_of
@@ -525,8 +526,12 @@ def verify(
     check_same_checkpoint(manifest.checkpoint, workspace.inventory)
     bank = workspace.bank_for(manifest.importance)
     scored = documents or workspace.spec.calibration.search_documents
-    scorer = Scorer(SwapModel(workspace.layout, bank.decoded), workspace.splits[0][:scored])
-    found = _verify(Path(folder), bank, scorer)
+    scorer = Scorer(
+        SwapModel(workspace.layout, bank.decoded),
+        workspace.splits[0][:scored],
+        progress="torch" if workspace.progress else None,
+    )
+    found = _verify(Path(folder), bank, scorer, progress=workspace.progress)
     for path in sorted((workspace.folder / "allocations").glob("*.json")):
         record = AllocationRecord.read(path)
         if documents is None and record.digest == manifest.allocation:

@@ -167,6 +167,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         text=args.text,
         pruned=args.pruned,
         tasks=args.tasks,
+        domains=args.domains,
         **_options(args),
     )
     _print_table(
@@ -272,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--all", action="store_true", help="the full report split")
     p.add_argument("--text", type=Path, help="JSON lines with text to evaluate on instead")
     p.add_argument("--pruned", action="store_true", help="baselines also with fewer experts")
+    p.add_argument("--domains", action="store_true", help="KL and perplexity per domain as well")
     p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
     p.add_argument("--csv", type=Path, help="write the table there too")
 

@@ -5,6 +5,7 @@ neither search nor selection has seen, or on a text file that the caller names; 
 says which.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def evaluate(
         text: JSON lines to evaluate on instead of the report split.
         pruned: baselines also with one smaller retained count in every layer.
         tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
-        domains: a KL column per domain.
+        domains: columns of KL and perplexity per domain.
         options: of `Workspace`.
     """
     workspace = Workspace(study, **options)
@@ -106,6 +107,8 @@ def _row(
     }
     if domains:
         row |= {f"kl_{d}": v for d, v in by_domain(losses.kl, scorer.documents).items()}
+        nll = by_domain(losses.nll, scorer.documents)
+        row |= {f"perplexity_{d}": math.exp(v) for d, v in nll.items()}
     return row
 
 

@@ -8,7 +8,6 @@ inputs: `statistics.json` and `importance.safetensors` (one pass of the original
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from allocator.calibration.statistics import Statistics, collect
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import decode
 from allocator.codecs.source import Floats, group_weights
+from allocator.files import write_whole
 from allocator.formats import format_named
 from allocator.profile import Profile
 from allocator.proxy.model import SwapModel
@@ -78,20 +78,6 @@ def importance_digest(importance: dict[str, Floats]) -> str:
     for name in sorted(importance):
         total.update(f"{name} {importance[name].shape}\n".encode() + importance[name].tobytes())
     return total.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under another name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Lines:

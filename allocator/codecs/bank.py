@@ -7,7 +7,6 @@ Experts are encoded one by one, so retaining some of them is indexing.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes, Floats
 from allocator.codecs.source import group_digest, group_weights
 from allocator.errors import FormatError
+from allocator.files import write_whole
 from allocator.formats import format_named
 from allocator.targets import Layout
 
@@ -57,7 +57,7 @@ class Bank:
         row_bytes = format_named(fmt).nbytes((1, group.shape[-1]))
         path = self.folder / f"{self._key(name, fmt)}.bin"
         if not path.exists():
-            self._write(path, self._encode(name, fmt))
+            write_whole(path, self._encode(name, fmt).data)
         shape = (*group.shape[:-1], row_bytes)
         if path.stat().st_size != int(np.prod(shape)):
             raise FormatError(f"{path}: damaged bank entry; delete it and run again")
@@ -88,12 +88,3 @@ class Bank:
         return ggml.encode(
             weights, format_named(fmt), self.group_importance(name), threads=self.threads
         )
-
-    def _write(self, path: Path, data: Bytes) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(temporary, "wb") as file:
-                data.tofile(file)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)

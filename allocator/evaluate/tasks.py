@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from allocator.errors import CalibrationError, VerifyError
+from allocator.files import write_whole
 
 PERPLEXITY = "report_perplexity"
 CONTINUATION = "report_continuation"
@@ -122,8 +123,8 @@ def write_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     for name, task_rows in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in task_rows]
-        _write(folder / f"{name}.jsonl", "".join(lines))
-        _write(folder / f"{name}.yaml", _TASK_FILES[name].format(name=name))
+        write_whole(folder / f"{name}.jsonl", "".join(lines).encode())
+        write_whole(folder / f"{name}.yaml", _TASK_FILES[name].format(name=name).encode())
     return list(rows)
 
 
@@ -277,12 +278,6 @@ def _text(document: Document, tokenizer: Any) -> str:
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    part.replace(path)
 
 
 def _existing(folder: Path, names: Sequence[str]) -> Path:

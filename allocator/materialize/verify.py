@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
@@ -34,6 +35,8 @@ SAFETENSORS_TOLERANCE = 1e-5
 """Difference of the re-opened safetensors checkpoint's proxy loss, nats per token."""
 LLAMACPP_TOLERANCE = 5e-3
 """KL(torch || llama.cpp), nats per token: llama.cpp quantizes activations, torch does not."""
+
+TOLERANCE = {"gguf": LLAMACPP_TOLERANCE, "safetensors": SAFETENSORS_TOLERANCE}
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -63,13 +66,22 @@ class Verification:
     divergence: float
 
 
-def verify(folder: Path, bank: Bank, scorer: Scorer) -> Verification:
+def verify(
+    folder: Path,
+    bank: Bank,
+    scorer: Scorer,
+    *,
+    tolerance: float | None = None,
+    progress: bool = False,
+) -> Verification:
     """Checks a written checkpoint.
 
     Args:
         folder: the directory.
         bank: of the checkpoint that it was made from, with the same importance.
         scorer: documents to score in torch and in the runtime.
+        tolerance: how far the runtime may be off, nats per token; its container's by default.
+        progress: shows a bar while llama.cpp runs.
 
     Raises:
         VerifyError: at the first thing that is not as it should be.
@@ -98,8 +110,8 @@ def verify(folder: Path, bank: Bank, scorer: Scorer) -> Verification:
             f"predicted {size.tensors} in {size.file}"
         )
     _check_weights(folder, manifest, bank, allocation, found)
-    loss, runtime_loss, divergence = _run(folder, manifest, allocation, scorer)
-    limit = LLAMACPP_TOLERANCE if manifest.container == "gguf" else SAFETENSORS_TOLERANCE
+    loss, runtime_loss, divergence = _run(folder, manifest, allocation, scorer, progress)
+    limit = TOLERANCE[manifest.container] if tolerance is None else tolerance
     if not divergence <= limit:
         raise VerifyError(
             f"{folder}: its runtime is off by {divergence:.2e} nats per token, at most {limit:.0e} "
@@ -182,7 +194,7 @@ def _check_weights(
 
 
 def _run(
-    folder: Path, manifest: Manifest, allocation: Allocation, scorer: Scorer
+    folder: Path, manifest: Manifest, allocation: Allocation, scorer: Scorer, progress: bool
 ) -> tuple[float, float, float]:
     """Loss in torch, loss in the runtime, and how far the runtime is off."""
     losses = scorer.score(allocation)
@@ -193,7 +205,8 @@ def _run(
     divergence, runtime = [], []
     longest = max(len(d.ids) for d in scorer.documents)
     with LlamaCpp(folder / manifest.file, context=longest, exact=False) as llama:
-        for index, document in enumerate(scorer.documents):
+        shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
+        for index, document in enumerate(shown):
             logits = llama.logits(document.ids)
             runtime.append(scorer.score_logits(index, logits)[0])
             divergence.append(_divergence(scorer.candidate_logits(index), logits))

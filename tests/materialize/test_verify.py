@@ -8,12 +8,12 @@ import pytest
 from allocator.errors import AllocatorError, VerifyError
 from allocator.materialize.checkpoint import FILE, Manifest, file_digest
 from allocator.materialize.verify import (
-    LLAMACPP_TOLERANCE,
     SAFETENSORS_TOLERANCE,
     verify,
 )
 from allocator.targets import target_named
 
+RANDOM_WEIGHTS_TOLERANCE = 0.05
 PRECISE = ("BF16",)  # random weights: llama.cpp's 8-bit activations flip their routing
 
 
@@ -36,14 +36,15 @@ def precise(case, tmp_path_factory):
 def test_good_ones_pass(case, precise, which):
     name, target, container = which
     made, folder = case(name, target), precise(*which)
-    found = verify(folder, made.bank, made.scorer)
+    # random weights: llama.cpp's 8-bit activations flip routings that trained ones decide clearly
+    limit = RANDOM_WEIGHTS_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
+    found = verify(folder, made.bank, made.scorer, tolerance=limit)
     size = made.allocation(formats=PRECISE).nbytes(made.layout, target_named(container))
     assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)
     assert found.n_tensors == len(made.layout.groups) + len(made.layout.kept)
-    limit = LLAMACPP_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
     assert 0 <= found.divergence <= limit
     assert found.loss > 0.01
-    assert found.runtime_loss == pytest.approx(found.loss, abs=10 * limit)
+    assert found.runtime_loss == pytest.approx(found.loss, abs=2 * limit)
     if container == "gguf":
         assert found.divergence > 0  # it ran, in another runtime
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from allocator import api
 from allocator.calibration.documents import interleaved
-from allocator.calibration.profiler import write_whole
+from allocator.files import write_whole
 from allocator.front import Point, baseline_loss, lower_hull
 from allocator.proxy.scorer import Scorer, mean
 from allocator.workspace import Workspace
