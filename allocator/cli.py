@@ -78,7 +78,7 @@ def _search(args: argparse.Namespace) -> None:
         print(message)
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
-    print(f"pick: {result.pick}\nknapsack alone: {result.knapsack}")
+    print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
 
 
 def _print_estimate(e: Any) -> None:

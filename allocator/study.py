@@ -116,14 +116,6 @@ class Search:
             if used > self.budget.nbytes:
                 raise StudyError(f"first trial {queued.kind} is over the budget")
 
-    def close_abandoned(self) -> int:
-        """Closes RUNNING trials of a dead process; only while no other search is alive."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in running:
-            self.study._storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        return len(running)
-
     def n_proposals(self) -> int:
         """Trials so far, abandoned ones not counted."""
         trials = self.study.get_trials(deepcopy=False)
@@ -214,6 +206,15 @@ class Search:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, [loss, used])
+
+
+def close_abandoned(study: optuna.Study) -> int:
+    """Closes RUNNING trials of a dead process; only while no other search is alive."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in running:
+        study._storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
+        study.tell(trial.number, state=TrialState.FAIL)
+    return len(running)
 
 
 def loses(candidate: Any, rival: Any, *, z: float = RACE_Z) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.samplers import BaseSampler
 
 from allocator.allocation import Allocation
 from allocator.baselines import baselines, mixed
@@ -283,14 +284,15 @@ class Workspace:
             AllocatorError: one line on whatever is wrong.
         """
         _ = self.splits
-        check_sampler(sampler or self.spec.sampler)
-        if (self.spec.seed if seed is None else seed) < 0:
-            raise StudyError(f"seed {seed}: needed 0 or a positive number")
+        name, chosen = self._sampler_and_seed(sampler, seed)
+        check_sampler(name)
+        if chosen < 0:
+            raise StudyError(f"seed {chosen}: needed 0 or a positive number")
 
     def lock(self, budget: Budget, sampler: str, seed: int) -> dict[str, Any]:
         """The resolved inputs of a study, known before anything is measured.
 
-        A study with other ones is another study; `versions` are for the reader.
+        A study with other ones is another study.
         """
         space = self.unranked_space
         choices = json.dumps({k: list(v) for k, v in space.choices.items()}, sort_keys=True)
@@ -316,16 +318,23 @@ class Workspace:
         sampler: str | None = None,
         seed: int | None = None,
     ) -> optuna.Study:
-        """The Optuna study of this folder, created or re-opened; a changed one is refused first."""
-        name, chosen = sampler or self.spec.sampler, self.spec.seed if seed is None else seed
-        check_sampler(name)
-        opened = open_study(
-            open_storage(storage, self.folder),
-            self.study_name,
-            self.lock(budget, name, chosen),
-        )
-        opened.sampler = make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget)
-        return opened
+        """The Optuna study of this folder, created or re-opened; a changed one is refused.
+
+        Nothing is measured for it; it has no sampler of ours yet.
+        """
+        name, chosen = self._sampler_and_seed(sampler, seed)
+        lock = self.lock(budget, name, chosen)
+        return open_study(open_storage(storage, self.folder), self.study_name, lock)
+
+    def sampler(
+        self, budget: Budget, *, sampler: str | None = None, seed: int | None = None
+    ) -> BaseSampler:
+        """The sampler of a launch; needs the profile."""
+        name, chosen = self._sampler_and_seed(sampler, seed)
+        return make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget)
+
+    def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:
+        return sampler or self.spec.sampler, self.spec.seed if seed is None else seed
 
     @property
     def study_name(self) -> str:

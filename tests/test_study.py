@@ -18,6 +18,7 @@ from allocator.study import (
     Queued,
     Search,
     allocation_of,
+    close_abandoned,
     complete_trials,
     first_trials,
     loses,
@@ -176,7 +177,7 @@ def test_an_error_of_the_scorer_is_not_swallowed(started, formula):
     with pytest.raises(RuntimeError, match="gone"):
         search.step()
     assert search.study.trials[0].state is TrialState.RUNNING
-    assert search.close_abandoned() == 1
+    assert close_abandoned(search.study) == 1
     assert search.n_proposals() == 0
     search.scorer.before = lambda *_: None
     assert search.step().user_attrs["kind"] == "first"

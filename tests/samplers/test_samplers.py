@@ -15,7 +15,7 @@ from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import open_storage, repair_storage
-from allocator.study import allocation_of
+from allocator.study import allocation_of, close_abandoned
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
 N_FIRST = 2
@@ -159,7 +159,7 @@ def test_killed_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampl
     repair_storage(None, tmp_path)
     search = formula.search(open_storage(None, tmp_path), sampler)
     assert search.study.trials[-1].state is TrialState.RUNNING
-    assert search.close_abandoned() == 1
+    assert close_abandoned(search.study) == 1
     left = search.study.trials[-1]
     assert (left.state, left.user_attrs[ABANDONED]) == (TrialState.FAIL, True)
     assert left.values is None
