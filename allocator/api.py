@@ -183,6 +183,7 @@ def verify(
     scorer = Scorer(
         SwapModel(workspace.layout, bank.decoded),
         workspace.splits[0][:scored],
+        threads=workspace.threads,
         progress="torch" if workspace.progress else None,
     )
     found = _verify(Path(folder), bank, scorer, progress=workspace.progress)

@@ -111,8 +111,9 @@ def estimate(
 
 
 def _seconds_per_token(workspace: Workspace) -> float:
-    scorer = Scorer(workspace.profiler.swap, workspace.splits[0][:4])
-    scorer.ensure_reference(4)
+    documents = workspace.splits[0][:16]
+    scorer = Scorer(workspace.profiler.swap, documents, threads=workspace.threads)
+    scorer.ensure_reference(len(documents))
     began = time.perf_counter()
     scorer.score_installed()
     return (time.perf_counter() - began) / scorer.n_tokens

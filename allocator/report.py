@@ -46,7 +46,7 @@ def evaluate(
     """
     workspace = Workspace(study, **options)
     held_out = _documents(workspace, documents, text)
-    scorer = Scorer(workspace.profiler.swap, held_out)
+    scorer = Scorer(workspace.profiler.swap, held_out, threads=workspace.threads)
     rows = [(name, a) for name, a in workspace.baselines(pruned=pruned)]
     found = _allocations(workspace, allocations)
     table = [_original(workspace, scorer)]

@@ -221,13 +221,19 @@ class Workspace:
     @cached_property
     def scorer(self) -> Scorer:
         """Scores on the search split."""
-        return Scorer(self.profiler.swap, self.splits[0][: self.spec.calibration.search_documents])
+        chosen = self.splits[0][: self.spec.calibration.search_documents]
+        return Scorer(self.profiler.swap, chosen, threads=self.threads)
 
     @cached_property
     def selection_scorer(self) -> Scorer:
         """Scores on the selection split."""
         chosen = self.splits[1][: self.spec.calibration.selection_documents]
-        return Scorer(self.profiler.swap, chosen, progress="selection" if self.progress else None)
+        return Scorer(
+            self.profiler.swap,
+            chosen,
+            threads=self.threads,
+            progress="selection" if self.progress else None,
+        )
 
     def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
         """Uniform formats and role mixes."""

@@ -247,7 +247,7 @@ class Profiler:
         for change, to in changes:
             if (change, to) in done:
                 continue
-            scorer = scorer or Scorer(self.swap, self._measured_documents)
+            scorer = scorer or Scorer(self.swap, self._measured_documents, threads=self.threads)
             kl = self._measure(scorer, space, change, to)
             lines.append({"change": change, "to": to, "kl": kl})
             done[change, to] = kl

@@ -1,17 +1,19 @@
 """KL(original || candidate), per document, in nats per token.
 
 In: a `SwapModel` and documents. Out: `DocumentLosses` of any allocation on any slice of them.
-Invariant: over all positions and the full vocabulary, in float32, deterministic for a given number
-of threads; the mean over a slice equals the token-weighted mean of its documents.
+Invariant: over all positions and the full vocabulary, in float32, the same for any number of
+threads; the mean over a slice equals the token-weighted mean of its documents.
 
 The original runs once: its final hidden states are kept (tokens x hidden), its log-probabilities
 too while they fit in `cache_bytes`; beyond that the head runs again for them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,9 @@ from allocator.calibration.documents import Document, batches
 from allocator.proxy.model import SwapModel
 
 Array = npt.NDArray[np.float64]
+Row = tuple[float, float, float, float]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Scorer:
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
+        threads: batches that run at once, each on one core; results do not depend on it.
         progress: shows a bar with this text over documents.
     """
 
@@ -62,10 +68,12 @@ class Scorer:
         swap: SwapModel,
         documents: Sequence[Document],
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int = 2048,
         cache_bytes: int = 2 << 30,
+        threads: int = 1,
         progress: str | None = None,
     ) -> None:
+        self._threads = threads
         self._progress = progress
         self.swap = swap
         self.documents = tuple(documents)
@@ -123,11 +131,15 @@ class Scorer:
         """Losses of any transformers model with this vocabulary, e.g. a re-opened checkpoint."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
-        rows: list[tuple[float, float, float, float]] = []
-        for batch in self._batches(start, stop, shown=True):
+        chosen = list(self._batches(start, stop))
+
+        def work(batch: list[int]) -> list[Row]:
             hidden = _hidden_states(model, [self.documents[i] for i in batch])
-            rows += [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
-        return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
+            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
+
+        # another model may decode its weights inside the forward: one batch at a time
+        threads = self._threads if model is self.swap.model else 1
+        return self._losses(work, chosen, threads)
 
     @torch.inference_mode()
     def score_from(self, layer: int) -> DocumentLosses:
@@ -137,13 +149,31 @@ class Scorer:
         with that share of the layers; those states stay in memory: tokens x hidden per layer.
         """
         self._ensure_boundaries()
-        rows: list[tuple[float, float, float, float]] = []
-        for batch, states in zip(
-            self._batches(0, len(self.documents)), self._boundaries, strict=True
-        ):
-            hidden = _rest_of(self.swap.model, states[layer], layer)
-            heads = (self.swap.model.lm_head(h) for h in hidden)
-            rows += [self._compare(i, logits) for i, logits in zip(batch, heads, strict=True)]
+        model = self.swap.model
+        states = {batch[0]: held for batch, held in zip(self._all(), self._boundaries, strict=True)}
+
+        def work(batch: list[int]) -> list[Row]:
+            hidden = model.model(
+                inputs_embeds=states[batch[0]][layer], use_cache=False
+            ).last_hidden_state
+            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
+
+        with _starting_at(model, layer):
+            return self._losses(work, self._all(), self._threads)
+
+    def _losses(
+        self, work: Callable[[list[int]], list[Row]], batches: list[list[int]], threads: int
+    ) -> DocumentLosses:
+        rows: list[Row] = []
+        with tqdm(
+            total=sum(map(len, batches)),
+            desc=self._progress,
+            disable=self._progress is None,
+            leave=False,
+        ) as bar:
+            for found in _mapped(work, batches, threads):
+                rows += found
+                bar.update(len(found))
         return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
 
     def _ensure_boundaries(self) -> None:
@@ -152,7 +182,7 @@ class Scorer:
         if self._boundaries:
             return
         with self.swap.original() as model:
-            for batch in self._batches(0, len(self.documents)):
+            for batch in self._all():
                 states: list[torch.Tensor] = []
                 handles = [
                     block.register_forward_pre_hook(
@@ -166,9 +196,7 @@ class Scorer:
                 self._boundaries.append(states)
 
     @torch.inference_mode()
-    def score_logits(
-        self, index: int, logits: npt.NDArray[np.float32]
-    ) -> tuple[float, float, float, float]:
+    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
         """KL, top-1, overlap and nll of one document from another runtime's logits."""
         self.ensure_reference(index + 1)
         return self._compare(index, torch.from_numpy(logits))
@@ -192,12 +220,13 @@ class Scorer:
         with self.swap.original() as model:
             if self._head is None:
                 self._head = model.lm_head.weight.clone()
-            for batch in self._batches(0, len(self.documents)):
-                if batch[0] >= stop or batch[0] in self._hidden:
-                    continue
-                hidden = _hidden_states(model, [self.documents[i] for i in batch])
-                for i, state in zip(batch, hidden, strict=True):
-                    self._hidden[i] = state.clone()
+            missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
+
+            def work(batch: list[int]) -> torch.Tensor:
+                return _hidden_states(model, [self.documents[i] for i in batch]).clone()
+
+            for batch, states in zip(missing, _mapped(work, missing, self._threads), strict=True):
+                self._hidden.update(zip(batch, states, strict=True))
 
     def _reference(self, index: int) -> torch.Tensor:
         if index in self._log_probs:
@@ -209,7 +238,7 @@ class Scorer:
             self._log_probs[index] = log_probs
         return log_probs
 
-    def _compare(self, index: int, logits: torch.Tensor) -> tuple[float, float, float, float]:
+    def _compare(self, index: int, logits: torch.Tensor) -> Row:
         p_log = self._reference(index)
         if index not in self._top1:
             self._top1[index] = p_log.argmax(-1)
@@ -222,17 +251,29 @@ class Scorer:
         overlap = 1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double().mean()
         return float(kl), float(top1), float(overlap), float(nll)
 
-    def _batches(self, start: int, stop: int, *, shown: bool = False) -> Iterator[list[int]]:
-        bar = tqdm(
-            total=stop - start,
-            desc=self._progress,
-            disable=not (shown and self._progress),
-            leave=False,
-        )
-        for batch in batches(self.documents, start, stop, n_tokens=self.batch_tokens):
-            yield batch
-            bar.update(len(batch))
-        bar.close()
+    def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
+        return batches(self.documents, start, stop, n_tokens=self.batch_tokens)
+
+    def _all(self) -> list[list[int]]:
+        return list(self._batches(0, len(self.documents)))
+
+
+def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """`work` of every item, in order; several at once, each on one core.
+
+    Batches side by side use cores better than one batch on all of them: most of a small model's
+    time goes to operations too short to split.
+    """
+
+    def quiet(item: T) -> R:
+        with torch.inference_mode():  # it is a thread's own
+            return work(item)
+
+    if threads == 1 or len(items) < 2:
+        yield from map(quiet, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        yield from pool.map(quiet, items)
 
 
 def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
@@ -241,15 +282,15 @@ def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
     return hidden
 
 
-def _rest_of(model: Any, states: torch.Tensor, layer: int) -> torch.Tensor:
-    """Final hidden states from the hidden states that enter `layer`."""
+@contextmanager
+def _starting_at(model: Any, layer: int) -> Iterator[None]:
+    """The model without the layers before `layer`; it then takes their output as embeddings."""
     whole = model.model.layers
     model.model.layers = whole[layer:]
     try:
-        hidden: torch.Tensor = model.model(inputs_embeds=states, use_cache=False).last_hidden_state
+        yield
     finally:
         model.model.layers = whole
-    return hidden
 
 
 def mean(values: Array, documents: Sequence[Document]) -> float:

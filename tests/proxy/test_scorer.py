@@ -198,3 +198,12 @@ def test_starting_at_a_layer_is_the_whole_forward(swap, documents, layer):
     found = scorer.score_from(layer)
     assert (found.kl > 1e-5).any()
     same(found, scorer.score_installed())
+
+
+def test_threads_change_nothing(swap, documents):
+    """Batches side by side give the very same numbers as one after the other."""
+    chosen = allocation(swap, "Q4_0", 6)
+    one = Scorer(swap, documents, batch_tokens=40).score(chosen)
+    scorer = Scorer(swap, documents, batch_tokens=40, threads=3)
+    identical(scorer.score(chosen), one)
+    identical(scorer.score_from(0), Scorer(swap, documents, batch_tokens=40).score_from(0))
