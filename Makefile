@@ -32,7 +32,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 lint: install
-	$(BIN)/ruff check .
+	$(BIN)/ruff check allocator tests
 	$(BIN)/ruff format --check allocator tests
 	$(BIN)/mypy
 

@@ -60,6 +60,8 @@ def _search(args: argparse.Namespace) -> None:
         "budget": args.budget,
         "weights_budget": args.weights_budget,
         "trials": args.trials,
+        "sampler": args.sampler,
+        "seed": args.seed,
     }
     if args.dry_run:
         _print_estimate(api.estimate(args.study, **launch, **_options(args)))
@@ -69,8 +71,6 @@ def _search(args: argparse.Namespace) -> None:
         **launch,
         seconds=None if args.time is None else parse_seconds(args.time),
         storage=args.storage,
-        sampler=args.sampler,
-        seed=args.seed,
         join=args.join,
         **_options(args),
     )
@@ -91,7 +91,7 @@ def _print_estimate(e: Any) -> None:
     )
     ready = "ready" if e.profile_ready else f"about {e.profile_seconds:.0f} s"
     print(f"profile  {ready}")
-    print(f"total    at most about {e.total_seconds / 60:.0f} min")
+    print(f"total    about {e.total_seconds:.0f} s if every trial is scored in full")
 
 
 def _front(args: argparse.Namespace) -> None:
@@ -147,7 +147,13 @@ def _print_written(written: Any) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from allocator import api
 
-    v = api.verify(args.study, args.folder, documents=args.documents, **_options(args))
+    v = api.verify(
+        args.study,
+        args.folder,
+        documents=args.documents,
+        tolerance=args.tolerance,
+        **_options(args),
+    )
     runtime = "llama.cpp" if v.container == "gguf" else "transformers"
     off = "KL(torch || llama.cpp)" if v.container == "gguf" else "difference"
     print(
@@ -160,10 +166,12 @@ def _verify(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from allocator import api
 
+    if args.csv is not None and not args.csv.parent.is_dir():
+        raise AllocatorError(f"--csv {args.csv}: no such folder; make it first")
     table = api.evaluate(
         args.study,
         args.allocation or None,
-        documents=None if args.all else args.documents,
+        documents="all" if args.all else args.documents,
         text=args.text,
         pruned=args.pruned,
         tasks=args.tasks,
@@ -184,6 +192,13 @@ def _reproduce(args: argparse.Namespace) -> None:
 
     for written in api.reproduce(args.allocation, args.out, study=args.study, **_options(args)):
         _print_written(written)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def _study(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--cache", type=Path, help="profiles and encoded weights (default: $ALLOCATOR_CACHE)"
         )
-        sub.add_argument("--threads", type=int, help="cores to use (default: all)")
+        sub.add_argument("--threads", type=_positive, help="cores to use (default: all)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
@@ -231,7 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     _study(p)
     p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB")
     p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
-    p.add_argument("--trials", type=int, help="trials in the study in total (default: study.toml)")
+    p.add_argument(
+        "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
+    )
     p.add_argument("--time", help="stop after so long, e.g. 30min")
     p.add_argument("--sampler", help="knapsack, random, tpe or nsga2 (default: study.toml)")
     p.add_argument("--seed", type=int, help="default: study.toml")
@@ -262,14 +279,15 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")
     p.add_argument("folder", type=Path, help="directory written by materialize")
     p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
-    p.add_argument("--documents", type=int, help="documents to score (default: those of a trial)")
+    p.add_argument("--documents", type=_positive, help="to score (default: those of a trial)")
+    p.add_argument("--tolerance", type=float, help="how far the runtime may be off, nats per token")
 
     p = verb(
         "evaluate", _evaluate, "held-out KL and perplexity beside uniform formats and role mixes"
     )
     _study(p)
     p.add_argument("--allocation", type=Path, action="append", help="default: allocations/*.json")
-    p.add_argument("--documents", type=int, default=48, help="report documents (default 48)")
+    p.add_argument("--documents", type=_positive, help="report documents (default: up to 48)")
     p.add_argument("--all", action="store_true", help="the full report split")
     p.add_argument("--text", type=Path, help="JSON lines with text to evaluate on instead")
     p.add_argument("--pruned", action="store_true", help="baselines also with fewer experts")
@@ -301,6 +319,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except AllocatorError as error:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"allocator {args.verb}: {where}{error.strerror or error}; needed a place that exists, "
+            "may be written and has room",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"allocator {args.verb}: stopped; run the same command to go on", file=sys.stderr)

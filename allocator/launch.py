@@ -81,11 +81,14 @@ def estimate(
     budget: str | None = None,
     weights_budget: str | None = None,
     trials: int | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
     **options: Any,
 ) -> SearchEstimate:
     """Prices a launch without starting it: `search --dry-run`."""
     workspace = Workspace(study, **options)
     limit = workspace.budget(file=budget, weights=weights_budget)
+    workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
     space = workspace.unranked_space
     per_token = _seconds_per_token(workspace)
     spec = workspace.spec.calibration
@@ -93,7 +96,7 @@ def estimate(
     full = per_token * sum(len(d.ids) for d in search[: spec.search_documents])
     ready = (workspace.profiler.folder / "profile.json").exists()
     changes = len(list(workspace.profiler.changes()))
-    measuring = changes * per_token * sum(len(d.ids) for d in search[: spec.measured_documents])
+    measuring = changes * per_token * sum(len(d.ids) for d in search[: workspace.n_measured])
     statistics = 1.5 * per_token * sum(len(d.ids) for d in search)
     encoding = _encoding_seconds(workspace)
     profile_seconds = 0.0 if ready else statistics + measuring + encoding
@@ -182,7 +185,7 @@ def search(
     """
     workspace = Workspace(study, **options)
     limit = workspace.budget(file=budget, weights=weights_budget)
-    workspace.check_launch(sampler=sampler, seed=seed)
+    workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
     with search_lock(workspace.folder, join=join) as lock:
         messages = repair_storage(storage, workspace.folder) if lock.exclusive_start else []
         opened = workspace.study(limit, storage=storage, sampler=sampler, seed=seed)

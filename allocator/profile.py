@@ -11,6 +11,9 @@ import msgspec
 
 from allocator.errors import StudyError
 
+SALIENCIES = ("reap", "norm", "frequency", "gate")
+"""Rankings of a layer's experts that a profile measures."""
+
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured sensitivities.

@@ -7,6 +7,7 @@ needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal
 
 import builtins
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,14 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             SpaceError: if the file is no allocation record.
         """
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            record = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.DecodeError) as error:
             raise SpaceError(f"{path}: no allocation file ({error})") from None
+        if record.schema != 1:
+            raise SpaceError(f"{path}: schema {record.schema}, needed 1; use a newer allocator")
+        if not re.fullmatch("[0-9a-f]{64}", record.importance):
+            raise SpaceError(f"{path}: importance {record.importance[:40]!r} is no sha256")
+        return record
 
     def to_bytes(self) -> builtins.bytes:
         """As JSON that a person can open."""
@@ -85,8 +91,8 @@ def codec() -> str:
     return f"xllamacpp {version('xllamacpp')}"
 
 
-def read_allocation(path: Path) -> Allocation:
-    """The allocation in a record, or in a plain `allocation.json`.
+def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
+    """The allocation in a record, with the record; or in a plain `allocation.json`, with None.
 
     Raises:
         SpaceError: if the file is neither.
@@ -96,5 +102,9 @@ def read_allocation(path: Path) -> Allocation:
     except (OSError, ValueError) as error:
         raise SpaceError(f"{path}: cannot be read as an allocation ({error})") from None
     if isinstance(data, dict) and "allocation" in data:
-        return AllocationRecord.read(path).decision
-    return Allocation.from_json(data)
+        record = AllocationRecord.read(path)
+        return record.decision, record
+    try:
+        return Allocation.from_json(data), None
+    except SpaceError as error:
+        raise SpaceError(f"{path}: {error}") from None

@@ -8,7 +8,7 @@ says which.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,14 @@ from allocator.errors import CalibrationError
 from allocator.proxy.scorer import Scorer, by_domain, mean, perplexity
 from allocator.workspace import Workspace
 
+N_DOCUMENTS = 48
+
 
 def evaluate(
     study: str | Path,
     allocations: Sequence[str | Path] | None = None,
     *,
-    documents: int | None = 48,
+    documents: int | Literal["all"] | None = None,
     text: str | Path | None = None,
     pruned: bool = False,
     tasks: bool = False,
@@ -37,7 +39,7 @@ def evaluate(
     Args:
         study: its folder.
         allocations: files; all of `allocations/*.json` by default.
-        documents: how many, taken from the domains in turn; None for all.
+        documents: how many, taken from the domains in turn; up to 48 by default.
         text: JSON lines to evaluate on instead of the report split.
         pruned: baselines also with one smaller retained count in every layer.
         tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
@@ -53,16 +55,21 @@ def evaluate(
     for name, allocation in tqdm(rows + found, desc="evaluate", disable=not workspace.progress):
         table.append(_row(workspace, scorer, name, allocation, domains=domains))
     frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
-    frame["split"] = str(text) if text else "report"
+    frame["split"] = str(text or "report")
+    frame["documents"] = len(held_out)
     if tasks:
         _add_tasks(workspace, frame, dict(found), held_out)
     return frame
 
 
-def _documents(workspace: Workspace, n: int | None, text: str | Path | None) -> list[Document]:
+def _documents(
+    workspace: Workspace, n: int | Literal["all"] | None, text: str | Path | None
+) -> list[Document]:
     found = workspace.report if text is None else interleaved(workspace.read_documents(Path(text)))
-    if n is not None and n > len(found):
-        raise CalibrationError(f"{n} documents asked for, there are {len(found)}; use --all")
+    if n is None or n == "all":
+        return found[: N_DOCUMENTS if n is None else None]
+    if not 0 < n <= len(found):
+        raise CalibrationError(f"{n} documents asked for, needed 1..{len(found)}, or --all")
     return found[:n]
 
 
@@ -123,6 +130,10 @@ def _add_tasks(
 
     from allocator.evaluate.tasks import run_tasks, write_tasks
 
+    if not (workspace.inventory.path / "tokenizer.json").is_file():
+        raise CalibrationError(
+            f"{workspace.inventory.path}: no tokenizer.json, which --tasks needs"
+        )
     tokenizer = AutoTokenizer.from_pretrained(workspace.inventory.path)
     folder = workspace.cache / "lm-eval"
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from allocator.allocation import Allocation
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, format_named
 from allocator.memory import Budget
+from allocator.profile import SALIENCIES
 from allocator.targets import Group, Layout, target_named
 
 T = TypeVar("T")
@@ -71,6 +72,11 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         space = read_toml(path, cls, SpaceError)
         if space.schema != 1:
             raise SpaceError(f"{path}: schema {space.schema}, needed 1; use a newer allocator")
+        if space.experts.saliency not in SALIENCIES:
+            raise SpaceError(
+                f"{path}: [experts] saliency {space.experts.saliency!r}, needed one of "
+                f"{', '.join(SALIENCIES)}"
+            )
         for name in (
             *(space.formats or ()),
             *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f),

@@ -30,7 +30,7 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         search_documents: documents that a COMPLETE trial is scored on, from the search split.
         selection_documents: documents of the selection split that the pick is made on.
         rungs: documents after which a losing trial is stopped.
-        measured_documents: documents behind each measured sensitivity.
+        measured_documents: documents behind each measured sensitivity; up to 12 by default.
         window: tokens per document when records hold text.
     """
 
@@ -40,7 +40,7 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     search_documents: int | None = None
     selection_documents: int | None = None
     rungs: tuple[int, ...] = (8, 32)
-    measured_documents: int = 12
+    measured_documents: int | None = None
     window: int = 256
 
 
@@ -70,17 +70,9 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
         check_sampler(spec.sampler)
         c = spec.calibration
-        if any(
-            n < 1
-            for n in (
-                *c.rungs,
-                c.measured_documents,
-                c.search_documents or 1,
-                c.selection_documents or 1,
-                c.window,
-            )
-        ):
-            raise StudyError(f"{path}: [calibration] counts must be positive")
+        counts = (c.measured_documents, c.search_documents, c.selection_documents, c.window)
+        if any(n is not None and n < 1 for n in (*c.rungs, *counts, spec.trials)):
+            raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
         return spec
 
 
@@ -90,7 +82,7 @@ def chosen_budget(spec: BudgetSpec, *, file: str | None, weights: str | None) ->
     Raises:
         StudyError: if there is none, or two.
     """
-    given = BudgetSpec(weights=weights, file=file) if file or weights else spec
+    given = BudgetSpec(weights=weights, file=file) if (file, weights) != (None, None) else spec
     if (given.weights is None) == (given.file is None):
         raise StudyError(
             "needed one budget: --budget SIZE (the whole file) or --weights-budget SIZE "

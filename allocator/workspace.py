@@ -28,7 +28,7 @@ from allocator.materialize.gguf import parse_tensor_type_file
 from allocator.memory import Budget
 from allocator.profile import Profile
 from allocator.proxy.scorer import Scorer
-from allocator.records import read_allocation
+from allocator.records import AllocationRecord, read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.space import SearchSpace, Space, bind
 from allocator.specification import StudySpec, chosen_budget
@@ -102,25 +102,30 @@ class Workspace:
         spec = self.spec.calibration
         found = self.read_documents(self.folder / spec.documents)
         if spec.splits is None:
-            ordered = calibration.interleaved(found)
-            search = [d for i, d in enumerate(ordered) if i % 3 != 2]
-            selection = [d for i, d in enumerate(ordered) if i % 3 == 2]
+            parts = calibration.every_third(found)
         else:
-            search, selection = (
-                calibration.interleaved([found[i] for i in indices])
-                for indices in _read_splits(self.folder / spec.splits, len(found))
+            indices = _read_splits(self.folder / spec.splits, len(found))
+            parts = [found[i] for i in indices[0]], [found[i] for i in indices[1]]
+        search, selection = map(calibration.interleaved, parts)
+        if not search or not selection:
+            raise CalibrationError(
+                f"{self.folder / spec.documents}: {len(found)} documents leave {len(search)} for "
+                f"search and {len(selection)} for selection; add documents, or name a splits file"
             )
         if {d.ids for d in search} & {d.ids for d in selection}:
             raise CalibrationError(
                 f"{self.folder / spec.documents}: search and selection share a document; "
                 "splits must be disjoint"
             )
-        wanted = spec.search_documents or len(search)
-        if wanted > len(search):
-            raise CalibrationError(
-                f"{self.folder}/study.toml: search_documents = {wanted}, the search split has "
-                f"{len(search)}"
-            )
+        for key, n, split in (
+            ("search_documents", spec.search_documents, search),
+            ("measured_documents", spec.measured_documents, search),
+            ("selection_documents", spec.selection_documents, selection),
+        ):
+            if n is not None and n > len(split):
+                raise CalibrationError(
+                    f"{self.folder}/study.toml: {key} = {n}, the split has {len(split)}"
+                )
         return search, selection
 
     @cached_property
@@ -156,6 +161,11 @@ class Workspace:
 
     # -- profile
 
+    @property
+    def n_measured(self) -> int:
+        """Documents behind each measured sensitivity."""
+        return self.spec.calibration.measured_documents or min(12, len(self.splits[0]))
+
     @cached_property
     def profiler(self) -> Profiler:
         """Builds or continues this study's profile."""
@@ -163,7 +173,7 @@ class Workspace:
         inputs = ProfileInputs(
             layout=self.layout,
             documents=tuple(self.splits[0]),
-            n_measured=self.spec.calibration.measured_documents,
+            n_measured=self.n_measured,
             saliency=self.search_space.experts.saliency,
         )
         return Profiler(inputs, self.cache, threads=self.threads, progress=self.progress)
@@ -253,10 +263,26 @@ class Workspace:
         if not path.is_file():
             raise SpaceError(f"{path}: no such allocation file")
         text = path.read_text(encoding="utf-8", errors="replace")
-        plain = text.lstrip().startswith("{")
-        allocation = read_allocation(path) if plain else self._from_tensor_types(text, base)
+        if path.suffix != ".json" and not text.lstrip().startswith("{"):
+            allocation = self._from_tensor_types(text, base)
+        elif base is not None:
+            raise SpaceError(f"{path}: --base is for tensor-type files; an allocation names all")
+        else:
+            allocation, record = read_allocation(path)
+            if record is not None:
+                self._check_record(path, record)
         allocation.check(self.layout)
         return allocation
+
+    def _check_record(self, path: Path, record: AllocationRecord) -> None:
+        """Refuses to score a record with other importance than its files are encoded with."""
+        check_same_checkpoint(record.checkpoint, self.inventory)
+        ours = importance_digest(self.profiler.statistics.importance)
+        if record.importance != ours:
+            raise SpaceError(
+                f"{path}: encoded with importance {record.importance[:12]}…, this study's "
+                f"calibration gives {ours[:12]}…; use it with the study that it was searched in"
+            )
 
     def _from_tensor_types(self, text: str, base: str | None) -> Allocation:
         if self.spec.target != "gguf":
@@ -283,7 +309,9 @@ class Workspace:
 
     # -- study
 
-    def check_launch(self, *, sampler: str | None, seed: int | None) -> None:
+    def check_launch(
+        self, *, sampler: str | None, seed: int | None, trials: int | None = None
+    ) -> None:
         """Reads what a search needs and what is cheap to read, before anything is written.
 
         Raises:
@@ -294,6 +322,8 @@ class Workspace:
         check_sampler(name)
         if chosen < 0:
             raise StudyError(f"seed {chosen}: needed 0 or a positive number")
+        if trials is not None and trials < 1:
+            raise StudyError(f"{trials} trials: needed a positive number")
 
     def lock(self, budget: Budget, sampler: str, seed: int) -> dict[str, Any]:
         """The resolved inputs of a study, known before anything is measured.
@@ -330,7 +360,7 @@ class Workspace:
         """
         name, chosen = self._sampler_and_seed(sampler, seed)
         lock = self.lock(budget, name, chosen)
-        return open_study(open_storage(storage, self.folder), self.study_name, lock)
+        return open_study(open_storage(storage, self.folder), self.study_name(storage), lock)
 
     def sampler(
         self, budget: Budget, *, sampler: str | None = None, seed: int | None = None
@@ -342,10 +372,12 @@ class Workspace:
     def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:
         return sampler or self.spec.sampler, self.spec.seed if seed is None else seed
 
-    @property
-    def study_name(self) -> str:
-        """The study's name in its storage: the folder's."""
-        return self.folder.resolve().name
+    def study_name(self, storage: str | None) -> str:
+        """The study's name in its storage: the folder's, where others may be beside it.
+
+        The folder's own journal holds one study, which stays the same when the folder is moved.
+        """
+        return "study" if storage is None else self.folder.resolve().name
 
 
 def _use_threads(n: int) -> None:
@@ -362,8 +394,10 @@ def _read_splits(path: Path, n: int) -> tuple[list[int], list[int]]:
         raise CalibrationError(
             f"{path}: needed JSON with lists search and selection ({error!r})"
         ) from None
-    if not all(isinstance(i, int) and 0 <= i < n for i in search + selection):
+    if not all(type(i) is int and 0 <= i < n for i in search + selection):
         raise CalibrationError(f"{path}: needed record indices from 0 to {n - 1}")
+    if len(set(search)) < len(search) or len(set(selection)) < len(selection):
+        raise CalibrationError(f"{path}: an index is named twice; each document counts once")
     if set(search) & set(selection) or not search or not selection:
         raise CalibrationError(f"{path}: search and selection must be disjoint and not empty")
     return search, selection

@@ -11,6 +11,7 @@ from allocator import api
 from allocator.allocation import Allocation
 from allocator.errors import (
     BudgetError,
+    CalibrationError,
     CheckpointError,
     SpaceError,
     StudyError,
@@ -226,6 +227,44 @@ def test_an_edited_record_is_refused(study, options):
     with pytest.raises(SpaceError, match="edited by hand"):
         api.materialize(study, pick, study / "out", **options)
     assert not (study / "out").exists()
+
+
+def test_a_record_with_other_importance_is_not_scored_with_ours(study, options):
+    pick = study / "allocations/pick.json"
+    data = json.loads(pick.read_text())
+    pick.write_text(json.dumps(data | {"importance": "0" * 64}))
+    for verb in (api.score, api.explain):
+        with pytest.raises(SpaceError, match="encoded with importance 000000000000"):
+            verb(study, pick, **options)
+    with pytest.raises(SpaceError, match="encoded with importance"):
+        api.evaluate(study, [pick], documents=2, **options)
+    pick.write_text(json.dumps(data | {"checkpoint": "0" * 64}))
+    with pytest.raises(CheckpointError, match="is for checkpoint 000000000000"):
+        api.score(study, pick, **options)
+
+
+def test_a_record_cannot_name_places(study, options, tmp_path):
+    pick = study / "allocations/pick.json"
+    data = json.loads(pick.read_text())
+    pick.write_text(json.dumps(data | {"name": "../../evil"}))
+    (made,) = api.reproduce(pick, tmp_path / "deep" / "er", **options)
+    assert made.folder.parent == tmp_path / "deep" / "er"
+    pick.write_text(json.dumps(data | {"importance": "../../x"}))
+    with pytest.raises(SpaceError, match="is no sha256"):
+        api.reproduce(pick, tmp_path / "out", **options)
+
+
+def test_a_moved_study_goes_on(study, options, tmp_path):
+    moved = study.rename(tmp_path / "moved")
+    before = (moved / "front.json").read_bytes()
+    api.search(moved, **options)
+    assert (moved / "front.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("n", [-1, 0, 10_000])
+def test_odd_numbers_of_documents_are_refused(study, options, n):
+    with pytest.raises(CalibrationError, match="documents"):
+        api.evaluate(study, documents=n, **options)
 
 
 def test_materialize_verify_reproduce(study, options, tmp_path):

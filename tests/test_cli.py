@@ -235,6 +235,33 @@ def changed_rungs(study, other):
     return "launched with rungs"
 
 
+def nothing_to_select(study, other):
+    lines = (study / "documents.jsonl").read_text().splitlines(keepends=True)
+    (study / "documents.jsonl").write_text("".join(lines[:2]))
+    return "0 for selection"
+
+
+def an_index_twice(study, other):
+    (study / "splits.json").write_text('{"search": [0, 0, 1, 2, 3, 4, 5], "selection": [7]}')
+    edit(study / "study.toml", "search_documents", 'splits = "splits.json"\nsearch_documents')
+    return "named twice"
+
+
+def no_trials(study, other):
+    edit(study / "study.toml", "trials = 8", "trials = 0")
+    return "must be positive"
+
+
+def no_search_documents(study, other):
+    edit(study / "study.toml", "search_documents = 6", "search_documents = 0")
+    return "must be positive"
+
+
+def unknown_saliency(study, other):
+    (study / "space.toml").write_text('schema = 1\n[experts]\nsaliency = "luck"\n')
+    return "luck"
+
+
 def damaged_journal(study, other):
     lines = (study / "journal").read_bytes().splitlines(keepends=True)
     lines[len(lines) // 2] = b"{damaged\n"
@@ -246,6 +273,7 @@ BAD = [
     missing_checkpoint, unknown_key, no_toml, no_study_file, unknown_format, unknown_sampler,
     missing_calibration, unreadable_calibration, foreign_tokens, too_few_documents,
     under_the_floor, no_budget, no_size, another_checkpoint, changed_rungs, damaged_journal,
+    nothing_to_select, an_index_twice, no_trials, no_search_documents, unknown_saliency,
 ]  # fmt: skip
 
 

@@ -155,7 +155,7 @@ def test_narrowed(spec, layouts, text, name, left):
         ("[experts]\nminimum = 13\nmaximum = 12", "minimum 13 .* is above maximum 12"),
         ("[experts]\nmaximum = 3", "minimum 6 .* is above maximum 3"),
         ("[experts]\nmaximum = -1", "is above maximum -1"),
-        ("[experts]\nsaliency = 'luck'", "saliency 'luck': known are reap, norm"),
+        ("[experts]\nsaliency = 'luck'", "saliency 'luck', needed one of reap, norm"),
         ("[experts.protected]\n0 = [1]", r"protected 0 = \[1\]: MoE layers are \(1, 2, 3, 4, 5\)"),
         ("[experts.protected]\n1 = [24]", r"protected 1 = \[24\]: .* experts 0..23"),
         ("[experts.protected]\n1 = [-1]", r"protected 1 = \[-1\]"),

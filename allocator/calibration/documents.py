@@ -41,6 +41,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 try:
                     record = json.loads(line)
                 except ValueError as error:
@@ -62,7 +64,7 @@ def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
     for number, record in enumerate(read_records(path), 1):
         ids = record.get("ids")
         good = isinstance(ids, list) and len(ids) > 1
-        if not good or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids or ()):
+        if not good or not all(type(i) is int and 0 <= i < vocab_size for i in ids or ()):
             raise CalibrationError(
                 f"{path}:{number}: needed ids, a list of 2 or more numbers below {vocab_size}"
             )
@@ -105,6 +107,16 @@ def read_windows(path: Path, checkpoint: Path, *, window: int, bos: int = 0) -> 
     if not documents:
         raise CalibrationError(f"{path}: less text than one window of {window} tokens")
     return documents
+
+
+def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Two thirds and one third of every domain: the third, sixth, ... document of each apart."""
+    seen: dict[str, int] = {}
+    parts: tuple[list[Document], list[Document]] = [], []
+    for document in documents:
+        seen[document.domain] = seen.get(document.domain, 0) + 1
+        parts[seen[document.domain] % 3 == 0].append(document)
+    return parts
 
 
 def interleaved(documents: Sequence[Document]) -> list[Document]:

@@ -21,10 +21,9 @@ from tqdm import tqdm
 from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats
 from allocator.families import Role
+from allocator.profile import SALIENCIES
 from allocator.proxy.experts import use_observer, use_sorted_experts
 from allocator.targets import Group, Layout
-
-SALIENCIES = ("reap", "norm", "frequency", "gate")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--text-trials", type=int, default=1, help="1 is the knapsack alone")
     parser.add_argument("--search-documents", type=int, default=64)
     parser.add_argument("--selection-documents", type=int, default=128)
-    parser.add_argument("--documents", type=int, default=96)
+    parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="per process; default all cores")
     parser.add_argument("--only", choices=("gguf", "safetensors"), help="run this target's studies, "
