@@ -105,16 +105,15 @@ def test_a_damaged_entry_is_named(tmp_path, layout, size):
     bank.encoded(UP, "Q4_0")
 
 
-class Torn:
-    def tofile(self, file):
-        file.write(b"half")
-        raise OSError("the disk is full")
-
-
 def test_a_write_that_fails_leaves_no_entry(tmp_path, layout, monkeypatch):
     bank = Bank(tmp_path, layout, importance())
+
+    def full(handle):
+        assert list(tmp_path.iterdir())  # half of it is there
+        raise OSError("the disk is full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(Bank, "_encode", lambda *args: Torn())
+        patch.setattr("allocator.files.os.fsync", full)
         with pytest.raises(OSError, match="full"):
             bank.encoded(UP, "Q4_0")
     assert list(tmp_path.iterdir()) == []
