@@ -3,7 +3,8 @@
     python studies/reference/scripts/budgets.py --text VALIDATION.jsonl [--calibration CALIBRATION.jsonl]
 
 Every run is a study of its own under --work (journals there; resumable: run the same command again).
-Writes budgets.csv and baselines.csv beside this study's study.toml.
+Writes baselines.csv beside this study's study.toml and, into budgets/, budgets.csv and every run's
+allocation files (with the importance vectors that allocations/ does not have).
 """
 
 import argparse
@@ -159,7 +160,16 @@ def main():
                 })
     frame = pd.DataFrame(table).sort_values(["calibration", "split", "target", "bits"])
     print(frame.to_string(index=False, float_format="{:.4f}".format))
-    frame.to_csv(HERE / "budgets.csv", index=False, float_format="%.6g")
+    answers = HERE / "budgets"
+    answers.mkdir(exist_ok=True)
+    frame.to_csv(answers / "budgets.csv", index=False, float_format="%.6g")
+    for (bits, target, source), folder in folders.items():
+        if source != "generated":
+            continue
+        for path in sorted((folder / "allocations").iterdir()):
+            name = f"{target}-{bits}-{path.name}" if path.suffix == ".json" else path.name
+            if not (HERE / "allocations" / path.name).exists() or path.suffix == ".json":
+                write_whole(answers / name, path.read_bytes())
     pd.DataFrame(baselines).to_csv(HERE / "baselines.csv", index=False, float_format="%.6g")
 
 

@@ -1,0 +1,59 @@
+"""Every data file that the repository ships loads, and belongs to what is beside it."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from allocator.calibration.profiler import importance_digest
+from allocator.inventory import read_inventory
+from allocator.records import AllocationRecord
+from allocator.space import SearchSpace
+from allocator.specification import StudySpec
+from allocator.targets import TARGETS
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "studies/reference"
+RECORDS = sorted([*REFERENCE.glob("allocations/*.json"), *REFERENCE.glob("budgets/*.json")])
+IMPORTANCE = sorted(REFERENCE.glob("*/importance-*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def reference_layouts():
+    inventory = read_inventory(REFERENCE / "model")
+    return {name: target.layout(inventory) for name, target in TARGETS.items()}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("search_spaces/*.toml")), ids=lambda p: p.name)
+def test_search_spaces(path):
+    assert SearchSpace.read(path).schema == 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*/study.toml")), ids=lambda p: str(p))
+def test_studies(path):
+    spec = StudySpec.read(path.parent)
+    named = (spec.checkpoint, spec.space, spec.calibration.documents, spec.calibration.report)
+    for name in named:
+        assert not name or (path.parent / name).exists()
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_allocations(path, reference_layouts):
+    record = AllocationRecord.read(path)
+    layout = reference_layouts[record.decision.target]
+    record.decision.check(layout)
+    assert record.checkpoint == layout.inventory.digest
+    size = record.decision.nbytes(layout)
+    assert (record.bytes["encoded"], record.bytes["file"]) == (size.encoded, size.file)
+    assert size.encoded <= record.bytes["budget"]
+    assert any(p.stem == f"importance-{record.importance[:12]}" for p in IMPORTANCE)
+
+
+@pytest.mark.parametrize("path", IMPORTANCE, ids=lambda p: p.name)
+def test_importance(path):
+    assert path.stem == f"importance-{importance_digest(load_file(path))[:12]}"
+
+
+def test_something_is_shipped():
+    assert len(RECORDS) >= 22
+    assert len(IMPORTANCE) == 2
