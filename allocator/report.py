@@ -49,7 +49,7 @@ def evaluate(
     workspace = Workspace(study, **options)
     held_out = _documents(workspace, documents, text)
     scorer = Scorer(workspace.profiler.swap, held_out, threads=workspace.threads)
-    rows = [(name, a) for name, a in workspace.baselines(pruned=pruned)]
+    rows = workspace.baselines(pruned=pruned)
     found = _allocations(workspace, allocations)
     table = [_original(workspace, scorer)]
     for name, allocation in tqdm(rows + found, desc="evaluate", disable=not workspace.progress):
@@ -151,12 +151,7 @@ def _add_tasks(
         if row["name"] == "original":
             swap.reset()
         else:
-            allocation = known[row["name"]]
-            swap.put(
-                formats=dict(allocation.formats),
-                retained=allocation.retained_experts,
-                experts_used=allocation.experts_used,
-            )
+            swap.put_allocation(known[row["name"]])
         results = run_tasks(swap.model, tokenizer, folder, names)
         frame.loc[at, "acc"] = results["report_continuation"]["acc"]
         frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]

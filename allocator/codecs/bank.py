@@ -8,8 +8,6 @@ Experts are encoded one by one, so retaining some of them is indexing.
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from allocator.codecs.source import group_digest, group_weights
 from allocator.errors import FormatError
 from allocator.files import write_whole
 from allocator.formats import format_named
+from allocator.records import codec
 from allocator.targets import Layout
 
 
@@ -42,10 +41,6 @@ class Bank:
         self.threads = threads
         self._digests: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
-
-    @cached_property
-    def _codec(self) -> str:
-        return f"xllamacpp {version('xllamacpp')}"
 
     def encoded(self, name: str, fmt: str) -> Bytes:
         """A group in a format: `(..., rows, bytes per row)`, all experts, read-only.
@@ -81,7 +76,7 @@ class Bank:
                 "" if weighted is None else weighted.tobytes().hex(),
             )
             self._digests[name] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        return hashlib.sha256(f"{self._digests[name]} {fmt} {self._codec}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._digests[name]} {fmt} {codec()}".encode()).hexdigest()
 
     def _encode(self, name: str, fmt: str) -> Bytes:
         weights = group_weights(self.layout, self.layout.groups[name])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from allocator.allocation import Allocation
 from allocator.codecs.source import Floats, group_weights, read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role
@@ -201,6 +202,14 @@ class SwapModel:
             yield self.model
         finally:
             self.put(formats=formats, retained=retained, experts_used=experts_used)
+
+    def put_allocation(self, allocation: Allocation) -> None:
+        """Makes the model what an allocation's file computes."""
+        self.put(
+            formats=dict(allocation.formats),
+            retained=allocation.retained_experts,
+            experts_used=allocation.experts_used,
+        )
 
     def put(
         self,

@@ -114,11 +114,7 @@ class Scorer:
         """Losses of an allocation on `documents[start:stop]`."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
-        self.swap.put(
-            formats=dict(allocation.formats),
-            retained=allocation.retained_experts,
-            experts_used=allocation.experts_used,
-        )
+        self.swap.put_allocation(allocation)
         return self.score_installed(start, stop)
 
     @torch.inference_mode()
