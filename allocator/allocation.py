@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from allocator.errors import SpaceError
-from allocator.formats import format_named
+from allocator.errors import FormatError, SpaceError
+from allocator.formats import Parts, in_parts, parts
 from allocator.memory import FileBytes
 from allocator.targets import Layout, Target, target_named
 
@@ -38,7 +38,8 @@ class Allocation:
     Attributes:
         target: whose layout its groups are (`gguf`, `safetensors`).
         retained: `(layer, expert indices)` for every MoE layer, both ascending.
-        formats: `(group, format)` for every group, by name.
+        formats: `(group, format)` for every group, by name; a format's name, or the parts in
+            which routed experts are stored (`formats.parts`).
         experts_used: routed experts per token.
         kv_format: how the runtime stores keys and values.
     """
@@ -96,11 +97,6 @@ class Allocation:
         if set(self.format_of) != set(layout.groups):
             odd = min(set(self.format_of) ^ set(layout.groups))
             raise SpaceError(f"allocation: group {odd!r} is not in both allocation and checkpoint")
-        for name, chosen in self.formats:
-            group = layout.groups[name]
-            format_named(chosen).nbytes(group.shape)
-            if format_named(chosen).needs_importance and not group.importance:
-                raise SpaceError(f"allocation: {name} has no importance, which {chosen} needs")
         if self.kv_format != KV_FORMAT:
             raise SpaceError(
                 f"allocation: kv_format {self.kv_format!r}, only {KV_FORMAT!r} is known"
@@ -139,6 +135,41 @@ class Allocation:
             raise SpaceError(
                 f"allocation: target {self.target} knows one retained count, got {self.counts}"
             )
+        for name in self.format_of:
+            self._check_format(layout, name)
+
+    def _check_format(self, layout: Layout, name: str) -> None:
+        group, text = layout.groups[name], self.format_of[name]
+        if in_parts(text):
+            if not group.role.is_expert:
+                raise SpaceError(
+                    f"allocation: {name} is in parts, which only groups of routed experts can be; "
+                    "give it one format"
+                )
+            if not target_named(self.target).mixes_experts:
+                raise SpaceError(
+                    f"allocation: {name} is in parts, target {self.target} stores the experts of a "
+                    "projection in one format"
+                )
+            try:
+                found = self.parts(layout, name)
+            except (FormatError, SpaceError) as error:
+                raise SpaceError(f"allocation: {name}: {error}") from None
+        else:
+            found = self.parts(layout, name)
+        for fmt, _ in found:
+            fmt.nbytes(group.shape)
+            if fmt.needs_importance and not group.importance:
+                raise SpaceError(f"allocation: {name} has no importance, which {fmt.name} needs")
+
+    def parts(self, layout: Layout, name: str) -> Parts:
+        """What a group stores: formats and the experts that each holds.
+
+        Raises:
+            FormatError: if a format is unknown.
+            SpaceError: if the parts are not those of the retained experts.
+        """
+        return parts(self.format_of[name], layout.groups[name].experts(self.retained_experts))
 
     def nbytes(self, layout: Layout, container: Target | None = None) -> FileBytes:
         """Its bytes, itemised.
@@ -157,15 +188,20 @@ class Allocation:
             for k in layout.kept
         ]
         header = target.header_bytes(
-            layout, retained=self.counts, formats=self.format_of, experts_used=self.experts_used
+            layout,
+            retained=self.retained_experts,
+            formats=self.format_of,
+            experts_used=self.experts_used,
         )
         padding = sum(target.padded(n) - n for n in (*encoded.values(), *kept))
         return FileBytes(sum(encoded.values()), sum(kept), header + padding)
 
     def group_bytes(self, layout: Layout, name: str) -> int:
-        """Encoded bytes of one group."""
+        """Encoded bytes of one group, all its parts."""
         group = layout.groups[name]
-        return format_named(self.format_of[name]).nbytes(group.shape_with(self._count(group.layer)))
+        return sum(
+            fmt.nbytes(group.shape_with(len(experts))) for fmt, experts in self.parts(layout, name)
+        )
 
     def _count(self, layer: int | None) -> int:
         return self.counts.get(-1 if layer is None else layer, 0)

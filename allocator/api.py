@@ -13,9 +13,8 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from allocator.errors import CalibrationError, SpaceError, StudyError, VerifyError
+from allocator.errors import CalibrationError, StudyError, VerifyError
 from allocator.files import write_whole
-from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.launch import estimate, search, trials_table, write_front
 from allocator.materialize.checkpoint import Manifest, Written
@@ -28,6 +27,7 @@ from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
+from allocator.space import canonical
 from allocator.storage import journal_path, open_storage
 from allocator.targets import target_named
 from allocator.workspace import Workspace, check_same_checkpoint
@@ -91,26 +91,31 @@ def score(
 def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.DataFrame:
     """Per decision of an allocation: bytes, predicted loss, and the next step up and down.
 
-    Columns `up` and `down` name the neighbouring value; `up_bytes` and `up_loss` are what it adds.
+    Columns `up` and `down` name the neighbouring value, by bytes at the allocation's retained
+    counts; `up_bytes` and `up_loss` are what it adds.
+
+    Raises:
+        SpaceError: if the study's space does not hold the allocation.
     """
     workspace = Workspace(study, **options)
     decision = workspace.read_allocation(allocation)
     surrogate, space = workspace.surrogate, workspace.space
     costs = space.costs(Budget(1 << 62, "weights"))
-    params: dict[str, Any] = {f"format.{g}": f for g, f in decision.formats}
-    params |= {n: decision.counts[layers[0]] for n, layers in space.count_params.items()}
+    params = space.complete(space.params(decision))
+    counts = space.layer_counts(params)
+    loss = surrogate.around(params)
     rows = []
-    for name, value in params.items():
-        values = sorted(
-            space.choices[name], key=lambda v: FORMATS[v].bits if isinstance(v, str) else v
-        )
-        if value not in values:
-            raise SpaceError(f"{name} = {value}: not in this study's space; score it instead")
+    for name in (*(f"format.{g}" for g in space.formats), *space.count_params):
+        value, values = params[name], list(space.choices[name])
+        if name.startswith("format."):
+            count = counts.get(space.layer_of[name.removeprefix("format.")], 0)
+            values = [v for v in values if canonical(v, count) == v]
+        values.sort(key=lambda v: costs.affected({**params, name: v}, [name]))
         row = {
             "decision": name,
             "value": value,
             "bytes": costs.affected(params, [name]),
-            "predicted_loss": surrogate.loss(name, value),
+            "predicted_loss": loss(name, value),
         }
         at = values.index(value)
         for label, index in (("up", at + 1), ("down", at - 1)):
@@ -120,9 +125,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
             row[f"{label}_bytes"] = (
                 costs.affected({**params, name: other}, [name]) - row["bytes"] if inside else None
             )
-            row[f"{label}_loss"] = (
-                surrogate.loss(name, other) - row["predicted_loss"] if inside else None
-            )
+            row[f"{label}_loss"] = loss(name, other) - row["predicted_loss"] if inside else None
         rows.append(row)
     return pd.DataFrame(rows)
 

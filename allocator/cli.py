@@ -1,6 +1,7 @@
 """The command line: a table of verbs; each parses, calls a function of `allocator.api`, prints."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,12 @@ def _profile(args: argparse.Namespace) -> None:
     profile = api.profile(args.study, **_options(args))
     print(
         f"profile of checkpoint {profile.checkpoint[:12]} for target {profile.target}: "
-        f"{len(profile.errors)} groups, {sum(map(len, profile.errors.values()))} errors, "
-        f"{sum(map(len, profile.measured.values())) + sum(map(len, profile.pruned.values()))} "
-        f"measured changes on {profile.measured_tokens:,} tokens; importance from "
-        f"{profile.n_tokens:,} tokens, {len(profile.unreached)} experts unreached"
+        f"{len(profile.curvature)} groups, "
+        f"{len(profile.measured) + sum(map(len, profile.pruned.values()))} "
+        f"measured changes on {profile.measured_tokens:,} tokens, curvature from "
+        f"{profile.curvature_tokens:,}, importance from "
+        f"{profile.n_tokens:,}, {len(profile.unreached)} experts unreached; "
+        f"{sum(profile.forward_tokens.values()):,} forward tokens in all"
     )
 
 
@@ -70,6 +73,7 @@ def _search(args: argparse.Namespace) -> None:
         args.study,
         **launch,
         seconds=None if args.time is None else parse_seconds(args.time),
+        tokens=args.tokens,
         storage=args.storage,
         join=args.join,
         **_options(args),
@@ -194,6 +198,34 @@ def _reproduce(args: argparse.Namespace) -> None:
         _print_written(written)
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from allocator import compare
+
+    folder, cache = Path(args.study), args.cache
+    runs = compare.chosen_runs(
+        folder,
+        targets=args.target,
+        samplers=args.sampler,
+        weights=args.weights,
+        seeds=args.seeds,
+    )
+    workers = args.threads or len(os.sched_getaffinity(0))
+    e = compare.estimate(folder, runs, cache=cache, workers=workers)
+    print(
+        f"{len(runs)} runs, {e.finished} finished; {e.tokens:,} forward tokens to go, about "
+        f"{e.seconds / 60:.0f} min with {workers} workers",
+        flush=True,
+    )
+    if args.dry_run:
+        return
+    done = compare.run_all(folder, runs, text=args.text, cache=cache, workers=workers)
+    for run in done:
+        print(f"finished {run.name}", flush=True)
+    table = compare.write_results(folder, text=args.text, cache=cache, threads=workers)
+    _print_table(table)
+    print(f"wrote {folder}/compare.csv, summary.csv, compare.png and runs/*.json")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -250,7 +282,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )
     p.add_argument("--time", help="stop after so long, e.g. 30min")
-    p.add_argument("--sampler", help="knapsack, random, tpe or nsga2 (default: study.toml)")
+    p.add_argument("--tokens", type=_positive, help="stop within so many forward tokens, in all")
+    p.add_argument("--sampler", help="auto, knapsack, evolution, nsga2, ... (default: study.toml)")
     p.add_argument("--seed", type=int, help="default: study.toml")
     p.add_argument("--storage", help="RDB URL or journal:PATH (default: a journal in the folder)")
     p.add_argument("--join", action="store_true", help="work beside a search that is running")
@@ -294,6 +327,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--domains", action="store_true", help="KL and perplexity per domain as well")
     p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
     p.add_argument("--csv", type=Path, help="write the table there too")
+
+    p = verb("compare", _compare, "searchers side by side at equal forward tokens; resumable")
+    _study(p)
+    p.add_argument("--sampler", action="append", help="only these of study.toml's; may be repeated")
+    p.add_argument("--target", action="append", help="only these; may be repeated")
+    p.add_argument("--weights", type=_positive, action="append", help="only these budgets, bytes")
+    p.add_argument("--seeds", type=_positive, help="at most so many seeds")
+    p.add_argument("--text", type=Path, help="JSON lines with text: a further held-out split")
+    p.add_argument("--dry-run", action="store_true", help="print the estimate only")
 
     p = verb("reproduce", _reproduce, "rebuild a committed allocation's files; compares sha256")
     _allocation(p)

@@ -3,12 +3,18 @@
 In: a format's name and a shape. Out: bytes, as an integer. Invariant: a size given here is the
 size written; a shape that the format cannot store as named raises instead of being padded or cut.
 Block layouts are ggml's (`ggml-common.h`); each row of the table spells the sum out.
+
+A group of routed experts may be stored in parts: `IQ2_XXS:0,3,5+IQ1_S:1,2,4` names every part's
+format and the experts that it holds. A plain name is one part with all of them.
 """
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from allocator.errors import FormatError
+from allocator.errors import FormatError, SpaceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +141,67 @@ def fallback(name: str, shape: tuple[int, ...]) -> Format:
         return wanted
     replaced = FORMATS[next((to for names, to in _FALLBACK if name in names), "F16")]
     return replaced if replaced.stores(shape) else FORMATS["F16"]
+
+
+Parts = tuple[tuple[Format, tuple[int, ...]], ...]
+"""Formats and the experts that each stores, ascending; `()` where a group has no experts."""
+
+_EXPERTS = re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*")
+
+
+def in_parts(text: str) -> bool:
+    """Whether a group's format in an allocation means parts, and is no plain name."""
+    return ":" in text or "+" in text
+
+
+def parts(text: str, retained: tuple[int, ...]) -> Parts:
+    """What a group stores, read from its format in an allocation.
+
+    Args:
+        text: a format's name, or `FORMAT:experts` joined by `+`, by bits descending.
+        retained: the experts that the group's layer retains; `()` if it has none.
+
+    Raises:
+        FormatError: if a format is unknown.
+        SpaceError: if parts are malformed, in another order, or do not hold every retained expert
+            once.
+    """
+    if not in_parts(text):
+        return ((format_named(text), retained),)
+    found = tuple(_part(piece) for piece in text.split("+"))
+    listed = Counter(expert for _, experts in found for expert in experts)
+    needed = set(retained)
+    for expert in sorted(needed | set(listed)):
+        if expert not in needed:
+            raise SpaceError(f"a part holds expert {expert}, which its layer does not retain")
+        if listed[expert] != 1:
+            raise SpaceError(f"parts hold expert {expert} {listed[expert]} times, needed once")
+    ordered = sorted(found, key=lambda part: (-part[0].bits, part[0].name))
+    names = [fmt.name for fmt, _ in found]
+    if len(set(names)) < max(2, len(names)) or text != parts_text(
+        (fmt.name, tuple(sorted(experts))) for fmt, experts in ordered
+    ):
+        raise SpaceError(
+            f"parts of {', '.join(names)}: needed two formats or more (one is written as its plain "
+            "name), each once, by bits descending, experts ascending"
+        )
+    return found
+
+
+def parts_text(found: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """The inverse of `parts`: one part is a plain name.
+
+    Args:
+        found: a format's name and its experts, per part.
+    """
+    rows = list(found)
+    if len(rows) == 1:
+        return rows[0][0]
+    return "+".join(f"{name}:{','.join(map(str, experts))}" for name, experts in rows)
+
+
+def _part(piece: str) -> tuple[Format, tuple[int, ...]]:
+    name, _, experts = piece.partition(":")
+    if not _EXPERTS.fullmatch(experts):
+        raise SpaceError(f"part {piece[:40]!r}: needed FORMAT:experts, e.g. IQ1_S:1,2,4")
+    return format_named(name), tuple(map(int, experts.split(",")))

@@ -79,7 +79,18 @@ class Solution:
 
 def pareto(nbytes: Ints, loss: Floats) -> Ints:
     """Indices of the options that no other matches in both: bytes ascend, losses descend."""
-    return _frontier(np.zeros(len(nbytes), dtype=np.int64), nbytes, loss)
+    return frontier(np.zeros(len(nbytes), dtype=np.int64), nbytes, loss)
+
+
+def frontier(owner: Ints, nbytes: Ints, loss: Floats) -> Ints:
+    """Indices of the options that no other of their class matches in both.
+
+    Returns:
+        By `owner` (the class of every option, from 0), then bytes ascend and losses descend.
+    """
+    order = np.lexsort((loss, nbytes, owner))
+    rank = np.unique(loss, return_inverse=True)[1] - owner * (len(loss) + 1)
+    return order[_new_minimum(rank[order])]  # every class ranks below all classes before it
 
 
 def union(classes: Sequence[Options]) -> tuple[Options, Ints]:
@@ -184,6 +195,15 @@ class _Relaxed(NamedTuple):
     gap: float  # loss of `pick` less the bound
 
 
+class _States(NamedTuple):
+    """Partial choices of the classes so far."""
+
+    nbytes: Ints
+    loss: Floats
+    bound: Floats  # the least loss that the relaxation of the open classes leaves possible
+    code: Ints  # option of the last class x states before + state before
+
+
 def _row_of(options: Sequence[Options], capacity: int) -> tuple[_Row, int] | None:
     """The undominated options that fit, or None if the smallest do not.
 
@@ -202,18 +222,11 @@ def _row_of(options: Sequence[Options], capacity: int) -> tuple[_Row, int] | Non
     loss = np.concatenate([np.zeros(0), *(o.loss for o in options)])
     nbytes -= least[owner]
     keep = np.flatnonzero(nbytes <= capacity)
-    keep = keep[_frontier(owner[keep], nbytes[keep], loss[keep])]
+    keep = keep[frontier(owner[keep], nbytes[keep], loss[keep])]
     owner, index, nbytes, loss = owner[keep], index[keep], nbytes[keep], loss[keep]
     exponent = int(np.frexp(np.abs(loss).max(initial=0))[1])
     capacity = min(capacity, int(nbytes.max(initial=0)) * len(options))  # fits int64
     return _Row(owner, index, nbytes, np.ldexp(loss, -exponent), capacity), exponent
-
-
-def _frontier(owner: Ints, nbytes: Ints, loss: Floats) -> Ints:
-    """Indices of what is undominated in its class, in the order of a row."""
-    order = np.lexsort((loss, nbytes, owner))
-    rank = np.unique(loss, return_inverse=True)[1] - owner * (len(loss) + 1)
-    return order[_new_minimum(rank[order])]  # every class ranks below all classes before it
 
 
 def _new_minimum(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -295,7 +308,7 @@ def _search(row: _Row, limit: float, max_states: int) -> tuple[Ints | None, bool
         still, least = step_turn > k, steps.first[order[k + 1 :]]  # the open classes' relaxation
         room = np.cumsum(np.append(row.nbytes[least].sum(), steps.nbytes[still]))
         rest = np.cumsum(np.append(row.loss[least].sum(), steps.loss[still]))
-        parts = []
+        kept = _States(nbytes[:0], loss[:0], loss[:0], nbytes[:0])
         n_rows = max(1, _CHUNK // len(nbytes))
         for i in range(0, int(size[own]), n_rows):
             some = steps.first[own] + np.arange(i, min(i + n_rows, size[own]))
@@ -303,20 +316,27 @@ def _search(row: _Row, limit: float, max_states: int) -> tuple[Ints | None, bool
             value = np.add.outer(row.loss[some], loss).ravel()
             bound = value + np.interp(row.capacity - total, room, rest, left=inf)
             ok = np.flatnonzero(bound <= limit)
-            parts.append((total[ok], value[ok], bound[ok], ok + i * len(nbytes)))
-        total, value, bound, code = (np.concatenate(p) for p in zip(*parts, strict=True))
-        alive = np.argsort(total, kind="stable")
-        alive = alive[_new_minimum(value[alive])]
-        alive = alive[_new_minimum(total[alive][::-1])[::-1]]  # of equal bytes the least loss
-        if len(alive) > max_states:
-            alive = alive[np.sort(np.argsort(bound[alive], kind="stable")[:max_states])]
-            complete = False
-        if not len(alive):
+            made = _States(total[ok], value[ok], bound[ok], ok + i * len(nbytes))
+            kept, whole = _undominated(kept, made, max_states)
+            complete &= whole
+        if not len(kept.code):
             return None, complete
-        trail.append((code[alive], len(nbytes)))
-        nbytes, loss = total[alive], value[alive]
+        trail.append((kept.code, len(nbytes)))
+        nbytes, loss = kept.nbytes, kept.loss
     chosen, state = steps.first.copy(), len(nbytes) - 1  # the last state has the least loss
     for own, (code, n_before) in zip(order[::-1], trail[::-1], strict=True):
         option, state = divmod(int(code[state]), n_before)
         chosen[own] += option
     return row.source[chosen], complete
+
+
+def _undominated(a: _States, b: _States, max_states: int) -> tuple[_States, bool]:
+    """Both sets' states by ascending bytes, descending loss; and whether there was room for all."""
+    both = _States._make(np.concatenate(pair) for pair in zip(a, b, strict=True))
+    alive = np.argsort(both.nbytes, kind="stable")
+    alive = alive[_new_minimum(both.loss[alive])]
+    alive = alive[_new_minimum(both.nbytes[alive][::-1])[::-1]]  # of equal bytes the least loss
+    complete = len(alive) <= max_states
+    if not complete:
+        alive = alive[np.sort(np.argsort(both.bound[alive], kind="stable")[:max_states])]
+    return _States._make(values[alive] for values in both), complete

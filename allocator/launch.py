@@ -159,6 +159,7 @@ def search(
     weights_budget: str | None = None,
     trials: int | None = None,
     seconds: float | None = None,
+    tokens: int | None = None,
     storage: str | None = None,
     sampler: str | None = None,
     seed: int | None = None,
@@ -171,9 +172,10 @@ def search(
         study: its folder.
         budget: of the whole file, e.g. `12MiB`; else study.toml's.
         weights_budget: of the searched matrices alone.
-        trials: proposals in the study in total; if neither this nor `seconds` is given,
+        trials: proposals in the study in total; if none of this, `seconds` and `tokens` is given,
             study.toml's.
         seconds: stop after so long instead.
+        tokens: stop within so many forward tokens instead, profile included.
         storage: an RDB URL, `journal:PATH`, or None for a journal in the folder.
         sampler: instead of study.toml's.
         seed: instead of study.toml's.
@@ -193,9 +195,10 @@ def search(
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
         lock.ready()
         running = prepare(workspace, limit, opened, sampler=sampler, seed=seed)
-        wanted = trials if trials is not None or seconds is not None else workspace.spec.trials
+        limited = trials is not None or seconds is not None or tokens is not None
+        wanted = trials if limited else workspace.spec.trials
         with _TrialBar(wanted, running, shown=workspace.progress) as bar:
-            running.run(n_trials=wanted, seconds=seconds, on_trial=bar)
+            running.run(n_trials=wanted, seconds=seconds, tokens=tokens, on_trial=bar)
         pick, knapsack = _conclude(workspace, running)
     return SearchResult(
         study=running.study,
@@ -256,6 +259,7 @@ def prepare(
         queue=first_trials(
             workspace.surrogate, limit, workspace.baselines(), n_knapsack=N_KNAPSACK
         ),
+        base_tokens=workspace.base_tokens,
     )
 
 

@@ -10,9 +10,25 @@ from typing import Any
 import msgspec
 
 from allocator.errors import StudyError
+from allocator.targets import Group
 
-SALIENCIES = ("reap", "norm", "frequency", "gate")
+OBSERVED = ("reap", "norm", "frequency", "gate")
+SALIENCIES = ("fisher", *OBSERVED)
 """Rankings of a layer's experts that a profile measures."""
+
+
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One measured change of the original: some groups in other formats.
+
+    Attributes:
+        bundle: the groups that were changed together, e.g. `layers.3.attention`.
+        formats: their formats.
+        kl: nats per token.
+    """
+
+    bundle: str
+    formats: dict[str, str]
+    kl: float
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,11 +41,14 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         importance: digest of the importance vectors beside this file.
         n_tokens: tokens behind importance and saliency.
         measured_tokens: tokens behind each measured loss.
+        curvature_tokens: tokens behind the curvature.
+        forward_tokens: what each stage cost, in tokens through all layers.
         saliency: per method, per MoE layer, one value per expert, higher = keep.
         unreached: `(layer, expert)` that no calibration token reached.
         counts: tokens routed to each expert, per MoE layer.
-        errors: per group and format, importance-weighted squared error over weighted square.
-        measured: per group and anchor format, the KL of that single change, nats per token.
+        curvature: per group and format, the second-order loss of that single change, nats per
+            token; one value per routed expert, else one value.
+        measured: the KL of changed bundles.
         pruned: per MoE layer and retained count, the KL of that single change, nats per token.
         saliency_method: which saliency `pruned` was measured with.
     """
@@ -40,14 +59,16 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     importance: str
     n_tokens: int
     measured_tokens: int
+    curvature_tokens: int
+    forward_tokens: dict[str, int]
     saliency: dict[str, dict[int, list[float]]]
     unreached: list[tuple[int, int]]
     counts: dict[int, list[int]]
-    errors: dict[str, dict[str, float]]
-    measured: dict[str, dict[str, float]]
+    curvature: dict[str, dict[str, list[float]]]
+    measured: list[Change]
     pruned: dict[int, dict[int, float]]
     saliency_method: str
-    schema: int = 1
+    schema: int = 2
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
@@ -67,3 +88,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """As JSON that a person can open."""
         plain: Any = msgspec.to_builtins(self, str_keys=True)
         return msgspec.json.format(msgspec.json.encode(plain), indent=1)
+
+
+def bundle_of(group: Group) -> str:
+    """The bundle of a group: a layer's attention, a layer's MLP and experts, or itself."""
+    if group.layer is None:
+        return group.name
+    attention = str(group.role).startswith("attention")
+    return f"layers.{group.layer}.{'attention' if attention else 'mlp'}"

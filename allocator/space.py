@@ -2,11 +2,15 @@
 
 In: a TOML file (grammar: `search_spaces/README.md`), a layout, and a ranking of each layer's
 experts. Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and back.
-Invariant: every format offered stores its group as named; `params(allocation(p)) == p`; a repaired
-proposal is within the budget, and repairing it again changes nothing.
+Invariant: every format offered stores its group as named; `allocation(params(a)) == a` for every
+allocation `a` of the space, and `params(allocation(p))` is `p` in its canonical form (`canonical`
+of every format at its layer's retained count); a repaired proposal is within the budget, and
+repairing it again changes nothing.
 
 Params: `experts.<layer>` (or `experts.all` where the target knows one count), `format.<group>`,
-`experts_used`. A choice with one possible value is fixed and has no param.
+`experts_used`. A choice with one possible value is fixed and has no param. Beside formats, a group
+of routed experts may choose a mix: `IQ2_XXS*8+IQ1_S` stores the first 8 experts of the layer's
+ranking in IQ2_XXS, the other retained ones in IQ1_S.
 """
 
 import tomllib
@@ -14,7 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +28,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from allocator.allocation import Allocation
 from allocator.errors import BudgetError, SpaceError
-from allocator.formats import FORMATS, format_named
+from allocator.formats import FORMATS, format_named, in_parts, parts_text
 from allocator.memory import Budget
 from allocator.profile import SALIENCIES
 from allocator.targets import Group, Layout, target_named
@@ -32,6 +37,11 @@ T = TypeVar("T")
 Params = dict[str, Any]
 Loss = Callable[[str, Any], float]
 """Predicted loss of one param's value, nats per token."""
+
+MIXED = ("Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S")
+"""Formats that are mixed with their neighbour among those offered, by bits descending."""
+HEAD_SHARES = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+"""Shares of a layer's experts that a mix stores in its first format: 4, 8, 12, 16, 20 of 24."""
 
 
 class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +59,8 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum: int | None = None
     maximum: int | None = None
     same: bool = False
-    saliency: str = "reap"
+    mixes: bool = True
+    saliency: str = "fisher"
     protected: dict[int, list[int]] = {}  # msgspec copies it
 
 
@@ -102,7 +113,7 @@ class Space:
 
     Attributes:
         layout: the target bound to the checkpoint.
-        formats: offered formats by group, largest first.
+        formats: offered formats and mixes by group, largest first with all experts retained.
         counts: possible retained counts of a layer, ascending.
         tied: all layers retain the same count.
         rankings: expert indices by MoE layer, the ones to keep first.
@@ -185,19 +196,25 @@ class Space:
             SpaceError: as `complete`.
         """
         full = self.complete(params)
+        counts = self.layer_counts(full)
         return Allocation.of(
             target=self.layout.target,
-            retained={
-                layer: self.retained(layer, full[name])
-                for name, layers in self.count_params.items()
-                for layer in layers
+            retained={layer: self.retained(layer, n) for layer, n in counts.items()},
+            formats={
+                group: parts_text(
+                    self.parts(group, full[f"format.{group}"], counts.get(self.layer_of[group], 0))
+                )
+                for group in self.formats
             },
-            formats={name: full[f"format.{name}"] for name in self.formats},
             experts_used=full["experts_used"],
         )
 
+    def layer_counts(self, params: Params) -> dict[int, int]:
+        """Retained count by MoE layer, of complete params."""
+        return {x: params[n] for n, layers in self.count_params.items() for x in layers}
+
     def params(self, allocation: Allocation) -> Params:
-        """The params that propose an allocation; only those that are searched.
+        """The params that propose an allocation, in canonical form; only those that are searched.
 
         Raises:
             SpaceError: if the space does not hold the allocation.
@@ -205,7 +222,7 @@ class Space:
         full: Params = {
             name: allocation.counts.get(layers[0]) for name, layers in self.count_params.items()
         }
-        full |= {f"format.{name}": fmt for name, fmt in allocation.formats}
+        full |= {f"format.{name}": choice_of(text) for name, text in allocation.formats}
         full["experts_used"] = allocation.experts_used
         if self.allocation(full) != allocation:
             raise SpaceError("the allocation retains other experts than this space's ranking")
@@ -213,7 +230,41 @@ class Space:
 
     def retained(self, layer: int, count: int) -> tuple[int, ...]:
         """The experts a layer keeps when it keeps `count`."""
-        return tuple(sorted(self.rankings[layer][:count]))
+        return self._ranked(layer, 0, count)
+
+    def parts(self, group: str, value: str, count: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What a group stores: formats and the experts that each holds.
+
+        Args:
+            group: its name.
+            value: one of its formats or mixes.
+            count: experts that its layer retains; no matter outside of routed experts, whose one
+                part has no experts.
+        """
+        layer = self._routed.get(group)
+        if layer is None:
+            return ((value, ()),)
+        found, start = [], 0
+        for name, n in split(value, count):
+            found.append((name, self._ranked(layer, start, start + n)))
+            start += n
+        return tuple(found)
+
+    @cached_property
+    def _routed(self) -> dict[str, int]:
+        """MoE layer by group of routed experts."""
+        return {g: layer for layer, groups in self.expert_groups.items() for g in groups}
+
+    @cached_property
+    def _slices(self) -> dict[tuple[int, int, int], tuple[int, ...]]:
+        return {}
+
+    def _ranked(self, layer: int, start: int, stop: int) -> tuple[int, ...]:
+        """Experts of these ranks, ascending."""
+        key = layer, start, stop
+        if key not in self._slices:
+            self._slices[key] = tuple(sorted(self.rankings[layer][start:stop]))
+        return self._slices[key]
 
     def costs(self, budget: Budget) -> "Costs":
         """What each choice costs under a budget."""
@@ -255,11 +306,46 @@ class Space:
             )
 
 
+@cache
+def split(value: str, count: int) -> tuple[tuple[str, int], ...]:
+    """Formats of a choice, and how many of a layer's `count` experts each stores, best first."""
+    head, star, rest = value.partition("*")
+    if not star:
+        return ((value, count),)
+    n_head, _, tail = rest.partition("+")
+    n = int(n_head)
+    return ((head, count),) if count <= n else ((head, n), (tail, count - n))
+
+
+def canonical(value: str, count: int) -> str:
+    """The choice as an allocation shows it: a mix whose head holds all experts is its format."""
+    found = split(value, count)
+    return found[0][0] if len(found) == 1 else value
+
+
+def choice_of(text: str) -> str:
+    """The choice that a group's format in an allocation is: `A:0,3+B:1` is `A*2+B`.
+
+    What no choice writes comes back as it is.
+    """
+    pieces = [piece.partition(":") for piece in text.split("+")]
+    if len(pieces) != 2 or not in_parts(text):
+        return text
+    (head, _, experts), (tail, _, _) = pieces
+    return f"{head}*{experts.count(',') + 1}+{tail}"
+
+
+@cache
+def _part_bytes(shape: tuple[int, ...], value: str) -> tuple[int, ...]:
+    """Bytes of each part of a group of this shape; its first axis is what a mix divides."""
+    return tuple(FORMATS[f].nbytes((n, *shape[1:])) for f, n in split(value, shape[0]))
+
+
 class Costs:
     """Bytes of each choice under a budget, as a sum over independent parts.
 
-    The constant part is an upper bound where a header's length depends on the choices, so a sum of
-    costs within the budget is an allocation within the budget.
+    The constant part, and what a mix adds to a header, are upper bounds where a header's length
+    depends on the choices, so a sum of costs within the budget is an allocation within the budget.
     """
 
     def __init__(self, space: Space, budget: Budget) -> None:
@@ -267,11 +353,22 @@ class Costs:
         self.budget = budget
         self._target = target_named(space.layout.target)
         self.whole_file = budget.bounds == "file"
+        self._overhead: dict[tuple[str, str], int] = {}
 
-    def group(self, name: str, fmt: str, count: int) -> int:
-        """Bytes of a group in a format when its layer retains `count`."""
-        nbytes = FORMATS[fmt].nbytes(self.space.layout.groups[name].shape_with(count))
-        return self._target.padded(nbytes) if self.whole_file else nbytes
+    def group(self, name: str, value: str, count: int) -> int:
+        """Bytes of a group in a format or mix when its layer retains `count`."""
+        group = self.space.layout.groups[name]
+        parts = _part_bytes(group.shape_with(count), value)
+        if not self.whole_file:
+            return sum(parts)
+        nbytes = sum(self._target.padded(n) for n in parts)
+        if len(parts) == 1:
+            return nbytes
+        key = name, value
+        if key not in self._overhead:
+            names = [fmt for fmt, _ in split(value, count)]
+            self._overhead[key] = self._target.parts_overhead(group, names)
+        return nbytes + self._overhead[key]
 
     def layer(self, layer: int, count: int) -> int:
         """Bytes of a layer's router when it retains `count`."""
@@ -288,7 +385,7 @@ class Costs:
         layout, largest = self.space.layout, self.space.largest
         header = self._target.header_bytes(
             layout,
-            retained=largest.counts,
+            retained=largest.retained_experts,
             formats=largest.format_of,
             experts_used=largest.experts_used,
         )
@@ -304,7 +401,7 @@ class Costs:
         layers = [x for n in names for x in self.space.count_params.get(n, ())]
         groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
         groups |= {g for x in layers for g in self.space.expert_groups[x]}
-        count = {x: params[n] for n, decided in self.space.count_params.items() for x in decided}
+        count = self.space.layer_counts(params)
         encoded = sum(
             self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0))
             for g in groups
@@ -377,11 +474,20 @@ def bind(
     used = tuple(spec.experts_used or (inventory.experts_used,))
     if any(not 1 <= n <= inventory.experts_used for n in used):
         raise SpaceError(f"experts_used {used}: needed 1..{inventory.experts_used}")
+    target = target_named(layout.target)
+    formats = {name: _formats(spec, group) for name, group in layout.groups.items()}
+    counts = _counts(spec.experts, layout, max(used))
+    if spec.experts.mixes and target.mixes_experts:
+        formats = {
+            name: _with_mixes(group, formats[name], counts[-1]) if group.role.is_expert
+            else formats[name]
+            for name, group in layout.groups.items()
+        }  # fmt: skip
     return Space(
         layout=layout,
-        formats={name: _formats(spec, group) for name, group in layout.groups.items()},
-        counts=_counts(spec.experts, layout, max(used)),
-        tied=spec.experts.same or target_named(layout.target).one_expert_count,
+        formats=formats,
+        counts=counts,
+        tied=spec.experts.same or target.one_expert_count,
         rankings=_rankings(spec.experts, layout, saliency),
         experts_used=tuple(sorted(set(used))),
     )
@@ -413,6 +519,20 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
             f"{', '.join(f.name for f in group.offered())}: loosen [formats] or its pins"
         )
     return tuple(f.name for f in offered)
+
+
+def _with_mixes(group: Group, names: tuple[str, ...], most: int) -> tuple[str, ...]:
+    """Formats and their mixes, largest first with all experts; `most` of them are retained."""
+    n_experts = group.shape[0]
+    heads = sorted({round(share * n_experts) for share in HEAD_SHARES})
+    ladder = [name for name in MIXED if name in names]
+    mixes = [
+        f"{head}*{n}+{tail}"
+        for head, tail in pairwise(ladder)
+        for n in heads
+        if 0 < n < most  # with as many in the first format, the mix is that format
+    ]
+    return tuple(sorted([*names, *mixes], key=lambda v: -sum(_part_bytes(group.shape, v))))
 
 
 def _counts(experts: Experts, layout: Layout, used: int) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         search_documents: documents that a COMPLETE trial is scored on, from the search split.
         selection_documents: documents of the selection split that the pick is made on.
         rungs: documents after which a losing trial is stopped.
-        measured_documents: documents behind each measured sensitivity; up to 12 by default.
+        measured_documents: documents behind each measured change; up to 8 by default.
+        curvature_documents: documents behind the curvature; up to 16 by default.
         window: tokens per document when records hold text.
     """
 
@@ -41,7 +42,40 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     selection_documents: int | None = None
     rungs: tuple[int, ...] = (8, 32)
     measured_documents: int | None = None
+    curvature_documents: int | None = None
     window: int = 256
+
+
+class LongRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Runs of one seed with more forward tokens."""
+
+    sampler: str
+    target: Literal["gguf", "safetensors"]
+    weights: list[int]
+    tokens: int
+
+
+class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `compare` runs.
+
+    Attributes:
+        samplers: by name.
+        weights: budgets in bytes of the searched matrices.
+        seeds: number of seeds by target.
+        tokens: forward tokens of every run, profile included.
+        report_documents: documents of the report split behind the figures.
+        references: allocation files to stand beside, by name; `{target}`, `{bits}` (effective, e.g.
+            2.25 or 3.0) and `{weights}` are filled in, paths are relative to study.toml.
+        long: runs with more tokens.
+    """
+
+    samplers: list[str]
+    weights: list[int]
+    seeds: dict[str, int]
+    tokens: int = 400_000
+    report_documents: int | None = None
+    references: dict[str, str] = {}  # msgspec copies it
+    long: list[LongRun] = []  # msgspec copies it
 
 
 class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,9 +87,10 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibration: CalibrationSpec
     space: str = ""
     budget: BudgetSpec = BudgetSpec()
-    sampler: str = "knapsack"
+    sampler: str = "auto"
     seed: int = 0
     trials: int = 100
+    compare: CompareSpec | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "StudySpec":
@@ -70,7 +105,13 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
         check_sampler(spec.sampler)
         c = spec.calibration
-        counts = (c.measured_documents, c.search_documents, c.selection_documents, c.window)
+        counts = (
+            c.measured_documents,
+            c.curvature_documents,
+            c.search_documents,
+            c.selection_documents,
+            c.window,
+        )
         if any(n is not None and n < 1 for n in (*c.rungs, *counts, spec.trials)):
             raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
         return spec

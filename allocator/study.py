@@ -10,6 +10,12 @@ equals undisturbed.
 Racing: a candidate is scored on a growing prefix of the search split. After each rung it is
 compared, document by document, with every finished trial of at most its bytes; where the mean
 difference is above `RACE_Z` standard errors it has lost.
+
+Generations, for samplers that ask for them: offspring are proposed together and narrowed down in
+steps, each step on more documents (`Selection`); the losers are PRUNED. How all of them ended is
+written in one piece (`VERDICTS`) before the first is told: a search that dies earlier has told
+none, and proposes the generation again; one that dies later has the rest told by
+`close_abandoned`. So no sampler ever sees half a generation.
 """
 
 import math
@@ -17,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,13 +34,19 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError, StudyError
-from allocator.memory import Budget
+from allocator.memory import Budget, FileBytes
+from allocator.samplers.auto import LOOKED
+from allocator.samplers.evolution import Selection
 from allocator.samplers.knapsack import ABANDONED
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
 
 ALLOCATION, KIND, LOSSES, RESULT, LOCK = "allocation", "kind", "losses", "result", "lock"
-RACE_Z = 3.0
+VERDICTS = "verdicts"
+"""User attribute of a study: how the trials of its last generation ended, by number."""
+RACE_Z = 2.0
+Verdict = tuple[str, list[float] | None]
+"""A trial's state by name, and its values."""
 
 
 class _Clock:
@@ -66,6 +79,10 @@ class TrialScorer(Protocol):
     def n_documents(self) -> int:
         """Documents of the full search split."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the full search split."""
+
     def score(self, allocation: Allocation, start: int, stop: int) -> Any:
         """Losses on documents `start:stop`."""
 
@@ -81,6 +98,22 @@ class Queued:
     allocation: Allocation
 
 
+@dataclass(eq=False)
+class _Candidate:
+    """A trial on its way: what it proposes, and its losses so far, from document 0 on."""
+
+    trial: Trial
+    params: Params
+    allocation: Allocation
+    size: FileBytes
+    used: int
+    losses: Any = None
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.losses.kl).all())
+
+
 @dataclass
 class Search:
     """A running search.
@@ -93,6 +126,8 @@ class Search:
         scorer: measures allocations.
         rungs: documents after which a candidate may lose its race, ascending.
         queue: first trials, in order.
+        selection: within a generation; None takes the default if the sampler asks for generations.
+        base_tokens: forward tokens that the study cost before its first trial.
         seconds: spent so far, by what they were spent on.
     """
 
@@ -103,13 +138,19 @@ class Search:
     scorer: TrialScorer
     rungs: Sequence[int]
     queue: Sequence[Queued] = ()
+    selection: Selection | None = None
+    base_tokens: int = 0
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"scoring": 0.0, "sampler": 0.0, "storage": 0.0}
+        default_factory=lambda: dict.fromkeys(("scoring", "gradient", "sampler", "storage"), 0.0)
     )
     _costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
         self._costs = self.space.costs(self.budget)
+        if self.selection is None and getattr(self.study.sampler, "generational", False):
+            self.selection = Selection.over(self.scorer.n_documents)
+        if self.selection is not None:
+            self.selection.check(self.scorer.n_documents)
         for queued in self.queue:
             self.space.params(queued.allocation)
             used = self.budget.used(queued.allocation.nbytes(self.space.layout))
@@ -126,27 +167,84 @@ class Search:
         *,
         n_trials: int | None = None,
         seconds: float | None = None,
+        tokens: int | None = None,
         on_trial: Callable[[FrozenTrial], None] | None = None,
     ) -> None:
-        """Runs until the study has `n_trials` proposals, or for `seconds`."""
+        """Runs until the study has `n_trials` proposals, for `seconds`, or within forward `tokens`.
+
+        A generation that was begun is finished, so there may be more trials. The next trial or
+        generation is begun only if `tokens` suffice for it even if it loses no race.
+        """
         started = time.monotonic()
         while n_trials is None or self.n_proposals() < n_trials:
             if seconds is not None and time.monotonic() - started >= seconds:
                 return
-            finished = self.step()
+            if tokens is not None and self.forward_tokens() + self._next_tokens() > tokens:
+                return
+            if self.selection is None or self.n_proposals() < len(self.queue):
+                finished = [self.step()]
+            else:
+                finished = self.generation(self.selection)
             if on_trial is not None:
-                on_trial(finished)
+                for trial in finished:
+                    on_trial(trial)
+
+    def forward_tokens(self) -> int:
+        """Tokens through all layers so far: `base_tokens`, trials, and what samplers measured."""
+        total = self.base_tokens
+        for trial in self.study.get_trials(deepcopy=False):
+            total += trial.user_attrs.get(RESULT, {}).get("tokens", 0)
+            total += trial.system_attrs.get(LOOKED, 0)
+        return total
+
+    def _next_tokens(self) -> int:
+        """The most that the next trial or generation may cost."""
+        n_documents = self.scorer.n_documents
+        if self.selection is None or self.n_proposals() < len(self.queue):
+            share = 1.0
+        else:
+            documents = [0, *(d for d, _ in self.selection.steps), n_documents]
+            survivors = [self.selection.n_offspring, *(s for _, s in self.selection.steps)]
+            spans = (b - a for a, b in pairwise(documents))
+            share = sum(n * s for n, s in zip(spans, survivors, strict=True)) / n_documents
+        looking = getattr(self.study.sampler, "next_tokens", lambda study: 0)(self.study)
+        return round(share * self.scorer.n_tokens) + int(looking)
 
     def step(self) -> FrozenTrial:
         """One trial: ask, make feasible, score, tell."""
+        candidate = self._propose()
+        lost = self._race(candidate)
+        return self._tell([candidate], lost=[candidate] if lost else [])[0]
+
+    def generation(self, selection: Selection) -> list[FrozenTrial]:
+        """Offspring of one parent, narrowed down in steps; the last one(s) get the full split."""
+        candidates = [self._propose() for _ in range(selection.n_offspring)]
+        left = candidates
+        whole = (self.scorer.n_documents, selection.n_offspring)
+        for documents, survivors in (*selection.steps, whole):
+            for candidate in left:
+                self._score(candidate, documents)
+            left = [c for c in left if c.finite]
+            # equals stay in order of proposal
+            left = sorted(left, key=lambda c: float(self.scorer.summary(c.losses)["loss"]))
+            left = left[:survivors]
+        return self._tell(candidates, lost=[c for c in candidates if c.finite and c not in left])
+
+    def _propose(self) -> _Candidate:
         clock = _Clock(self.seconds)
         kind = self._enqueue_next()
         trial = self.study.ask(self.space.distributions)
         clock.lap("storage")
-        sampling = getattr(self.study.sampler, "sampling_seconds", 0.0)
-        self.seconds["storage"] -= sampling
-        self.seconds["sampler"] += sampling
-        params = repair(self.space, self._costs, trial.params, self.surrogate.loss)
+        for name, attribute in (("sampler", "sampling_seconds"), ("gradient", "looking_seconds")):
+            spent = getattr(self.study.sampler, attribute, 0.0)
+            self.seconds["storage"] -= spent
+            self.seconds[name] += spent
+        params = repair(
+            self.space,
+            self._costs,
+            trial.params,
+            self.surrogate.around(self.space.complete(trial.params)),
+        )
         allocation = self.space.allocation(params)
         size = allocation.nbytes(self.space.layout)
         used = self.budget.used(size)
@@ -156,19 +254,7 @@ class Search:
         trial.set_user_attr(KIND, kind or "proposal")
         trial.set_constraint("budget", used - self.budget.nbytes)
         clock.lap("storage")
-        losses, lost = self._race(allocation, used)
-        clock.lap("scoring")
-        result = self.scorer.summary(losses) | {
-            "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
-            "effective_bits": size.encoded * 8 / self.space.layout.inventory.n_searched_weights,
-            "predicted": self.surrogate.predict(params),
-            "repaired": params != self.space.complete(trial.params),
-        }
-        trial.set_user_attr(LOSSES, [float(v) for v in losses.kl])
-        trial.set_user_attr(RESULT, result)
-        self._tell(trial, float(result["loss"]), used, lost)
-        clock.lap("storage")
-        return self.study.get_trials(deepcopy=False)[trial.number]
+        return _Candidate(trial, params, allocation, size, used)
 
     def _enqueue_next(self) -> str | None:
         number = self.n_proposals()
@@ -179,42 +265,84 @@ class Search:
             self.study.enqueue_trial(self.space.params(queued.allocation))
         return queued.kind
 
-    def _race(self, allocation: Allocation, used: int) -> tuple[Any, bool]:
+    def _score(self, candidate: _Candidate, stop: int) -> None:
+        """Measures what is missing of the first `stop` documents."""
+        clock = _Clock(self.seconds)
+        start = 0 if candidate.losses is None else len(candidate.losses.kl)
+        more = self.scorer.score(candidate.allocation, start, stop)
+        candidate.losses = more if candidate.losses is None else candidate.losses + more
+        clock.lap("scoring")
+
+    def _race(self, candidate: _Candidate) -> bool:
+        """Scores rung by rung; True if it lost, else it is scored in full or not finite."""
         rivals = [
             np.array(t.user_attrs[LOSSES])
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if t.values[1] <= used
+            if t.values[1] <= candidate.used
         ]
-        losses: Any = None
-        start = 0
         n_documents = self.scorer.n_documents
         for stop in sorted({*(r for r in self.rungs if r < n_documents), n_documents}):
-            more = self.scorer.score(allocation, start, stop)
-            losses = more if losses is None else losses + more
-            start = stop
-            if not np.isfinite(losses.kl).all():
-                return losses, False
-            if stop < n_documents and any(loses(losses.kl, r[:stop]) for r in rivals):
-                return losses, True
-        return losses, False
+            self._score(candidate, stop)
+            if not candidate.finite:
+                return False
+            if stop < n_documents and any(loses(candidate.losses.kl, r[:stop]) for r in rivals):
+                return True
+        return False
 
-    def _tell(self, trial: Trial, loss: float, used: int, lost: bool) -> None:
+    def _tell(
+        self, candidates: Sequence[_Candidate], *, lost: Sequence[_Candidate]
+    ) -> list[FrozenTrial]:
+        """Records and closes candidates that ended together."""
+        clock = _Clock(self.seconds)
+        verdicts = {str(c.trial.number): self._record(c, lost=c in lost) for c in candidates}
+        if len(verdicts) > 1:
+            self.study.set_user_attr(VERDICTS, verdicts)
+        for number, verdict in verdicts.items():
+            _close(self.study, int(number), verdict)
+        clock.lap("storage")
+        trials = self.study.get_trials(deepcopy=False)
+        return [trials[c.trial.number] for c in candidates]
+
+    def _record(self, candidate: _Candidate, *, lost: bool) -> Verdict:
+        trial, size = candidate.trial, candidate.size
+        result = self.scorer.summary(candidate.losses) | {
+            "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
+            "effective_bits": size.encoded * 8 / self.space.layout.inventory.n_searched_weights,
+            "predicted": self.surrogate.predict(candidate.params),
+            "repaired": candidate.params != self.space.complete(trial.params),
+        }
+        trial.set_user_attr(LOSSES, [float(v) for v in candidate.losses.kl])
+        trial.set_user_attr(RESULT, result)
+        loss = float(result["loss"])
         if not math.isfinite(loss):
             trial.set_user_attr("reason", f"proxy loss is {loss}")
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif lost:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, [loss, used])
+            return TrialState.FAIL.name, None
+        if lost:
+            return TrialState.PRUNED.name, None
+        return TrialState.COMPLETE.name, [loss, candidate.used]
+
+
+def _close(study: optuna.Study, number: int, verdict: Verdict) -> None:
+    state, values = verdict
+    study.tell(number, values, state=TrialState[state])
 
 
 def close_abandoned(study: optuna.Study) -> int:
-    """Closes RUNNING trials of a dead process; only while no other search is alive."""
+    """Closes RUNNING trials of a dead process; only while no other search is alive.
+
+    Returns:
+        How many were abandoned; those that had ended, but for being told so, are not among them.
+    """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in running:
+    verdicts = study.user_attrs.get(VERDICTS, {})
+    ended = [t for t in running if str(t.number) in verdicts]
+    for trial in ended:
+        _close(study, trial.number, verdicts[str(trial.number)])
+    abandoned = [t for t in running if str(t.number) not in verdicts]
+    for trial in abandoned:
         study._storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
         study.tell(trial.number, state=TrialState.FAIL)
-    return len(running)
+    return len(abandoned)
 
 
 def loses(candidate: Any, rival: Any, *, z: float = RACE_Z) -> bool:

@@ -71,12 +71,14 @@ def baselines_table(folder: str | Path) -> pd.DataFrame:
 def allocation_grid(allocation: Allocation) -> pd.DataFrame:
     """Formats, layers x roles; where a layer has no such tensor, the empty string.
 
-    Rows are layer numbers as text, ascending, then `OUTSIDE`; columns are group names without
-    their `layers.<n>.`, such as `experts.down`, and those outside the layers last.
+    Experts in parts are counted: `IQ2_XXS*8+IQ1_S*16`. Rows are layer numbers as text, ascending,
+    then `OUTSIDE`; columns are group names without their `layers.<n>.`, such as `experts.down`, and
+    those outside the layers last.
     """
     layers: dict[int, dict[str, str]] = {}
     outside: dict[str, str] = {}
-    for group, fmt in allocation.formats:
+    for group, text in allocation.formats:
+        fmt = "+".join(f"{name}*{n}" if n else name for name, n in _counted(text))
         if group.startswith("layers."):
             _, layer, role = group.split(".", 2)
             layers.setdefault(int(layer), {})[role] = fmt
@@ -89,7 +91,19 @@ def allocation_grid(allocation: Allocation) -> pd.DataFrame:
 
 def grid_bits(grid: pd.DataFrame) -> pd.DataFrame:
     """Effective bits per weight of a grid's formats, for display; NaN where it is empty."""
-    return grid.map(lambda fmt: format_named(fmt).bits if fmt else math.nan)
+    return grid.map(lambda cell: _bits(cell) if cell else math.nan)
+
+
+def _counted(text: str) -> list[tuple[str, int]]:
+    """Formats of a group and the number of experts in each; 0 for a plain format."""
+    pieces = [piece.partition(":") for piece in text.split("+")]
+    return [(name, experts.count(",") + 1 if experts else 0) for name, _, experts in pieces]
+
+
+def _bits(cell: str) -> float:
+    pieces = [piece.partition("*") for piece in cell.split("+")]
+    rows = [(format_named(name).bits, int(n or 1)) for name, _, n in pieces]
+    return sum(bits * n for bits, n in rows) / sum(n for _, n in rows)
 
 
 def records_table(records: Sequence[AllocationRecord]) -> pd.DataFrame:

@@ -51,6 +51,7 @@ class Workspace:
         cache: where profiles and encoded weights are kept between studies.
         threads: for torch and for encoding; all cores by default.
         progress: shows bars for whatever takes longer than two seconds.
+        target: instead of study.toml's.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Workspace:
         cache: Path | None = None,
         threads: int | None = None,
         progress: bool = False,
+        target: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
         self.spec = StudySpec.read(self.folder)
+        self.target = target or self.spec.target
         self.cache = cache or default_cache()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.progress = progress
@@ -79,7 +82,7 @@ class Workspace:
     @cached_property
     def layout(self) -> Layout:
         """The target bound to the checkpoint."""
-        return target_named(self.spec.target).layout(self.inventory)
+        return target_named(self.target).layout(self.inventory)
 
     @cached_property
     def search_space(self) -> SearchSpace:
@@ -120,6 +123,7 @@ class Workspace:
         for key, n, split in (
             ("search_documents", spec.search_documents, search),
             ("measured_documents", spec.measured_documents, search),
+            ("curvature_documents", spec.curvature_documents, search),
             ("selection_documents", spec.selection_documents, selection),
         ):
             if n is not None and n > len(split):
@@ -164,7 +168,12 @@ class Workspace:
     @property
     def n_measured(self) -> int:
         """Documents behind each measured sensitivity."""
-        return self.spec.calibration.measured_documents or min(12, len(self.splits[0]))
+        return self.spec.calibration.measured_documents or min(8, len(self.splits[0]))
+
+    @property
+    def n_curvature(self) -> int:
+        """Documents behind the curvature, of the original and of the incumbents."""
+        return self.spec.calibration.curvature_documents or min(16, len(self.splits[0]))
 
     @cached_property
     def profiler(self) -> Profiler:
@@ -174,6 +183,7 @@ class Workspace:
             layout=self.layout,
             documents=tuple(self.splits[0]),
             n_measured=self.n_measured,
+            n_curvature=self.n_curvature,
             saliency=self.search_space.experts.saliency,
         )
         return Profiler(inputs, self.cache, threads=self.threads, progress=self.progress)
@@ -285,7 +295,7 @@ class Workspace:
             )
 
     def _from_tensor_types(self, text: str, base: str | None) -> Allocation:
-        if self.spec.target != "gguf":
+        if self.target != "gguf":
             raise SpaceError(
                 "a tensor-type file names gguf tensors; this study's target is not gguf"
             )
@@ -301,13 +311,18 @@ class Workspace:
         whole = mixed(self.layout, rankings, experts=base or "Q8_0", rest=base or "Q8_0", count=n)
         chosen = {g: fallback(f, self.layout.groups[g].shape).name for g, f in named.items()}
         return Allocation.of(
-            target=self.spec.target,
+            target=self.target,
             retained=whole.retained_experts,
             formats=whole.format_of | chosen,
             experts_used=self.inventory.experts_used,
         )
 
     # -- study
+
+    @property
+    def base_tokens(self) -> int:
+        """Forward tokens before the first trial: the profile, and the original on the split."""
+        return sum(self.profile.forward_tokens.values()) + self.scorer.n_tokens
 
     def check_launch(
         self, *, sampler: str | None, seed: int | None, trials: int | None = None
@@ -336,7 +351,7 @@ class Workspace:
         scored = self.splits[0][: self.spec.calibration.search_documents]
         return {
             "checkpoint": self.inventory.digest,
-            "target": self.spec.target,
+            "target": self.target,
             "budget": f"{budget.nbytes} ({budget.bounds})",
             "sampler": sampler,
             "seed": seed,
@@ -367,7 +382,16 @@ class Workspace:
     ) -> BaseSampler:
         """The sampler of a launch; needs the profile."""
         name, chosen = self._sampler_and_seed(sampler, seed)
-        return make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget)
+        return make_sampler(
+            name,
+            seed=chosen,
+            surrogate=self.surrogate,
+            budget=budget,
+            around=lambda allocation, part: self.profiler.around(
+                allocation, self.scorer, part=part
+            ),
+            look_tokens=self.profiler.look_tokens(self.scorer),
+        )
 
     def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:
         return sampler or self.spec.sampler, self.spec.seed if seed is None else seed

@@ -12,7 +12,7 @@ import pytest
 
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
-from allocator.profile import Profile
+from allocator.profile import Change, Profile, bundle_of
 from allocator.space import SearchSpace, bind
 from allocator.surrogate import from_profile
 from allocator.targets import TARGETS
@@ -203,15 +203,23 @@ def write_zeros(folder, *, tensors=None, **changes):
 def synthetic_profile(layout, seed=0):
     """Random losses: falling with bits in every group, rising with every expert removed."""
     rng = np.random.default_rng(seed)
-    errors, measured = {}, {}
+    curvature, bundles = {}, {}
     for name, group in layout.groups.items():
-        stores = [f for f in FORMATS.values() if f.stores(group.shape)]
-        errors[name] = {f.name: float(4**-f.bits * rng.uniform(0.8, 1.25)) for f in stores}
         scale = float(np.exp(rng.normal()))
-        anchors = [f.name for f in (group.offered()[-1], group.offered()[1])]
-        measured[name] = {
-            f: scale * errors[name][f] * float(rng.uniform(0.7, 1.4)) for f in anchors
+        n_values = group.shape[0] if group.role.is_expert else 1
+        weights = rng.dirichlet(np.full(n_values, 5.0))
+        curvature[name] = {
+            f.name: (scale * 4**-f.bits * rng.uniform(0.8, 1.25, n_values) * weights).tolist()
+            for f in group.offered()
         }
+        bundles.setdefault(bundle_of(group), []).append(group)
+    measured = []
+    for bundle, groups in bundles.items():
+        for place in (-1, 1):
+            formats = {g.name: g.offered()[place].name for g in groups}
+            smooth = sum(sum(curvature[g][f]) for g, f in formats.items())
+            jumps = float(rng.uniform(0, 0.1) * smooth) ** 0.5
+            measured.append(Change(bundle, formats, smooth + jumps))
     n = layout.inventory.n_experts
     least = layout.inventory.least_experts(layout.inventory.experts_used)
     counts = sorted({least, *(c for c in range(least, n) if c % 4 == 0)})
@@ -222,18 +230,20 @@ def synthetic_profile(layout, seed=0):
         importance="i",
         n_tokens=1,
         measured_tokens=1,
+        curvature_tokens=1,
+        forward_tokens={"statistics": 1},
         saliency={
-            m: {x: rng.uniform(size=n).tolist() for x in layout.layers} for m in ("reap", "norm")
+            m: {x: rng.uniform(size=n).tolist() for x in layout.layers} for m in ("fisher", "norm")
         },
         unreached=[],
         counts={x: [1] * n for x in layout.layers},
-        errors=errors,
+        curvature=curvature,
         measured=measured,
         pruned={
             x: {c: float(rng.uniform(0.5, 2) * (1 - c / n) ** 2) for c in counts if c < n}
             for x in layout.layers
         },
-        saliency_method="reap",
+        saliency_method="fisher",
     )
 
 
@@ -307,6 +317,12 @@ class FormulaLosses:
         return FormulaLosses(np.concatenate([self.kl, other.kl]))
 
 
+def stored_bits(text):
+    """Bits of the one format, or of each expert in parts."""
+    pieces = [piece.partition(":") for piece in text.split("+")]
+    return np.array([FORMATS[f].bits for f, _, experts in pieces for _ in experts.split(",")])
+
+
 class FormulaScorer:
     """An additive loss: each group's falls with its bits, each layer's rises with lost experts.
 
@@ -315,6 +331,7 @@ class FormulaScorer:
     """
 
     n_documents = 12
+    n_tokens = 120
 
     def __init__(self, before=lambda allocation, start, stop: None, change=lambda kl: kl):
         self.before, self.change = before, change
@@ -322,7 +339,7 @@ class FormulaScorer:
     def score(self, allocation, start, stop):
         self.before(allocation, start, stop)
         loss = sum(
-            (1 + zlib.crc32(g.encode()) % 97) / 50 * 4 ** -FORMATS[f].bits
+            (1 + zlib.crc32(g.encode()) % 97) / 50 * float(np.mean(4.0 ** -stored_bits(f)))
             for g, f in allocation.formats
         )
         loss += sum((1 + x) / (1 + n) ** 2 for x, n in allocation.counts.items())

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.memory import Budget, FileBytes
 from allocator.targets import GGUF, SAFETENSORS
+
+COMMITTED = sorted((Path(__file__).parents[1] / "studies").glob("*/allocations/*.json"))
 
 
 def some(layout, seed=0, **changes):
@@ -38,7 +42,23 @@ def some(layout, seed=0, **changes):
         "formats": {n: rng.choice(g.offered()).name for n, g in layout.groups.items()},
         "experts_used": inventory.experts_used,
     }
+    if layout.target == "safetensors" and not changes:
+        for name in rng.sample([n for n in layout.groups if ".experts." in n], 2):
+            made["formats"][name] = in_parts(layout.groups[name], made["retained"], rng)
     return Allocation.of(**made | changes)
+
+
+def in_parts(group, retained, rng):
+    """A group's experts dealt out at random over two of its formats."""
+    experts = retained[group.layer]
+    n = rng.randint(1, len(experts) - 1)
+    names = [f.name for f in group.offered()]
+    i, j = sorted(rng.sample(range(len(names)), 2))
+    return f"{names[i]}:{listed(experts[:n])}+{names[j]}:{listed(experts[n:])}"
+
+
+def listed(experts):
+    return ",".join(map(str, sorted(experts)))
 
 
 ALLOCATIONS = st.builds(
@@ -47,7 +67,9 @@ ALLOCATIONS = st.builds(
     retained=st.dictionaries(
         st.integers(0, 90), st.lists(st.integers(0, 300), unique=True, max_size=5).map(tuple)
     ),
-    formats=st.dictionaries(st.text(), st.sampled_from(sorted(FORMATS))),
+    formats=st.dictionaries(
+        st.text(), st.sampled_from([*sorted(FORMATS), "IQ2_XXS:0,3+IQ1_S:1", "Q8_0:2+IQ1_S:0,1,5"])
+    ),
     experts_used=st.integers(1, 16),
     kv_format=st.sampled_from(["f16", "q8_0"]),
 )
@@ -135,13 +157,15 @@ def by_hand(layout, allocation, alignment):
     """Bytes of every tensor, from gguf-py's sizes: (encoded, kept, padding)."""
     counts = {layer: len(e) for layer, e in allocation.retained}
     encoded, kept = [], []
-    for name, fmt in allocation.formats:
+    for name, text in allocation.formats:
         group = layout.groups[name]
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[fmt]]
-        shape = list(group.shape)
-        if ".experts." in name:
-            shape[0] = counts[group.layer]
-        encoded.append(int(np.prod(shape)) // block * block_bytes)
+        for piece in text.split("+"):
+            fmt, _, experts = piece.partition(":")
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[fmt]]
+            shape = list(group.shape)
+            if ".experts." in name:
+                shape[0] = len(experts.split(",")) if experts else counts[group.layer]
+            encoded.append(int(np.prod(shape)) // block * block_bytes)
     for k in layout.kept:
         shape = list(k.shape)
         if ".mlp.gate." in k.source:
@@ -158,11 +182,12 @@ def test_bytes(layouts, target, seed):
     layout = layouts[target.name]
     allocation = some(layout, seed)
     allocation.check(layout)
+    assert any("+" in f for _, f in allocation.formats) == target.mixes_experts
     size = allocation.nbytes(layout)
     encoded, kept, padding = by_hand(layout, allocation, target.alignment)
     header = target.header_bytes(
         layout,
-        retained=allocation.counts,
+        retained=allocation.retained_experts,
         formats=allocation.format_of,
         experts_used=allocation.experts_used,
     )
@@ -253,6 +278,75 @@ def test_refused(layouts, why):
         Allocation.of(**data | change(whole)).check(layout)
 
 
+EXPERTS = tuple(range(24))
+PARTS = {  # group, text, what is said
+    "outside of experts": ("embedding", f"Q8_0:0,1+IQ1_S:{listed(EXPERTS[2:])}", "give it one"),
+    "of a shared expert": ("layers.1.shared.down", "Q8_0:0+IQ1_S:1", "only groups of routed"),
+    "malformed": (D, "Q8_0:0+IQ1_S", f"{D}: part 'IQ1_S': needed FORMAT:experts"),
+    "a space's choice": (D, "Q8_0*8+IQ1_S", f"{D}: part 'Q8_0.8': needed FORMAT:experts"),
+    "unknown": (D, f"Q8:0+IQ1_S:{listed(EXPERTS[1:])}", f"{D}: unknown format 'Q8'"),
+    "missing": (D, f"Q8_0:0+IQ1_S:{listed(EXPERTS[2:])}", f"{D}: parts hold expert 1 0 times"),
+    "doubled": (D, f"Q8_0:0,1+IQ1_S:{listed(EXPERTS[1:])}", f"{D}: parts hold expert 1 2 times"),
+    "not retained": (D, f"Q8_0:24+IQ1_S:{listed(EXPERTS)}", f"{D}: a part holds expert 24, which"),
+    "order of bits": (D, f"IQ1_S:0+Q8_0:{listed(EXPERTS[1:])}", f"{D}: parts of IQ1_S, Q8_0: nee"),
+    "order of experts": (D, f"Q8_0:1,0+IQ1_S:{listed(EXPERTS[2:])}", f"{D}: parts of Q8_0, IQ1_S"),
+    "one part": (D, f"Q8_0:{listed(EXPERTS)}", f"{D}: parts of Q8_0: needed two formats"),
+}
+
+
+@pytest.mark.parametrize("why", PARTS)
+def test_refused_parts(layouts, why):
+    name, text, match = PARTS[why]
+    layout = layouts["safetensors"]
+    plain = some(layout, retained=dict.fromkeys(layout.layers, EXPERTS))
+    good = f"Q8_0:0,1+IQ1_S:{listed(EXPERTS[2:])}"
+    replace(plain, formats=tuple((plain.format_of | {D: good}).items())).check(layout)
+    odd = replace(plain, formats=tuple((plain.format_of | {name: text}).items()))
+    with pytest.raises(SpaceError, match=match) as caught:
+        odd.check(layout)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("allocation: ")
+
+
+def test_gguf_has_no_parts(layouts):
+    layout = layouts["gguf"]
+    whole = some(layout, retained=dict.fromkeys(layout.layers, EXPERTS))
+    formats = whole.format_of | {D: f"Q8_0:0+IQ1_S:{listed(EXPERTS[1:])}"}
+    with pytest.raises(SpaceError, match="target gguf stores the experts of a projection in one"):
+        replace(whole, formats=tuple(formats.items())).check(layout)
+
+
+def test_parts_that_do_not_store(saved):
+    layout = SAFETENSORS.layout(read_inventory(saved["qwen"]))  # rows of 32
+    name = "layers.1.experts.down"
+    retained = dict.fromkeys(layout.layers, tuple(range(8)))
+    formats = some(layout, retained=retained).format_of | {name: "Q8_0:0+IQ1_S:1,2,3,4,5,6,7"}
+    with pytest.raises(FormatError, match="IQ1_S: in_features 32 is not a multiple"):
+        some(layout, retained=retained, formats=formats).check(layout)
+
+
+def test_digest_with_parts_is_stable():
+    allocation = Allocation.of(
+        target="safetensors",
+        retained={2: (5, 0, 7)},
+        formats={"b": "IQ2_XXS:0,7+IQ1_S:5", "a": "Q4_K"},
+        experts_used=2,
+    )
+    text = (
+        '{"experts_used": 2, "formats": {"a": "Q4_K", "b": "IQ2_XXS:0,7+IQ1_S:5"}, '
+        '"kv_format": "f16", "retained": {"2": [0, 5, 7]}, "target": "safetensors"}'
+    )
+    assert allocation.digest == hashlib.sha256(text.encode()).hexdigest()
+    assert Allocation.from_json(json.loads(text)) == allocation
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: "-".join(p.parts[-3::2]))
+def test_committed_digests_are_unchanged(path):
+    data = json.loads(path.read_text())["allocation"]
+    text = json.dumps(data, sort_keys=True)
+    assert Allocation.from_json(data).digest == hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_formats_that_do_not_store(layouts):
     layout = layouts["gguf"]
     for fmt, match in (("Q4_K", "in_features 64 is not a multiple"), ("Q4", "unknown format 'Q4'")):
@@ -282,8 +376,6 @@ def test_router_groups_stay_equal(saved):
 
 
 def test_router_groups_of_other_sizes(reference):
-    from dataclasses import replace
-
     config = {**reference.config, "n_group": 4, "topk_group": 2}  # 6 experts each
     layout = SAFETENSORS.layout(replace(reference, config=config))
     equal = [e for e in range(24) if e % 6 < 3]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from allocator.errors import (
 from allocator.formats import FORMATS
 from allocator.materialize.checkpoint import file_digest
 from allocator.records import AllocationRecord
+from allocator.space import SearchSpace, bind
 from allocator.study import allocation_of, complete_trials
 from allocator.workspace import Workspace
 
@@ -185,6 +187,28 @@ def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):
             assert (nbytes >= 0) if side == "up" else (nbytes <= 0)
             steps += 1
     assert steps > len(table) / 2
+
+
+def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
+    """Neighbours at the layer's own count; a mix that stores nothing else there is no step."""
+    layout = layouts["safetensors"]
+    space = bind(SearchSpace(schema=1), layout, None)
+    group = "layers.1.experts.down"
+    decision = space.allocation(
+        space.params(space.smallest) | {"experts.1": 10, f"format.{group}": "IQ2_XXS*8+IQ1_S"}
+    )
+    loss = SimpleNamespace(around=lambda params: lambda name, value: 0.0)
+    stub = SimpleNamespace(space=space, surrogate=loss, read_allocation=lambda path: decision)
+    monkeypatch.setattr(api, "Workspace", lambda folder: stub)
+    table = api.explain("study", "allocation").set_index("decision")
+    row = table.loc[f"format.{group}"]
+    assert row["value"] == "IQ2_XXS*8+IQ1_S"
+    # of 10 experts, matrices of 256 rows of 66 and 50 bytes
+    assert row["bytes"] == 256 * (8 * 66 + 2 * 50)
+    assert (row["down"], row["down_bytes"]) == ("IQ2_XXS*4+IQ1_S", -256 * 4 * 16)
+    assert (row["up"], row["up_bytes"]) == ("IQ2_XXS", 256 * 2 * 16)
+    assert table.loc["format.layers.2.experts.down", "up"] == "IQ1_M"  # of 6 experts
+    assert table.loc["experts.1", "value"] == 10
 
 
 def test_score_is_the_trials_loss(study, options):

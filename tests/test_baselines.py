@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from allocator.baselines import baselines, mixed
+from allocator.baselines import baselines, hand_rule, mixed
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.targets import GGUF, SAFETENSORS, TARGETS
@@ -93,3 +93,64 @@ def test_an_embedding_without_importance(tmp_path, make):
         assert made["IQ2_XXS"].format_of["embedding"] == "Q2_K"
         assert made["IQ2_XXS"].format_of["head"] == "IQ2_XXS"
         assert made["IQ3_S"].format_of["embedding"] == "IQ3_S"
+
+
+# -- the hand rule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hand_rule_is_an_allocation_of_every_layout(many, kind):
+    layout = many[kind]
+    made = dict(hand_rule(layout, by_index(layout)))
+    assert len(made) >= 1
+    for name, allocation in made.items():
+        allocation.check(layout)
+        (count,) = set(allocation.counts.values())
+        assert count % layout.inventory.expert_groups == 0
+        n = layout.inventory.n_experts
+        assert name == ("hand rule" if count == n else f"hand rule, {count} experts")
+    counts = [a.counts for a in made.values()]
+    assert counts == sorted(counts, key=lambda c: -sum(c.values()))
+
+
+def test_the_hand_rule_on_the_reference(layouts):
+    """Six layers: the outer eighths are layers 0 and 5."""
+    layout = layouts["gguf"]
+    rankings = {x: tuple((5 * e + x) % 24 for e in range(24)) for x in layout.layers}
+    made = dict(hand_rule(layout, rankings))
+    assert list(made) == ["hand rule", "hand rule, 18 experts", "hand rule, 15 experts"]
+    for count, allocation in zip((24, 18, 15), made.values(), strict=True):
+        assert allocation.experts_used == layout.inventory.experts_used
+        for x in layout.layers:
+            assert allocation.retained_experts[x] == tuple(sorted(rankings[x][:count]))
+    assert len({a.formats for a in made.values()}) == 1
+    stored = made["hand rule"].format_of
+    by_role = {
+        "experts.gate": "IQ1_S IQ1_S IQ1_S IQ1_S IQ1_M",
+        "experts.up": "IQ1_S IQ1_S IQ1_S IQ1_S IQ1_M",
+        "experts.down": "IQ1_M IQ1_M IQ1_M IQ1_M IQ2_XXS",
+        "shared.gate": "IQ3_S IQ3_S IQ3_S IQ3_S Q4_K",
+        "shared.up": "IQ3_S IQ3_S IQ3_S IQ3_S Q4_K",
+        "shared.down": "Q4_K Q4_K Q4_K Q4_K Q5_K",
+        "attention.q_a": "Q4_K Q4_K Q4_K Q4_K Q4_K",
+        "attention.o": "Q4_K Q4_K Q4_K Q4_K Q4_K",
+        "attention.k_b": "Q5_0 Q5_0 Q5_0 Q5_0 Q5_0",  # rows of 64: llama-quantize's fallback
+    }
+    for role, formats in by_role.items():
+        assert [stored[f"layers.{x}.{role}"] for x in range(1, 6)] == formats.split()
+    assert {stored[f"layers.0.mlp.{p}"] for p in ("gate", "up", "down")} == {"Q4_K"}
+    assert layout.inventory.tied_embeddings
+    assert stored["embedding"] == "Q5_K"
+
+
+def test_the_hand_rule_by_position(tmp_path, make):
+    """Of 17 layers, the first and the last three are a step higher; a head of its own."""
+    wide = {"hidden_size": 256, "num_hidden_layers": 17}
+    layout = GGUF.layout(read_inventory(make.zeros(tmp_path, tensors=make.tensors(**wide), **wide)))
+    made = dict(hand_rule(layout, by_index(layout), retained=(1 / 2,)))
+    assert list(made) == ["hand rule, 2 experts"]
+    stored = made["hand rule, 2 experts"].format_of
+    gates = [stored[f"layers.{x}.experts.gate"] for x in range(17)]
+    assert gates == ["IQ1_M"] * 3 + ["IQ1_S"] * 11 + ["IQ1_M"] * 3
+    assert stored["layers.5.experts.down"] == "IQ4_NL"  # rows of 32
+    assert (stored["embedding"], stored["head"]) == ("Q4_K", "Q5_K")

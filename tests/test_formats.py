@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.codecs.ggml import library
-from allocator.errors import FormatError
-from allocator.formats import FORMATS, OFFERED, fallback, format_named, offered
+from allocator.errors import FormatError, SpaceError
+from allocator.formats import (
+    FORMATS,
+    OFFERED,
+    fallback,
+    format_named,
+    offered,
+    parts,
+    parts_text,
+)
 
 SHAPES = st.lists(st.integers(1, 5), max_size=3).flatmap(
     lambda outer: st.integers(1, 1100).map(lambda n: (*outer, n))
@@ -85,3 +93,68 @@ def test_unknown_names():
 def test_effective_bits():
     assert FORMATS["Q4_K"].bits == 4.5
     assert FORMATS["IQ1_S"].bits == 1.5625
+
+
+# -- parts
+
+
+@given(
+    st.sets(st.integers(0, 400), min_size=1),
+    st.lists(st.sampled_from(sorted(FORMATS)), min_size=1, max_size=3, unique=True),
+    st.randoms(use_true_random=False),
+)
+def test_parts_round_trip(retained, names, rng):
+    names = sorted(names, key=lambda n: (-FORMATS[n].bits, n))[: len(retained)]
+    dealt = dict(zip(rng.sample(sorted(retained), len(names)), names, strict=True))  # one at least
+    held = {n: sorted(e for e in retained if dealt.setdefault(e, names[0]) == n) for n in names}
+    rows = tuple((n, tuple(experts)) for n, experts in held.items())
+    text = parts_text(rows)
+    found = parts(text, tuple(sorted(retained)))
+    assert tuple((fmt.name, experts) for fmt, experts in found) == rows
+    assert ("+" in text) == (len(names) > 1)
+    assert all(fmt is FORMATS[fmt.name] for fmt, _ in found)
+
+
+def test_parts_spelled_out():
+    rows = (("IQ2_XXS", (0, 3, 5)), ("IQ1_S", (1, 2, 4)))
+    assert parts_text(rows) == "IQ2_XXS:0,3,5+IQ1_S:1,2,4"
+    assert parts("IQ1_S", (7, 9)) == ((FORMATS["IQ1_S"], (7, 9)),)
+    assert parts("IQ1_S", ()) == ((FORMATS["IQ1_S"], ()),)
+
+
+ODD_PARTS = {  # of experts 1, 2, 5
+    "IQ2_XXS:1,2": "hold expert 5 0 times",
+    "IQ2_XXS:1,2,5": "written as its plain name",
+    "IQ2_XXS:1,2+IQ1_S:2,5": "hold expert 2 2 times",
+    "IQ2_XXS:1,1,2+IQ1_S:5": "hold expert 1 2 times",
+    "IQ2_XXS:1,2+IQ1_S:3,5": "holds expert 3, which its layer does not retain",
+    "IQ1_S:1,2+IQ2_XXS:5": "by bits descending",
+    "IQ2_XXS:2,1+IQ1_S:5": "experts ascending",
+    "IQ2_XXS:01,2+IQ1_S:5": "experts ascending",
+    "IQ2_XXS:1+IQ2_XXS:2,5": "each once",
+    "Q4_0:1+IQ4_NL:2,5": "by bits descending",  # of the same bits: by name
+    "IQ2_XXS:1,2+IQ1_S": "part 'IQ1_S': needed FORMAT:experts",
+    "IQ2_XXS:1,2+IQ1_S:": "part 'IQ1_S:': needed FORMAT:experts",
+    "IQ2_XXS:1,2++IQ1_S:5": "part '': needed",
+    "IQ2_XXS:1, 2+IQ1_S:5": "part 'IQ2_XXS:1, 2': needed",
+    "IQ2_XXS:-1,2+IQ1_S:5": "part 'IQ2_XXS:-1,2': needed",
+    "IQ2_XXS*2+IQ1_S": r"part 'IQ2_XXS\*2': needed",
+    "IQ2_XXS:1:2+IQ1_S:5": "part 'IQ2_XXS:1:2': needed",
+    "IQ2_XXS:\u0661,2+IQ1_S:5": "needed FORMAT:experts",
+    "IQ2_XXS:1,2+IQ1_S:5\n": "needed FORMAT:experts",
+    f"IQ2_XXS:{'9' * 5000}+IQ1_S:5": "needed FORMAT:experts",
+}
+
+
+@pytest.mark.parametrize("text", ODD_PARTS, ids=lambda t: t[:24].encode("unicode_escape").decode())
+def test_odd_parts_are_refused(text):
+    with pytest.raises(SpaceError, match=ODD_PARTS[text]) as caught:
+        parts(text, (1, 2, 5))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_parts_of_unknown_formats():
+    for text in ("IQ2:1,2+IQ1_S:5", ":1,2+IQ1_S:5"):
+        with pytest.raises(FormatError, match="unknown format"):
+            parts(text, (1, 2, 5))

@@ -1,9 +1,11 @@
 """The grammar, params and allocations, and repairs that never exceed a budget."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -92,8 +94,10 @@ def test_schema(spec, tmp_path):
 # -- pins and limits
 
 
-def formats(spec, layout, text):
-    return bind(spec(text), layout, None).formats
+def formats(spec, layout, text, *, mixes=False):
+    """By group; without mixes unless they are wanted."""
+    found = bind(spec(text), layout, None).formats
+    return found if mixes else {n: tuple(v for v in f if "+" not in v) for n, f in found.items()}
 
 
 def pin(pattern, **keys):
@@ -134,6 +138,70 @@ def test_without_limits(spec, layouts):
 )
 def test_narrowed(spec, layouts, text, name, left):
     assert formats(spec, layouts["safetensors"], text)[name] == left
+
+
+def mixes(*pairs, heads=(20, 16, 12, 8, 4)):
+    """`A*20+B`, `A*16+B`, ... of each pair."""
+    return tuple(f"{a}*{n}+{b}" for a, b in pairs for n in heads)
+
+
+LADDER = ("Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "mixed"),
+    [
+        ("", DOWN, mixes(*itertools.pairwise(LADDER))),
+        ("", "layers.1.shared.down", ()),
+        ("", KV_B, ()),
+        ("[experts]\nmixes = false", DOWN, ()),
+        ("[experts]\nmixes = true", DOWN, mixes(*itertools.pairwise(LADDER))),
+        ('formats = ["IQ1_S", "Q8_0", "IQ4_NL", "IQ2_XXS"]', DOWN,
+         mixes(("Q8_0", "IQ2_XXS"), ("IQ2_XXS", "IQ1_S"))),
+        ('formats = ["IQ1_M", "Q4_K", "IQ4_NL"]', DOWN, ()),
+        (pin("*.experts.*", format="IQ2_XXS"), DOWN, ()),
+        (pin("*.experts.*", minimum="IQ3_S", maximum="Q5_K"), DOWN,
+         mixes(("Q5_K", "IQ4_XS"), ("IQ4_XS", "IQ3_S"))),
+        (pin("*.experts.*", minimum="IQ2_XS", maximum="IQ2_S"), DOWN, ()),
+        # a head of as many as are ever retained would be the plain format
+        ("[experts]\nmaximum = 12\n" + pin("*.experts.*", minimum="Q6_K"), DOWN,
+         mixes(("Q8_0", "Q6_K"), heads=(8, 4))),
+    ],
+)  # fmt: skip
+def test_mixes(spec, layouts, text, name, mixed):
+    found = formats(spec, layouts["safetensors"], text, mixes=True)[name]
+    assert sorted(v for v in found if "+" in v) == sorted(mixed)
+
+
+def test_llama_cpp_is_offered_no_mixes(spec, layouts):
+    for text in ("", "[experts]\nmixes = true"):
+        found = formats(spec, layouts["gguf"], text, mixes=True)
+        assert not any("+" in v for names in found.values() for v in names)
+
+
+@pytest.mark.parametrize(("n_experts", "heads"), [(2, (1,)), (4, (1, 2, 3)), (8, (1, 3, 4, 5, 7))])
+def test_heads_of_few_experts(layouts, n_experts, heads):
+    layout, one_used = layouts["safetensors"], SearchSpace(schema=1, experts_used=[1])
+    few = {n: replace(g, shape=(n_experts, *g.shape[1:])) if ".experts." in n else g
+           for n, g in layout.groups.items()}  # fmt: skip
+    inventory = replace(
+        layout.inventory, config={**layout.inventory.config, "n_routed_experts": n_experts}
+    )
+    space = bind(one_used, replace(layout, groups=few, inventory=inventory), None)
+    assert {v for v in space.formats[DOWN] if v.startswith("IQ2_XXS*")} == {
+        f"IQ2_XXS*{n}+IQ1_S" for n in heads
+    }
+
+
+def test_formats_and_mixes_are_in_order_of_bytes(spaces):
+    space = spaces["safetensors"]
+    for name, values in space.formats.items():
+        sizes = [space.costs(Budget(1, "weights")).group(name, v, 24) for v in values]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(values)) == len(values)
+        assert not any("+" in v for v in (values[0], values[-1]))
+        if ".experts." in name:
+            assert len(values) == 13 + 8 * 5
 
 
 @pytest.mark.parametrize(
@@ -279,6 +347,18 @@ def draw(data, space):
     return {n: data.draw(st.sampled_from(v), label=n) for n, v in space.choices.items()}
 
 
+def loss_of(space):
+    """Random losses that fall with every step up; of one param's value."""
+    rng = np.random.default_rng(0)
+    steps = {n: np.cumsum(rng.exponential(size=len(v))) for n, v in space.choices.items()}
+
+    def loss(name, value):
+        at = space.choices[name].index(value)
+        return float(steps[name][at if name.startswith("format.") else -1 - at])
+
+    return loss
+
+
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
@@ -291,9 +371,83 @@ def test_params_of_an_allocation_of_params(spaces, target, data):
     allocation = space.allocation(params)
     allocation.check(space.layout)
     searched = {n: v for n, v in params.items() if n in space.distributions}
-    assert space.params(allocation) == searched
     assert space.complete(searched) == params
     assert space.allocation(searched) == allocation
+    found = space.params(allocation)
+    assert found == searched | plain_of(space, params)
+    assert space.allocation(found) == allocation
+    assert space.params(space.allocation(found)) == found
+    if target == "gguf":
+        assert found == searched
+
+
+def plain_of(space, params):
+    """First formats of the mixes whose head holds all that the layer retains."""
+    found = {}
+    for name, value in params.items():
+        if "*" in str(value):
+            head, n, _ = re.split(r"[*+]", value)
+            group = name.removeprefix("format.")
+            if params[f"experts.{space.layout.groups[group].layer}"] <= int(n):
+                found[name] = head
+    return found
+
+
+@quick
+@given(data=st.data())
+def test_parts_of_a_choice(spaces, data):
+    """The ranking's first experts in the first format; the allocation says the same."""
+    space = spaces["safetensors"]
+    params = draw(data, space)
+    allocation = space.allocation(params)
+    for group in space.layout.groups:
+        value, layer = params[f"format.{group}"], space.layout.groups[group].layer
+        count = params.get(f"experts.{layer}", 0) if ".experts." in group else 0
+        found = space.parts(group, value, count)
+        if ".experts." not in group:
+            assert found == ((value, ()),)
+            continue
+        ranking = space.rankings[layer][:count]
+        head, n, tail = re.split(r"[*+]", value) if "*" in value else (value, count, None)
+        expected = [(head, ranking[: int(n)]), (tail, ranking[int(n) :])]
+        assert found == tuple((f, tuple(sorted(e))) for f, e in expected if e)
+        assert tuple((f.name, e) for f, e in allocation.parts(space.layout, group)) == found
+        assert allocation.format_of[group].count("+") == len(found) - 1
+
+
+def test_mixes_of_balanced_router_groups(grouped, profiles):
+    layout = grouped["safetensors"]
+    space = bind(SearchSpace(schema=1), layout, profiles["safetensors"].saliency)
+    params = space.complete(space.params(space.largest))
+    params |= dict.fromkeys((f"format.{g}" for g in space._routed), "IQ2_XXS*12+IQ1_S")
+    for count in space.counts:
+        params |= dict.fromkeys(space.count_params, count)
+        allocation = space.allocation(params)
+        allocation.check(layout)
+        assert allocation.format_of[DOWN].count("+") == (count > 12)
+        for layer in layout.layers:
+            assert allocation.retained_experts[layer] == space.retained(layer, count)
+
+
+def test_allocations_in_other_parts_are_outside_the_space(spaces):
+    space = spaces["safetensors"]
+    whole = space.allocation(space.params(space.largest) | {f"format.{DOWN}": "IQ2_XXS*8+IQ1_S"})
+    assert space.params(whole)[f"format.{DOWN}"] == "IQ2_XXS*8+IQ1_S"
+    best, rest = (set(e) for _, e in space.parts(DOWN, "IQ2_XXS*8+IQ1_S", 24))
+    worse = max(best, key=space.rankings[1].index), min(rest, key=space.rankings[1].index)
+    swapped = sorted(best ^ set(worse)), sorted(rest ^ set(worse))
+    few = sorted(best - {worse[0]}), sorted(rest | {worse[0]})
+    for head, tail in (swapped, few):
+        text = f"IQ2_XXS:{','.join(map(str, head))}+IQ1_S:{','.join(map(str, tail))}"
+        odd = replace(whole, formats=tuple((whole.format_of | {DOWN: text}).items()))
+        odd.check(space.layout)
+        with pytest.raises(SpaceError):
+            space.params(odd)
+    three = "Q8_0:0+IQ2_XXS:1+IQ1_S:" + ",".join(map(str, range(2, 24)))
+    odd = replace(whole, formats=tuple((whole.format_of | {DOWN: three}).items()))
+    odd.check(space.layout)
+    with pytest.raises(SpaceError, match=f"format.{DOWN} is 'Q8_0:0"):
+        space.params(odd)
 
 
 @pytest.mark.parametrize(
@@ -360,12 +514,35 @@ def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
         assert 0 <= cost - used < 2000  # digits of a header
 
 
+@pytest.mark.parametrize("value", ["Q8_0*20+Q6_K", "IQ2_XXS*8+IQ1_S", "Q8_0", "IQ1_S"])
+@pytest.mark.parametrize("count", [6, 8, 9, 20, 21, 24])
+def test_costs_of_every_group_in_one_choice(spaces, value, count):
+    """What `Costs.total` says is an upper bound of the file, and exact for the weights."""
+    space = spaces["safetensors"]
+    params = space.complete(space.params(space.smallest))
+    params |= {n: value for n, v in space.choices.items() if value in v}
+    params |= dict.fromkeys(space.count_params, count)
+    allocation = space.allocation(params)
+    allocation.check(space.layout)
+    size = allocation.nbytes(space.layout)
+    assert space.costs(Budget(1, "weights")).total(params) == size.encoded
+    assert 0 <= space.costs(Budget(1, "file")).total(params) - size.file < 2000
+    one, two = (f for f in (value.replace("*", "+").split("+")[i] for i in (0, -1)))
+    n = int(value.split("*")[1].split("+")[0]) if "*" in value else count
+    by_hand = 65536 * (
+        min(n, count) * FORMATS[one].bits / 8 + max(count - n, 0) * FORMATS[two].bits / 8
+    )
+    for bounds, slack in (("weights", 0), ("file", 160 if "*" in value and count > n else 0)):
+        found = space.costs(Budget(1, bounds)).group(DOWN, value, count)
+        assert 0 <= found - by_hand <= slack
+
+
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("target", TARGET_NAMES)
 @quick
 @given(data=st.data(), share=st.floats(0, 1.2))
-def test_repair(spaces, surrogates, target, bounds, data, share):
-    space, loss = spaces[target], surrogates[target].loss
+def test_repair(spaces, target, bounds, data, share):
+    space, loss = spaces[target], loss_of(spaces[target])
     layout = space.layout
     low, high = (Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
@@ -416,8 +593,8 @@ def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
 
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("target", TARGET_NAMES)
-def test_floor(spaces, surrogates, target, bounds):
-    space = spaces[target]
+def test_floor(spaces, target, bounds):
+    space, loss = spaces[target], loss_of(spaces[target])
     floor = Budget(1, bounds).used(space.smallest.nbytes(space.layout))
     space.check_budget(Budget(floor, bounds))
     under = Budget(floor - 1, bounds)
@@ -428,8 +605,8 @@ def test_floor(spaces, surrogates, target, bounds):
     assert "lower [experts] minimum or loosen pins" in str(caught.value)
     params = space.complete(space.params(space.largest))
     with pytest.raises(BudgetError, match="is under the floor"):
-        repair(space, space.costs(under), params, surrogates[target].loss)
-    at = repair(space, space.costs(Budget(floor, bounds)), params, surrogates[target].loss)
+        repair(space, space.costs(under), params, loss)
+    at = repair(space, space.costs(Budget(floor, bounds)), params, loss)
     assert Budget(floor, bounds).used(space.allocation(at).nbytes(space.layout)) <= floor
     with pytest.raises(BudgetError, match="needed a positive size"):
         space.check_budget(Budget(0, bounds))
@@ -441,6 +618,6 @@ def test_smallest_is_smallest(spaces):
         small = space.smallest
         assert set(small.counts.values()) == {6}
         for name, group in layout.groups.items():
-            stored = [FORMATS[f].nbytes(group.shape) for f in space.formats[name]]
+            stored = [FORMATS[f].nbytes(group.shape) for f in space.formats[name] if f in FORMATS]
             assert FORMATS[small.format_of[name]].nbytes(group.shape) == min(stored)
             assert FORMATS[space.largest.format_of[name]].nbytes(group.shape) == max(stored)

@@ -12,9 +12,11 @@ from allocator.allocation import Allocation
 from allocator.baselines import baselines
 from allocator.errors import StudyError
 from allocator.memory import Budget
+from allocator.samplers.evolution import Selection
 from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import open_storage
 from allocator.study import (
+    VERDICTS,
     Queued,
     Search,
     allocation_of,
@@ -143,6 +145,192 @@ def test_loses_is_a_paired_comparison():
     shift = np.array([0.0, 1.0, 2.0, 3.0]) - 1.5
     assert loses(rival + shift + 3.01 * error, rival)
     assert not loses(rival + shift + 2.99 * error, rival)
+
+
+# -- generations
+
+STEPS = Selection(8, ((2, 3), (6, 1)))
+
+
+def begun(formula, storage, scorer=None, sampler="evolution"):
+    search = formula.search(storage, sampler, scorer=scorer, n_knapsack=1)
+    search.selection = STEPS
+    return search
+
+
+def told(study):
+    """All that a study says of its trials, abandoned ones left out."""
+    trials = [t for t in study.get_trials() if ABANDONED not in t.user_attrs]
+    return [(t.state, t.params, t.values, t.user_attrs, t.constraints) for t in trials]
+
+
+@pytest.mark.parametrize("sampler", ["random", "evolution"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_generation_keeps_exactly_the_best(formula, sampler, seed):
+    asked = {}
+    scorer = formula.Scorer(
+        lambda a, start, stop: asked.setdefault(a, []).extend(range(start, stop)),
+        change=lambda kl: kl + 0.1 * np.random.default_rng(int(kl.sum() * 1e9)).random(len(kl)),
+    )
+    search = formula.search(InMemoryStorage(), sampler, scorer=scorer, seed=seed, n_knapsack=1)
+    search.selection = STEPS
+    search.run(n_trials=1)
+    asked.clear()
+    finished = search.generation(STEPS)
+    assert len(finished) == len(asked) == 8
+    losses = {t.number: t.user_attrs["losses"] for t in finished}
+    third = sorted(losses, key=lambda n: np.mean(losses[n][:2]))[:3]
+    best = min(third, key=lambda n: np.mean(losses[n][:6]))
+    for trial in finished:
+        scored = N if trial.number == best else 6 if trial.number in third else 2
+        assert asked[allocation_of(trial)] == list(range(scored))
+        assert len(losses[trial.number]) == scored
+        assert trial.user_attrs["result"]["tokens"] == 10 * scored
+        assert trial.user_attrs["result"]["loss"] == pytest.approx(np.mean(losses[trial.number]))
+        assert trial.state is (TrialState.COMPLETE if scored == N else TrialState.PRUNED)
+        assert trial.constraints["budget"] <= 0
+        if scored < N:
+            assert trial.values is None
+    size = allocation_of(search.study.trials[best]).nbytes(search.space.layout).file
+    assert search.study.trials[best].values == [pytest.approx(np.mean(losses[best])), size]
+
+
+def test_several_survivors_are_all_complete(formula):
+    search = begun(formula, InMemoryStorage())
+    search.run(n_trials=1)
+    finished = search.generation(Selection(5, ((4, 2),)))
+    assert sorted(t.state.name for t in finished) == ["COMPLETE"] * 2 + ["PRUNED"] * 3
+    assert [t.state.name for t in search.generation(Selection(2, ()))] == ["COMPLETE"] * 2
+
+
+def test_first_trials_then_whole_generations(formula):
+    seen = []
+    search = formula.search(InMemoryStorage(), "evolution")
+    assert search.selection == Selection(16, ((1, 4), (4, 1)))
+    search.selection = STEPS
+    search.run(n_trials=1)
+    assert search.n_proposals() == 1
+    search.run(n_trials=3, on_trial=seen.append)
+    assert [t.number for t in seen] == list(range(1, 2 + 8))
+    assert [t.user_attrs["kind"] for t in seen] == ["knapsack"] + ["proposal"] * 8
+    search.run(n_trials=10, on_trial=seen.append)
+    assert len(seen) == 9
+    assert formula.search(InMemoryStorage(), "tpe").selection is None
+    search.run(seconds=0)
+    assert search.n_proposals() == 10
+
+
+@pytest.mark.parametrize("bad", [0, 3, 8])
+def test_offspring_without_a_finite_loss_fail_with_their_reason(formula, bad):
+    calls = []
+
+    def change(kl):
+        calls.append(0)
+        return kl * math.nan if len(calls) <= bad else kl
+
+    search = begun(formula, InMemoryStorage())
+    search.run(n_trials=1)
+    search.scorer.change = change
+    states = [t.state.name for t in search.generation(STEPS)]
+    assert states[:bad] == ["FAIL"] * bad
+    assert states.count("COMPLETE") == (bad < 8)
+    for trial in search.study.trials[1 : 1 + bad]:
+        assert "nan" in trial.user_attrs["reason"]
+        assert ABANDONED not in trial.user_attrs
+        assert trial.values is None
+    search.scorer.change = lambda kl: kl
+    assert search.n_proposals() == 9
+    search.generation(STEPS)
+    assert search.n_proposals() == 17
+
+
+def test_a_survivor_without_a_finite_loss_fails(formula):
+    """The one survivor meets a document without a loss: nothing of the generation is COMPLETE."""
+    search = begun(formula, InMemoryStorage())
+    search.run(n_trials=1)
+    search.scorer.change = lambda kl: kl * (math.inf if len(kl) == N - 6 else 1)
+    assert sorted(t.state.name for t in search.generation(STEPS)) == ["FAIL"] + ["PRUNED"] * 7
+
+
+N_CALLS = 8 + 3 + 1  # scorer calls of a generation
+
+
+@pytest.mark.parametrize("call", [0, 1, 7, 8, 10, 11])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_dying_in_a_generation_and_resuming_is_undisturbed(formula, call, generation):
+    undisturbed = begun(formula, InMemoryStorage())
+    undisturbed.run(n_trials=1 + 3 * 8)
+    left = [3 + generation * N_CALLS + call]  # 3: the queue's one trial has two rungs
+
+    def before(allocation, start, stop):
+        if not left[0]:
+            raise RuntimeError("killed")
+        left[0] -= 1
+
+    storage = InMemoryStorage()
+    with pytest.raises(RuntimeError, match="killed"):
+        begun(formula, storage, formula.Scorer(before)).run(n_trials=100)
+    search = begun(formula, storage)
+    running = [t for t in search.study.get_trials() if t.state is TrialState.RUNNING]
+    assert len(running) == 8  # nothing of a generation is told before its end
+    assert close_abandoned(search.study) == 8
+    assert search.n_proposals() == 1 + 8 * generation
+    search.run(n_trials=1 + 3 * 8)
+    assert len(search.study.trials) == 1 + 4 * 8
+    assert told(search.study) == told(undisturbed.study)
+
+
+@pytest.mark.parametrize("tells", range(8))
+def test_dying_between_tells_and_resuming_is_undisturbed(formula, monkeypatch, tells):
+    undisturbed = begun(formula, InMemoryStorage())
+    undisturbed.run(n_trials=1 + 3 * 8)
+    storage = InMemoryStorage()
+    search = begun(formula, storage)
+    search.run(n_trials=1 + 8)
+    left = [tells]
+    tell = optuna.Study.tell
+
+    def killed(*args, **kwargs):
+        if not left[0]:
+            raise RuntimeError("killed")
+        left[0] -= 1
+        return tell(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            search.run(n_trials=1 + 3 * 8)
+    search = begun(formula, storage)
+    n_running = sum(t.state is TrialState.RUNNING for t in search.study.get_trials())
+    assert n_running == 8 - tells
+    assert close_abandoned(search.study) == 0  # all had ended
+    search.run(n_trials=1 + 3 * 8)
+    assert len(search.study.trials) == 1 + 3 * 8
+    assert told(search.study) == told(undisturbed.study)
+
+
+def test_dying_before_the_verdicts_are_written_abandons_all(formula, monkeypatch):
+    undisturbed = begun(formula, InMemoryStorage())
+    undisturbed.run(n_trials=1 + 2 * 8)
+    storage = InMemoryStorage()
+    search = begun(formula, storage)
+    search.run(n_trials=1 + 8)
+    assert len(search.study.user_attrs[VERDICTS]) == 8
+    set_user_attr = optuna.Study.set_user_attr
+
+    def killed(study, key, value):
+        if key == VERDICTS:
+            raise RuntimeError("killed")
+        set_user_attr(study, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "set_user_attr", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            search.generation(STEPS)
+    search = begun(formula, storage)
+    assert close_abandoned(search.study) == 8
+    search.run(n_trials=1 + 2 * 8)
+    assert told(search.study) == told(undisturbed.study)
 
 
 # -- what cannot be scored

@@ -138,6 +138,18 @@ def test_allocation_grid():
     assert bits.loc["10", "experts.down"] == 1.5625  # 50 bytes for 256 weights
 
 
+def test_allocation_grid_of_parts():
+    formats = FORMATS | {"layers.2.experts.down": "IQ2_XXS:0,3,5+IQ1_S:1,2,4,7,8,9"}
+    grid = allocation_grid(
+        Allocation.of(target="safetensors", retained={}, formats=formats, experts_used=2)
+    )
+    assert grid.loc["2", "experts.down"] == "IQ2_XXS*3+IQ1_S*6"
+    assert grid.loc["10", "experts.down"] == "IQ1_S"
+    # 66 and 50 bytes for 256 weights, of 3 and 6 experts
+    bits = (3 * 66 + 6 * 50) * 8 / (9 * 256)
+    assert grid_bits(grid).loc["2", "experts.down"] == pytest.approx(bits)
+
+
 @pytest.mark.parametrize("name", ["pick", "knapsack"])
 def test_grid_of_the_reference_holds_every_group(name):
     path = REFERENCE / f"allocations/{name}.json"

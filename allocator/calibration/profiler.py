@@ -1,13 +1,15 @@
-"""The profile stage: statistics, format errors, and the loss of single changes, resumable.
+"""The profile stage: statistics, curvature, and the loss of a few changes, resumable.
 
 In: a checkpoint in a layout, and calibration documents. Out: a folder named by the digest of its
-inputs: `statistics.json` and `importance.safetensors` (one pass of the original), `errors.jsonl`
-(weighted error per group and format), `losses.jsonl` (measured KL of one change at a time), and
+inputs: `statistics.json` and `importance.safetensors` (one pass of the original), `curvature.json`
+(second-order loss of every group, expert and format: one more pass, with gradients), `losses.jsonl`
+(measured KL of a few changes, each of one bundle of groups or one layer's count), and
 `profile.json` when all is there. Invariant: a kill costs at most the line being measured.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from allocator.allocation import Allocation
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
@@ -27,15 +30,17 @@ from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import decode
 from allocator.codecs.source import Floats, group_weights
 from allocator.files import write_whole
-from allocator.formats import format_named
-from allocator.profile import Profile
-from allocator.proxy.model import SwapModel
+from allocator.profile import Change, Profile, bundle_of
+from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
+from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
 from allocator.space import Experts, SearchSpace, Space, bind
+from allocator.surrogate import Around
 from allocator.targets import Group, Layout
 
 ANCHOR_BITS = (1.75, 3.0)
-"""Each group's loss is measured in its formats nearest to these, the rest is inferred."""
+"""Each bundle's loss is measured with its groups in their formats nearest to these."""
+_SALIENCY_BITS = 2.0625  # the format whose loss ranks experts
 PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Each layer's loss is measured at these shares of its experts."""
 
@@ -47,13 +52,15 @@ class ProfileInputs:
     Attributes:
         layout: the target bound to the checkpoint.
         documents: the calibration documents for the statistics; the first ones are scored.
-        n_measured: documents scored for each single change.
+        n_measured: documents scored for each change.
+        n_curvature: documents behind the curvature.
         saliency: the ranking that prune losses are measured with.
     """
 
     layout: Layout
     documents: tuple[Document, ...]
     n_measured: int
+    n_curvature: int
     saliency: str
 
     @cached_property
@@ -64,10 +71,11 @@ class ProfileInputs:
             "target": self.layout.target,
             "documents": calibration.digest(self.documents),
             "n_measured": self.n_measured,
+            "n_curvature": self.n_curvature,
             "saliency": self.saliency,
             "anchors": [ANCHOR_BITS, PRUNED_SHARES],
             "codec": version("xllamacpp"),
-            "schema": 1,
+            "schema": 2,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -151,9 +159,112 @@ class Profiler:
         """The model that candidates are put into; the bank is opened when one needs it."""
         return SwapModel(self.layout, lambda *wanted: self.bank.decoded(*wanted))
 
+    @cached_property
+    def curvature(self) -> dict[str, dict[str, list[float]]]:
+        """Second-order loss around the original, by group and format; measured once."""
+        path = self.folder / "curvature.json"
+        if not path.exists():
+            with self.swap.original():
+                found = measure(self.swap, self.inputs.documents[: self.inputs.n_curvature])
+            write_whole(path, json.dumps(self._priced(found)).encode())
+        prices: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
+        return prices
+
+    def _priced(self, curvature: Curvature) -> dict[str, dict[str, list[float]]]:
+        """What the original's `curvature` says of every offered format of every group."""
+        wanted = sum(len(g.offered()) for g in self.layout.groups.values())
+        bar = tqdm(total=wanted, desc="encoding", disable=not self.progress)
+        prices: dict[str, dict[str, list[float]]] = {}
+        for group in self.layout.groups.values():
+            weights = group_weights(self.layout, group)
+            experts = range(len(weights)) if group.role.is_expert else ()
+            row = prices[group.name] = {}
+            for fmt in group.offered():
+                decoded = decode(self.bank.encoded(group.name, fmt.name), fmt)
+                row[fmt.name] = curvature.price(group, decoded - weights, experts)
+                bar.update()
+        bar.close()
+        return prices
+
+    def around(self, allocation: Allocation, scorer: Scorer, *, part: int) -> Around:
+        """What a gradient says around a candidate; kept by content.
+
+        Curvature of experts that the candidate does not retain is the original's, scaled as their
+        layer's retained ones are.
+
+        Args:
+            allocation: the candidate.
+            scorer: of the search split; its documents are taken `n_curvature` at a time.
+            part: which of these.
+        """
+        n = min(self.inputs.n_curvature, scorer.n_documents)
+        start = part % max(scorer.n_documents // n, 1) * n
+        documents = scorer.documents[start : start + n]
+        name = f"around-{allocation.digest[:32]}-{calibration.digest(documents)[:16]}.json"
+        path = self.folder / name
+        if not path.exists():
+            scorer.ensure_reference(start + n)
+            self.swap.put_allocation(allocation)
+            found = measure(self.swap, documents, reference=lambda i: scorer.reference(start + i))
+            write_whole(path, json.dumps(self._priced_around(allocation, found)).encode())
+        curvature, moves = json.loads(path.read_text())
+        return Around(curvature, moves, FORWARDS_WITH_SLOPE * sum(len(d.ids) for d in documents))
+
+    def look_tokens(self, scorer: Scorer) -> int:
+        """The most forward tokens that `around` costs."""
+        n = min(self.inputs.n_curvature, scorer.n_documents)
+        sizes = [len(d.ids) for d in scorer.documents]
+        starts = range(0, scorer.n_documents - n + 1, n)
+        return FORWARDS_WITH_SLOPE * max(sum(sizes[i : i + n]) for i in starts)
+
+    def _priced_around(
+        self, allocation: Allocation, found: Curvature
+    ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, list[float]]]]:
+        curvature: dict[str, dict[str, list[float]]] = {}
+        moves: dict[str, dict[str, list[float]]] = {}
+        config = self.layout.inventory.config
+        for name, group in self.layout.groups.items():
+            experts = allocation.retained_experts[group.layer or 0] if group.role.is_expert else ()
+            weights = group_weights(self.layout, group)
+            weights = weights[list(experts)] if experts else weights
+            held = destination(self.swap.model, config, group).numpy()
+            curvature[name], moves[name] = {}, {}
+            for fmt in group.offered():
+                decoded = self.bank.decoded(name, fmt.name, experts or None)
+                there = found.price(group, decoded - weights, experts)
+                pairs = zip(
+                    found.price(group, decoded - held, experts),
+                    found.slope(group, decoded - held),
+                    strict=True,
+                )
+                step = [a + b for a, b in pairs]
+                if experts:
+                    there = _completed(self.curvature[name][fmt.name], there, experts)
+                    everyone = dict(zip(experts, step, strict=True))
+                    step = [everyone.get(e, 0.0) for e in range(len(there))]
+                curvature[name][fmt.name], moves[name][fmt.name] = there, step
+        return curvature, moves
+
+    @cached_property
+    def saliency(self) -> dict[str, dict[int, list[float]]]:
+        """Per method, per MoE layer, one value per expert, higher = keep."""
+        return {"fisher": self._fisher(), **self.statistics.saliency}
+
+    def _fisher(self) -> dict[int, list[float]]:
+        """How much an expert's loss in a small format is: its share of what the layer's cost."""
+        found = {}
+        for layer in self.layout.layers:
+            rows = [
+                self.curvature[g.name][_nearest(g, _SALIENCY_BITS)]
+                for g in self.layout.groups.values()
+                if g.role.is_expert and g.layer == layer
+            ]
+            found[layer] = [float(v) for v in np.sum(rows, axis=0)]
+        return found
+
     def space(self, spec: SearchSpace) -> Space:
         """A search space bound with this profile's saliency."""
-        return bind(spec, self.layout, self.statistics.saliency)
+        return bind(spec, self.layout, self.saliency)
 
     def profile(self) -> Profile:
         """The finished profile."""
@@ -164,19 +275,29 @@ class Profiler:
 
     def _build(self) -> Profile:
         statistics = self.statistics
-        errors = self._errors()
         measured, pruned = self._losses()
+        n_measured, n_curvature = (
+            sum(len(d.ids) for d in self.inputs.documents[:n])
+            for n in (self.inputs.n_measured, self.inputs.n_curvature)
+        )
         return Profile(
             checkpoint=self.layout.inventory.digest,
             calibration=calibration.digest(self.inputs.documents),
             target=self.layout.target,
             importance=importance_digest(statistics.importance),
             n_tokens=statistics.n_tokens,
-            measured_tokens=sum(len(d.ids) for d in self._measured_documents),
-            saliency=statistics.saliency,
+            measured_tokens=n_measured,
+            curvature_tokens=n_curvature,
+            forward_tokens={
+                "statistics": statistics.n_tokens,
+                "curvature": FORWARDS * n_curvature,
+                "reference": n_measured,
+                "changes": round(n_measured * sum(map(self._depth, self.changes()))),
+            },
+            saliency=self.saliency,
             unreached=statistics.unreached,
             counts=statistics.counts,
-            errors=errors,
+            curvature=self.curvature,
             measured=measured,
             pruned=pruned,
             saliency_method=self.inputs.saliency,
@@ -186,45 +307,14 @@ class Profiler:
     def _measured_documents(self) -> Sequence[Document]:
         return self.inputs.documents[: self.inputs.n_measured]
 
-    def _errors(self) -> dict[str, dict[str, float]]:
-        lines = _Lines(self.folder / "errors.jsonl")
-        done = {(row["group"], row["format"]) for row in lines.rows}
-        wanted = [(g, f.name) for g in self.layout.groups.values() for f in g.offered()]
-        bar = tqdm(total=len(wanted), initial=len(done), desc="encoding", disable=not self.progress)
+    def changes(self) -> Iterator[Change | tuple[int, int]]:
+        """What is measured: bundles in small formats, and `(layer, retained count)`."""
+        bundles: dict[str, list[Group]] = {}
         for group in self.layout.groups.values():
-            formats = [f.name for f in group.offered() if (group.name, f.name) not in done]
-            if not formats:
-                continue
-            weights = group_weights(self.layout, group)
-            energy = self._energy(group)
-            total = float((weights.astype(np.float64) ** 2 * energy).sum())
-            for fmt in formats:
-                decoded = decode(self.bank.encoded(group.name, fmt), format_named(fmt))
-                lost = float(((decoded - weights).astype(np.float64) ** 2 * energy).sum())
-                lines.append({"group": group.name, "format": fmt, "error": lost / total})
-                bar.update()
-        bar.close()
-        found: dict[str, dict[str, float]] = {}
-        for row in lines.rows:
-            found.setdefault(row["group"], {})[row["format"]] = row["error"]
-        return found
-
-    def _energy(self, group: Group) -> Floats | np.float64:
-        """Squared input per channel, summed over tokens: `(..., 1, in)`."""
-        importance = self.bank.group_importance(group.name)
-        if importance is None:
-            return np.float64(1)
-        energy = importance[..., None, :]
-        if group.role.is_expert and group.layer is not None:
-            counts = np.maximum(self.statistics.counts[group.layer], 1)
-            energy = energy * counts[:, None, None]
-        return np.asarray(energy)
-
-    def changes(self) -> Iterator[tuple[str, str | int]]:
-        """Single changes: `(group, format)` and `(experts.<layer>, count)`."""
-        for group in self.layout.groups.values():
-            for fmt in dict.fromkeys(_nearest(group, bits) for bits in ANCHOR_BITS):
-                yield group.name, fmt
+            bundles.setdefault(bundle_of(group), []).append(group)
+        for name, groups in bundles.items():
+            for bits in ANCHOR_BITS:
+                yield Change(name, {g.name: _nearest(g, bits) for g in groups}, math.nan)
         inventory = self.layout.inventory
         step = inventory.expert_groups
         least = inventory.least_experts(inventory.experts_used)
@@ -233,52 +323,77 @@ class Profiler:
         for layer in self.layout.layers:
             for count in counts_measured:
                 if count < inventory.n_experts:
-                    yield f"experts.{layer}", count
+                    yield layer, count
 
-    def _losses(self) -> tuple[dict[str, dict[str, float]], dict[int, dict[int, float]]]:
+    def _first_layer(self, change: Change | tuple[int, int]) -> int | None:
+        if isinstance(change, tuple):
+            return change[0]
+        return self.layout.groups[next(iter(change.formats))].layer
+
+    def _depth(self, change: Change | tuple[int, int]) -> float:
+        """The share of the layers that measuring a change runs."""
+        n_layers = self.layout.inventory.n_layers
+        return (n_layers - (self._first_layer(change) or 0)) / n_layers
+
+    def _losses(self) -> tuple[list[Change], dict[int, dict[int, float]]]:
         lines = _Lines(self.folder / "losses.jsonl")
-        done = {(row["change"], row["to"]): row["kl"] for row in lines.rows}
+        done = {row["change"]: row["kl"] for row in lines.rows}
         changes = list(self.changes())
         bar = tqdm(
             total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
         )
         scorer: Scorer | None = None
-        space = self.space(SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency)))
-        for change, to in changes:
-            if (change, to) in done:
-                continue
-            scorer = scorer or Scorer(self.swap, self._measured_documents, threads=self.threads)
-            kl = self._measure(scorer, space, change, to)
-            lines.append({"change": change, "to": to, "kl": kl})
-            done[change, to] = kl
-            bar.update()
-        bar.close()
-        measured: dict[str, dict[str, float]] = {}
+        measured: list[Change] = []
         pruned: dict[int, dict[int, float]] = {}
-        for (change, to), kl in done.items():
-            if isinstance(to, int):
-                pruned.setdefault(int(change.removeprefix("experts.")), {})[to] = kl
+        for change in changes:
+            name = _line(change)
+            if name not in done:
+                scorer = scorer or Scorer(self.swap, self._measured_documents, threads=self.threads)
+                done[name] = self._measure(scorer, change)
+                lines.append({"change": name, "kl": done[name]})
+                bar.update()
+            if isinstance(change, tuple):
+                pruned.setdefault(change[0], {})[change[1]] = done[name]
             else:
-                measured.setdefault(change, {})[to] = kl
+                measured.append(Change(change.bundle, change.formats, done[name]))
+        bar.close()
         return measured, pruned
 
-    def _measure(self, scorer: Scorer, space: Space, change: str, to: str | int) -> float:
+    def _measure(self, scorer: Scorer, change: Change | tuple[int, int]) -> float:
         layout = self.layout
         formats: dict[str, str | None] = dict.fromkeys(layout.groups)
         retained = dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts)))
-        first: int | None
-        if isinstance(to, int):
-            first = int(change.removeprefix("experts."))
-            retained[first] = space.retained(first, to)
+        if isinstance(change, tuple):
+            space = self.space(
+                SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency))
+            )
+            retained[change[0]] = space.retained(*change)
         else:
-            first = layout.groups[change].layer
-            formats[change] = to
+            formats |= change.formats
+        first = self._first_layer(change)
         scorer.ensure_reference(len(scorer.documents))
         scorer.swap.put(
             formats=formats, retained=retained, experts_used=layout.inventory.experts_used
         )
         losses = scorer.score_installed() if first is None else scorer.score_from(first)
         return mean(losses.kl, scorer.documents)
+
+
+def _completed(original: list[float], held: list[float], experts: tuple[int, ...]) -> list[float]:
+    """One value per expert: the held ones' own, the others' scaled as these."""
+    before = sum(original[e] for e in experts)
+    factor = sum(held) / before if before > 0 else 1.0
+    found = [value * factor for value in original]
+    for expert, value in zip(experts, held, strict=True):
+        found[expert] = value
+    return found
+
+
+def _line(change: Change | tuple[int, int]) -> str:
+    """The name of a change in `losses.jsonl`."""
+    if isinstance(change, tuple):
+        return f"layers.{change[0]} retains {change[1]}"
+    return f"{change.bundle}: " + " ".join(f"{g}={f}" for g, f in change.formats.items())
 
 
 def _nearest(group: Group, bits: float) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats
 from allocator.families import Role
-from allocator.profile import SALIENCIES
+from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
 from allocator.targets import Group, Layout
 
@@ -197,7 +197,7 @@ def _summary(
         importance={name: np.maximum(v, v.mean() * 1e-6 + 1e-30) for name, v in importance.items()},
         saliency={
             method: {layer: e.saliency(method) for layer, e in experts.items()}
-            for method in SALIENCIES
+            for method in OBSERVED
         },
         counts={layer: [int(n) for n in e.counts] for layer, e in experts.items()},
         n_tokens=n_tokens,

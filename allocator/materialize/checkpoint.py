@@ -189,11 +189,12 @@ def _whole_directory(folder: Path) -> Iterator[Path]:
 def _write_safetensors(
     path: Path, layout: Layout, allocation: Allocation, source: BankSource
 ) -> None:
-    rows = entries(layout, retained=allocation.counts, formats=allocation.format_of)
+    rows = entries(layout, retained=allocation.retained_experts, formats=allocation.format_of)
     with open(path, "wb") as file:
         file.write(header(rows))
         for name in layout.groups:
-            file.write(np.ascontiguousarray(source.encoded(name)).data)
+            for part in range(len(allocation.parts(layout, name))):
+                file.write(np.ascontiguousarray(source.encoded(name, part)).data)
         for kept in layout.kept:
             file.write(source.kept_raw(kept).data)
         file.flush()

@@ -21,11 +21,13 @@ from allocator.allocation import Allocation
 from allocator.codecs import ggml
 from allocator.errors import CheckpointError, VerifyError
 from allocator.families import Role, family_of
-from allocator.formats import Format, format_named
+from allocator.formats import Format
+from allocator.formats import parts as parts_of
 from allocator.inventory import read_json
 from allocator.materialize.checkpoint import FILE, QUANT_METHOD
 from allocator.proxy.model import destination, resize_experts, set_experts_used, skeleton
 from allocator.targets import Group
+from allocator.targets.safetensors import tensor_names
 
 
 @dataclass
@@ -33,12 +35,13 @@ class _Part:
     """What one module needs while its forward runs.
 
     Attributes:
-        groups: encoded: the group, its format, its bytes.
+        groups: encoded: the group, its format, its bytes, and which of the layer's retained experts
+            they are (None: all, or no experts).
         kept: stored tensors by parameter name.
         shapes: of the parameters that are filled, by name.
     """
 
-    groups: list[tuple[Group, Format, torch.Tensor]] = field(default_factory=list)
+    groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -70,7 +73,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     set_experts_used(model, layers, allocation.experts_used)
     try:
         parts = _parts(folder, config, allocation, model)
-    except (AttributeError, IndexError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: a tensor that the model of its config.json has not ({error}); "
             "materialize the checkpoint again"
@@ -93,26 +96,42 @@ def _parts(
     folder: Path, config: Mapping[str, Any], allocation: Allocation, model: Any
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
-    family = family_of(config)
+    stored = _stored(family_of(config), allocation)
     parts: dict[str, _Part] = {}
     with _opened(folder / FILE["safetensors"]) as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
-            if name not in allocation.format_of:
+            if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
                 _shape(model, name)
                 part.kept[name] = file.get_tensor(name)
                 part.shapes[name] = tuple(part.kept[name].shape)
                 continue
-            group = _group(family, name)
+            group, fmt, places = stored[name]
+            data = file.get_tensor(name)
+            if places is not None and data.shape[:1] != (len(places),):
+                raise ValueError(f"{name} of shape {tuple(data.shape)}, {len(places)} experts")
             for module in _modules_of(group, tied=bool(model.config.tie_word_embeddings)):
                 part = parts.setdefault(module, _Part())
                 target = group if module != "lm_head" else _as_head(group)
-                part.groups.append(
-                    (target, format_named(allocation.format_of[name]), file.get_tensor(name))
-                )
+                part.groups.append((target, fmt, data, places))
                 for parameter in _parameters_of(target):
                     part.shapes[parameter] = tuple(_shape(model, parameter))
     return parts
+
+
+def _stored(
+    family: Any, allocation: Allocation
+) -> dict[str, tuple[Group, Format, list[int] | None]]:
+    """What each encoded tensor of the file holds, by its name."""
+    found: dict[str, tuple[Group, Format, list[int] | None]] = {}
+    for group_name, text in allocation.formats:
+        group = _group(family, group_name)
+        held = group.experts(allocation.retained_experts)
+        in_file = parts_of(text, held)
+        for name, (fmt, experts) in zip(tensor_names(group_name, in_file), in_file, strict=True):
+            places = [held.index(e) for e in experts] if len(in_file) > 1 else None
+            found[name] = group, fmt, places
+    return found
 
 
 def _opened(path: Path) -> Any:
@@ -172,8 +191,9 @@ def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
         for name, shape in part.shapes.items():
             kept = part.kept.get(name)
             _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
-        for group, fmt, data in part.groups:
-            _decode_into(destination(model, config, group), fmt, data)
+        for group, fmt, data, places in part.groups:
+            view = destination(model, config, group)
+            _decode_into(view if places is None else [view[i] for i in places], fmt, data)
 
 
 def _empty(model: Any, part: _Part) -> None:
@@ -186,11 +206,11 @@ def _empty(model: Any, part: _Part) -> None:
 _NONE = torch.empty(0)
 
 
-def _decode_into(view: torch.Tensor, fmt: Format, data: torch.Tensor) -> None:
+def _decode_into(view: torch.Tensor | list[torch.Tensor], fmt: Format, data: torch.Tensor) -> None:
     """Decodes without a second copy where the destination's rows lie together."""
-    if view.is_contiguous():
+    if isinstance(view, torch.Tensor) and view.is_contiguous():
         ggml.decode(data.numpy(), fmt, out=view.numpy())
-    elif view.dim() == 3 and view[0].is_contiguous():
+    elif isinstance(view, list) or (view.dim() == 3 and view[0].is_contiguous()):
         for matrix, encoded in zip(view, data, strict=True):
             ggml.decode(encoded.numpy(), fmt, out=matrix.numpy())
     else:
@@ -202,7 +222,7 @@ def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
     stored: Counter[str] = Counter()
     for part in parts.values():
         stored.update({name: tensor.numel() for name, tensor in part.kept.items()})
-        for group, fmt, data in part.groups:
+        for group, fmt, data, _ in part.groups:
             for name in _parameters_of(group):
                 stored[name] += data.numel() // fmt.block_bytes * fmt.block
     for name, tensor in model.state_dict().items():

@@ -24,13 +24,14 @@ class BankSource:
         self._bank = bank
         self._allocation = allocation
 
-    def encoded(self, name: str) -> Bytes:
-        """A group in its format: `(..., rows, bytes per row)`, retained experts only."""
-        group = self.layout.groups[name]
-        data = self._bank.encoded(name, self._allocation.format_of[name])
-        if group.role.is_expert and group.layer is not None:
-            return data[list(self._allocation.retained_experts[group.layer])]
-        return data
+    def encoded(self, name: str, part: int = 0) -> Bytes:
+        """A group, or one part of it, in its format: `(..., rows, bytes per row)`.
+
+        Retained experts only.
+        """
+        fmt, experts = self._allocation.parts(self.layout, name)[part]
+        data = self._bank.encoded(name, fmt.name)
+        return data[list(experts)] if experts else data
 
     def kept(self, kept: Kept) -> Floats:
         """A kept tensor as float32, retained rows only."""

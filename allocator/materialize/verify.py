@@ -7,6 +7,7 @@ that ggml encodes from the source now, gguf-py's independent decoding, transform
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import decode
 from allocator.errors import VerifyError
 from allocator.evaluate.llamacpp import LlamaCpp
-from allocator.formats import format_named
+from allocator.formats import Format
 from allocator.inventory import read_json
 from allocator.materialize.checkpoint import FILE, Manifest, file_digest
 from allocator.materialize.gguf import read_gguf
@@ -30,6 +31,7 @@ from allocator.materialize.load import load
 from allocator.materialize.source import BankSource
 from allocator.proxy.scorer import Scorer, mean
 from allocator.targets import target_named
+from allocator.targets.safetensors import tensor_names
 
 SAFETENSORS_TOLERANCE = 1e-5
 """Difference of the re-opened safetensors checkpoint's proxy loss, nats per token."""
@@ -173,25 +175,33 @@ def _check_weights(
     found: dict[str, tuple[Bytes, str]],
 ) -> None:
     source = BankSource(bank, allocation)
-    expected = {*bank.layout.groups, *(k.source for k in bank.layout.kept)}
+    parts = {group: allocation.parts(bank.layout, group) for group in bank.layout.groups}
+    names = {group: tensor_names(group, held) for group, held in parts.items()}
+    expected = {*chain.from_iterable(names.values()), *(k.source for k in bank.layout.kept)}
     if set(found) != expected:
         odd = min(set(found) ^ expected)
         raise VerifyError(f"{folder}: tensor {odd} is not in both file and allocation")
-    for name in bank.layout.groups:
-        fmt = format_named(allocation.format_of[name])
-        stored, stored_as = found[name]
-        wanted = np.ascontiguousarray(source.encoded(name))
-        if manifest.container == "gguf" and stored_as != fmt.name:
-            raise VerifyError(f"{folder}: {name} is stored as {stored_as}, allocated {fmt.name}")
-        if stored.tobytes() != wanted.tobytes():
-            raise VerifyError(f"{folder}: {name} holds other bytes than its {fmt.name} encoding")
-        second = dequantize(wanted[..., :1, :], GGMLQuantizationType(fmt.ggml_type))
-        if not np.array_equal(second.reshape(-1), decode(wanted[..., :1, :], fmt).reshape(-1)):
-            raise VerifyError(f"{folder}: {name} decodes differently in gguf-py; update the wheels")
+    for group, held in parts.items():
+        for part, (name, (fmt, _)) in enumerate(zip(names[group], held, strict=True)):
+            stored, stored_as = found[name]
+            if manifest.container == "gguf" and stored_as != fmt.name:
+                raise VerifyError(
+                    f"{folder}: {name} is stored as {stored_as}, allocated {fmt.name}"
+                )
+            wanted = np.ascontiguousarray(source.encoded(group, part))
+            _check_encoded(f"{folder}: {name}", fmt, stored, wanted)
     for kept in bank.layout.kept:
         raw = source.kept(kept) if manifest.container == "gguf" else source.kept_raw(kept)
         if found[kept.source][0].tobytes() != raw.tobytes():
             raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
+
+
+def _check_encoded(where: str, fmt: Format, stored: Bytes, wanted: Bytes) -> None:
+    if stored.tobytes() != wanted.tobytes():
+        raise VerifyError(f"{where} holds other bytes than its {fmt.name} encoding")
+    second = dequantize(wanted[..., :1, :], GGMLQuantizationType(fmt.ggml_type))
+    if not np.array_equal(second.reshape(-1), decode(wanted[..., :1, :], fmt).reshape(-1)):
+        raise VerifyError(f"{where} decodes differently in gguf-py; update the wheels")
 
 
 def _run(

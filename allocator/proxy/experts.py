@@ -70,3 +70,51 @@ def use_observer(model: Any, layer: int, observe: Observer | None) -> None:
     """Watches one layer's experts; None stops it."""
     experts = model.model.layers[layer].mlp.experts
     experts.forward = partial(routed_experts, experts, observe=observe)
+
+
+Watcher = Callable[[int, str, torch.Tensor, torch.Tensor], None]
+"""Gets expert, `gate_up` or `down`, that product's input `(n, in)` and its output `(n, out)`."""
+
+
+def differentiable_experts(
+    experts: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+    *,
+    watch: Watcher,
+) -> torch.Tensor:
+    """What `routed_experts` computes, without writing in place, so that gradients flow.
+
+    Args:
+        experts: as there.
+        hidden: as there.
+        index: as there.
+        gates: as there.
+        watch: called twice per expert that got tokens.
+    """
+    n_tokens, k = index.shape
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=len(experts.down_proj)).tolist()
+    outputs = []
+    sorted_inputs: Any = hidden[order // k]
+    for expert, inputs in enumerate(sorted_inputs.split(counts)):
+        if not len(inputs):
+            continue
+        both = inputs @ experts.gate_up_proj[expert].T
+        watch(expert, "gate_up", inputs, both)
+        gate, up = both.chunk(2, -1)
+        inner = experts.act_fn(gate) * up
+        outputs.append(inner @ experts.down_proj[expert].T)
+        watch(expert, "down", inner, outputs[-1])
+    weighted = torch.cat(outputs) * gates.reshape(-1)[order].to(hidden.dtype)[:, None]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return weighted[inverse].view(n_tokens, k, -1).sum(1)
+
+
+def use_watcher(model: Any, layer: int, watch: Watcher) -> None:
+    """Lets one layer's experts run `differentiable_experts`; `use_sorted_experts` ends it."""
+    experts = model.model.layers[layer].mlp.experts
+    experts.forward = partial(differentiable_experts, experts, watch=watch)

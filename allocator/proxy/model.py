@@ -6,7 +6,7 @@ is gone from the router before top-k, gates are renormalised by the architecture
 and the weights are the decoded ones of the file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from allocator.allocation import Allocation
 from allocator.codecs.source import Floats, group_weights, read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role
+from allocator.formats import parts
 from allocator.inventory import Inventory
 from allocator.proxy.experts import use_sorted_experts
 from allocator.targets import Group, Kept, Layout
@@ -107,14 +108,21 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
 
 def destination(model: Any, config: Mapping[str, Any], group: Group) -> torch.Tensor:
     """A view of the model's memory with the group's shape; writing into it installs the group."""
+    return view_of(lambda name: parameter_of(model, name), config, group)
+
+
+def view_of(
+    tensor_of: Callable[[str], torch.Tensor], config: Mapping[str, Any], group: Group
+) -> torch.Tensor:
+    """A view of a parameter, or of something of its shape, with the group's shape."""
     if group.role.is_expert:
         experts = f"model.layers.{group.layer}.mlp.experts"
         if group.role is Role.EXPERT_DOWN:
-            return parameter_of(model, f"{experts}.down_proj")
-        fused = parameter_of(model, f"{experts}.gate_up_proj")
+            return tensor_of(f"{experts}.down_proj")
+        fused = tensor_of(f"{experts}.gate_up_proj")
         half = fused.shape[1] // 2
         return fused[:, :half] if group.role is Role.EXPERT_GATE else fused[:, half:]
-    weight = parameter_of(model, group.sources[0])
+    weight = tensor_of(group.sources[0])
     if group.role in (Role.K_B, Role.V_B):
         heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
         halves = weight.view(heads, -1, weight.shape[-1])
@@ -129,6 +137,23 @@ def install(model: Any, config: Mapping[str, Any], group: Group, values: Floats)
         CheckpointError: if the architecture has another shape there.
     """
     _fill(destination(model, config, group), values, group.name)
+
+
+def install_experts(
+    model: Any, config: Mapping[str, Any], group: Group, values: Floats, places: Sequence[int]
+) -> None:
+    """Puts some experts of a routed projection, `(len(places), out, in)`, into the model.
+
+    Args:
+        model: where to.
+        config: the checkpoint's.
+        group: the projection.
+        values: one matrix per expert.
+        places: where each stands among those that its layer retains.
+    """
+    view = destination(model, config, group)
+    for place, matrix in zip(places, values, strict=True):
+        _fill(view[place], matrix, group.name)
 
 
 def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...] | None) -> None:
@@ -153,7 +178,8 @@ class SwapModel:
         model: the transformers model, float32.
         retained: experts by MoE layer that it holds now.
         experts_used: routed experts per token now.
-        state: what each group holds now: `(format, retained experts)`; "" for the original's.
+        state: what each group holds now: `(format or parts, retained experts)`; "" for the
+            original's.
     """
 
     def __init__(
@@ -221,7 +247,7 @@ class SwapModel:
         """Makes the model the candidate; decodes only what changes.
 
         Args:
-            formats: format by group, None for the original's own weights; all groups.
+            formats: format or parts by group, None for the original's own weights; all groups.
             retained: experts by MoE layer; all layers.
             experts_used: routed experts per token.
         """
@@ -236,15 +262,29 @@ class SwapModel:
             wanted = (fmt or "", held)
             if self.state.get(name) == wanted:
                 continue
+            before, _ = self.state.pop(name, ("", None))  # nothing is known if what follows fails
             if fmt is None:
                 values = group_weights(self.layout, group)
                 values = values if held is None else values[list(held)]
+                install(self.model, self.inventory.config, group, values)
+            elif held is None:
+                values = self._decoded(name, fmt, None)
+                install(self.model, self.inventory.config, group, values)
             else:
-                values = self._decoded(name, fmt, held)
-            install(self.model, self.inventory.config, group, values)
+                self._put_experts(group, before, fmt, held)
             self.state[name] = wanted
         set_experts_used(self.model, self.layout.layers, experts_used)
         self.experts_used = experts_used
+
+    def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:
+        """Decodes the experts of a projection that are not held in their format already."""
+        known = {e: fmt for fmt, experts in parts(before, held) for e in experts} if before else {}
+        for fmt, experts in parts(text, held):
+            new = tuple(e for e in experts if known.get(e) != fmt)
+            if new:
+                values = self._decoded(group.name, fmt.name, new)
+                places = [held.index(e) for e in new]
+                install_experts(self.model, self.inventory.config, group, values, places)
 
     def _retain(self, layer: int, experts: tuple[int, ...]) -> None:
         resize_experts(self.model, layer, len(experts))

@@ -224,6 +224,12 @@ class Scorer:
             for batch, states in zip(missing, _mapped(work, missing, self._threads), strict=True):
                 self._hidden.update(zip(batch, states, strict=True))
 
+    @torch.inference_mode()
+    def reference(self, index: int) -> torch.Tensor:
+        """The original's log-probabilities on one document, `(tokens, vocabulary)`."""
+        self.ensure_reference(index + 1)
+        return self._reference(index)
+
     def _reference(self, index: int) -> torch.Tensor:
         if index in self._log_probs:
             return self._log_probs[index]

@@ -1,4 +1,4 @@
-"""Optuna samplers: stock ones, made repeatable, and the knapsack sampler.
+"""Optuna samplers: stock ones, made repeatable, and our own.
 
 In: a name, a study seed. Out: an Optuna sampler. Invariant: its random state comes from (study
 seed, proposal number) alone, so a study that was stopped and resumed proposes what an undisturbed
@@ -17,10 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from allocator.errors import StudyError
 from allocator.memory import Budget
+from allocator.samplers.auto import AutoSampler, Look
+from allocator.samplers.evolution import LevelSwitchSampler
 from allocator.samplers.knapsack import ABANDONED, KnapsackSampler
 from allocator.surrogate import Surrogate
 
-SAMPLERS = ("knapsack", "random", "tpe", "nsga2")
+SAMPLERS = ("auto", "knapsack", "random", "tpe", "nsga2", "evolution")
 
 
 def proposal_number(study: Study, trial: FrozenTrial) -> int:
@@ -38,20 +40,31 @@ class SeededSampler(BaseSampler):
         seed: of the study.
 
     Attributes:
-        sampling_seconds: what the last proposal took.
+        sampling_seconds: what the last proposal took, looks apart.
+        looking_seconds: of the gradient before it.
+        generational: the inner sampler asks the search to run generations.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make = make
         self._seed = seed
         self._inner = make(seed)
-        self.sampling_seconds = 0.0
+        self.sampling_seconds = self.looking_seconds = 0.0
+        self.generational: bool = getattr(self._inner, "generational", False)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Seeds the sampler for this trial."""
+        """Seeds the sampler for this trial; an enqueued one joins NSGA-II's generations too."""
         entropy = np.random.SeedSequence([self._seed, proposal_number(study, trial)])
         self._inner = self._make(int(entropy.generate_state(1)[0]))
         self._inner.before_trial(study, trial)
+        if "fixed_params" in trial.system_attrs and isinstance(self._inner, NSGAIISampler):
+            # Optuna does so while sampling, and what is enqueued whole is not sampled
+            self._inner.get_trial_generation(study, trial)
+
+    def next_tokens(self, study: Study) -> int:
+        """Forward tokens that the next proposal itself costs."""
+        inner = self._inner
+        return inner.next_tokens(study) if isinstance(inner, AutoSampler) else 0
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -66,7 +79,8 @@ class SeededSampler(BaseSampler):
         """As the inner sampler."""
         began = time.perf_counter()
         proposed: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
-        self.sampling_seconds = time.perf_counter() - began
+        self.looking_seconds = getattr(self._inner, "looking_seconds", 0.0)
+        self.sampling_seconds = time.perf_counter() - began - self.looking_seconds
         return proposed
 
     def sample_independent(
@@ -85,18 +99,38 @@ class SeededSampler(BaseSampler):
 
 
 def make_sampler(
-    name: str, *, seed: int, surrogate: Surrogate, budget: Budget, population: int = 20
+    name: str,
+    *,
+    seed: int,
+    surrogate: Surrogate,
+    budget: Budget,
+    population: int = 20,
+    around: Look | None = None,
+    look_tokens: int = 0,
 ) -> BaseSampler:
     """A sampler by its name in study.toml.
+
+    Args:
+        name: one of `SAMPLERS`.
+        seed: of the study.
+        surrogate: predicted losses.
+        budget: the hard limit.
+        population: of NSGA-II.
+        around: what a gradient says around a candidate, for `auto`.
+        look_tokens: forward tokens of that.
 
     Raises:
         StudyError: if there is none of that name, or the seed is negative.
     """
     makers: dict[str, Callable[[int], BaseSampler]] = {
+        "auto": lambda s: AutoSampler(
+            surrogate, budget, seed=s, around=around, look_tokens=look_tokens
+        ),
         "random": lambda s: RandomSampler(seed=s),
         "tpe": lambda s: TPESampler(seed=s),
         "nsga2": lambda s: NSGAIISampler(seed=s, population_size=population),
         "knapsack": lambda s: KnapsackSampler(surrogate, budget, seed=s),
+        "evolution": lambda s: LevelSwitchSampler(surrogate.space.costs(budget), seed=s),
     }
     check_sampler(name)
     if seed < 0:

@@ -6,7 +6,8 @@ loss is multiplied by a log-normal factor around the factors of the best finishe
 drawn target; so accepted factors correct the surrogate where measurements disagree with it.
 """
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -21,13 +22,12 @@ from allocator.surrogate import Surrogate
 ABANDONED = "abandoned"
 """User attribute of a trial whose process died; it does not count as a proposal."""
 MULTIPLIERS = "knapsack:multipliers"
-_AT_THE_CAP = 0.75  # share of proposals whose byte target is the budget itself
 _SIGMAS = (0.05, 0.1, 0.2, 0.4)
 _ATTEMPTS = 6  # redraws, wider each time, while the proposal is one that was made before
 
 
-class KnapsackSampler(BaseSampler):
-    """See the module.
+class SolvingSampler(BaseSampler):
+    """Solves a multiplied surrogate; subclasses say which multipliers.
 
     Args:
         surrogate: predicted losses.
@@ -35,11 +35,22 @@ class KnapsackSampler(BaseSampler):
         seed: of this trial.
     """
 
+    at_the_cap: ClassVar[float]
+    """Share of proposals whose byte target is the budget itself."""
+
     def __init__(self, surrogate: Surrogate, budget: Budget, *, seed: int) -> None:
         self._surrogate = surrogate
         self._budget = budget
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed=seed)
+
+    @abstractmethod
+    def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
+        """Reads what the study teaches."""
+
+    @abstractmethod
+    def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
+        """What to solve, farther from the last with every attempt, and its multipliers."""
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -50,21 +61,20 @@ class KnapsackSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The optimum of a perturbed surrogate; remembers its multipliers with the trial."""
+        """The optimum of a multiplied surrogate; remembers its multipliers with the trial."""
         if "fixed_params" in trial.system_attrs:
             return {}
         space = self._surrogate.space
         target = self._draw_target()
-        parent = self._parent(study, target)
+        self._prepare(study, trial, target)
         trials = study.get_trials(deepcopy=False)
         # an abandoned trial's proposal is made again
         seen = {tuple(sorted(t.params.items())) for t in trials if ABANDONED not in t.user_attrs}
-        sigma = float(self._rng.choice(_SIGMAS))
         proposal: Params = {}
         multipliers: dict[str, float] = {}
         for attempt in range(_ATTEMPTS):
-            multipliers = self._perturb(parent, sigma * 1.5**attempt)
-            solved = self._surrogate.multiplied(multipliers).solve(target)
+            surrogate, multipliers = self._draw(attempt)
+            solved = surrogate.solve(target)
             proposal = {name: solved[name] for name in space.distributions}
             if tuple(sorted(proposal.items())) not in seen:
                 break
@@ -83,7 +93,7 @@ class KnapsackSampler(BaseSampler):
 
     def _draw_target(self) -> Budget:
         floor = self._surrogate.space.costs(self._budget).total(self._smallest())
-        share = 1.0 if self._rng.random() < _AT_THE_CAP else float(self._rng.random())
+        share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
         low = min(floor, self._budget.nbytes)
         return Budget(low + int(share * (self._budget.nbytes - low)), self._budget.bounds)
 
@@ -91,17 +101,25 @@ class KnapsackSampler(BaseSampler):
         space = self._surrogate.space
         return space.complete(space.params(space.smallest))
 
-    def _parent(self, study: Study, target: Budget) -> dict[str, float]:
+
+class KnapsackSampler(SolvingSampler):
+    """See the module."""
+
+    at_the_cap = 0.75
+
+    def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
+        self._sigma = float(self._rng.choice(_SIGMAS))
+        self._parent: dict[str, float] = {}
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         fitting = [t for t in finished if t.values[1] <= target.nbytes]
-        if not fitting:
-            return {}
-        best = min(fitting, key=lambda t: (t.values[0], t.number))
-        # first trials carry none: the unperturbed surrogate, all ones
-        found: dict[str, float] = best.system_attrs.get(MULTIPLIERS, {})
-        return found
+        if fitting:
+            best = min(fitting, key=lambda t: (t.values[0], t.number))
+            # first trials carry none: the unperturbed surrogate, all ones
+            self._parent = best.system_attrs.get(MULTIPLIERS, {})
 
-    def _perturb(self, parent: dict[str, float], sigma: float) -> dict[str, float]:
+    def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
         names = self._surrogate.multiplied_names
-        factors = np.exp(sigma * self._rng.standard_normal(len(names)))
-        return {n: parent.get(n, 1.0) * float(f) for n, f in zip(names, factors, strict=True)}
+        factors = np.exp(self._sigma * 1.5**attempt * self._rng.standard_normal(len(names)))
+        pairs = zip(names, factors, strict=True)
+        multipliers = {n: self._parent.get(n, 1.0) * float(f) for n, f in pairs}
+        return self._surrogate.multiplied(multipliers), multipliers

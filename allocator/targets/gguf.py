@@ -23,6 +23,7 @@ class GgufTarget(Target):
 
     name = "gguf"
     one_expert_count = True
+    mixes_experts = False
     alignment = 32
 
     def layout(self, inventory: Inventory) -> Layout:
@@ -53,14 +54,13 @@ class GgufTarget(Target):
         self,
         layout: Layout,
         *,
-        retained: Mapping[int, int],
+        retained: Mapping[int, tuple[int, ...]],
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
         """Header, metadata and tensor table, padded to the alignment; formats do not matter."""
-        fields = metadata(
-            layout.inventory, n_experts=max(retained.values()), experts_used=experts_used
-        )
+        n_experts = max(map(len, retained.values()))
+        fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
         rows += [(k.stored_as, len(k.shape)) for k in layout.kept]
         # a table row: name with its length, number of dimensions, dimensions, type, offset

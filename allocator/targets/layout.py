@@ -1,7 +1,7 @@
 """The nouns that all targets share: `Group`, `Kept`, `Layout`, and the `Target` contract."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -36,6 +36,10 @@ class Group:
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Its shape when its layer retains `n_experts`."""
         return (n_experts, *self.shape[1:]) if self.role.is_expert else self.shape
+
+    def experts(self, retained: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Which experts it stores, of those retained by MoE layer; `()` if it has none."""
+        return retained[self.layer] if self.role.is_expert and self.layer is not None else ()
 
     def offered(self) -> tuple[Format, ...]:
         """Formats that store it as named, largest first."""
@@ -96,11 +100,13 @@ class Target(ABC):
     Attributes:
         name: as in study.toml.
         one_expert_count: the runtime knows one retained count for all layers.
+        mixes_experts: the experts of one projection may be stored in several formats (parts).
         alignment: tensor data in its file starts at multiples of this many bytes.
     """
 
     name: str
     one_expert_count: bool
+    mixes_experts: bool
     alignment: int
 
     @abstractmethod
@@ -112,7 +118,7 @@ class Target(ABC):
         self,
         layout: Layout,
         *,
-        retained: Mapping[int, int],
+        retained: Mapping[int, tuple[int, ...]],
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
@@ -120,10 +126,15 @@ class Target(ABC):
 
         Args:
             layout: the tensors, in this or (for a container) another target's layout.
-            retained: number of experts by MoE layer.
-            formats: format by group.
+            retained: experts by MoE layer.
+            formats: format or parts by group.
             experts_used: routed experts per token.
         """
+
+    def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
+        """At most what the header grows by when a group is stored in parts of these formats."""
+        assert self.mixes_experts, f"{self.name}: {group.name} in parts {names}"
+        return 0
 
     def padded(self, nbytes: int) -> int:
         """Bytes that tensor data of `nbytes` occupies in the file."""

@@ -2,34 +2,55 @@
 
 A safetensors file is 8 bytes of header length, a JSON header padded with spaces to 8 bytes, and the
 tensor data without gaps (https://github.com/huggingface/safetensors#format). Encoded groups are
-`U8` tensors of shape `(..., bytes per row)` under the group's name; kept tensors keep name and
-dtype.
+`U8` tensors of shape `(..., bytes per row)` under the group's name, or one per part under the
+group's and the format's (`layers.3.experts.down.IQ1_S`); kept tensors keep name and dtype.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from allocator.formats import FORMATS
+from allocator.formats import FORMATS, Format, Parts, parts
 from allocator.inventory import DTYPE_BYTES, Inventory
-from allocator.targets.layout import Kept, Layout, Target, in_file_order, plain_groups
+from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
+_LONGEST_OFFSET = 10**16 - 1  # bytes
+
+
+def tensor_names(group: str, stored: Parts) -> tuple[str, ...]:
+    """Names of a group's tensors in the file, one per part."""
+    if len(stored) == 1:
+        return (group,)
+    return tuple(f"{group}.{fmt.name}" for fmt, _ in stored)
+
+
 def entries(
-    layout: Layout, *, retained: Mapping[int, int], formats: Mapping[str, str]
+    layout: Layout, *, retained: Mapping[int, tuple[int, ...]], formats: Mapping[str, str]
 ) -> list[Entry]:
-    """Every tensor of the file, in order: encoded groups, then kept tensors."""
+    """Every tensor of the file, in order: encoded groups part by part, then kept tensors.
+
+    Args:
+        layout: the tensors.
+        retained: experts by MoE layer.
+        formats: format or parts by group.
+    """
     rows: list[Entry] = []
     for group in layout.groups.values():
-        *outer, in_features = group.shape_with(retained.get(group.layer or 0, 0))
-        row_bytes = FORMATS[formats[group.name]].nbytes((1, in_features))
-        rows.append((group.name, "U8", (*outer, row_bytes)))
+        stored = parts(formats[group.name], group.experts(retained))
+        for name, (fmt, held) in zip(tensor_names(group.name, stored), stored, strict=True):
+            rows.append(_encoded(name, group, fmt, len(held)))
     for kept in layout.kept:
-        shape = kept.shape_with(retained.get(kept.layer or 0, 0))
+        shape = kept.shape_with(len(retained.get(kept.layer or 0, ())))
         dtype = layout.inventory.tensors[kept.source].dtype
         rows.append((kept.source, dtype, shape))
     return rows
+
+
+def _encoded(name: str, group: Group, fmt: Format, n_experts: int) -> Entry:
+    *outer, in_features = group.shape_with(n_experts)
+    return name, "U8", (*outer, fmt.nbytes((1, in_features)))
 
 
 def header(rows: Iterable[Entry]) -> bytes:
@@ -40,11 +61,19 @@ def header(rows: Iterable[Entry]) -> bytes:
         nbytes = {"U8": 1, **DTYPE_BYTES}[dtype]
         for n in shape:
             nbytes *= n
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        table[name] = _described(dtype, shape, end, end + nbytes)
         end += nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = _json(table)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _described(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def _json(table: object) -> bytes:
+    return json.dumps(table, separators=(",", ":")).encode()
 
 
 class SafetensorsTarget(Target):
@@ -52,6 +81,7 @@ class SafetensorsTarget(Target):
 
     name = "safetensors"
     one_expert_count = False
+    mixes_experts = True
     alignment = 1
 
     def layout(self, inventory: Inventory) -> Layout:
@@ -67,12 +97,26 @@ class SafetensorsTarget(Target):
         self,
         layout: Layout,
         *,
-        retained: Mapping[int, int],
+        retained: Mapping[int, tuple[int, ...]],
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
         """Length prefix and JSON header."""
         return len(header(entries(layout, retained=retained, formats=formats)))
+
+    def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
+        """The first part takes the group's row and a longer name, every other a row of its own.
+
+        Whole words of 8 bytes, so that several fit however the header is padded.
+        """
+        table: dict[str, object] = {}
+        for name in names[1:]:
+            stored_as, dtype, shape = _encoded(
+                f"{group.name}.{name}", group, FORMATS[name], group.shape[0]
+            )
+            table[stored_as] = _described(dtype, shape, _LONGEST_OFFSET, _LONGEST_OFFSET)
+        added = len(f".{names[0]}") + len(_json(table))  # two braces for at least one comma
+        return -(-added // 8) * 8
 
 
 SAFETENSORS = SafetensorsTarget()

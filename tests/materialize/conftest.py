@@ -25,6 +25,20 @@ WRITTEN = [
 ]
 
 
+def in_parts(rng, group, retained, formats):
+    """The experts of a group dealt out at random over two formats (one, if there is no other)."""
+    names = [f.name for f in group.offered() if f.name in formats]
+    picks = sorted(rng.choice(len(names), min(2, len(names)), replace=False))
+    experts = list(retained[group.layer])
+    if len(picks) < 2:
+        return names[picks[0]]
+    head = set(rng.choice(experts, rng.integers(1, len(experts)), replace=False).tolist())
+    parts = [sorted(head), [e for e in experts if e not in head]]
+    return "+".join(
+        f"{names[i]}:{','.join(map(str, part))}" for i, part in zip(picks, parts, strict=True)
+    )
+
+
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory, make_checkpoint):
     """Checkpoints by name, with rows of whole 256-blocks."""
@@ -62,6 +76,9 @@ def case(wide, tmp_path_factory, make_documents):
                 x: tuple(sorted(rng.choice(8, n, replace=False).tolist()))
                 for x, n in counts.items()
             }
+            if target == "safetensors":
+                for g in (n for n in layout.groups if n.endswith(("experts.down", "experts.up"))):
+                    chosen[g] = in_parts(rng, layout.groups[g], retained, formats or FAST)
             return Allocation.of(target=target, retained=retained, formats=chosen, experts_used=2)
 
         def write(folder, container, chosen=None):

@@ -51,14 +51,26 @@ def test_the_safetensors_library_reads_every_tensor(case, written, which):
         pytest.skip("the other container")
     made, folder = case(name, target), written(*which).folder
     allocation = made.allocation()
-    source = BankSource(made.bank, allocation)
+    stored = {}  # group, format and experts by name in the file
+    for group, text in allocation.formats:
+        pieces = [piece.partition(":") for piece in text.split("+")]
+        for fmt, _, experts in pieces:
+            name = f"{group}.{fmt}" if len(pieces) > 1 else group
+            stored[name] = group, fmt, [int(e) for e in experts.split(",") if e]
+    assert (len(stored) > len(made.layout.groups)) == (target == "safetensors")
     with safe_open(folder / FILE[container], framework="pt") as file:
         names = set(file.keys())
-        assert names == {*made.layout.groups, *(k.source for k in made.layout.kept)}
+        assert names == {*stored, *(k.source for k in made.layout.kept)}
         total = 0
-        for group in made.layout.groups:
-            tensor = file.get_tensor(group)
-            assert tensor.numpy().tobytes() == source.encoded(group).tobytes()
+        for tensor_name, (group, fmt, experts) in stored.items():
+            tensor = file.get_tensor(tensor_name)
+            kept = allocation.retained_experts[made.layout.groups[group].layer] if (
+                ".experts." in group) else None  # fmt: skip
+            whole = made.bank.encoded(group, fmt)
+            assert (
+                tensor.numpy().tobytes()
+                == (whole if kept is None else whole[experts or list(kept)]).tobytes()
+            )
             total += tensor.nbytes
         for kept in made.layout.kept:
             tensor = file.get_tensor(kept.source)
@@ -103,11 +115,11 @@ def test_an_error_half_way_leaves_what_was_there(case, tmp_path, monkeypatch, co
     before = contents(folder) if old else None
     calls = []
 
-    def failing(self, name):
+    def failing(self, name, *part):
         calls.append(name)
         if len(calls) == 5:
             raise OSError("the disk is gone")
-        return original(self, name)
+        return original(self, name, *part)
 
     original = BankSource.encoded
     monkeypatch.setattr(BankSource, "encoded", failing)

@@ -7,6 +7,9 @@ from math import prod
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
 
 from allocator.errors import AllocatorError, CheckpointError, VerifyError
@@ -42,6 +45,61 @@ def test_logits_are_the_candidates(opened):
         model = load(folder, dense=dense)
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5)  # again
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+def test_weights_of_parts_are_each_experts_decoding(case, written, name):
+    """Against gguf-py's decoding of each expert's own encoding, from the file."""
+    made = case(name, "safetensors")
+    folder = written(name, "safetensors", "safetensors").folder
+    allocation, model = made.allocation(), load(folder, dense=True)
+    for group, text in allocation.formats:
+        if ":" not in text:
+            continue
+        layer = int(group.split(".")[1])
+        experts = model.model.layers[layer].mlp.experts
+        fused = experts.gate_up_proj
+        whole = experts.down_proj if group.endswith("down") else fused[:, fused.shape[1] // 2 :]
+        kept, seen = allocation.retained_experts[layer], []
+        for piece in text.split("+"):
+            fmt, numbers = piece.split(":")
+            for expert in map(int, numbers.split(",")):
+                encoded = made.bank.encoded(group, fmt)[expert]
+                expected = dequantize(encoded, GGMLQuantizationType[fmt])
+                assert (whole[kept.index(expert)].numpy() == expected).all(), (group, expert)
+                seen.append(expert)
+        assert sorted(seen) == list(kept)
+
+
+def rewritten(folder, change):
+    """Writes the directory's file again with its tensors changed."""
+    tensors = load_file(folder / FILE["safetensors"])
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE["safetensors"])
+
+
+def test_parts_that_are_missing_or_of_other_sizes_are_refused(written, tmp_path):
+    source = written("qwen3", "safetensors", "safetensors").folder
+
+    def missing(tensors):
+        del tensors[next(n for n in tensors if n.startswith("layers.1.experts.down."))]
+
+    def moved(tensors):
+        name = next(n for n in tensors if n.startswith("layers.1.experts.down."))
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+    def renamed(tensors):
+        name = next(n for n in tensors if n.startswith("layers.1.experts.down."))
+        tensors[name.rpartition(".")[0] + ".F32"] = tensors.pop(name)
+
+    for change in (missing, moved, renamed):
+        folder = tmp_path / change.__name__
+        shutil.copytree(source, folder)
+        rewritten(folder, change)
+        with pytest.raises(CheckpointError, match="materialize the checkpoint again") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_tied_embeddings(checkpoints, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from allocator.allocation import Allocation
 from allocator.errors import AllocatorError, VerifyError
 from allocator.materialize.checkpoint import FILE, Manifest, file_digest
 from allocator.materialize.verify import (
@@ -17,6 +18,11 @@ RANDOM_WEIGHTS_TOLERANCE = 0.05
 PRECISE = ("BF16",)  # random weights: llama.cpp's 8-bit activations flip their routing
 
 
+def stored(target):
+    """Formats of the allocations here: parts need two, and llama.cpp runs on none of them."""
+    return (*PRECISE, "Q8_0", "Q4_0") if target == "safetensors" else PRECISE
+
+
 @pytest.fixture(scope="module")
 def precise(case, tmp_path_factory):
     """Directories of allocations that llama.cpp computes closely."""
@@ -27,7 +33,7 @@ def precise(case, tmp_path_factory):
         if key not in made:
             the = case(name, target)
             folder = tmp_path_factory.mktemp("precise") / container
-            made[key] = the.write(folder, container, the.allocation(formats=PRECISE)).folder
+            made[key] = the.write(folder, container, the.allocation(formats=stored(target))).folder
         return made[key]
 
     return get
@@ -39,9 +45,12 @@ def test_good_ones_pass(case, precise, which):
     # random weights: llama.cpp's 8-bit activations flip routings that trained ones decide clearly
     limit = RANDOM_WEIGHTS_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
     found = verify(folder, made.bank, made.scorer, tolerance=limit)
-    size = made.allocation(formats=PRECISE).nbytes(made.layout, target_named(container))
+    allocation = made.allocation(formats=stored(target))
+    size = allocation.nbytes(made.layout, target_named(container))
     assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)
-    assert found.n_tensors == len(made.layout.groups) + len(made.layout.kept)
+    n_parts = sum(text.count("+") + 1 for text in allocation.format_of.values())
+    assert (n_parts > len(made.layout.groups)) == (target == "safetensors")
+    assert found.n_tensors == n_parts + len(made.layout.kept)
     assert 0 <= found.divergence <= limit
     assert found.loss > 0.01
     assert found.runtime_loss == pytest.approx(found.loss, abs=2 * limit)
@@ -87,10 +96,44 @@ def test_a_flipped_byte_is_found(case, copy, which, at, signed):
     refused(folder, case(*which[:2]), "other bytes" if signed else "changed since it was written")
 
 
+def test_a_flipped_byte_in_every_part_is_found(case, copy):
+    which = ("qwen3", "safetensors", "safetensors")
+    folder, made = copy(which), case(*which[:2])
+    path = folder / FILE["safetensors"]
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(data[8:end])
+    parts = [name for name in table if name.startswith("layers.1.experts.down.")]
+    assert len(parts) == 2
+    for name in parts:
+        flipped = bytearray(data)
+        flipped[end + table[name]["data_offsets"][1] - 1] ^= 1
+        path.write_bytes(flipped)
+        resign(folder)
+        refused(folder, made, f"{name} holds other bytes than its {name.split('.')[-1]} encoding")
+
+
+def test_parts_of_other_experts_are_found(case, copy):
+    """The same bytes under an allocation that gives two experts each other's format."""
+    which = ("qwen3", "safetensors", "safetensors")
+    folder, made = copy(which), case(*which[:2])
+    data = json.loads((folder / "allocation.json").read_text())
+    name = "layers.1.experts.down"
+    (a, *many), (b, *more) = (
+        piece.split(":")[1].split(",") for piece in data["formats"][name].split("+")
+    )
+    lists = (",".join(sorted([b, *many], key=int)), ",".join(sorted([a, *more], key=int)))
+    names = [piece.split(":")[0] for piece in data["formats"][name].split("+")]
+    data["formats"][name] = "+".join(map(":".join, zip(names, lists, strict=True)))
+    (folder / "allocation.json").write_text(json.dumps(data))
+    resign(folder, allocation=Allocation.from_json(data).digest)
+    refused(folder, made, f"{name}.* holds other bytes")
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_changed_allocation_is_found(case, copy, which, signed):
     folder, made = copy(which), case(*which[:2])
-    other = made.allocation(1, formats=PRECISE)
+    other = made.allocation(1, formats=stored(which[1]))
     (folder / "allocation.json").write_text(json.dumps(other.to_json()))
     if signed:
         resign(folder)

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +38,9 @@ def no_formats(*args):
 def swap_model(path, folder=None, target=GGUF):
     layout = target.layout(read_inventory(path))
     bank = None if folder is None else Bank(folder, layout, {})
-    return SwapModel(layout, no_formats if bank is None else bank.decoded)
+    swap = SwapModel(layout, no_formats if bank is None else bank.decoded)
+    swap.bank = bank
+    return swap
 
 
 @torch.inference_mode()
@@ -88,6 +92,88 @@ def test_reset_brings_the_original_back(checkpoints, name, tmp_path):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert torch.equal(logits(swap.model), expected)
+
+
+def in_parts(swap, texts):
+    """Puts routed experts in parts `texts` of experts 0, 2, 3, 5, 7; the rest in Q8_0."""
+    layers = swap.layout.layers
+    formats = {
+        n: texts[g.role.value.split(".")[1]] if g.role.is_expert else "Q8_0"
+        for n, g in swap.layout.groups.items()
+    }
+    retained = dict.fromkeys(layers, (0, 2, 3, 5, 7))
+    swap.put(formats=formats, retained=retained, experts_used=2)
+
+
+FIRST = {"gate": "Q8_0:2,7+Q4_0:0,3,5", "up": "Q5_0", "down": "Q5_0:0,3+Q4_0:2,5,7"}
+SECOND = {"gate": "Q8_0:2,3+Q4_0:0,5,7", "up": "Q8_0:5+Q5_0:0,2,3,7", "down": "Q4_0"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_each_experts_own_decoding(checkpoints, name, tmp_path):
+    swap = swap_model(checkpoints[name], tmp_path, SAFETENSORS)
+    for texts in (FIRST, SECOND, FIRST):  # the way does not matter
+        in_parts(swap, texts)
+        for layer in swap.layout.layers:
+            experts = swap.model.model.layers[layer].mlp.experts
+            gate, up = experts.gate_up_proj.chunk(2, dim=1)
+            for role, found in (("gate", gate), ("up", up), ("down", experts.down_proj)):
+                for place, expert in enumerate((0, 2, 3, 5, 7)):
+                    pieces = [p.partition(":") for p in texts[role].split("+")]
+                    fmt = next(f for f, _, e in pieces if not e or str(expert) in e.split(","))
+                    encoded = swap.bank.encoded(f"layers.{layer}.experts.{role}", fmt)[expert]
+                    expected = dequantize(encoded, GGMLQuantizationType[fmt])
+                    assert (found[place].numpy() == expected).all(), (layer, role, expert)
+
+
+def test_parts_decode_only_what_changes(checkpoints, tmp_path):
+    swap = swap_model(checkpoints["qwen3"], tmp_path, SAFETENSORS)
+    in_parts(swap, FIRST)
+    calls = []
+    decoded = swap._decoded
+    swap._decoded = lambda *wanted: calls.append(wanted) or decoded(*wanted)
+    in_parts(swap, FIRST)
+    assert calls == []
+    in_parts(swap, SECOND)
+    assert {(g.split(".")[3], fmt, experts) for g, fmt, experts in calls} == {
+        ("gate", "Q8_0", (3,)),
+        ("gate", "Q4_0", (7,)),
+        ("up", "Q8_0", (5,)),
+        ("down", "Q4_0", (0, 3)),
+    }
+    assert len(calls) == 4 * len(swap.layout.layers)
+
+
+def test_parts_that_fail_half_way_are_put_again(checkpoints, tmp_path):
+    """A failed put may leave a group half changed; the next one must not trust what it held."""
+    swap = swap_model(checkpoints["qwen3"], tmp_path, SAFETENSORS)
+    in_parts(swap, FIRST)
+    expected = snapshot(swap.model)
+    decoded = swap._decoded
+
+    def failing(name, fmt, experts):
+        if (fmt, experts) == ("Q4_0", (7,)):
+            raise OSError("the disk is gone")
+        return decoded(name, fmt, experts)
+
+    swap._decoded = failing
+    with pytest.raises(OSError, match="gone"):
+        in_parts(swap, SECOND)
+    swap._decoded = decoded
+    in_parts(swap, FIRST)
+    after = snapshot(swap.model)
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+def test_original_puts_parts_back(checkpoints, tmp_path):
+    swap = swap_model(checkpoints["qwen3"], tmp_path, SAFETENSORS)
+    plain = logits(swap.model)
+    in_parts(swap, FIRST)
+    held = snapshot(swap.model)
+    with swap.original() as model:
+        assert torch.equal(logits(model), plain)
+    after = snapshot(swap.model)
+    assert all(torch.equal(after[key], held[key]) for key in held)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,12 +13,14 @@ from optuna.trial import TrialState
 
 from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
+from allocator.samplers.evolution import Selection
 from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import open_storage, repair_storage
 from allocator.study import allocation_of, close_abandoned
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
 N_FIRST = 2
+STEPS = Selection(4, ((3, 2), (6, 1)))  # four generations of evolution
 TESTS = Path(__file__).parents[1]
 
 
@@ -32,6 +34,19 @@ def proposals(study):
     return [t.params for t in study.get_trials() if ABANDONED not in t.user_attrs]
 
 
+def started(formula, storage, sampler, **options):
+    search = formula.search(storage, sampler, **options)
+    search.selection = search.selection and STEPS
+    return search
+
+
+def whole(sampler, n_trials):
+    """How many proposals a run to `n_trials` makes: a generation is finished."""
+    n = STEPS.n_offspring
+    last = N_FIRST + max(0, n_trials - N_FIRST + n - 1) // n * n
+    return last if sampler == "evolution" and n_trials > N_FIRST else n_trials
+
+
 @pytest.fixture(scope="module")
 def undisturbed(formula):
     """A finished search by sampler and kind of budget; read only."""
@@ -40,7 +55,7 @@ def undisturbed(formula):
     def run(sampler, bounds="file", share=0.4):
         key = sampler, bounds, share
         if key not in made:
-            made[key] = formula.search(InMemoryStorage(), sampler, bounds=bounds, share=share)
+            made[key] = started(formula, InMemoryStorage(), sampler, bounds=bounds, share=share)
             made[key].run(n_trials=N_TRIALS)
         return made[key]
 
@@ -63,8 +78,9 @@ def test_every_scored_allocation_is_within_the_budget(undisturbed, sampler, boun
 
 
 @pytest.mark.parametrize("bounds", ["file", "weights"])
-def test_knapsack_proposes_what_is_scored(undisturbed, bounds):
-    search = undisturbed("knapsack", bounds)
+@pytest.mark.parametrize("sampler", ["knapsack", "evolution"])
+def test_our_samplers_propose_what_is_scored(undisturbed, sampler, bounds):
+    search = undisturbed(sampler, bounds)
     assert set(search.space.distributions) == set(search.study.trials[-1].params)
     for trial in search.study.get_trials():
         assert search.space.allocation(trial.params) == allocation_of(trial)
@@ -96,17 +112,25 @@ def test_first_trials_come_first(undisturbed, sampler):
     ]
 
 
+def generations(study):
+    return {t._trial_id: t.system_attrs["NSGAIISampler:generation"] for t in study.get_trials()}
+
+
+def bred_from(study, generation):
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    return attrs[f"NSGAIISampler:parent:{generation}"]
+
+
 def test_nsga2_breeds_from_scored_trials(formula):
     search = formula.search(InMemoryStorage(), "nsga2", population=4, rungs=(), seed=3)
     search.run(n_trials=26)
-    trials = {t._trial_id: t for t in search.study.get_trials()[N_FIRST:]}
-    generation = {i: t.system_attrs["NSGAIISampler:generation"] for i, t in trials.items()}
-    assert max(generation.values()) == 5
-    attrs = search.study._storage.get_study_system_attrs(search.study._study_id)
+    trials = {t._trial_id: t for t in search.study.get_trials()}
+    generation = generations(search.study)
+    assert max(generation.values()) == 6
     for child, trial in trials.items():
         if not generation[child]:
             continue
-        parents = attrs[f"NSGAIISampler:parent:{generation[child]}"]
+        parents = bred_from(search.study, generation[child])
         assert len(parents) == 4
         for parent in parents:
             assert generation[parent] < generation[child]
@@ -119,12 +143,35 @@ def test_nsga2_breeds_from_scored_trials(formula):
         assert inherited >= 0.6 * len(trial.params)  # the rest is mutation
 
 
+def test_nsga2_breeds_from_the_first_trials(formula):
+    """Optuna gives what is enqueued whole no generation, so its first parents are random ones."""
+    search = formula.search(InMemoryStorage(), "nsga2", population=4, rungs=(), n_knapsack=3)
+    search.run(n_trials=6)
+    assert list(generations(search.study).values()) == [0, 0, 0, 0, 1, 1]
+    trials = search.study.get_trials()
+    parents = {t.number for t in trials if t._trial_id in bred_from(search.study, 1)}
+    assert parents == {0, 1, 2, 3}  # three of the queue
+    values = [set(t.params.items()) for t in trials]
+    for child in values[4:]:
+        from_queue = child & (values[0] | values[1] | values[2])
+        assert len(from_queue - values[3]) > 0.2 * len(child)
+
+
+def test_a_queue_longer_than_the_population_is_all_bred_from(formula):
+    search = formula.search(InMemoryStorage(), "nsga2", population=2, rungs=(), n_knapsack=5)
+    assert len(search.queue) == 5
+    search.run(n_trials=7)
+    assert list(generations(search.study).values()) == [0, 0, 1, 1, 2, 2, 3]
+    trials = {t._trial_id: t.number for t in search.study.get_trials()}
+    assert {trials[i] for i in bred_from(search.study, 2)} <= {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_stopped_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampler):
     for stop in (1, 5, 12, N_TRIALS):
-        search = formula.search(open_storage(None, tmp_path), sampler)
+        search = started(formula, open_storage(None, tmp_path), sampler)
         search.run(n_trials=stop)
-        assert search.n_proposals() == stop
+        assert search.n_proposals() == whole(sampler, stop)
     assert digests(search.study) == digests(undisturbed(sampler).study)
     assert proposals(search.study) == proposals(undisturbed(sampler).study)
 
@@ -134,6 +181,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import FormulaScorer, formula_search
+from allocator.samplers.evolution import Selection
 from allocator.storage import open_storage
 
 calls = []
@@ -147,24 +195,30 @@ search = formula_search(
     Path(sys.argv[2]), open_storage(None, Path(sys.argv[3])), sys.argv[4],
     scorer=FormulaScorer(before),
 )
+search.selection = search.selection and Selection(4, ((3, 2), (6, 1)))
 search.run(n_trials=100)
 """
 
 
-@pytest.mark.parametrize(("sampler", "after"), [*zip(SAMPLERS, (13, 1, 12, 9), strict=True)])
-def test_killed_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampler, after):
+KILLED_AFTER = {"random": 1, "tpe": 12, "nsga2": 9, "evolution": 8}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_killed_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampler):
+    after = KILLED_AFTER.get(sampler, 13)
     arguments = [str(TESTS), str(formula.checkpoint), str(tmp_path), sampler, str(after)]
     done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     repair_storage(None, tmp_path)
-    search = formula.search(open_storage(None, tmp_path), sampler)
+    search = started(formula, open_storage(None, tmp_path), sampler)
     assert search.study.trials[-1].state is TrialState.RUNNING
-    assert close_abandoned(search.study) == 1
+    n_abandoned = STEPS.n_offspring if sampler == "evolution" else 1
+    assert close_abandoned(search.study) == n_abandoned
     left = search.study.trials[-1]
     assert (left.state, left.user_attrs[ABANDONED]) == (TrialState.FAIL, True)
     assert left.values is None
     search.run(n_trials=N_TRIALS)
-    assert len(search.study.trials) == N_TRIALS + 1
+    assert len(search.study.trials) == N_TRIALS + n_abandoned
     assert digests(search.study) == digests(undisturbed(sampler).study)
     assert proposals(search.study)[left.number] == left.params
 
@@ -174,17 +228,18 @@ def test_global_random_states_do_not_matter(formula, undisturbed, sampler):
     random.seed(7)
     np.random.seed(7)
     states = random.getstate(), np.random.get_state()[1].tolist()
-    search = formula.search(InMemoryStorage(), sampler)
+    search = started(formula, InMemoryStorage(), sampler)
     search.run(n_trials=12)
-    assert digests(search.study) == digests(undisturbed(sampler).study)[:12]
+    n = whole(sampler, 12)
+    assert digests(search.study) == digests(undisturbed(sampler).study)[:n]
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_another_seed_proposes_otherwise(formula, undisturbed, sampler):
-    search = formula.search(InMemoryStorage(), sampler, seed=1)
+    search = started(formula, InMemoryStorage(), sampler, seed=1)
     search.run(n_trials=8)
-    same = digests(undisturbed(sampler).study)[:8]
+    same = digests(undisturbed(sampler).study)[: whole(sampler, 8)]
     assert digests(search.study)[:N_FIRST] == same[:N_FIRST]
     assert digests(search.study)[N_FIRST:] != same[N_FIRST:]
 

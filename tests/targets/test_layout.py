@@ -145,12 +145,12 @@ def test_target_named():
 def test_a_file_with_our_header_is_one_that_safetensors_reads(tmp_path, inventories, kind, pick):
     layout = SAFETENSORS.layout(inventories[kind])
     formats = {n: g.offered()[pick].name for n, g in layout.groups.items()}
-    retained = {layer: 8 - 4 * (i % 2) for i, layer in enumerate(layout.layers)}
+    retained = {layer: tuple(range(8 - 4 * (i % 2))) for i, layer in enumerate(layout.layers)}
     rows = entries(layout, retained=retained, formats=formats)
     head = header(rows)
-    kept = sum(k.nbytes(retained.get(k.layer, 0)) for k in layout.kept)
+    kept = sum(k.nbytes(len(retained.get(k.layer, ()))) for k in layout.kept)
     encoded = sum(
-        FORMATS[formats[n]].nbytes(g.shape_with(retained.get(g.layer, 0)))
+        FORMATS[formats[n]].nbytes(g.shape_with(len(retained.get(g.layer, ()))))
         for n, g in layout.groups.items()
     )
     path = tmp_path / "model.safetensors"
@@ -168,6 +168,53 @@ def test_a_file_with_our_header_is_one_that_safetensors_reads(tmp_path, inventor
     assert SAFETENSORS.header_bytes(layout, **args) == len(head)
     assert len(head) % 8 == 0
     assert json.loads(head[8:])["embedding"]["data_offsets"][0] == 0
+
+
+def test_parts_are_tensors_of_their_own(tmp_path, layouts):
+    """In a file that safetensors' own reader opens, with the names and sizes spelled out."""
+    layout = layouts["safetensors"]
+    retained = dict.fromkeys(layout.layers, (1, 4, 6, 9, 23))
+    formats = dict.fromkeys(layout.groups, "Q8_0")
+    formats["layers.2.experts.down"] = "IQ2_XXS:1,9+IQ1_S:4,6,23"
+    rows = entries(layout, retained=retained, formats=formats)
+    names = [name for name, _, _ in rows]
+    at = names.index("layers.2.experts.down.IQ2_XXS")
+    assert rows[at : at + 2] == [
+        ("layers.2.experts.down.IQ2_XXS", "U8", (2, 256, 66)),  # 256 weights = 66 bytes
+        ("layers.2.experts.down.IQ1_S", "U8", (3, 256, 50)),
+    ]
+    assert names[at - 1] == "layers.2.attention.q_b"
+    assert names[at + 2] == "layers.2.experts.gate"
+    head = header(rows)
+    assert SAFETENSORS.header_bytes(
+        layout, retained=retained, formats=formats, experts_used=2
+    ) == len(head)
+    widths = {"U8": 1, "BF16": 2, "F32": 4}
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(widths[d] * math.prod(shape) for _, d, shape in rows))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        for name, dtype, shape in rows:
+            part = file.get_slice(name)
+            assert (part.get_dtype(), tuple(part.get_shape())) == (dtype, shape)
+
+
+@pytest.mark.parametrize("names", [("Q8_0", "Q6_K"), ("IQ2_XXS", "IQ1_S")])
+@pytest.mark.parametrize("n_groups", [1, 7, 15])
+def test_parts_overhead_is_a_close_bound(layouts, names, n_groups):
+    """Of what the header grows by from that of the largest format, for any number of groups."""
+    layout = layouts["safetensors"]
+    experts = tuple(range(24))
+    args = {"retained": dict.fromkeys(layout.layers, experts), "experts_used": 4}
+    plain = dict.fromkeys(layout.groups, "Q8_0")
+    before = SAFETENSORS.header_bytes(layout, formats=plain, **args)
+    groups = [g for g in layout.groups if ".experts." in g][:n_groups]
+    for n in (1, 12, 23):
+        head, tail = (",".join(map(str, e)) for e in (experts[:n], experts[n:]))
+        mixed = plain | dict.fromkeys(groups, f"{names[0]}:{head}+{names[1]}:{tail}")
+        grown = SAFETENSORS.header_bytes(layout, formats=mixed, **args) - before
+        bound = sum(SAFETENSORS.parts_overhead(layout.groups[g], names) for g in groups)
+        assert 0 <= bound - grown <= 40 * n_groups
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 31, 32, 33, 1000])

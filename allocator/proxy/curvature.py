@@ -1,0 +1,261 @@
+"""What a change of weights costs to second order: the Fisher information around a candidate.
+
+In: a `SwapModel` that holds a candidate, and documents. Out: `Curvature`, which prices any change
+of any group's weights. Invariant: one forward and one backward pass (a second one for `slope`),
+whatever is priced afterwards.
+
+Around the original, KL(original || candidate) is half the changes' quadratic form in the Fisher
+information (Amari, "Natural Gradient Works Efficiently in Learning", 1998, eq. 2.7). With labels
+drawn from the model's own distribution, a product `y = W x` whose output has the gradient `g`
+contributes, for a change `D` of `W` and with independent tokens and rows,
+
+    1/2 sum over tokens, rows r of (g_r)^2 (D_r x)^2  =  1/2 sum over r of share_r D_r A D_r,
+    A = sum over tokens of |g|^2 x x^T,   share_r = sum of g_r^2 / sum of |g|^2,
+
+the factored form of Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
+Approximate Curvature" (2015) with the weight |g|^2 kept inside the input factor (GuidedQuant, arXiv
+2505.07004, eq. 6). It sees no router that changes its choice: see `allocator.surrogate` for that
+part.
+
+Away from the original the proxy loss also has a slope, and a change of a candidate's weights by `D`
+costs `<slope, D>` beside the quadratic form: what `D` has in common with the errors that are there
+already.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from allocator.calibration.documents import Document, batches
+from allocator.codecs.source import Floats
+from allocator.families import Role
+from allocator.proxy.experts import use_sorted_experts, use_watcher
+from allocator.proxy.model import SwapModel, view_of
+from allocator.targets import Group, Layout
+
+FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
+"""Forward tokens that a token costs: one forward, and two for every backward."""
+
+
+class _Product:
+    """Sums over tokens of one matrix product: weighted inputs `(in, in)` and rows `(out,)`."""
+
+    def __init__(self) -> None:
+        self.inputs: torch.Tensor | float = 0.0
+        self.rows: torch.Tensor | float = 0.0
+
+    def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        squares = gradient.square()
+        self.inputs = self.inputs + (x * squares.sum(-1, keepdim=True)).T @ x
+        self.rows = self.rows + squares.sum(0).double()
+
+    def price(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
+        """Half the quadratic form of `change` `(out, in)`, which may be of some `rows` only."""
+        if not isinstance(self.rows, torch.Tensor):
+            return 0.0  # no token reached it
+        share = (self.rows / self.rows.sum().clamp_min(1e-300))[rows].float()
+        return 0.5 * float(share @ ((change @ self.inputs) * change).sum(-1))
+
+
+class Curvature:
+    """Prices changes of weights around what `measure` saw.
+
+    Attributes:
+        n_tokens: tokens it was measured on.
+        listening: gradients that arrive are taken in.
+    """
+
+    def __init__(self, layout: Layout, n_tokens: int) -> None:
+        self._layout = layout
+        self.n_tokens = n_tokens
+        self.listening = True
+        self._products: dict[tuple[str, int], _Product] = {}
+        self._slopes: dict[str, torch.Tensor] = {}
+        self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def product(self, name: str, expert: int = 0) -> _Product:
+        """The sums of one matrix."""
+        return self._products.setdefault((name, expert), _Product())
+
+    def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Embedding rows that were looked up, and the gradients of what they gave."""
+        self._looked_up.append((ids.reshape(-1), gradient.reshape(len(ids.reshape(-1)), -1)))
+
+    def take_slopes(self, parameters: dict[str, Any]) -> None:
+        """Moves the gradients of parameters in here."""
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                self._slopes[name], parameter.grad = parameter.grad, None
+
+    def price(self, group: Group, change: Floats, experts: Sequence[int]) -> list[float]:
+        """Nats per token that a change of a group costs.
+
+        Args:
+            group: of the layout.
+            change: new less original weights, in the group's shape; of routed experts, `experts`.
+            experts: what the model held when this was measured, in order.
+
+        Returns:
+            One value per routed expert, else one value.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(change))
+        if group.role.is_expert:
+            found = [self.product(group.name, i).price(values[i]) for i in range(len(experts))]
+        elif group.role in (Role.K_B, Role.V_B):
+            found = [self._half(group, values)]
+        else:
+            found = [self.product(group.name).price(values)]
+            if group.role is Role.EMBEDDING:
+                for ids, gradient in self._looked_up:
+                    found[0] += 0.5 * float((gradient * values[ids]).sum(-1).square().sum())
+        return [value / self.n_tokens for value in found]
+
+    def slope(self, group: Group, change: Floats) -> list[float]:
+        """First-order nats per token of a change of what the model held, as `price`.
+
+        Args:
+            group: of the layout.
+            change: new less held weights, in the shape that the model held.
+        """
+        held = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        products = held * torch.from_numpy(np.ascontiguousarray(change))
+        values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
+        return [float(v) / self.n_tokens for v in values]
+
+    def _half(self, group: Group, values: torch.Tensor) -> float:
+        """`k_b` and `v_b` are rows of `kv_b`; `k_b` is stored transposed."""
+        heads, nope = values.shape[0], int(self._layout.inventory.config["qk_nope_head_dim"])
+        product = self.product(f"layers.{group.layer}.{Role.KV_B}")
+        if not isinstance(product.rows, torch.Tensor):
+            return 0.0
+        rows = torch.arange(len(product.rows)).view(heads, -1)
+        first = group.role is Role.K_B
+        change = values.transpose(1, 2) if first else values
+        chosen = rows[:, :nope] if first else rows[:, nope:]
+        return product.price(change.reshape(-1, change.shape[-1]), chosen.reshape(-1))
+
+
+def measure(
+    swap: SwapModel,
+    documents: Sequence[Document],
+    *,
+    reference: Callable[[int], torch.Tensor] | None = None,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+) -> Curvature:
+    """One forward and one or two backward passes over `documents` of what the model holds now.
+
+    Args:
+        swap: holds the candidate; it is left as it was.
+        documents: tokens to run.
+        reference: index of a document to the original's log-probabilities `(tokens, vocabulary)`;
+            given, the slope of the proxy loss is measured too.
+        seed: of the labels drawn from the model.
+        batch_tokens: tokens per pass.
+    """
+    layout, model = swap.layout, swap.model
+    found = Curvature(layout, sum(len(d.ids) for d in documents))
+    generator = torch.Generator().manual_seed(seed)
+    handles = _watch(model, layout, found)
+    parameters = dict(model.named_parameters()) if reference is not None else {}
+    try:
+        model.requires_grad_(reference is not None)
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
+            with torch.inference_mode(False), torch.enable_grad():
+                ids = torch.tensor([documents[i].ids for i in batch])
+                embedded = model.model.embed_tokens(ids)
+                if reference is None:
+                    embedded = embedded.detach().clone().requires_grad_()
+                hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                log_probs = torch.log_softmax(model.lm_head(hidden), -1)
+                flat = log_probs.flatten(0, 1)
+                labels = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+                (gradient,) = torch.autograd.grad(
+                    flat.gather(1, labels).sum(), embedded, retain_graph=reference is not None
+                )
+                found.add_lookup(ids, gradient)
+                if reference is not None:
+                    found.listening = False
+                    loss: Any = sum(
+                        _kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True)
+                    )
+                    loss.backward()
+                    found.listening = True
+        found.take_slopes(parameters)
+    finally:
+        model.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+        use_sorted_experts(model, layout.layers)
+    return found
+
+
+def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    fixed = reference.clone()  # made in inference mode
+    return (fixed.exp() * (fixed - candidate)).sum()
+
+
+def _watch(model: Any, layout: Layout, found: Curvature) -> list[Any]:
+    handles = []
+    for name, module in _products(model, layout).items():
+        handles.append(module.register_forward_hook(_on_output(found, found.product(name))))
+    for layer in layout.layers:
+        use_watcher(model, layer, _on_expert(found, f"layers.{layer}"))
+    return handles
+
+
+def _products(model: Any, layout: Layout) -> dict[str, Any]:
+    """The modules that multiply by a group that is no routed expert; `kv_b` once, unsplit."""
+    modules = {}
+    for group in layout.groups.values():
+        if group.role.is_expert:
+            continue
+        if group.role in (Role.EMBEDDING, Role.HEAD):
+            if group.role is Role.HEAD or layout.inventory.tied_embeddings:
+                modules[group.name] = model.lm_head
+            continue
+        split = group.role in (Role.K_B, Role.V_B)
+        name = f"layers.{group.layer}.{Role.KV_B}" if split else group.name
+        modules[name] = model.get_submodule(group.sources[0].removesuffix(".weight"))
+    return modules
+
+
+def _on_output(found: Curvature, product: _Product) -> Callable[..., None]:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        x = args[0].detach().flatten(0, -2)
+
+        def take(gradient: torch.Tensor) -> None:
+            if found.listening:
+                product.add(x, gradient.flatten(0, -2))
+
+        output.register_hook(take)
+
+    return hook
+
+
+def _on_expert(found: Curvature, layer: str) -> Callable[..., None]:
+    def watch(expert: int, kind: str, x: torch.Tensor, output: Any) -> None:
+        x = x.detach()
+        if kind == "down":
+            down = found.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
+
+            def one(gradient: torch.Tensor) -> None:
+                if found.listening:
+                    down.add(x, gradient)
+
+            output.register_hook(one)
+            return
+        gate = found.product(f"{layer}.{Role.EXPERT_GATE}", expert)
+        up = found.product(f"{layer}.{Role.EXPERT_UP}", expert)
+
+        def both(gradient: torch.Tensor) -> None:
+            if found.listening:
+                of_gate, of_up = gradient.chunk(2, -1)
+                gate.add(x, of_gate)
+                up.add(x, of_up)
+
+        output.register_hook(both)
+
+    return watch

@@ -1,0 +1,243 @@
+"""Level-switch evolution with selection in steps (EvoPress, arXiv 2410.14649): a control.
+
+In: the costs of a space under a budget, and the finished trials. Out: one offspring of the best of
+them, within the budget. Invariant: every proposal is feasible as it is.
+
+A unit is one param of the space, a level one of its values; neighbouring levels differ in bytes. An
+offspring is drawn as the published code does for units of unequal size: n units, n the lesser of
+two draws from {1, 2, 3}, are raised a level; then random units are lowered until the budget holds;
+offspring of more than ten changes, or that gave up much more than they got, are drawn again. Three
+things are ours, because our units differ in bytes a hundredfold and a large one would never move:
+one draw in four goes the other way round (n lowered, then others raised); what pays for the n is
+drawn among units large enough to do so within the ten changes; no unit goes both ways.
+The selection among the offspring of a generation is the study's (`Selection`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.errors import StudyError
+from allocator.samplers.knapsack import ABANDONED
+from allocator.space import Costs, Params
+
+_SWITCHES = 3  # drawn twice from 1.._SWITCHES, the lesser taken: 1 is likeliest
+_MOST_CHANGES = 10
+_LOWERED_FIRST = 0.25  # share of draws
+_LEAST_RETURN = 0.8  # of the bytes that lowering saved, raising spends at least this share
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the offspring of a generation are narrowed down before the full search split.
+
+    Attributes:
+        n_offspring: trials of a generation.
+        steps: `(documents, survivors)`: scored on so many documents, so many go on; the documents
+            ascend, the survivors do not.
+    """
+
+    n_offspring: int
+    steps: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def over(cls, n_documents: int) -> "Selection":
+        """The default: 16 on an eighth of the split, 4 on three eighths, 1 on all of it."""
+        wanted = ((n_documents // 8, 4), (3 * n_documents // 8, 1))
+        steps = {max(d, 1): survivors for d, survivors in wanted if max(d, 1) < n_documents}
+        return cls(16, tuple(steps.items()))
+
+    def check(self, n_documents: int) -> None:
+        """Raises:
+        StudyError: if this is no narrowing down to a split of `n_documents`.
+        """
+        documents = [0, *(d for d, _ in self.steps), n_documents]
+        survivors = [self.n_offspring, *(s for _, s in self.steps), 1]
+        if not _ascend(documents, least=1) or not _ascend(survivors[::-1], least=0):
+            raise StudyError(
+                f"selection of {self.n_offspring} offspring in steps {self.steps}: needed "
+                f"documents that ascend below {n_documents}, survivors that do not ascend"
+            )
+
+
+def _ascend(values: Sequence[int], *, least: int) -> bool:
+    return all(b - a >= least for a, b in pairwise(values))
+
+
+class LevelSwitchSampler(BaseSampler):
+    """See the module.
+
+    Args:
+        costs: of the space, under the budget.
+        seed: of this trial.
+
+    Attributes:
+        generational: asks the search to run generations.
+    """
+
+    generational = True
+
+    def __init__(self, costs: Costs, *, seed: int) -> None:
+        self._costs = costs
+        self._rng = np.random.default_rng(seed)
+        self._independent = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All params, at once."""
+        return self._costs.space.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """An offspring of the best finished trial that was not proposed before."""
+        space = self._costs.space
+        parent = self._parent(study)
+        if parent is None:
+            child = random_start(self._costs, self._rng)
+        else:
+            trials = study.get_trials(deepcopy=False)
+            # an abandoned trial's proposal is made again
+            seen = {_key(t.params) for t in trials if ABANDONED not in t.user_attrs}
+            child = parent
+            for _ in range(_ATTEMPTS):
+                drawn = offspring(self._costs, parent, self._rng)
+                child = drawn or child
+                if drawn and _key({n: drawn[n] for n in space.distributions}) not in seen:
+                    break
+        return {name: child[name] for name in space.distributions}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """For params outside the space only."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def _parent(self, study: Study) -> Params | None:
+        """The params scored by the best finished trial, as proposed; a search repairs none."""
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        fitting = [t for t in finished if t.values[1] <= self._costs.budget.nbytes]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda t: (t.values[0], t.number))
+        return self._costs.space.complete(best.params)
+
+
+def _key(params: Params) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(params.items()))
+
+
+def random_start(costs: Costs, rng: np.random.Generator) -> Params:
+    """The largest of everything, random units lowered until the budget holds."""
+    space = costs.space
+    walk = _Walk(costs, space.complete(space.params(space.largest)), rng)
+    while walk.left < 0 and walk.lower():
+        pass
+    return walk.params
+
+
+def offspring(costs: Costs, parent: Params, rng: np.random.Generator) -> Params | None:
+    """One draw of complete params within the budget; None if it strays too far, or nowhere."""
+    walk = _Walk(costs, dict(parent), rng)
+    raised_first = rng.random() >= _LOWERED_FIRST
+    for _ in range(int(rng.integers(1, _SWITCHES + 1, size=2).min())):
+        walk.switch() if raised_first else walk.lower()
+    while walk.changes_left > 0 and walk.debt > 0:
+        if raised_first and walk.left >= 0:
+            return None  # gave up too much
+        pay = walk.lower if walk.left < 0 else walk.raise_within
+        if not pay(least=walk.debt / walk.changes_left):
+            return None
+    return walk.params if walk.debt <= 0 and walk.params != parent else None
+
+
+@dataclass
+class _Walk:
+    """Params on the move, a level of a unit at a time; no unit goes both ways."""
+
+    costs: Costs
+    params: Params
+    rng: np.random.Generator
+    n_changes: int = 0
+    added: int = 0
+    removed: int = 0
+    left: int = 0  # bytes of the budget that are not spent
+    _directions: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.left = self.costs.budget.nbytes - self.costs.total(self.params)
+
+    @property
+    def changes_left(self) -> int:
+        return _MOST_CHANGES - self.n_changes
+
+    @property
+    def debt(self) -> float:
+        """Bytes over the budget; within it, bytes of the least return that are not spent."""
+        return -self.left if self.left < 0 else _LEAST_RETURN * self.removed - self.added
+
+    def switch(self) -> bool:
+        """Raises a random unit, within the budget or not; one without bytes goes either way."""
+        return self._move(1)
+
+    def raise_within(self, *, least: float) -> bool:
+        """Raises a random unit that fits and adds at least so many bytes; False if none."""
+        return self._move(1, least, self.left)
+
+    def lower(self, *, least: float = 0) -> bool:
+        """Lowers a random unit that saves at least so many bytes; False if there is none."""
+        return self._move(-1, least)
+
+    def _move(self, direction: int, least: float = 0, most: float = math.inf) -> bool:
+        names = list(self.costs.space.choices)
+        for i in self.rng.permutation(len(names)):
+            name = names[i]
+            if self._directions.get(name, direction) != direction:
+                continue
+            if name == "experts_used" and direction > 0:
+                found = self._sideways(name)
+            else:
+                found = self._neighbour(name, direction)
+            if found is None or not least <= abs(found[1]) <= most:
+                continue
+            self.params[name], change = found
+            self._directions[name] = direction
+            self.n_changes += 1
+            self.added += max(change, 0)
+            self.removed += max(-change, 0)
+            self.left -= change
+            return True
+        return False
+
+    def _neighbour(self, name: str, direction: int) -> tuple[Any, int] | None:
+        """The next level of more (or fewer) bytes, and the change in bytes."""
+        values = self.costs.space.choices[name]
+        at = values.index(self.params[name])
+        largest_first = name.startswith("format.")
+        ahead = values[:at][::-1] if largest_first == (direction > 0) else values[at + 1 :]
+        before = self.costs.affected(self.params, [name])
+        for value in ahead:
+            change = self.costs.affected({**self.params, name: value}, [name]) - before
+            if change * direction > 0:  # padding may hide a step
+                return value, change
+        return None
+
+    def _sideways(self, name: str) -> tuple[Any, int] | None:
+        values = self.costs.space.choices[name]
+        at = values.index(self.params[name])
+        beside = [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
+        return (beside[self.rng.integers(len(beside))], 0) if beside else None
