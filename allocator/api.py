@@ -91,8 +91,10 @@ def score(
 def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.DataFrame:
     """Per decision of an allocation: bytes, predicted loss, and the next step up and down.
 
-    Columns `up` and `down` name the neighbouring value, by bytes at the allocation's retained
-    counts; `up_bytes` and `up_loss` are what it adds.
+    `predicted_loss` is of a small change there: the part by jumps goes with the square root of
+    all changes, so the column adds up to the prediction less half of that part. Columns `up` and
+    `down` name the neighbouring value, by bytes at the allocation's retained counts; `up_bytes`
+    and `up_loss` are what it adds.
 
     Raises:
         SpaceError: if the study's space does not hold the allocation.
@@ -103,7 +105,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     costs = space.costs(Budget(1 << 62, "weights"))
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)
-    loss = surrogate.around(params)
+    loss, predicted = surrogate.around(params), surrogate.predict(params)
     rows = []
     for name in (*(f"format.{g}" for g in space.formats), *space.count_params):
         value, values = params[name], list(space.choices[name])
@@ -125,7 +127,9 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
             row[f"{label}_bytes"] = (
                 costs.affected({**params, name: other}, [name]) - row["bytes"] if inside else None
             )
-            row[f"{label}_loss"] = loss(name, other) - row["predicted_loss"] if inside else None
+            row[f"{label}_loss"] = (
+                surrogate.predict({**params, name: other}) - predicted if inside else None
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -9,9 +9,12 @@ figures are from the report split (and a further text, if given), which no run e
 was stopped continues; a finished one is not run again.
 """
 
+import ctypes
 import json
 import math
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,8 +37,11 @@ from allocator.errors import StudyError
 from allocator.files import write_whole
 from allocator.front import Point, baseline_loss, lower_hull
 from allocator.memory import Budget
+from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, mean
+from allocator.records import read_allocation
 from allocator.samplers.auto import LOOKED
+from allocator.samplers.knapsack import ABANDONED
 from allocator.specification import CompareSpec
 from allocator.storage import open_storage, repair_storage, search_lock
 from allocator.study import (
@@ -115,6 +121,7 @@ class Bench:
         self.folder = folder
         self.workspace = Workspace(folder, cache=cache, threads=threads, target=target)
         self._text = text
+        self._swaps: dict[str, SwapModel] = {}
 
     @property
     def spec(self) -> CompareSpec:
@@ -141,19 +148,44 @@ class Bench:
         }
         return {**scorers, "selection": workspace.selection_scorer}
 
-    def kl(self, split: str, allocation: Allocation, n: int | None = None) -> Floats:
-        """Per-document KL, kept in the cache."""
+    def kl(
+        self,
+        split: str,
+        allocation: Allocation,
+        n: int | None = None,
+        *,
+        encoded: tuple[str, Path] | None = None,
+    ) -> Floats:
+        """Per-document KL, kept in the cache.
+
+        Args:
+            split: `selection` or a held-out one.
+            allocation: what is scored.
+            n: the first documents only.
+            encoded: digest of the importance it is encoded with, and its file; this study's
+                importance by default.
+        """
         scorer = self._scorers[split]
+        importance = self.workspace.profile.importance
+        if encoded is not None and encoded[0] != importance:
+            importance = encoded[0]
+            scorer = self._foreign(*encoded, split)
         documents = scorer.documents[:n]
         name = (
-            f"{calibration.digest(documents)[:16]}-{self.workspace.profile.importance[:16]}-"
-            f"{allocation.digest[:32]}.npy"
+            f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}.npy"
         )
         path = self.workspace.cache / "held-out" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, _npy(scorer.score(allocation, 0, len(documents)).kl))
         return np.asarray(np.load(path))
+
+    def _foreign(self, importance: str, path: Path, split: str) -> Scorer:
+        """Scores what was encoded with other importance than this study's."""
+        if importance not in self._swaps:
+            bank = self.workspace.bank_for(importance, beside=path)
+            self._swaps[importance] = SwapModel(self.workspace.layout, bank.decoded)
+        return Scorer(self._swaps[importance], self._scorers[split].documents)
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Its token-weighted mean, nats per token."""
@@ -177,14 +209,25 @@ class Bench:
             close_abandoned(search.study)
             lock.ready()
             began = time.monotonic()
-            search.run(tokens=run.tokens)
+            search.run(tokens=run.tokens - self.selection_tokens)
             result = self._result(run, search, time.monotonic() - began)
             write_whole(done, (json.dumps(result) + "\n").encode())
+
+    @property
+    def selection_tokens(self) -> int:
+        """The most forward tokens that the pick takes: finalists, the knapsack, the original."""
+        return (N_FINALISTS + 2) * self.workspace.selection_scorer.n_tokens
 
     def _search(self, run: Run, storage: str, folder: Path) -> Search:
         workspace = self.workspace
         budget = Budget(run.weights, "weights")
         workspace.unranked_space.check_budget(budget)
+        least = workspace.base_tokens + workspace.scorer.n_tokens + self.selection_tokens
+        if run.tokens < least:
+            raise StudyError(
+                f"{run.name}: {run.tokens:,} forward tokens; the profile, the original, one "
+                f"trial and the pick take {least:,}; raise tokens under [compare]"
+            )
         lock = workspace.lock(budget, run.sampler, run.seed)
         study = open_study(open_storage(storage, folder), "study", lock)
         study.sampler = workspace.sampler(budget, sampler=run.sampler, seed=run.seed)
@@ -209,11 +252,13 @@ class Bench:
             self._point(tokens, trial)
             for tokens, trial in _thinned(list(_course(search.study, search.base_tokens)))
         ]
-        course.append(self._point(search.forward_tokens(), pick))
+        spent = search.forward_tokens()
+        spent += (len(finalists) + 1) * self.workspace.selection_scorer.n_tokens
+        course.append(self._point(spent, pick))
         return {
             "schema": 1,
             **asdict(run),
-            "forward_tokens": search.forward_tokens(),
+            "forward_tokens": spent,
             "base_tokens": search.base_tokens,
             "seconds": seconds,
             "spent": search.seconds,
@@ -257,15 +302,22 @@ class Bench:
         ]
         return baseline_loss(points(near, None), weights)
 
-    def references(self, weights: int) -> dict[str, Allocation]:
-        """Allocations named in study.toml for these bytes."""
+    def references(self, split: str, weights: int) -> dict[str, Floats]:
+        """Per-document KL of the allocations named in study.toml for these bytes.
+
+        Raises:
+            AllocatorError: if a file is missing, or is of another checkpoint or layout.
+        """
         bits = weights * 8 / self.workspace.inventory.n_searched_weights
         found = {}
         for name, pattern in self.spec.references.items():
             path = self.folder / pattern.format(
                 target=self.workspace.target, weights=weights, bits=round(bits, 2)
             )
-            found[name] = self.workspace.read_allocation(path)
+            allocation, record = read_allocation(path)
+            allocation.check(self.workspace.layout)
+            encoded = None if record is None else (record.importance, path)
+            found[name] = self.kl(split, allocation, encoded=encoded)
         return found
 
 
@@ -292,6 +344,8 @@ def _course(study: optuna.Study, base: int) -> Iterator[tuple[int, FrozenTrial]]
     """Every new best trial with the forward tokens spent by its end."""
     tokens, best = base, math.inf
     for trial in study.get_trials(deepcopy=False):
+        if ABANDONED in trial.user_attrs:
+            continue
         tokens += trial.user_attrs.get(RESULT, {}).get("tokens", 0)
         tokens += trial.system_attrs.get(LOOKED, 0)
         if trial.state == TrialState.COMPLETE and trial.values[0] < best:
@@ -336,17 +390,24 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     for target in dict.fromkeys(run.target for run in waiting):  # one profile before many runs
         _ = Bench(folder, target, cache=cache, threads=workers).workspace.profile
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_core) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         futures = [pool.submit(_run, folder, run, text, cache) for run in waiting]
         for run, future in zip(waiting, futures, strict=True):
             future.result()
             yield run
 
 
-def _one_core() -> None:
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _begin_worker() -> None:
+    """One core for torch; a killed comparison leaves no worker behind (Linux)."""
     import torch
 
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 _BENCHES: dict[tuple[Path, str], Bench] = {}  # of a worker process: a loaded model each
@@ -413,10 +474,10 @@ def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) 
             benches[run.target] = Bench(folder, run.target, text=text, cache=cache, threads=threads)
         bench = benches[run.target]
         pick, alone = (Allocation.from_json(a) for a in (run.pick, run.knapsack))
-        named = {"knapsack": alone, **bench.references(run.weights)}
         for split in bench.splits:
             kl = bench.kl(split, pick)
-            low, high = interval(kl, bench.kl(split, alone))
+            beside = {"knapsack": bench.kl(split, alone), **bench.references(split, run.weights)}
+            low, high = interval(kl, beside["knapsack"])
             row = {
                 "target": run.target,
                 "bits": round(run.weights * 8 / bench.workspace.inventory.n_searched_weights, 3),
@@ -434,7 +495,7 @@ def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) 
                 / max(sum(run.spent.values()), 1e-9),
                 "/baseline": kl.mean() / bench.baseline(split, run.weights),
             }
-            row |= {f"/{n}": kl.mean() / bench.kl(split, a).mean() for n, a in named.items()}
+            row |= {f"/{name}": kl.mean() / other.mean() for name, other in beside.items()}
             rows.append(row | {"low": low, "high": high})
     return pd.DataFrame(rows)
 
@@ -484,10 +545,11 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
         mine = [r for r in found if (r.target, r.weights) == (target, weights)]
         for name, tokens in sorted({(r.sampler, r.tokens) for r in mine}):
             runs = [r for r in mine if (r.sampler, r.tokens) == (name, tokens)]
-            start, end = runs[0].base_tokens, max(r.forward_tokens for r in runs)
+            start = max(r.course[0].tokens for r in runs)
+            end = max(r.forward_tokens for r in runs)
             grid = np.linspace(start, end, 200)
             lines = np.array([[_at(r, x) for x in grid] for r in runs])
-            axis.plot(grid, np.nanmedian(lines, 0), color=colors[name], label=name)
+            axis.plot(grid, np.median(lines, 0), color=colors[name], label=name)
             axis.fill_between(
                 grid, lines.min(0), lines.max(0), color=colors[name], alpha=0.15, linewidth=0
             )
@@ -506,9 +568,8 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
 
 
 def _at(run: RunResult, tokens: float) -> float:
-    """Held-out loss of the best so far at some tokens."""
-    reached = [p.report for p in run.course if p.tokens <= tokens]
-    return reached[-1] if reached else math.nan
+    """Held-out loss of the best so far at some tokens, from the first point on."""
+    return [p.report for p in run.course if p.tokens <= tokens][-1]
 
 
 # -- the verb

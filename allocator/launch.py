@@ -29,6 +29,7 @@ from allocator.front import front as front_of
 from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import AllocationRecord, codec
+from allocator.samplers.auto import ROUND
 from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import repair_storage, search_lock
 from allocator.study import (
@@ -61,7 +62,8 @@ class SearchEstimate:
         seconds_per_full_trial: to score one allocation on the full search split.
         profile_ready: whether the profile exists already.
         profile_seconds: to build it, if not.
-        total_seconds: an upper estimate of the launch: every trial scored in full.
+        total_seconds: an upper estimate of the launch: every trial scored in full, every look of
+            `auto` around a new incumbent.
     """
 
     floor: int
@@ -95,11 +97,11 @@ def estimate(
     search = workspace.splits[0]
     full = per_token * sum(len(d.ids) for d in search[: spec.search_documents])
     ready = (workspace.profiler.folder / "profile.json").exists()
-    changes = len(list(workspace.profiler.changes()))
-    measuring = changes * per_token * sum(len(d.ids) for d in search[: workspace.n_measured])
-    statistics = 1.5 * per_token * sum(len(d.ids) for d in search)
-    encoding = _encoding_seconds(workspace)
-    profile_seconds = 0.0 if ready else statistics + measuring + encoding
+    profile_seconds = 0.0 if ready else _profile_seconds(workspace, per_token)
+    n_trials = trials or workspace.spec.trials
+    looking = 0.0
+    if (sampler or workspace.spec.sampler) == "auto":
+        looking = math.ceil(n_trials / ROUND) * _look_seconds(workspace, per_token)
     return SearchEstimate(
         floor=limit.used(space.smallest.nbytes(space.layout)),
         ceiling=limit.used(space.largest.nbytes(space.layout)),
@@ -109,8 +111,20 @@ def estimate(
         seconds_per_full_trial=full,
         profile_ready=ready,
         profile_seconds=profile_seconds,
-        total_seconds=profile_seconds + full * (trials or workspace.spec.trials),
+        total_seconds=profile_seconds + full * n_trials + looking,
     )
+
+
+def _profile_seconds(workspace: Workspace, per_token: float) -> float:
+    passes = workspace.profiler.forward_tokens
+    # watching every input of the statistics pass takes half as long as the pass itself
+    tokens = sum(passes.values()) + passes["statistics"] / 2
+    return per_token * tokens + _encoding_seconds(workspace) + _pricing_seconds(workspace)
+
+
+def _look_seconds(workspace: Workspace, per_token: float) -> float:
+    tokens = workspace.profiler.look_tokens(workspace.scorer)
+    return per_token * tokens + 2 * _pricing_seconds(workspace)  # each format's loss, and its move
 
 
 def _seconds_per_token(workspace: Workspace) -> float:
@@ -124,6 +138,14 @@ def _seconds_per_token(workspace: Workspace) -> float:
 
 _ENCODE_WEIGHTS_PER_SECOND = 7e5
 """All offered formats of one weight, one core (the sum over ggml's types, measured)."""
+
+
+_PRICE_WEIGHTS_PER_SECOND = 6e6
+"""The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
+
+
+def _pricing_seconds(workspace: Workspace) -> float:
+    return workspace.inventory.n_searched_weights / _PRICE_WEIGHTS_PER_SECOND
 
 
 def _encoding_seconds(workspace: Workspace) -> float:
@@ -268,7 +290,7 @@ def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path | None]
     finished = complete_trials(running.study)
     if not finished:
         raise StudyError(
-            f"{workspace.folder}: no trial was finished; give it more --trials or --time"
+            f"{workspace.folder}: no trial was finished; give it more --trials, --time or --tokens"
         )
     knapsack = running.queue[0].allocation
     alone = next((t for t in finished if allocation_of(t) == knapsack), None)

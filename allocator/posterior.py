@@ -99,7 +99,8 @@ def fit(surrogate: Surrogate, observations: Sequence[Observation]) -> Posterior:
     for _ in range(_STEPS if observations else 0):
         current = surrogate.multiplied(dict(zip(names, np.exp(mean).tolist(), strict=True)))
         jacobian = np.array([current.shares(o.params) for o in observations])
-        missing = np.array([log(o.loss / current.predict(o.params)) for o in observations])
+        predicted = [max(current.predict(o.params), 1e-12) for o in observations]
+        missing = np.array([log(o.loss / p) for o, p in zip(observations, predicted, strict=True)])
         mean = _gain(prior, jacobian, variance) @ (missing + jacobian @ mean)
     return Posterior(names, mean, prior, jacobian, variance)
 

@@ -9,6 +9,7 @@ from allocator.errors import StudyError
 from allocator.memory import Budget
 from allocator.samplers import check_sampler
 from allocator.space import read_toml
+from allocator.targets import target_named
 from allocator.units import parse_bytes
 
 
@@ -27,6 +28,8 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         splits: JSON with lists `search` and `selection` of record indices; else every third
             document (of its domain) is for selection.
         report: JSON lines for the published figures.
+        statistics_documents: documents of the search split behind importance and routing
+            statistics; all by default.
         search_documents: documents that a COMPLETE trial is scored on, from the search split.
         selection_documents: documents of the selection split that the pick is made on.
         rungs: documents after which a losing trial is stopped.
@@ -38,6 +41,7 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     documents: str
     splits: str | None = None
     report: str | None = None
+    statistics_documents: int | None = None
     search_documents: int | None = None
     selection_documents: int | None = None
     rungs: tuple[int, ...] = (8, 32)
@@ -106,6 +110,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_sampler(spec.sampler)
         c = spec.calibration
         counts = (
+            c.statistics_documents,
             c.measured_documents,
             c.curvature_documents,
             c.search_documents,
@@ -114,7 +119,20 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
         if any(n is not None and n < 1 for n in (*c.rungs, *counts, spec.trials)):
             raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
+        if spec.compare is not None:
+            _check_compare(path, spec.compare)
         return spec
+
+
+def _check_compare(path: Path, spec: CompareSpec) -> None:
+    for name in (*spec.samplers, *(long.sampler for long in spec.long)):
+        check_sampler(name)
+    for target in spec.seeds:
+        target_named(target)
+    counts = (spec.tokens, *spec.weights, *spec.seeds.values())
+    long_counts = [n for long in spec.long for n in (long.tokens, *long.weights)]
+    if min(*counts, *long_counts, spec.report_documents or 1, len(spec.samplers)) < 1:
+        raise StudyError(f"{path}: samplers and the counts of [compare] must be positive")
 
 
 def chosen_budget(spec: BudgetSpec, *, file: str | None, weights: str | None) -> Budget:

@@ -8,8 +8,8 @@ whose process died is closed and its proposal made again under the same seed, so
 equals undisturbed.
 
 Racing: a candidate is scored on a growing prefix of the search split. After each rung it is
-compared, document by document, with every finished trial of at most its bytes; where the mean
-difference is above `RACE_Z` standard errors it has lost.
+compared, document by document, with every finished trial of at most its bytes (and `RACE_SLACK`);
+where the mean difference is above `RACE_Z` standard errors it has lost.
 
 Generations, for samplers that ask for them: offspring are proposed together and narrowed down in
 steps, each step on more documents (`Selection`); the losers are PRUNED. How all of them ended is
@@ -45,6 +45,9 @@ ALLOCATION, KIND, LOSSES, RESULT, LOCK = "allocation", "kind", "losses", "result
 VERDICTS = "verdicts"
 """User attribute of a study: how the trials of its last generation ended, by number."""
 RACE_Z = 2.0
+RACE_SLACK = 1e-3
+"""Rivals may be larger by this share: a thousandth of the bytes is worth well under a percent of
+the loss, and proposals at one cap rarely have the same size to the byte."""
 Verdict = tuple[str, list[float] | None]
 """A trial's state by name, and its values."""
 
@@ -79,9 +82,8 @@ class TrialScorer(Protocol):
     def n_documents(self) -> int:
         """Documents of the full search split."""
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the full search split."""
+    def tokens(self, stop: int) -> int:
+        """Tokens of the first `stop` documents."""
 
     def score(self, allocation: Allocation, start: int, stop: int) -> Any:
         """Losses on documents `start:stop`."""
@@ -190,9 +192,14 @@ class Search:
                     on_trial(trial)
 
     def forward_tokens(self) -> int:
-        """Tokens through all layers so far: `base_tokens`, trials, and what samplers measured."""
+        """Tokens through all layers so far: `base_tokens`, trials, and what samplers measured.
+
+        Abandoned trials are left out: they are made again.
+        """
         total = self.base_tokens
         for trial in self.study.get_trials(deepcopy=False):
+            if ABANDONED in trial.user_attrs:
+                continue
             total += trial.user_attrs.get(RESULT, {}).get("tokens", 0)
             total += trial.system_attrs.get(LOOKED, 0)
         return total
@@ -200,15 +207,15 @@ class Search:
     def _next_tokens(self) -> int:
         """The most that the next trial or generation may cost."""
         n_documents = self.scorer.n_documents
-        if self.selection is None or self.n_proposals() < len(self.queue):
-            share = 1.0
-        else:
-            documents = [0, *(d for d, _ in self.selection.steps), n_documents]
-            survivors = [self.selection.n_offspring, *(s for _, s in self.selection.steps)]
-            spans = (b - a for a, b in pairwise(documents))
-            share = sum(n * s for n, s in zip(spans, survivors, strict=True)) / n_documents
-        looking = getattr(self.study.sampler, "next_tokens", lambda study: 0)(self.study)
-        return round(share * self.scorer.n_tokens) + int(looking)
+        if self.n_proposals() < len(self.queue):
+            return self.scorer.tokens(n_documents)
+        if self.selection is None:
+            looking = getattr(self.study.sampler, "next_tokens", lambda study: 0)(self.study)
+            return self.scorer.tokens(n_documents) + int(looking)
+        ends = [0, *(d for d, _ in self.selection.steps), n_documents]
+        survivors = [self.selection.n_offspring, *(s for _, s in self.selection.steps)]
+        spans = (b - a for a, b in pairwise(map(self.scorer.tokens, ends)))
+        return sum(n * s for n, s in zip(spans, survivors, strict=True))
 
     def step(self) -> FrozenTrial:
         """One trial: ask, make feasible, score, tell."""
@@ -278,7 +285,7 @@ class Search:
         rivals = [
             np.array(t.user_attrs[LOSSES])
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if t.values[1] <= candidate.used
+            if t.values[1] <= candidate.used * (1 + RACE_SLACK)
         ]
         n_documents = self.scorer.n_documents
         for stop in sorted({*(r for r in self.rungs if r < n_documents), n_documents}):

@@ -15,7 +15,7 @@ grows with the *standard deviation* of the shift, hence with the square root of 
 2 to 10 times the curvature in early layers and tell little of what the same change costs beside
 others. `c` is measured per bundle (a layer's attention, a layer's experts): on the reference model
 it is the same, within noise, for all groups of a bundle, and the loss of a bundle changed together
-is within 5 % of what its groups alone predict through the square root.
+is mostly within 10 % of what its groups alone predict through the square root.
 
 Pruning a layer costs what was measured, piecewise linear between counts; its experts' errors then
 count in proportion to what is left, the tokens of the others being routed to them.
@@ -121,7 +121,10 @@ class Surrogate:
             self.space,
             mixed,
             dict.fromkeys(self.coupling, 0.0),
-            {x: self._counts_of(x) for x in self.counts},
+            {
+                x: self._counts_of(x) - self._counts_of(x)[self.space.counts.index(n)]
+                for x, n in counts.items()
+            },
             _sizes=self._sizes,
         )
 

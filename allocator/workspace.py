@@ -121,6 +121,7 @@ class Workspace:
                 "splits must be disjoint"
             )
         for key, n, split in (
+            ("statistics_documents", spec.statistics_documents, search),
             ("search_documents", spec.search_documents, search),
             ("measured_documents", spec.measured_documents, search),
             ("curvature_documents", spec.curvature_documents, search),
@@ -181,7 +182,7 @@ class Workspace:
         _use_threads(self.threads)
         inputs = ProfileInputs(
             layout=self.layout,
-            documents=tuple(self.splits[0]),
+            documents=tuple(self.splits[0][: self.spec.calibration.statistics_documents]),
             n_measured=self.n_measured,
             n_curvature=self.n_curvature,
             saliency=self.search_space.experts.saliency,
@@ -208,15 +209,21 @@ class Workspace:
         """Predicted losses."""
         return from_profile(self.profile, self.space)
 
-    def bank_for(self, importance: str) -> Bank:
+    def bank_for(self, importance: str, *, beside: Path | None = None) -> Bank:
         """The bank of the importance vectors with this digest.
 
+        Args:
+            importance: digest.
+            beside: an allocation file; the vectors may be in its folder too.
+
         Raises:
-            CheckpointError: if neither the study's committed file nor its calibration gives them.
+            CheckpointError: if neither a committed file nor the study's calibration gives them.
         """
         from safetensors.numpy import load_file
 
         path = self.importance_path(importance)
+        if beside is not None and not path.is_file():
+            path = beside.parent / path.name
         if path.is_file():
             vectors = load_file(path)
             if importance_digest(vectors) != importance:
@@ -242,6 +249,16 @@ class Workspace:
     def scorer(self) -> Scorer:
         """Scores on the search split."""
         chosen = self.splits[0][: self.spec.calibration.search_documents]
+        return Scorer(self.profiler.swap, chosen, threads=self.threads)
+
+    @cached_property
+    def look_scorer(self) -> Scorer:
+        """What gradients are taken on: search documents that trials are not scored on.
+
+        Where too few are left, those that trials are scored on.
+        """
+        left = self.splits[0][len(self.scorer.documents) :]
+        chosen = left if len(left) >= self.n_curvature else list(self.scorer.documents)
         return Scorer(self.profiler.swap, chosen, threads=self.threads)
 
     @cached_property
@@ -388,9 +405,9 @@ class Workspace:
             surrogate=self.surrogate,
             budget=budget,
             around=lambda allocation, part: self.profiler.around(
-                allocation, self.scorer, part=part
+                allocation, self.look_scorer, part=part
             ),
-            look_tokens=self.profiler.look_tokens(self.scorer),
+            look_tokens=self.profiler.look_tokens(self.look_scorer),
         )
 
     def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:

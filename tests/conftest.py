@@ -327,35 +327,41 @@ class FormulaScorer:
     """An additive loss: each group's falls with its bits, each layer's rises with lost experts.
 
     Groups weigh differently, and documents too; nothing of it depends on the process. `before` is
-    called with the allocation and the documents of every request.
+    called with the allocation and the documents of every request; `lengths` are those of documents,
+    which weigh the same for all that.
     """
 
     n_documents = 12
-    n_tokens = 120
 
-    def __init__(self, before=lambda allocation, start, stop: None, change=lambda kl: kl):
-        self.before, self.change = before, change
+    def __init__(
+        self, before=lambda allocation, start, stop: None, change=lambda kl: kl, lengths=(10,) * 12
+    ):
+        self.before, self.change, self.lengths = before, change, lengths
+
+    def tokens(self, stop):
+        return sum(self.lengths[:stop])
 
     def score(self, allocation, start, stop):
         self.before(allocation, start, stop)
+        return FormulaLosses(self.change(self.kl(allocation, np.arange(start, stop))))
+
+    def kl(self, allocation, documents):
         loss = sum(
             (1 + zlib.crc32(g.encode()) % 97) / 50 * float(np.mean(4.0 ** -stored_bits(f)))
             for g, f in allocation.formats
         )
         loss += sum((1 + x) / (1 + n) ** 2 for x, n in allocation.counts.items())
         noise = zlib.crc32(allocation.digest.encode()) % 101 / 5000
-        documents = np.arange(start, stop)
-        kl = loss * (1 + 0.05 * np.sin(documents)) + noise * np.cos(3 * documents + loss)
-        return FormulaLosses(self.change(kl))
+        return loss * (1 + 0.05 * np.sin(documents)) + noise * np.cos(3 * documents + loss)
 
     def summary(self, losses):
         n = len(losses.kl)
-        return {"loss": float(losses.kl.mean()), "tokens": 10 * n, "top1": 0.5}
+        return {"loss": float(losses.kl.mean()), "tokens": sum(self.lengths[:n]), "top1": 0.5}
 
 
 def formula_search(
     checkpoint, storage, sampler, *, target="safetensors", bounds="file", share=0.4, seed=0,
-    scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4,
+    scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4, around=None, look_tokens=0,
 ):  # fmt: skip
     """A `Search` of a checkpoint of zeros under synthetic measurements.
 
@@ -373,8 +379,9 @@ def formula_search(
     budget = Budget(low + int(share * (high - low)), bounds)
     study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
     study.sampler = make_sampler(
-        sampler, seed=seed, surrogate=surrogate, budget=budget, population=population
-    )
+        sampler, seed=seed, surrogate=surrogate, budget=budget, population=population,
+        around=around, look_tokens=look_tokens,
+    )  # fmt: skip
     return Search(
         study=study,
         space=space,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator import api
+from allocator import api, launch
 from allocator.allocation import Allocation
 from allocator.errors import (
     BudgetError,
@@ -18,7 +18,7 @@ from allocator.errors import (
     StudyError,
     VerifyError,
 )
-from allocator.formats import FORMATS
+from allocator.formats import FORMATS, offered
 from allocator.materialize.checkpoint import file_digest
 from allocator.records import AllocationRecord
 from allocator.space import SearchSpace, bind
@@ -122,6 +122,31 @@ def test_estimate_writes_nothing_and_brackets_the_budget(fresh, options):
     assert found.floor == workspace.unranked_space.smallest.nbytes(workspace.layout).encoded
 
 
+def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, monkeypatch):
+    """At a second per token, and nothing for encoding: tokens by hand, changes from the profile."""
+    for name in ("_encoding_seconds", "_pricing_seconds"):
+        monkeypatch.setattr(launch, name, lambda workspace: 0.0)
+    monkeypatch.setattr(launch, "_seconds_per_token", lambda workspace: 1.0)
+    ready = api.estimate(fresh, **options)
+    assert ready.profile_ready
+    assert ready.profile_seconds == 0
+    searched, scored, measured = 8 * 32, 6 * 32, 3 * 32
+    assert ready.seconds_per_full_trial == scored
+    looks = 3 * 6 * scored  # of 8 trials; two forward and two backward passes of what is scored
+    assert ready.total_seconds == 8 * scored + looks
+    assert api.estimate(fresh, sampler="knapsack", **options).total_seconds == 8 * scored
+
+    cold = api.estimate(fresh, **(options | {"cache": tmp_path / "cold"}))
+    folder = Workspace(finished_study, **options).profiler.folder
+    lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    # of two layers, a change in the second one runs the second one
+    depths = [0.5 if line["change"].startswith("layers.1") else 1.0 for line in lines]
+    statistics, curvature, original = 1.5 * searched, 3 * searched, 2 * measured
+    assert not cold.profile_ready
+    assert cold.profile_seconds == statistics + curvature + original + measured * sum(depths)
+    assert cold.total_seconds == cold.profile_seconds + ready.total_seconds
+
+
 @pytest.mark.parametrize("kind", ["file", "weights"])
 def test_a_budget_under_the_floor_names_both_numbers(fresh, options, kind):
     before = state(fresh)
@@ -172,7 +197,9 @@ def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):
     params = workspace.space.params(decision)
     whole = workspace.space.complete(params)
     predicted = workspace.surrogate.predict(whole)
-    assert table["predicted_loss"].sum() == pytest.approx(predicted, rel=1e-9)
+    jumps = predicted - workspace.surrogate.losses(whole).sum()
+    assert jumps > 0
+    assert table["predicted_loss"].sum() == pytest.approx(predicted - jumps / 2, rel=1e-9)
     steps = 0
     for name, row in table.iterrows():
         for side in ("up", "down"):
@@ -197,7 +224,9 @@ def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
     decision = space.allocation(
         space.params(space.smallest) | {"experts.1": 10, f"format.{group}": "IQ2_XXS*8+IQ1_S"}
     )
-    loss = SimpleNamespace(around=lambda params: lambda name, value: 0.0)
+    loss = SimpleNamespace(
+        around=lambda params: lambda name, value: 0.0, predict=lambda params: 0.0
+    )
     stub = SimpleNamespace(space=space, surrogate=loss, read_allocation=lambda path: decision)
     monkeypatch.setattr(api, "Workspace", lambda folder: stub)
     table = api.explain("study", "allocation").set_index("decision")
@@ -310,6 +339,33 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
     elsewhere = {**options, "cache": tmp_path / "empty_cache"}
     again = api.reproduce(pick, tmp_path / "three", **elsewhere)  # nothing but the committed files
     assert [w.manifest for w in again] == [made[w.manifest.container].manifest for w in again]
+
+
+def test_a_search_that_mixes_formats_is_written_and_verified(
+    make_checkpoint, write_study, tmp_path, monkeypatch
+):
+    """Of a safetensors study: what a trial scored in parts, its file computes."""
+    quick = ("Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "Q5_0", "Q4_0")  # to encode
+    monkeypatch.setattr(
+        "allocator.targets.layout.offered",
+        lambda *a, **k: tuple(f for f in offered(*a, **k) if f.name in quick),
+    )
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1}
+    path = make_checkpoint(tmp_path / "wide", "qwen3", dtype="bfloat16", **wide)
+    study = write_study(tmp_path / "study", path)
+    toml = study / "study.toml"
+    toml.write_text(toml.read_text().replace('target = "gguf"', 'target = "safetensors"'))
+    options = {"cache": tmp_path / "cache", "threads": 1}
+    result = api.search(study, trials=5, **options)
+    record = AllocationRecord.read(result.knapsack)
+    in_parts = [text for _, text in record.decision.formats if "+" in text]
+    assert in_parts
+    made = api.materialize(study, result.knapsack, tmp_path / "made", **options)
+    assert made.manifest.file_bytes == record.bytes["file"]
+    found = api.verify(study, made.folder, **options)
+    assert found.loss == pytest.approx(record.loss["search"], abs=1e-6)
+    explained = api.explain(study, result.knapsack, **options)
+    assert explained["value"].astype(str).str.contains(r"\*").sum() == len(in_parts)
 
 
 def test_reproduce_notices_other_bytes(study, options, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from allocator.cli import main
 from allocator.materialize.checkpoint import file_digest
 from allocator.storage import search_lock
+from allocator.workspace import Workspace
 
 torch.set_num_threads(1)
 
@@ -69,13 +70,24 @@ def test_inspect(run, checkpoints):
     assert re.search(r"\d+ groups, [\d,]+ weights", out)
 
 
-def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, tmp_path):
+def check_profile_line(out, study, cache):
+    """What is printed, against the stages' files and the study's documents."""
+    folder = Workspace(study, cache=cache, threads=1).profiler.folder
+    curvature = json.loads((folder / "curvature.json").read_text())
+    changes = (folder / "losses.jsonl").read_text().splitlines()
+    profile = json.loads((folder / "profile.json").read_text())
+    numbers = [int(n.replace(",", "")) for n in re.findall(r"(?<!\w)[\d,]*\d(?!\w)", out)]
+    # of 12 documents of 32 tokens, 8 are for search and 3 behind measured changes
+    assert numbers[:5] == [len(curvature), len(changes), 3 * 32, 8 * 32, 8 * 32]
+    assert numbers[-2:] == [len(profile["unreached"]), sum(profile["forward_tokens"].values())]
+
+
+def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_path):
     before = state(fresh)
     out = good(run("search", fresh, "--dry-run"))
     assert re.search(r"floor +[\d,]+ B", out)
     assert state(fresh) == before
-    out = good(run("profile", fresh))
-    assert "measured changes" in out
+    check_profile_line(good(run("profile", fresh)), fresh, study_cache)
     assert state(fresh) == before
     out = good(run("search", fresh, "--trials", 8))
     assert sum(map(int, re.findall(r"(\d+) (?:COMPLETE|PRUNED|FAIL)", out))) == 8
@@ -131,6 +143,28 @@ def test_progress_goes_to_stderr_alone(run, fresh):
     assert "search:" not in out
     assert "\r" not in out
     assert run("search", fresh, "--trials", 4)[2] == ""
+
+
+@pytest.mark.parametrize("sampler", ["auto", "knapsack"])
+def test_a_search_ends_within_its_tokens(run, fresh, study_cache, sampler):
+    base = Workspace(fresh, cache=study_cache, threads=1).base_tokens
+    trial = 6 * 32
+    look = 6 * trial
+    tokens = base + 30 * trial
+    good(run("search", fresh, "--tokens", tokens, "--sampler", sampler))
+    spent = base + sum(t["tokens"] for t in trials(fresh))
+    looks = re.findall(r'"auto:forward_tokens": ?(\d+)', (fresh / "journal").read_text())
+    assert bool(looks) == (sampler == "auto")
+    spent += sum(map(int, looks))
+    assert len(trials(fresh)) > 3
+    assert tokens - trial - look < spent <= tokens
+    before = trials(fresh)
+    good(run("search", fresh, "--tokens", tokens, "--sampler", sampler))
+    assert trials(fresh) == before
+
+
+def test_tokens_that_pay_for_no_trial_are_refused(run, fresh):
+    refused(run("search", fresh, "--tokens", 100), "no trial was finished.*--tokens")
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])

@@ -223,7 +223,7 @@ def test_formats_and_mixes_are_in_order_of_bytes(spaces):
         ("[experts]\nminimum = 13\nmaximum = 12", "minimum 13 .* is above maximum 12"),
         ("[experts]\nmaximum = 3", "minimum 6 .* is above maximum 3"),
         ("[experts]\nmaximum = -1", "is above maximum -1"),
-        ("[experts]\nsaliency = 'luck'", "saliency 'luck', needed one of reap, norm"),
+        ("[experts]\nsaliency = 'luck'", "saliency 'luck', needed one of fisher, reap, norm"),
         ("[experts.protected]\n0 = [1]", r"protected 0 = \[1\]: MoE layers are \(1, 2, 3, 4, 5\)"),
         ("[experts.protected]\n1 = [24]", r"protected 1 = \[24\]: .* experts 0..23"),
         ("[experts.protected]\n1 = [-1]", r"protected 1 = \[-1\]"),
@@ -298,7 +298,7 @@ def test_router_groups_stay_balanced(grouped, profiles, target):
     assert space.counts == (8, 12, 16, 20, 24)  # at least two of each group
     for layer, count in itertools.product(grouped[target].layers, space.counts):
         kept = space.retained(layer, count)
-        scores = profiles[target].saliency["reap"][layer]
+        scores = profiles[target].saliency["fisher"][layer]
         for group in range(4):
             best = sorted(range(6 * group, 6 * group + 6), key=lambda e: -scores[e])
             assert {e for e in kept if e // 6 == group} == set(best[: count // 4])

@@ -40,6 +40,7 @@ from allocator.targets import Group, Layout
 
 ANCHOR_BITS = (1.75, 3.0)
 """Each bundle's loss is measured with its groups in their formats nearest to these."""
+_LOOK = FORWARDS_WITH_SLOPE + 1  # and the original's own forward
 _SALIENCY_BITS = 2.0625  # the format whose loss ranks experts
 PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Each layer's loss is measured at these shares of its experts."""
@@ -194,7 +195,7 @@ class Profiler:
 
         Args:
             allocation: the candidate.
-            scorer: of the search split; its documents are taken `n_curvature` at a time.
+            scorer: of search documents; they are taken `n_curvature` at a time.
             part: which of these.
         """
         n = min(self.inputs.n_curvature, scorer.n_documents)
@@ -208,14 +209,14 @@ class Profiler:
             found = measure(self.swap, documents, reference=lambda i: scorer.reference(start + i))
             write_whole(path, json.dumps(self._priced_around(allocation, found)).encode())
         curvature, moves = json.loads(path.read_text())
-        return Around(curvature, moves, FORWARDS_WITH_SLOPE * sum(len(d.ids) for d in documents))
+        return Around(curvature, moves, _LOOK * sum(len(d.ids) for d in documents))
 
     def look_tokens(self, scorer: Scorer) -> int:
         """The most forward tokens that `around` costs."""
         n = min(self.inputs.n_curvature, scorer.n_documents)
         sizes = [len(d.ids) for d in scorer.documents]
         starts = range(0, scorer.n_documents - n + 1, n)
-        return FORWARDS_WITH_SLOPE * max(sum(sizes[i : i + n]) for i in starts)
+        return _LOOK * max(sum(sizes[i : i + n]) for i in starts)
 
     def _priced_around(
         self, allocation: Allocation, found: Curvature
@@ -276,24 +277,15 @@ class Profiler:
     def _build(self) -> Profile:
         statistics = self.statistics
         measured, pruned = self._losses()
-        n_measured, n_curvature = (
-            sum(len(d.ids) for d in self.inputs.documents[:n])
-            for n in (self.inputs.n_measured, self.inputs.n_curvature)
-        )
         return Profile(
             checkpoint=self.layout.inventory.digest,
             calibration=calibration.digest(self.inputs.documents),
             target=self.layout.target,
             importance=importance_digest(statistics.importance),
             n_tokens=statistics.n_tokens,
-            measured_tokens=n_measured,
-            curvature_tokens=n_curvature,
-            forward_tokens={
-                "statistics": statistics.n_tokens,
-                "curvature": FORWARDS * n_curvature,
-                "reference": n_measured,
-                "changes": round(n_measured * sum(map(self._depth, self.changes()))),
-            },
+            measured_tokens=self._tokens(self.inputs.n_measured),
+            curvature_tokens=self._tokens(self.inputs.n_curvature),
+            forward_tokens=self.forward_tokens,
             saliency=self.saliency,
             unreached=statistics.unreached,
             counts=statistics.counts,
@@ -302,6 +294,20 @@ class Profiler:
             pruned=pruned,
             saliency_method=self.inputs.saliency,
         )
+
+    @property
+    def forward_tokens(self) -> dict[str, int]:
+        """What each stage costs, finished or not, in tokens through all layers."""
+        n_measured = self._tokens(self.inputs.n_measured)
+        return {
+            "statistics": self._tokens(),
+            "curvature": FORWARDS * self._tokens(self.inputs.n_curvature),
+            "reference": 2 * n_measured,  # its distributions, and its states before every layer
+            "changes": round(n_measured * sum(map(self._depth, self.changes()))),
+        }
+
+    def _tokens(self, n_documents: int | None = None) -> int:
+        return sum(len(d.ids) for d in self.inputs.documents[:n_documents])
 
     @property
     def _measured_documents(self) -> Sequence[Document]:
@@ -313,8 +319,10 @@ class Profiler:
         for group in self.layout.groups.values():
             bundles.setdefault(bundle_of(group), []).append(group)
         for name, groups in bundles.items():
-            for bits in ANCHOR_BITS:
-                yield Change(name, {g.name: _nearest(g, bits) for g in groups}, math.nan)
+            small, large = ({g.name: _nearest(g, bits) for g in groups} for bits in ANCHOR_BITS)
+            yield Change(name, small, math.nan)
+            if large != small:
+                yield Change(name, large, math.nan)
         inventory = self.layout.inventory
         step = inventory.expert_groups
         least = inventory.least_experts(inventory.experts_used)

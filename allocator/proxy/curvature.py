@@ -84,10 +84,9 @@ class Curvature:
         self._looked_up.append((ids.reshape(-1), gradient.reshape(len(ids.reshape(-1)), -1)))
 
     def take_slopes(self, parameters: dict[str, Any]) -> None:
-        """Moves the gradients of parameters in here."""
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                self._slopes[name], parameter.grad = parameter.grad, None
+        """Keeps the gradients of parameters."""
+        found = ((name, parameter.grad) for name, parameter in parameters.items())
+        self._slopes = {name: gradient for name, gradient in found if gradient is not None}
 
     def price(self, group: Group, change: Floats, experts: Sequence[int]) -> list[float]:
         """Nats per token that a change of a group costs.
@@ -150,8 +149,8 @@ def measure(
     Args:
         swap: holds the candidate; it is left as it was.
         documents: tokens to run.
-        reference: index of a document to the original's log-probabilities `(tokens, vocabulary)`;
-            given, the slope of the proxy loss is measured too.
+        reference: index of a document to the original's log-probabilities `(tokens, vocabulary)`,
+            without running the model; given, the slope of the proxy loss is measured too.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass.
     """
@@ -185,6 +184,7 @@ def measure(
                     found.listening = True
         found.take_slopes(parameters)
     finally:
+        model.zero_grad()  # what was stopped must not be part of the next slope
         model.requires_grad_(False)
         for handle in handles:
             handle.remove()

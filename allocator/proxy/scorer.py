@@ -105,7 +105,11 @@ class Scorer:
     @property
     def n_tokens(self) -> int:
         """Tokens of all documents."""
-        return sum(len(d.ids) for d in self.documents)
+        return self.tokens(self.n_documents)
+
+    def tokens(self, stop: int) -> int:
+        """Tokens of the first `stop` documents."""
+        return sum(len(d.ids) for d in self.documents[:stop])
 
     @torch.inference_mode()
     def score(

@@ -135,6 +135,8 @@ class AutoSampler(SolvingSampler):
             if not (params := self._params(trial)):
                 continue
             rival = np.array(incumbent.user_attrs["losses"])[: len(losses)]
+            if min(losses.mean(), rival.mean()) <= 0:
+                continue  # lossless within rounding: no ratio
             ratio = float(losses.mean() / rival.mean())
             spread = losses / losses.mean() - rival / rival.mean()
             yield Observation(

@@ -1,0 +1,333 @@
+"""The default sampler on losses that are formulas: looks, rounds, resumption, and what it gains."""
+
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from allocator.inventory import read_inventory
+from allocator.memory import Budget
+from allocator.samplers.auto import LOOKED
+from allocator.samplers.knapsack import ABANDONED, MULTIPLIERS
+from allocator.storage import open_storage
+from allocator.study import allocation_of, close_abandoned, complete_trials
+from allocator.surrogate import Around
+from allocator.targets import TARGETS
+
+N_FIRST, N_TRIALS = 2, 15
+LOOK_TOKENS = 50
+
+
+def pieces(text, retained):
+    """Formats of a group in an allocation, and the experts that each holds."""
+    for piece in text.split("+"):
+        fmt, _, experts = piece.partition(":")
+        yield fmt, [int(e) for e in experts.split(",")] if experts else list(retained)
+
+
+class Toy:
+    """A loss that is additive in formats, each group's that of a profile times its own factor."""
+
+    def __init__(self, formula, make, target="safetensors", spread=1.0):
+        layout = TARGETS[target].layout(read_inventory(formula.checkpoint))
+        self.groups, self.prices = layout.groups, make.profile(layout).curvature
+        self.factors = {
+            name: float(np.exp(spread * np.random.default_rng(zlib.crc32(name.encode())).normal()))
+            for name in self.prices
+        }
+
+    def price(self, name, fmt):
+        return self.factors[name] * np.array(self.prices[name][fmt])
+
+    def loss(self, allocation):
+        total = 0.0
+        for name, text in allocation.formats:
+            layer = self.groups[name].layer
+            kept = allocation.retained_experts[layer] if ".experts." in name else [0]
+            total += sum(self.price(name, f)[e].sum() for f, e in pieces(text, kept))
+        return total + sum(0.3 * (1 - n / 4) for n in allocation.counts.values())
+
+    def around(self, allocation):
+        """Exact: curvature is the loss of every format, moves the change from what is held."""
+        curvature, moves = {}, {}
+        for name, text in allocation.formats:
+            curvature[name] = {f: self.price(name, f).tolist() for f in self.prices[name]}
+            layer = self.groups[name].layer
+            kept = allocation.retained_experts[layer] if ".experts." in name else [0]
+            held = np.zeros(len(next(iter(curvature[name].values()))))
+            for fmt, experts in pieces(text, kept):
+                held[experts] = self.price(name, fmt)[experts]
+            there = np.isin(np.arange(len(held)), kept)
+            moves[name] = {
+                f: ((np.array(v) - held) * there).tolist() for f, v in curvature[name].items()
+            }
+        return Around(curvature, moves, LOOK_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def toys(formula, make):
+    return {target: Toy(formula, make, target) for target in TARGETS}
+
+
+def toy_scorer(formula, toy, before=lambda *_: None):
+    class Scorer(formula.Scorer):
+        def kl(self, allocation, documents):
+            wave = 1 + 0.1 * np.sin(documents + zlib.crc32(allocation.digest.encode()) % 97)
+            return toy.loss(allocation) * (1 + 0.2 * np.cos(documents)) * wave
+
+    return Scorer(before)
+
+
+class Watched:
+    """A `Look` that remembers what it was asked; its prices have noise, as a gradient's have."""
+
+    def __init__(self, toy, fails=()):
+        self.toy, self.fails, self.asked = toy, set(fails), []
+
+    def __call__(self, allocation, part):
+        self.asked.append((allocation.digest, part))
+        if len(self.asked) - 1 in self.fails:
+            raise KilledError
+        exact = self.toy.around(allocation)
+        rng = np.random.default_rng([zlib.crc32(allocation.digest.encode()), part])
+        curvature, moves = (
+            {g: {f: (np.array(v) * np.exp(rng.normal())).tolist() for f, v in row.items()}
+             for g, row in prices.items()}
+            for prices in (exact.curvature, exact.moves)
+        )  # fmt: skip
+        return Around(curvature, moves, LOOK_TOKENS)
+
+
+class KilledError(Exception):
+    """The process dies."""
+
+
+def started(formula, toy, storage, *, look=None, before=lambda *_: None, share=0.15, **options):
+    return formula.search(
+        storage, "auto", scorer=toy_scorer(formula, toy, before), around=look, share=share,
+        look_tokens=LOOK_TOKENS if look else 0, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(formula, toys):
+    """A finished search with looks, and its `Watched`; read only."""
+    look = Watched(toys["safetensors"])
+    search = started(formula, toys["safetensors"], InMemoryStorage(), look=look)
+    search.run(n_trials=N_TRIALS)
+    return SimpleNamespace(search=search, look=look)
+
+
+def told(study):
+    """All that a study says of its trials, abandoned ones left out."""
+    trials = [t for t in study.get_trials() if ABANDONED not in t.user_attrs]
+    return [
+        (t.state, t.params, t.values, t.user_attrs, t.constraints, t.system_attrs) for t in trials
+    ]
+
+
+# -- what is proposed
+
+
+@pytest.mark.parametrize("looking", [False, True])
+@pytest.mark.parametrize("bounds", ["file", "weights"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_proposals_are_feasible_and_within_their_target(
+    monkeypatch, formula, toys, target, bounds, looking
+):
+    from allocator.samplers.auto import AutoSampler
+
+    targets = []
+    draw = AutoSampler._draw_target
+    monkeypatch.setattr(AutoSampler, "at_the_cap", 0.5)
+    monkeypatch.setattr(
+        AutoSampler, "_draw_target", lambda self: targets.append(draw(self)) or targets[-1]
+    )
+    toy = toys[target]
+    look = Watched(toy) if looking else None
+    search = started(formula, toy, InMemoryStorage(), look=look, target=target, bounds=bounds)
+    search.run(n_trials=N_TRIALS)
+    own = search.study.get_trials()[N_FIRST:]
+    assert len(targets) == len(own)
+    low = Budget(1, bounds).used(search.space.smallest.nbytes(search.space.layout))
+    below = 0
+    for trial, budget in zip(own, targets, strict=True):
+        assert set(trial.params) == set(search.space.distributions)
+        allocation = allocation_of(trial)
+        assert search.space.allocation(trial.params) == allocation
+        assert not trial.user_attrs["result"]["repaired"]
+        allocation.check(search.space.layout)
+        used = budget.used(allocation.nbytes(search.space.layout))
+        assert low <= used <= budget.nbytes <= search.budget.nbytes
+        assert set(trial.system_attrs[MULTIPLIERS]) == set(search.surrogate.multiplied_names)
+        below += budget.nbytes < search.budget.nbytes
+    assert 2 < below < len(own) - 2
+
+
+def test_most_proposals_are_at_the_cap_and_few_are_made_twice(undisturbed):
+    search = undisturbed.search
+    trials = search.study.get_trials()
+    digests = [allocation_of(t).digest for t in trials]
+    assert len(set(digests)) > 0.8 * len(digests)
+    sizes = [search.budget.used(allocation_of(t).nbytes(search.space.layout)) for t in trials]
+    near = sum(n > 0.95 * search.budget.nbytes for n in sizes[N_FIRST:])
+    assert near > 0.7 * (len(trials) - N_FIRST)
+
+
+# -- looks
+
+
+def incumbent(trials):
+    done = [t for t in trials if t.state is TrialState.COMPLETE]
+    return min(done, key=lambda t: t.values[0])
+
+
+def test_looks_are_around_a_new_incumbent_at_the_start_of_a_round(undisturbed):
+    trials = undisturbed.search.study.get_trials()
+    assert len(undisturbed.look.asked) == len(trials) - N_FIRST
+    known, looked = [], []
+    for at, asked in enumerate(undisturbed.look.asked):
+        first = N_FIRST + at // 3 * 3  # of the round
+        now = incumbent(trials[:first])
+        if now.number not in known:
+            assert at % 3 == 0
+            known.append(now.number)
+            looked.append(N_FIRST + at)
+            part = at // 3
+        assert asked == (allocation_of(now).digest, part)
+    noted = {t.number: t.system_attrs[LOOKED] for t in trials if LOOKED in t.system_attrs}
+    assert noted == dict.fromkeys(looked, LOOK_TOKENS)
+    n_rounds = -(-(len(trials) - N_FIRST) // 3)
+    assert 1 < len(looked) < n_rounds  # some rounds begin at an old one, some at a new one
+    spent = sum(t.user_attrs["result"]["tokens"] for t in trials)
+    assert undisturbed.search.forward_tokens() == spent + LOOK_TOKENS * len(looked)
+
+
+def test_what_is_seen_there_changes_the_proposals(formula, toys, undisturbed):
+    blind = started(formula, toys["safetensors"], InMemoryStorage())
+    blind.run(n_trials=N_TRIALS)
+    trials = blind.study.get_trials()
+    assert len(trials) == N_TRIALS
+    assert not any(LOOKED in t.system_attrs for t in trials)
+    seeing = [t.params for t in undisturbed.search.study.get_trials()]
+    assert [t.params for t in trials][:N_FIRST] == seeing[:N_FIRST]
+    assert trials[N_FIRST].params != seeing[N_FIRST]
+
+
+def test_without_a_finished_trial_there_is_no_look(formula, toys):
+    look = Watched(toys["safetensors"])
+    search = started(formula, toys["safetensors"], InMemoryStorage(), look=look, n_knapsack=0)
+    search.step()
+    assert look.asked == []
+    search.run(n_trials=4)
+    assert len(set(look.asked)) == 1  # the first round had none; the second begins with one
+    assert look.asked[0][1] == 0
+    noted = [LOOKED in t.system_attrs for t in search.study.get_trials()]
+    assert noted == [False, False, False, True]
+
+
+# -- stops and kills
+
+
+@pytest.mark.parametrize("stops", [(3, 6, 9), (2, 4, 5, 7, 8)])
+def test_stopped_and_resumed_is_undisturbed(formula, toys, undisturbed, tmp_path, stops):
+    for stop in (*stops, N_TRIALS):
+        look = Watched(toys["safetensors"])
+        storage = open_storage(None, tmp_path)
+        search = started(formula, toys["safetensors"], storage, look=look)
+        search.run(n_trials=stop)
+    assert told(search.study) == told(undisturbed.search.study)
+    assert search.forward_tokens() == undisturbed.search.forward_tokens()
+
+
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [("in the look", n) for n in (0, 1, 3, 6, 7)] + [("after it", n) for n in (0, 1, 3, 6, 7)]
+    + [("in the last documents", n) for n in (0, 2)],
+)  # fmt: skip
+def test_killed_and_resumed_is_undisturbed(formula, toys, undisturbed, where, at):
+    toy, storage = toys["safetensors"], InMemoryStorage()
+    begun = []
+
+    def before(allocation, start, stop):
+        begun.extend([allocation] * (start == 0))
+        if len(begun) == N_FIRST + at + 1 and (where == "after it" or stop == 12):
+            raise KilledError
+
+    inside = where == "in the look"
+    look = Watched(toy, fails=[at] if inside else ())
+    search = started(
+        formula, toy, storage, look=look, before=(lambda *_: None) if inside else before
+    )
+    with pytest.raises(KilledError):
+        search.run(n_trials=N_TRIALS)
+    assert search.study.trials[-1].state is TrialState.RUNNING
+    assert search.study.trials[-1].number == N_FIRST + at
+    search = started(formula, toy, storage, look=Watched(toy))
+    assert close_abandoned(search.study) == 1
+    search.run(n_trials=N_TRIALS)
+    assert len(search.study.trials) == N_TRIALS + 1
+    assert told(search.study) == told(undisturbed.search.study)
+    assert search.forward_tokens() == undisturbed.search.forward_tokens()
+
+
+# -- what it gains
+
+
+def gains(formula, toy, *, looking, seed, n_trials=11, **options):
+    """The best proposal's loss over the knapsack's."""
+    look = toy_look(toy) if looking else None
+    search = started(
+        formula, toy, InMemoryStorage(), look=look, seed=seed, n_knapsack=1, rungs=(), **options
+    )
+    search.run(n_trials=n_trials)
+    first = search.study.get_trials()[0]
+    assert first.user_attrs["kind"] == "knapsack"
+    best = complete_trials(search.study)[0]
+    return toy.loss(allocation_of(best)) / toy.loss(allocation_of(first))
+
+
+def toy_look(toy):
+    return lambda allocation, part: toy.around(allocation)
+
+
+@pytest.mark.parametrize("looking", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_beats_the_knapsack_where_the_profile_is_wrong(formula, toys, target, looking):
+    found = [
+        gains(formula, toys[target], target=target, looking=looking, seed=seed, share=share)
+        for seed in (0, 1) for share in (0.15, 0.5)
+    ]  # fmt: skip
+    assert sum(x < 1 for x in found) >= 3
+    assert np.mean(found) < 0.95
+
+
+def test_a_lossless_incumbent_ends_nothing(formula):
+    """Everything fits in the checkpoint's own formats: losses are zero, or rounding below it."""
+    for rounding in (0.0, -1e-9):
+        scorer = formula.Scorer(change=lambda kl, x=rounding: 0 * kl + x)
+        search = formula.search(
+            InMemoryStorage(), "auto", scorer=scorer, share=1.0, n_knapsack=1, rungs=()
+        )
+        search.run(n_trials=5)
+        trials = search.study.get_trials()
+        assert [t.state for t in trials] == [TrialState.COMPLETE] * 5
+        assert allocation_of(trials[0]) == search.space.largest
+
+
+def test_a_trial_without_a_finite_loss_is_passed_over(formula, toys):
+    toy, look = toys["safetensors"], Watched(toys["safetensors"])
+    search = started(formula, toy, InMemoryStorage(), look=look)
+    search.run(n_trials=3)
+    search.scorer.change = lambda kl: kl * np.nan
+    search.run(n_trials=5)
+    search.scorer.change = lambda kl: kl
+    search.run(n_trials=9)
+    states = [t.state.name for t in search.study.get_trials()]
+    assert states[3:5] == ["FAIL", "FAIL"]
+    assert "FAIL" not in states[:3] + states[5:]
+    assert all(np.isfinite(list(t.system_attrs[MULTIPLIERS].values())).all()
+               for t in search.study.get_trials()[N_FIRST:])  # fmt: skip
