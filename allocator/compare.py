@@ -31,6 +31,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.allocation import Allocation
+from allocator.baselines import hand_rule
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document, interleaved
 from allocator.errors import StudyError
@@ -302,6 +303,33 @@ class Bench:
         ]
         return baseline_loss(points(near, None), weights)
 
+    def by_hand(self) -> list[dict[str, Any]]:
+        """Rows of the seed paper's hand rule, at the sizes that it comes to."""
+        layout, gates = self.workspace.layout, self.workspace.profile.saliency["gate"]
+        rankings = {
+            x: tuple(np.argsort(-np.array(v), kind="stable").tolist()) for x, v in gates.items()
+        }
+        rows = []
+        for name, allocation in hand_rule(layout, rankings):
+            nbytes = allocation.nbytes(layout).encoded
+            for split in self.splits:
+                kl = self.kl(split, allocation)
+                rows.append(
+                    {
+                        "target": self.workspace.target,
+                        "bits": round(nbytes * 8 / layout.inventory.n_searched_weights, 3),
+                        "sampler": name,
+                        "seed": 0,
+                        "tokens": 0,
+                        "split": split,
+                        "documents": len(kl),
+                        "kl": kl.mean(),
+                        "experts": " ".join(map(str, allocation.counts.values())),
+                        "/baseline": kl.mean() / self.baseline(split, nbytes),
+                    }
+                )
+        return rows
+
     def references(self, split: str, weights: int) -> dict[str, Floats]:
         """Per-document KL of the allocations named in study.toml for these bytes.
 
@@ -462,7 +490,7 @@ def results(folder: Path) -> list[RunResult]:
 
 
 def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) -> pd.DataFrame:
-    """A row per finished run and held-out split: its pick beside the references.
+    """A row per finished run and held-out split: its pick beside the references; the hand rule.
 
     Columns `/<reference>` are ratios of mean KL; `low` and `high` the 95 % paired bootstrap
     interval of the ratio to the knapsack alone.
@@ -497,6 +525,8 @@ def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) 
             }
             row |= {f"/{name}": kl.mean() / other.mean() for name, other in beside.items()}
             rows.append(row | {"low": low, "high": high})
+    for bench in benches.values():
+        rows += bench.by_hand()
     return pd.DataFrame(rows)
 
 

@@ -21,7 +21,7 @@ Pruning a layer costs what was measured, piecewise linear between counts; its ex
 count in proportion to what is left, the tokens of the others being routed to them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
@@ -99,24 +99,36 @@ class Surrogate:
         there = _smooth(self.space, prices)
         return replace(self, smooth={g: np.sqrt(v * there[g]) for g, v in self.smooth.items()})
 
-    def nearby(self, params: Params, moves: Prices, *, share: float) -> "Surrogate":
-        """The change of loss from complete `params`: a share of `moves`, the rest this surrogate's.
+    def table(self, moves: Prices, held: Mapping[int, int]) -> dict[str, Floats]:
+        """Prices of moves from a candidate that held these counts, by group `counts x options`."""
+        return _smooth(self.space, moves, held)
 
-        `moves` know what errors have in common; but of hundreds of them, each with its own noise,
+    def nearby(
+        self, params: Params, tables: Sequence[Mapping[str, Floats]], *, share: float
+    ) -> "Surrogate":
+        """The change of loss from complete `params`: a share of the moves', the rest this one's.
+
+        Moves know what errors have in common; but of hundreds of them, each with its own noise,
         the least are the luckiest, and moves made together are not independent. On the reference
-        model shares of 0.2 to 0.5 lower the loss that was measured, and a share of 1 raises it.
+        model and 16 documents, shares of 0.2 to 0.5 lower the loss that was measured, and a share
+        of 1 raises it.
+
+        Args:
+            params: where it is zero.
+            tables: of moves from candidates near it; their mean counts.
+            share: of the moves.
         """
         noise = max(self.noise(self.losses(params)), 1e-12)
         counts = {x: self._count(params, x) for x in self.counts}
-        measured = _smooth(self.space, moves, counts)
         mixed = {}
         for group, rows in self.smooth.items():
             own = rows * self._weight(group, noise)
             row = 0
             if len(rows) > 1:
                 row = self.space.counts.index(counts[self.space.layer_of[group]])
-            own = own - own[row, self.space.formats[group].index(params[f"format.{group}"])]
-            mixed[group] = share * measured[group] + (1 - share) * own
+            moved = np.mean([t[group] for t in tables], axis=0)
+            here = row, self.space.formats[group].index(params[f"format.{group}"])
+            mixed[group] = share * (moved - moved[here]) + (1 - share) * (own - own[here])
         return Surrogate(
             self.space,
             mixed,

@@ -8,7 +8,7 @@ cache (profiles, bank) only saves time.
 import hashlib
 import json
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -404,8 +404,10 @@ class Workspace:
             seed=chosen,
             surrogate=self.surrogate,
             budget=budget,
-            around=lambda allocation, part: self.profiler.around(
-                allocation, self.look_scorer, part=part
+            around=lru_cache(64)(
+                lambda allocation, part: self.profiler.around(
+                    allocation, self.look_scorer, part=part
+                )
             ),
             look_tokens=self.profiler.look_tokens(self.look_scorer),
         )

@@ -73,12 +73,14 @@ def test_every_run_keeps_to_its_tokens(finished, study_cache):
         assert run.base_tokens == base
         journal = finished / "runs" / f"{_name(run)}" / "journal"
         spent = base + _tokens(journal)
-        assert run.forward_tokens == spent <= TOKENS
+        picked = run.forward_tokens - spent  # finalists and the original on 4 documents of 32
+        assert picked in (2 * 128, 3 * 128, 4 * 128, 5 * 128)
+        assert run.forward_tokens <= TOKENS
         assert run.trials["COMPLETE"] + run.trials["PRUNED"] > 1
         assert run.course[0].tokens == base + 6 * 32
         tokens = [p.tokens for p in run.course]
         assert tokens == sorted(tokens)
-        assert tokens[-1] == spent
+        assert tokens[-1] == run.forward_tokens
     assert len({json.dumps(r.knapsack, sort_keys=True) for r in found}) == 1
 
 
@@ -104,7 +106,9 @@ def test_auto_looks_and_others_do_not(finished):
 
 def test_table_is_what_one_computes_by_hand(finished, study_cache):
     frame = compare.table(finished, text=None, cache=study_cache, threads=1)
-    assert len(frame) == 4
+    by_hand = frame["sampler"].str.startswith("hand rule")
+    assert (len(frame), by_hand.sum()) == (7, 3)
+    assert frame[by_hand]["bits"].is_monotonic_decreasing
     bench = Bench(finished, "safetensors", cache=study_cache)
     for run in results(finished):
         row = frame[frame["sampler"] == run.sampler].iloc[0]
@@ -116,7 +120,7 @@ def test_table_is_what_one_computes_by_hand(finished, study_cache):
         assert row["/knapsack"] == pytest.approx(kl.mean() / other.mean(), rel=1e-6)
         assert row["low"] <= row["/knapsack"] <= row["high"]
     summary = compare.summary(frame)
-    assert len(summary) == 4
+    assert len(summary) == 7
     assert summary["count"].eq(1).all()
 
 
@@ -162,11 +166,11 @@ def test_processes_write_the_same(folder, finished, study_cache, tmp_path):
     runs = chosen_runs(copy, samplers=["knapsack"])
     assert list(run_all(copy, runs, text=None, cache=study_cache, workers=2)) == runs
     short = compare.write_results(copy, text=None, cache=study_cache, threads=1)
-    assert list(short["sampler"]) == ["knapsack"]
+    assert [n for n in short["sampler"] if not n.startswith("hand rule")] == ["knapsack"]
     (run,) = results(copy)
     assert run.pick == next(r for r in results(finished) if r.sampler == "knapsack").pick
     assert {p.name for p in copy.iterdir()} >= {"compare.csv", "summary.csv", "compare.png"}
-    assert len(pd.read_csv(copy / "compare.csv")) == 1
+    assert len(pd.read_csv(copy / "compare.csv")) == 1 + 3
 
 
 def test_estimate_counts_what_is_missing(folder, finished, study_cache):

@@ -256,6 +256,12 @@ def moves_from(profile, space, params, rng):
     return {g: {f: v.tolist() for f, v in row.items()} for g, row in moves.items()}
 
 
+def near_of(surrogate, params, moves, share):
+    held = surrogate.space.allocation(params).counts
+    tables = [surrogate.table(moves, held), surrogate.table(moves, held)]
+    return surrogate.nearby(params, tables, share=share)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_nearby_is_zero_here_and_a_mixture_there(surrogates, profiles, target, share):
@@ -266,7 +272,7 @@ def test_nearby_is_zero_here_and_a_mixture_there(surrogates, profiles, target, s
         factors = factors_of(plain, rng, 0.5)
         surrogate, params = plain.multiplied(factors), at_random(space, rng)
         moves = moves_from(profile, space, params, rng)
-        near = surrogate.nearby(params, moves, share=share)
+        near = near_of(surrogate, params, moves, share)
         assert near.predict(params) == pytest.approx(0, abs=1e-12)
         noise = priced.noise(priced.losses(params, factors))
         here = priced.linear(params, factors, noise)
@@ -293,7 +299,7 @@ def test_nearby_prices_counts_as_measured(surrogates, profiles):
     surrogate = plain.multiplied({"experts.3": 2.0})
     params = {**at_random(space, rng), "experts.3": 12, "format.layers.3.experts.up": "IQ4_XS"}
     moves = moves_from(profile, space, params, rng)
-    near = surrogate.nearby(params, moves, share=1.0)
+    near = near_of(surrogate, params, moves, 1.0)
     for count in (24, 18, 12, 9):
         other = {**params, "experts.3": count}
         pruned = Priced(profile, space).pruned
@@ -477,7 +483,7 @@ def test_losses_that_fall_below_zero_are_solved_within_the_budget(surrogates, pr
         here = surrogate.solve(budget)
         rng = np.random.default_rng(7)
         moves = moves_from(profiles[target], surrogate.space, here, rng)
-        near = surrogate.nearby(here, moves, share=0.5)
+        near = near_of(surrogate, here, moves, 0.5)
         found = near.solve(budget)
         assert near.predict(found) < 0
         used = surrogate.space.allocation(found).nbytes(surrogate.space.layout).encoded

@@ -1,12 +1,13 @@
-"""The default: solve what finished trials, and a gradient at the best of them, say.
+"""The default: solve what finished trials, and gradients at the best of them, say.
 
 In: the surrogate, the budget, the finished trials, and (where it fits) a way to take a gradient.
 Out: params within the byte target. Invariant: as of `SolvingSampler`; what is proposed depends on
 the study's trials and the seed alone, so a resumed study proposes what an undisturbed one does.
 
-- Rounds of `ROUND` proposals begin with a look around the incumbent (`Look`), if it is a new one:
-  its curvature makes the surrogate that of the place where the search is
-  (`Surrogate.towards`), and its slope prices every single switch from there
+- Rounds of `ROUND` proposals begin with a look around the incumbent (`Look`), each on other
+  documents. Its curvature makes the surrogate that of the place where the search is
+  (`Surrogate.towards`). Its slope prices every single switch from there; slopes of all rounds are
+  averaged, incumbents being near each other, and count the more the more there are
   (`Surrogate.nearby`).
 - Every proposal solves the result exactly, under multipliers drawn from their posterior given all
   finished trials (Thompson sampling; `allocator.posterior`), lost races included: those are
@@ -14,7 +15,7 @@ the study's trials and the seed alone, so a resumed study proposes what an undis
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,16 @@ from allocator.memory import Budget
 from allocator.posterior import Observation, Posterior, fit
 from allocator.samplers.knapsack import ABANDONED, SolvingSampler
 from allocator.space import Params
-from allocator.surrogate import Around, Surrogate
+from allocator.surrogate import Around, Floats, Surrogate
 
-ROUND = 3
+ROUND = 5
 """Own proposals from one look to the next."""
 LOOKED = "auto:forward_tokens"
 """System attribute of the trial before which a look was taken: what that cost."""
-SHARES = (0.3, 0.4, 0.2)
-"""Of the slope, by place in the round."""
-SCALES = (0.0, 0.5, 1.0)
-"""Of the posterior's spread, by place in the round; 0 is its mean."""
+NOISE = 2.0
+"""Looks whose average is as much noise as signal: `n` looks get the share `n / (n + NOISE)`."""
+PLACES = ((1.0, 0.0), (0.7, 0.5), (1.3, 0.5), (0.7, 1.0), (1.0, 1.0))
+"""By place in the round: a factor of that share, and of the posterior's spread."""
 
 Look = Callable[[Allocation, int], Around]
 """An allocation, and which part of the documents to use, to what a gradient says around it."""
@@ -72,40 +73,44 @@ class AutoSampler(SolvingSampler):
         self._look_tokens = look_tokens
         self.looking_seconds = 0.0
         self._posterior: Posterior
-        self._here: tuple[Params, Around] | None = None
+        self._here: tuple[Params, list[Mapping[str, Floats]]] | None = None
 
     def next_tokens(self, study: Study) -> int:
         """Forward tokens of the look that the next proposal begins with."""
         done = _done(study)
-        looks = self._looks(done)
-        begins = bool(looks) and _own(done) % ROUND == 0 and _stale(looks) == 0
+        begins = _own(done) % ROUND == 0 and bool(self._looks(done))
         return self._look_tokens if begins else 0
 
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
         done = _done(study, before=trial.number)
-        self._place, self._stale = _own(done) % ROUND, 0
+        self._place = _own(done) % ROUND
         self._global = self._surrogate
         if looks := self._looks(done):
             assert self._around is not None
-            now, self._stale = looks[-1], _stale(looks)
             began = time.perf_counter()
-            around = self._around(_allocation(now), len(looks) - 1 - self._stale)
+            seen = [self._around(_allocation(t), part) for part, t in enumerate(looks)]
             self.looking_seconds = time.perf_counter() - began
-            if not self._place and not self._stale:
-                study._storage.set_trial_system_attr(trial._trial_id, LOOKED, around.forward_tokens)
-            self._global = self._surrogate.towards(around.curvature)
+            if not self._place:
+                tokens = seen[-1].forward_tokens
+                study._storage.set_trial_system_attr(trial._trial_id, LOOKED, tokens)
+            self._global = self._surrogate.towards(seen[-1].curvature)
             if target.nbytes == self._budget.nbytes:
-                self._here = self._params(now), around
+                tables: list[Mapping[str, Floats]] = [
+                    self._surrogate.table(look.moves, _allocation(t).counts)
+                    for t, look in zip(looks, seen, strict=True)
+                ]
+                self._here = self._params(looks[-1]), tables
         self._posterior = fit(self._global, list(self._observations(done)))
 
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
-        farther = attempt + self._stale
-        scale = SCALES[self._place] if not farther else max(SCALES[self._place], 0.5)
-        multipliers = self._posterior.draw(self._rng, scale=scale * 1.2**farther)
+        factor, scale = PLACES[self._place]
+        scale = max(scale, 0.5) * 1.2**attempt if attempt else scale
+        multipliers = self._posterior.draw(self._rng, scale=scale)
         surrogate = self._global.multiplied(multipliers)
         if self._here is not None:
-            params, around = self._here
-            surrogate = surrogate.nearby(params, around.moves, share=SHARES[self._place])
+            params, tables = self._here
+            share = min(factor * len(tables) / (len(tables) + NOISE), 1.0)
+            surrogate = surrogate.nearby(params, tables, share=share)
         return surrogate, multipliers
 
     def _looks(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -155,11 +160,6 @@ def _done(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
 def _own(done: list[FrozenTrial]) -> int:
     """How many were proposed, not queued."""
     return sum("fixed_params" not in t.system_attrs for t in done)
-
-
-def _stale(looks: list[FrozenTrial]) -> int:
-    """For how many rounds the incumbent has been looked at before."""
-    return sum(t.number == looks[-1].number for t in looks) - 1
 
 
 def _incumbent(done: list[FrozenTrial]) -> FrozenTrial | None:
