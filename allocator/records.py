@@ -8,6 +8,7 @@ needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal
 import builtins
 import json
 import re
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
+@cache
 def codec() -> str:
     """The quantizer that writes bytes here."""
     return f"xllamacpp {version('xllamacpp')}"

@@ -56,4 +56,4 @@ def test_importance(path):
 
 def test_something_is_shipped():
     assert len(RECORDS) >= 22
-    assert len(IMPORTANCE) == 2
+    assert len(IMPORTANCE) == 3
