@@ -123,7 +123,7 @@ def _profile_seconds(workspace: Workspace, per_token: float) -> float:
 
 
 def _look_seconds(workspace: Workspace, per_token: float) -> float:
-    tokens = workspace.profiler.look_tokens(workspace.scorer)
+    tokens = workspace.profiler.look_tokens(workspace.look_scorer)
     return per_token * tokens + 2 * _pricing_seconds(workspace)  # each format's loss, and its move
 
 
