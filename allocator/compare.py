@@ -229,8 +229,7 @@ class Bench:
                 f"{run.name}: {run.tokens:,} forward tokens; the profile, the original, one "
                 f"trial and the pick take {least:,}; raise tokens under [compare]"
             )
-        lock = workspace.lock(budget, run.sampler, run.seed)
-        study = open_study(open_storage(storage, folder), "study", lock)
+        study = open_study(open_storage(storage, folder), "study", self._lock(run))
         study.sampler = workspace.sampler(budget, sampler=run.sampler, seed=run.seed)
         return Search(
             study=study,
@@ -242,6 +241,22 @@ class Bench:
             queue=first_trials(workspace.surrogate, budget, (), n_knapsack=1),
             base_tokens=workspace.base_tokens,
         )
+
+    def _lock(self, run: "Run | RunResult") -> dict[str, Any]:
+        return self.workspace.lock(Budget(run.weights, "weights"), run.sampler, run.seed)
+
+    def check(self, run: "RunResult") -> None:
+        """Raises:
+        StudyError: if a finished run was made with other inputs than study.toml names now.
+        """
+        lock = self._lock(run)
+        odd = [key for key in lock if run.lock.get(key) != lock[key]]
+        if odd:
+            name = Run(run.target, run.weights, run.sampler, run.seed, run.tokens).name
+            raise StudyError(
+                f"{self.folder}/runs/{name}.json: made with another {odd[0]} than study.toml names "
+                "now; restore it, or delete the run and compare again"
+            )
 
     def _result(self, run: Run, search: Search, seconds: float) -> dict[str, Any]:
         finished = complete_trials(search.study)
@@ -259,6 +274,7 @@ class Bench:
         return {
             "schema": 1,
             **asdict(run),
+            "lock": self._lock(run),
             "forward_tokens": spent,
             "base_tokens": search.base_tokens,
             "seconds": seconds,
@@ -468,6 +484,7 @@ class RunResult(msgspec.Struct):
     sampler: str
     seed: int
     tokens: int
+    lock: dict[str, Any]
     forward_tokens: int
     base_tokens: int
     seconds: float
@@ -501,6 +518,7 @@ def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) 
         if run.target not in benches:
             benches[run.target] = Bench(folder, run.target, text=text, cache=cache, threads=threads)
         bench = benches[run.target]
+        bench.check(run)
         pick, alone = (Allocation.from_json(a) for a in (run.pick, run.knapsack))
         for split in bench.splits:
             kl = bench.kl(split, pick)

@@ -173,6 +173,15 @@ def test_processes_write_the_same(folder, finished, study_cache, tmp_path):
     assert len(pd.read_csv(copy / "compare.csv")) == 1 + 3
 
 
+def test_runs_of_other_inputs_are_not_mixed(finished, study_cache, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(finished, copy)
+    text = (copy / "study.toml").read_text()
+    (copy / "study.toml").write_text(text.replace("search_documents = 6", "search_documents = 5"))
+    with pytest.raises(StudyError, match=r"\.json: made with another search split than .* delete"):
+        compare.table(copy, text=None, cache=study_cache, threads=1)
+
+
 def test_estimate_counts_what_is_missing(folder, finished, study_cache):
     runs = chosen_runs(folder)
     found = compare.estimate(finished, runs, cache=study_cache, workers=2)
