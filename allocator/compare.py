@@ -586,6 +586,7 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
         columns,
         figsize=(4 * columns, 3.4 * -(-len(panels) // columns)),
         squeeze=False,
+        layout="constrained",
     )
     names = sorted({r.sampler for r in found})
     colors = {name: f"C{i}" for i, name in enumerate(names)}
@@ -609,8 +610,7 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles[label] = handle
-    figure.legend(handles.values(), handles.keys(), loc="upper right")
-    figure.tight_layout()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
