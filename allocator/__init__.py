@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "api": "allocator.api",
     "load": "allocator.materialize.load",
-    "allocation_of": "allocator.study",
+    "allocation_of": "allocator.trials",
     "Allocation": "allocator.allocation",
     "AllocationRecord": "allocator.records",
     "Workspace": "allocator.workspace",

@@ -37,34 +37,25 @@ from allocator.calibration.documents import Document, interleaved
 from allocator.errors import StudyError
 from allocator.files import write_whole
 from allocator.front import Point, baseline_loss, lower_hull
+from allocator.launch import N_FINALISTS, finalists_of, prepare
 from allocator.memory import Budget
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import read_allocation
-from allocator.samplers.auto import LOOKED
-from allocator.samplers.knapsack import ABANDONED
 from allocator.specification import CompareSpec
 from allocator.storage import open_storage, repair_storage, search_lock
-from allocator.study import (
-    RESULT,
-    Search,
-    allocation_of,
-    close_abandoned,
-    complete_trials,
-    first_trials,
-    open_study,
-)
+from allocator.study import Search, close_abandoned, open_study, trial_counts
+from allocator.trials import allocation_of, forward_tokens, not_abandoned
 from allocator.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
 
-N_FINALISTS = 3
 N_POINTS = 4
 """Points of a run's course whose held-out loss is measured; the first and the last are among."""
 _SCREEN_DOCUMENTS = 8  # every baseline near the budget; those near the hull again on all
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Run:
     """One searcher on one problem."""
 
@@ -78,6 +69,10 @@ class Run:
     def name(self) -> str:
         """Of its files."""
         return f"{self.target}-{self.weights}-{self.sampler}-{self.seed}-{self.tokens}"
+
+    def file(self, folder: Path) -> Path:
+        """What it leaves in a comparison's folder when it is finished."""
+        return folder / "runs" / f"{self.name}.json"
 
 
 def planned(spec: CompareSpec) -> list[Run]:
@@ -123,6 +118,7 @@ class Bench:
         self.workspace = Workspace(folder, cache=cache, threads=threads, target=target)
         self._text = text
         self._swaps: dict[str, SwapModel] = {}
+        self._baselines: dict[tuple[str, int], float] = {}
 
     @property
     def spec(self) -> CompareSpec:
@@ -196,10 +192,10 @@ class Bench:
 
     def run(self, run: Run) -> None:
         """Runs or continues one run and writes its file; does nothing if it is finished."""
-        done = self.folder / "runs" / f"{run.name}.json"
+        done = run.file(self.folder)
         if done.exists():
             return
-        folder = self.folder / "runs" / run.name
+        folder = done.parent / run.name
         folder.mkdir(parents=True, exist_ok=True)
         storage = f"journal:{folder / 'journal'}"
         with search_lock(folder, join=False) as lock:
@@ -230,16 +226,14 @@ class Bench:
                 f"trial and the pick take {least:,}; raise tokens under [compare]"
             )
         study = open_study(open_storage(storage, folder), "study", self._lock(run))
-        study.sampler = workspace.sampler(budget, sampler=run.sampler, seed=run.seed)
-        return Search(
-            study=study,
-            space=workspace.space,
-            surrogate=workspace.surrogate,
-            budget=budget,
-            scorer=workspace.scorer,
-            rungs=workspace.spec.calibration.rungs,
-            queue=first_trials(workspace.surrogate, budget, (), n_knapsack=1),
-            base_tokens=workspace.base_tokens,
+        return prepare(
+            workspace,
+            budget,
+            study,
+            sampler=run.sampler,
+            seed=run.seed,
+            baselines=(),
+            n_knapsack=1,
         )
 
     def _lock(self, run: "Run | RunResult") -> dict[str, Any]:
@@ -252,18 +246,18 @@ class Bench:
         lock = self._lock(run)
         odd = [key for key in lock if run.lock.get(key) != lock[key]]
         if odd:
-            name = Run(run.target, run.weights, run.sampler, run.seed, run.tokens).name
+            made = Run(run.target, run.weights, run.sampler, run.seed, run.tokens)
             raise StudyError(
-                f"{self.folder}/runs/{name}.json: made with another {odd[0]} than study.toml names "
+                f"{made.file(self.folder)}: made with another {odd[0]} than study.toml names "
                 "now; restore it, or delete the run and compare again"
             )
 
     def _result(self, run: Run, search: Search, seconds: float) -> dict[str, Any]:
-        finished = complete_trials(search.study)
-        first = finished[-1] if len(finished) == 1 else _number(finished, 0)
-        finalists = {t.number: t for t in (*finished[:N_FINALISTS], first)}
-        losses = {n: self.loss("selection", allocation_of(t)) for n, t in finalists.items()}
-        pick = finalists[min(losses, key=lambda n: (losses[n], n))]
+        finalists, alone = finalists_of(search)
+        if alone is None:
+            raise StudyError(f"{run.name}: the knapsack alone has no finite loss; see its journal")
+        losses = {t.number: self.loss("selection", allocation_of(t)) for t in finalists}
+        pick = min(finalists, key=lambda t: (losses[t.number], t.number))
         course = [
             self._point(tokens, trial)
             for tokens, trial in _thinned(list(_course(search.study, search.base_tokens)))
@@ -279,12 +273,9 @@ class Bench:
             "base_tokens": search.base_tokens,
             "seconds": seconds,
             "spent": search.seconds,
-            "trials": {
-                s.name: sum(t.state == s for t in search.study.get_trials(deepcopy=False))
-                for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-            },
+            "trials": trial_counts(search.study),
             "course": course,
-            "knapsack": allocation_of(first).to_json(),
+            "knapsack": allocation_of(alone).to_json(),
             "pick": allocation_of(pick).to_json(),
         }
 
@@ -298,6 +289,11 @@ class Bench:
 
     def baseline(self, split: str, weights: int) -> float:
         """Loss of uniform formats and role mixes at exactly these bytes (lower hull)."""
+        if (split, weights) not in self._baselines:
+            self._baselines[split, weights] = self._baseline(split, weights)
+        return self._baselines[split, weights]
+
+    def _baseline(self, split: str, weights: int) -> float:
         rows = [
             (a, a.nbytes(self.workspace.layout).encoded)
             for _, a in self.workspace.baselines(pruned=True)
@@ -380,18 +376,11 @@ def _hull_loss(points: list[Point], nbytes: int) -> float:
     return baseline_loss(points, nbytes)
 
 
-def _number(trials: Sequence[FrozenTrial], number: int) -> FrozenTrial:
-    return next(t for t in trials if t.number == number)
-
-
 def _course(study: optuna.Study, base: int) -> Iterator[tuple[int, FrozenTrial]]:
     """Every new best trial with the forward tokens spent by its end."""
     tokens, best = base, math.inf
-    for trial in study.get_trials(deepcopy=False):
-        if ABANDONED in trial.user_attrs:
-            continue
-        tokens += trial.user_attrs.get(RESULT, {}).get("tokens", 0)
-        tokens += trial.system_attrs.get(LOOKED, 0)
+    for trial in not_abandoned(study):
+        tokens += forward_tokens(trial)
         if trial.state == TrialState.COMPLETE and trial.values[0] < best:
             best = trial.values[0]
             yield tokens, trial
@@ -428,7 +417,7 @@ def run_all(
     workers: int,
 ) -> Iterator[Run]:
     """Runs what is not finished, in order, in processes of one core each; yields as they end."""
-    waiting = [run for run in runs if not (folder / "runs" / f"{run.name}.json").exists()]
+    waiting = [run for run in runs if not run.file(folder).exists()]
     if not waiting:
         return
     context = multiprocessing.get_context("spawn")
@@ -674,7 +663,7 @@ def estimate(
     folder: Path, runs: Sequence[Run], *, cache: Path | None, workers: int
 ) -> CompareEstimate:
     """Prices the runs that are not finished."""
-    waiting = [r for r in runs if not (folder / "runs" / f"{r.name}.json").exists()]
+    waiting = [r for r in runs if not r.file(folder).exists()]
     seconds, tokens = 0.0, 0
     for target in dict.fromkeys(r.target for r in waiting):
         bench = Bench(folder, target, cache=cache, threads=1)

@@ -9,6 +9,7 @@ finalists that include the unperturbed knapsack, so there it is never worse than
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,17 +31,15 @@ from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import AllocationRecord, codec
 from allocator.samplers.auto import ROUND
-from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import repair_storage, search_lock
 from allocator.study import (
-    KIND,
-    RESULT,
     Search,
-    allocation_of,
     close_abandoned,
     complete_trials,
     first_trials,
+    trial_counts,
 )
+from allocator.trials import ABANDONED, KIND, RESULT, allocation_of
 from allocator.workspace import Workspace
 
 N_KNAPSACK = 3
@@ -227,10 +226,7 @@ def search(
         pick=pick,
         knapsack=knapsack,
         seconds=dict(running.seconds),
-        trials={
-            s.name: sum(t.state == s for t in running.study.get_trials(deepcopy=False))
-            for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        },
+        trials=trial_counts(running.study),
         messages=tuple(messages),
     )
 
@@ -268,8 +264,22 @@ def prepare(
     *,
     sampler: str | None = None,
     seed: int | None = None,
+    baselines: Sequence[tuple[str, Allocation]] | None = None,
+    n_knapsack: int = N_KNAPSACK,
 ) -> Search:
-    """Everything a search needs, profile included, ready to `step` or `run`."""
+    """Everything a search needs, profile included, ready to `step` or `run`.
+
+    Args:
+        workspace: of the study.
+        limit: the budget.
+        study: opened.
+        sampler: instead of study.toml's.
+        seed: instead of study.toml's.
+        baselines: among the first trials; uniform formats and role mixes by default.
+        n_knapsack: knapsack solutions among the first trials.
+    """
+    if baselines is None:
+        baselines = workspace.baselines()
     study.sampler = workspace.sampler(limit, sampler=sampler, seed=seed)
     return Search(
         study=study,
@@ -278,23 +288,18 @@ def prepare(
         budget=limit,
         scorer=workspace.scorer,
         rungs=workspace.spec.calibration.rungs,
-        queue=first_trials(
-            workspace.surrogate, limit, workspace.baselines(), n_knapsack=N_KNAPSACK
-        ),
+        queue=first_trials(workspace.surrogate, limit, baselines, n_knapsack=n_knapsack),
         base_tokens=workspace.base_tokens,
     )
 
 
 def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path | None]:
     """Picks on the selection split; writes the allocation files and the front."""
-    finished = complete_trials(running.study)
-    if not finished:
+    finalists, alone = finalists_of(running)
+    if not finalists:
         raise StudyError(
             f"{workspace.folder}: no trial was finished; give it more --trials, --time or --tokens"
         )
-    knapsack = running.queue[0].allocation
-    alone = next((t for t in finished if allocation_of(t) == knapsack), None)
-    finalists = finished[:N_FINALISTS] + ([] if alone is None else [alone])
     scores = {t.number: _selection_loss(workspace, allocation_of(t)) for t in finalists}
     best = min(finalists, key=lambda t: (scores[t.number], t.number))
     _write_importance(workspace)
@@ -303,6 +308,17 @@ def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path | None]
     if alone is None:
         return pick, None
     return pick, _record(workspace, running.budget, "knapsack", alone, scores[alone.number])
+
+
+def finalists_of(running: Search) -> tuple[list[FrozenTrial], FrozenTrial | None]:
+    """The trials that the pick is made among, and the knapsack alone if it was finished."""
+    finished = complete_trials(running.study)
+    knapsack = running.queue[0].allocation
+    alone = next((t for t in finished if allocation_of(t) == knapsack), None)
+    finalists = finished[:N_FINALISTS]
+    if alone is not None and alone.number not in {t.number for t in finalists}:
+        finalists.append(alone)
+    return finalists, alone
 
 
 def _selection_loss(workspace: Workspace, allocation: Allocation) -> float:

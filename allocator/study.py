@@ -35,13 +35,20 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError, StudyError
 from allocator.memory import Budget, FileBytes
-from allocator.samplers.auto import LOOKED
 from allocator.samplers.evolution import Selection
-from allocator.samplers.knapsack import ABANDONED
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
+from allocator.trials import (
+    ABANDONED,
+    ALLOCATION,
+    KIND,
+    LOSSES,
+    RESULT,
+    forward_tokens,
+    not_abandoned,
+)
 
-ALLOCATION, KIND, LOSSES, RESULT, LOCK = "allocation", "kind", "losses", "result", "lock"
+LOCK = "lock"
 VERDICTS = "verdicts"
 """User attribute of a study: how the trials of its last generation ended, by number."""
 RACE_Z = 2.0
@@ -196,13 +203,7 @@ class Search:
 
         Abandoned trials are left out: they are made again.
         """
-        total = self.base_tokens
-        for trial in self.study.get_trials(deepcopy=False):
-            if ABANDONED in trial.user_attrs:
-                continue
-            total += trial.user_attrs.get(RESULT, {}).get("tokens", 0)
-            total += trial.system_attrs.get(LOOKED, 0)
-        return total
+        return self.base_tokens + sum(map(forward_tokens, not_abandoned(self.study)))
 
     def _next_tokens(self) -> int:
         """The most that the next trial or generation may cost."""
@@ -405,15 +406,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:12] + "…"
 
 
-def allocation_of(trial: FrozenTrial) -> Allocation:
-    """What a trial scored; the only reader of a trial's decision.
-
-    Raises:
-        StudyError: if the trial scored nothing.
-    """
-    if ALLOCATION not in trial.user_attrs:
-        raise StudyError(f"trial {trial.number} scored no allocation ({trial.state.name})")
-    return Allocation.from_json(trial.user_attrs[ALLOCATION])
+def trial_counts(study: optuna.Study) -> dict[str, int]:
+    """How many trials ended how."""
+    states = [t.state for t in study.get_trials(deepcopy=False)]
+    return {
+        s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    }
 
 
 def complete_trials(study: optuna.Study) -> list[FrozenTrial]:

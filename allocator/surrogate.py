@@ -119,15 +119,13 @@ class Surrogate:
             share: of the moves.
         """
         noise = max(self.noise(self.losses(params)), 1e-12)
-        counts = {x: self._count(params, x) for x in self.counts}
+        counts = self.space.layer_counts(params)
         mixed = {}
         for group, rows in self.smooth.items():
             own = rows * self._weight(group, noise)
-            row = 0
-            if len(rows) > 1:
-                row = self.space.counts.index(counts[self.space.layer_of[group]])
             moved = np.mean([t[group] for t in tables], axis=0)
-            here = row, self.space.formats[group].index(params[f"format.{group}"])
+            column = self.space.formats[group].index(params[f"format.{group}"])
+            here = self._row(params, group), column
             mixed[group] = share * (moved - moved[here]) + (1 - share) * (own - own[here])
         return Surrogate(
             self.space,
@@ -144,11 +142,8 @@ class Surrogate:
         """The smooth losses of complete params, then those of counts, as `multiplied_names`."""
         found = []
         for group, names in self.space.formats.items():
-            rows = self.smooth[group]
-            row = 0
-            if len(rows) > 1:
-                row = self.space.counts.index(self._count(params, self.space.layer_of[group]))
-            found.append(rows[row, names.index(params[f"format.{group}"])])
+            column = names.index(params[f"format.{group}"])
+            found.append(self.smooth[group][self._row(params, group), column])
         for layer, losses in self.counts.items():
             found.append(losses[self.space.counts.index(self._count(params, layer))])
         return np.array(found) * self._factors
@@ -178,12 +173,9 @@ class Surrogate:
                 return 0.0
             if param.startswith("format."):
                 group = param.removeprefix("format.")
-                names = self.space.formats[group]
-                rows = self.smooth[group]
-                row = 0
-                if len(rows) > 1:
-                    row = self.space.counts.index(self._count(params, self.space.layer_of[group]))
-                return float(rows[row, names.index(value)]) * self._weight(group, noise)
+                column = self.space.formats[group].index(value)
+                alone = float(self.smooth[group][self._row(params, group), column])
+                return alone * self._weight(group, noise)
             layers = self.space.count_params[param]
             index = self.space.counts.index(value)
             factors = self.multipliers
@@ -300,6 +292,12 @@ class Surrogate:
 
     def _weight(self, group: str, noise: float) -> float:
         return self.multipliers.get(group, 1.0) * (1 + self.coupling[group] / (2 * noise))
+
+    def _row(self, params: Params, group: str) -> int:
+        """Where `smooth` has a group at the retained count of params."""
+        if len(self.smooth[group]) == 1:
+            return 0
+        return self.space.counts.index(self._count(params, self.space.layer_of[group]))
 
     def _count(self, params: Params, layer: int) -> int:
         count: int = params["experts.all" if self.space.tied else f"experts.{layer}"]

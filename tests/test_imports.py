@@ -13,7 +13,7 @@ RINGS = [  # a module may import from its own ring or from an earlier one
     {"inventory", "families", "formats", "targets"},
     {"allocation", "memory", "records"},
     {"space", "front", "surrogate", "knapsack", "nested", "posterior", "profile", "baselines"},
-    {"samplers", "study", "storage", "specification", "tables"},
+    {"samplers", "study", "storage", "specification", "tables", "trials"},
     {"codecs", "calibration", "proxy", "materialize", "evaluate"},  # torch lives only here
     {"workspace", "report", "launch", "compare", "api"},
     {"cli", "__main__", "__init__"},

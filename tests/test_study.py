@@ -13,16 +13,13 @@ from allocator.baselines import baselines
 from allocator.errors import StudyError
 from allocator.memory import Budget
 from allocator.samplers import SAMPLERS
-from allocator.samplers.auto import LOOKED
 from allocator.samplers.evolution import Selection
-from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import open_storage
 from allocator.study import (
     RACE_SLACK,
     VERDICTS,
     Queued,
     Search,
-    allocation_of,
     close_abandoned,
     complete_trials,
     first_trials,
@@ -30,6 +27,7 @@ from allocator.study import (
     open_study,
 )
 from allocator.surrogate import Around
+from allocator.trials import ABANDONED, LOOKED, allocation_of
 
 N = 12  # documents of the formula's scorer
 

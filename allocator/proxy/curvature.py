@@ -79,6 +79,11 @@ class Curvature:
         """The sums of one matrix."""
         return self._products.setdefault((name, expert), _Product())
 
+    def add(self, product: _Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Inputs of a product and the gradients of its outputs, while listening."""
+        if self.listening:
+            product.add(x, gradient)
+
     def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """Embedding rows that were looked up, and the gradients of what they gave."""
         self._looked_up.append((ids.reshape(-1), gradient.reshape(len(ids.reshape(-1)), -1)))
@@ -142,7 +147,7 @@ def measure(
     *,
     reference: Callable[[int], torch.Tensor] | None = None,
     seed: int = 0,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Curvature:
     """One forward and one or two backward passes over `documents` of what the model holds now.
 
@@ -226,11 +231,7 @@ def _on_output(found: Curvature, product: _Product) -> Callable[..., None]:
     def hook(module: Any, args: Any, output: Any) -> None:
         x = args[0].detach().flatten(0, -2)
 
-        def take(gradient: torch.Tensor) -> None:
-            if found.listening:
-                product.add(x, gradient.flatten(0, -2))
-
-        output.register_hook(take)
+        output.register_hook(lambda gradient: found.add(product, x, gradient.flatten(0, -2)))
 
     return hook
 
@@ -240,21 +241,15 @@ def _on_expert(found: Curvature, layer: str) -> Callable[..., None]:
         x = x.detach()
         if kind == "down":
             down = found.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
-
-            def one(gradient: torch.Tensor) -> None:
-                if found.listening:
-                    down.add(x, gradient)
-
-            output.register_hook(one)
+            output.register_hook(lambda gradient: found.add(down, x, gradient))
             return
         gate = found.product(f"{layer}.{Role.EXPERT_GATE}", expert)
         up = found.product(f"{layer}.{Role.EXPERT_UP}", expert)
 
         def both(gradient: torch.Tensor) -> None:
-            if found.listening:
-                of_gate, of_up = gradient.chunk(2, -1)
-                gate.add(x, of_gate)
-                up.add(x, of_up)
+            of_gate, of_up = gradient.chunk(2, -1)
+            found.add(gate, x, of_gate)
+            found.add(up, x, of_up)
 
         output.register_hook(both)
 

@@ -99,14 +99,16 @@ def differentiable_experts(
     counts = flat.bincount(minlength=len(experts.down_proj)).tolist()
     outputs = []
     sorted_inputs: Any = hidden[order // k]
+    # unbound at once: the gradient of one indexed expert is as large as that of all
+    gate_up, down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
     for expert, inputs in enumerate(sorted_inputs.split(counts)):
         if not len(inputs):
             continue
-        both = inputs @ experts.gate_up_proj[expert].T
+        both = inputs @ gate_up[expert].T
         watch(expert, "gate_up", inputs, both)
         gate, up = both.chunk(2, -1)
         inner = experts.act_fn(gate) * up
-        outputs.append(inner @ experts.down_proj[expert].T)
+        outputs.append(inner @ down[expert].T)
         watch(expert, "down", inner, outputs[-1])
     weighted = torch.cat(outputs) * gates.reshape(-1)[order].to(hidden.dtype)[:, None]
     inverse = torch.empty_like(order)

@@ -19,8 +19,9 @@ from allocator.errors import StudyError
 from allocator.memory import Budget
 from allocator.samplers.auto import AutoSampler, Look
 from allocator.samplers.evolution import LevelSwitchSampler
-from allocator.samplers.knapsack import ABANDONED, KnapsackSampler
+from allocator.samplers.knapsack import KnapsackSampler
 from allocator.surrogate import Surrogate
+from allocator.trials import ABANDONED
 
 SAMPLERS = ("auto", "knapsack", "random", "tpe", "nsga2", "evolution")
 

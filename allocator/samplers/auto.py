@@ -20,20 +20,19 @@ from typing import Any
 
 import numpy as np
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError
 from allocator.memory import Budget
 from allocator.posterior import Observation, Posterior, fit
-from allocator.samplers.knapsack import ABANDONED, SolvingSampler
+from allocator.samplers.knapsack import SolvingSampler
 from allocator.space import Params
 from allocator.surrogate import Around, Floats, Surrogate
+from allocator.trials import LOOKED, LOSSES, allocation_of, best_complete, not_abandoned
 
 ROUND = 5
 """Own proposals from one look to the next."""
-LOOKED = "auto:forward_tokens"
-"""System attribute of the trial before which a look was taken: what that cost."""
 NOISE = 2.0
 """Looks whose average is as much noise as signal: `n` looks get the share `n / (n + NOISE)`."""
 PLACES = ((1.0, 0.0), (0.7, 0.5), (1.3, 0.5), (0.7, 1.0), (1.0, 1.0))
@@ -77,18 +76,18 @@ class AutoSampler(SolvingSampler):
 
     def next_tokens(self, study: Study) -> int:
         """Forward tokens of the look that the next proposal begins with."""
-        done = _done(study)
+        done = not_abandoned(study)
         begins = _own(done) % ROUND == 0 and bool(self._looks(done))
         return self._look_tokens if begins else 0
 
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
-        done = _done(study, before=trial.number)
+        done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
         self._global = self._surrogate
         if looks := self._looks(done):
             assert self._around is not None
             began = time.perf_counter()
-            seen = [self._around(_allocation(t), part) for part, t in enumerate(looks)]
+            seen = [self._around(allocation_of(t), part) for part, t in enumerate(looks)]
             self.looking_seconds = time.perf_counter() - began
             if not self._place:
                 tokens = seen[-1].forward_tokens
@@ -96,7 +95,7 @@ class AutoSampler(SolvingSampler):
             self._global = self._surrogate.towards(seen[-1].curvature)
             if target.nbytes == self._budget.nbytes:
                 tables: list[Mapping[str, Floats]] = [
-                    self._surrogate.table(look.moves, _allocation(t).counts)
+                    self._surrogate.table(look.moves, allocation_of(t).counts)
                     for t, look in zip(looks, seen, strict=True)
                 ]
                 self._here = self._params(looks[-1]), tables
@@ -118,28 +117,27 @@ class AutoSampler(SolvingSampler):
         if self._around is None:
             return []
         ends = range(len(done) - _own(done), len(done) + 1, ROUND)
-        incumbents = [_incumbent(done[:end]) for end in ends]
+        incumbents = [best_complete(done[:end]) for end in ends]
         return [t for t in incumbents if t is not None and self._params(t)]
 
     def _params(self, trial: FrozenTrial) -> Params:
         """Complete params of what a trial scored; none if the space does not hold it."""
-        space = self._surrogate.space
         try:
-            return space.complete(space.params(_allocation(trial)))
+            return self._space.complete(self._space.params(allocation_of(trial)))
         except SpaceError:
             return {}  # a first trial that keeps other experts
 
     def _observations(self, done: list[FrozenTrial]) -> Iterator[Observation]:
-        incumbent = _incumbent(done)
+        incumbent = best_complete(done)
         if incumbent is None:
             return
         for trial in done:
-            losses: Any = np.array(trial.user_attrs.get("losses", ()))
+            losses: Any = np.array(trial.user_attrs.get(LOSSES, ()))
             if not len(losses) or not np.isfinite(losses).all():
                 continue
             if not (params := self._params(trial)):
                 continue
-            rival = np.array(incumbent.user_attrs["losses"])[: len(losses)]
+            rival = np.array(incumbent.user_attrs[LOSSES])[: len(losses)]
             if min(losses.mean(), rival.mean()) <= 0:
                 continue  # lossless within rounding: no ratio
             ratio = float(losses.mean() / rival.mean())
@@ -151,21 +149,6 @@ class AutoSampler(SolvingSampler):
             )
 
 
-def _done(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
-    """Trials before a number that were not abandoned."""
-    trials = study.get_trials(deepcopy=False)[:before]
-    return [t for t in trials if ABANDONED not in t.user_attrs]
-
-
 def _own(done: list[FrozenTrial]) -> int:
     """How many were proposed, not queued."""
     return sum("fixed_params" not in t.system_attrs for t in done)
-
-
-def _incumbent(done: list[FrozenTrial]) -> FrozenTrial | None:
-    finished = [t for t in done if t.state == TrialState.COMPLETE]
-    return min(finished, key=lambda t: (t.values[0], t.number), default=None)
-
-
-def _allocation(trial: FrozenTrial) -> Allocation:
-    return Allocation.from_json(trial.user_attrs["allocation"])

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from allocator.errors import StudyError
-from allocator.samplers.knapsack import ABANDONED
+from allocator.samplers.base import WholeSampler
 from allocator.space import Costs, Params
+from allocator.trials import best_complete, key_of, proposed
 
 _SWITCHES = 3  # drawn twice from 1.._SWITCHES, the lesser taken: 1 is likeliest
 _MOST_CHANGES = 10
@@ -73,7 +73,7 @@ def _ascend(values: Sequence[int], *, least: int) -> bool:
     return all(b - a >= least for a, b in pairwise(values))
 
 
-class LevelSwitchSampler(BaseSampler):
+class LevelSwitchSampler(WholeSampler):
     """See the module.
 
     Args:
@@ -87,58 +87,31 @@ class LevelSwitchSampler(BaseSampler):
     generational = True
 
     def __init__(self, costs: Costs, *, seed: int) -> None:
+        super().__init__(costs.space, seed=seed)
         self._costs = costs
-        self._rng = np.random.default_rng(seed)
-        self._independent = RandomSampler(seed=seed)
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """All params, at once."""
-        return self._costs.space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """An offspring of the best finished trial that was not proposed before."""
-        space = self._costs.space
+        space = self._space
         parent = self._parent(study)
         if parent is None:
             child = random_start(self._costs, self._rng)
         else:
-            trials = study.get_trials(deepcopy=False)
-            # an abandoned trial's proposal is made again
-            seen = {_key(t.params) for t in trials if ABANDONED not in t.user_attrs}
+            seen = proposed(study)
             child = parent
             for _ in range(_ATTEMPTS):
                 drawn = offspring(self._costs, parent, self._rng)
                 child = drawn or child
-                if drawn and _key({n: drawn[n] for n in space.distributions}) not in seen:
+                if drawn and key_of({n: drawn[n] for n in space.distributions}) not in seen:
                     break
         return {name: child[name] for name in space.distributions}
 
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """For params outside the space only."""
-        return self._independent.sample_independent(study, trial, param_name, param_distribution)
-
     def _parent(self, study: Study) -> Params | None:
         """The params scored by the best finished trial, as proposed; a search repairs none."""
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        fitting = [t for t in finished if t.values[1] <= self._costs.budget.nbytes]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda t: (t.values[0], t.number))
-        return self._costs.space.complete(best.params)
-
-
-def _key(params: Params) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(params.items()))
+        best = best_complete(study.get_trials(deepcopy=False), nbytes=self._costs.budget.nbytes)
+        return None if best is None else self._space.complete(best.params)
 
 
 def random_start(costs: Costs, rng: np.random.Generator) -> Params:

@@ -11,22 +11,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from allocator.memory import Budget
+from allocator.samplers.base import WholeSampler
 from allocator.space import Params
 from allocator.surrogate import Surrogate
+from allocator.trials import best_complete, key_of, proposed
 
-ABANDONED = "abandoned"
-"""User attribute of a trial whose process died; it does not count as a proposal."""
 MULTIPLIERS = "knapsack:multipliers"
 _SIGMAS = (0.05, 0.1, 0.2, 0.4)
 _ATTEMPTS = 6  # redraws, wider each time, while the proposal is one that was made before
 
 
-class SolvingSampler(BaseSampler):
+class SolvingSampler(WholeSampler):
     """Solves a multiplied surrogate; subclasses say which multipliers.
 
     Args:
@@ -39,10 +38,9 @@ class SolvingSampler(BaseSampler):
     """Share of proposals whose byte target is the budget itself."""
 
     def __init__(self, surrogate: Surrogate, budget: Budget, *, seed: int) -> None:
+        super().__init__(surrogate.space, seed=seed)
         self._surrogate = surrogate
         self._budget = budget
-        self._rng = np.random.default_rng(seed)
-        self._independent = RandomSampler(seed=seed)
 
     @abstractmethod
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
@@ -52,54 +50,34 @@ class SolvingSampler(BaseSampler):
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
         """What to solve, farther from the last with every attempt, and its multipliers."""
 
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """All params, at once."""
-        return self._surrogate.space.distributions
-
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The optimum of a multiplied surrogate; remembers its multipliers with the trial."""
         if "fixed_params" in trial.system_attrs:
             return {}
-        space = self._surrogate.space
         target = self._draw_target()
         self._prepare(study, trial, target)
-        trials = study.get_trials(deepcopy=False)
-        # an abandoned trial's proposal is made again
-        seen = {tuple(sorted(t.params.items())) for t in trials if ABANDONED not in t.user_attrs}
+        seen = proposed(study)
         proposal: Params = {}
         multipliers: dict[str, float] = {}
         for attempt in range(_ATTEMPTS):
             surrogate, multipliers = self._draw(attempt)
             solved = surrogate.solve(target)
-            proposal = {name: solved[name] for name in space.distributions}
-            if tuple(sorted(proposal.items())) not in seen:
+            proposal = {name: solved[name] for name in self._space.distributions}
+            if key_of(proposal) not in seen:
                 break
         study._storage.set_trial_system_attr(trial._trial_id, MULTIPLIERS, multipliers)
         return proposal
 
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """For params outside the space only."""
-        return self._independent.sample_independent(study, trial, param_name, param_distribution)
-
     def _draw_target(self) -> Budget:
-        floor = self._surrogate.space.costs(self._budget).total(self._smallest())
+        floor = self._space.costs(self._budget).total(self._smallest())
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
         low = min(floor, self._budget.nbytes)
         return Budget(low + int(share * (self._budget.nbytes - low)), self._budget.bounds)
 
     def _smallest(self) -> Params:
-        space = self._surrogate.space
-        return space.complete(space.params(space.smallest))
+        return self._space.complete(self._space.params(self._space.smallest))
 
 
 class KnapsackSampler(SolvingSampler):
@@ -110,10 +88,8 @@ class KnapsackSampler(SolvingSampler):
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
         self._sigma = float(self._rng.choice(_SIGMAS))
         self._parent: dict[str, float] = {}
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        fitting = [t for t in finished if t.values[1] <= target.nbytes]
-        if fitting:
-            best = min(fitting, key=lambda t: (t.values[0], t.number))
+        best = best_complete(study.get_trials(deepcopy=False), nbytes=target.nbytes)
+        if best is not None:
             # first trials carry none: the unperturbed surrogate, all ones
             self._parent = best.system_attrs.get(MULTIPLIERS, {})
 

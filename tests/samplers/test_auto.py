@@ -10,12 +10,13 @@ from optuna.trial import TrialState
 
 from allocator.inventory import read_inventory
 from allocator.memory import Budget
-from allocator.samplers.auto import LOOKED, ROUND
-from allocator.samplers.knapsack import ABANDONED, MULTIPLIERS
+from allocator.samplers.auto import ROUND
+from allocator.samplers.knapsack import MULTIPLIERS
 from allocator.storage import open_storage
-from allocator.study import allocation_of, close_abandoned, complete_trials
+from allocator.study import close_abandoned, complete_trials
 from allocator.surrogate import Around
 from allocator.targets import TARGETS
+from allocator.trials import ABANDONED, LOOKED, allocation_of
 
 N_FIRST, N_TRIALS = 2, 15
 LOOK_TOKENS = 50

@@ -16,8 +16,9 @@ from allocator.inventory import read_inventory
 from allocator.memory import Budget
 from allocator.samplers.evolution import Selection, offspring, random_start
 from allocator.space import Experts, Pin, SearchSpace, bind
-from allocator.study import Queued, allocation_of, complete_trials
+from allocator.study import Queued, complete_trials
 from allocator.targets import SAFETENSORS, TARGETS
+from allocator.trials import allocation_of
 
 STEPS = Selection(8, ((2, 3), (6, 1)))
 

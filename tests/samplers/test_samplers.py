@@ -14,9 +14,9 @@ from optuna.trial import TrialState
 from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.samplers.evolution import Selection
-from allocator.samplers.knapsack import ABANDONED
 from allocator.storage import open_storage, repair_storage
-from allocator.study import allocation_of, close_abandoned
+from allocator.study import close_abandoned
+from allocator.trials import ABANDONED, allocation_of
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
 N_FIRST = 2

@@ -1,0 +1,64 @@
+"""What a trial says of itself: the names of its attributes, and what samplers and studies read.
+
+In: Optuna's trials. Out: the allocation that one scored, its cost, the best of several. Invariant:
+an abandoned trial (its process died) counts for nothing; its proposal is made again.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.allocation import Allocation
+from allocator.errors import StudyError
+
+ALLOCATION, KIND, LOSSES, RESULT = "allocation", "kind", "losses", "result"
+ABANDONED = "abandoned"
+"""User attribute of a trial whose process died; it does not count as a proposal."""
+LOOKED = "auto:forward_tokens"
+"""System attribute of the trial before which a look was taken: what that cost."""
+
+Key = tuple[tuple[str, Any], ...]
+
+
+def allocation_of(trial: FrozenTrial) -> Allocation:
+    """What a trial scored; the only reader of a trial's decision.
+
+    Raises:
+        StudyError: if the trial scored nothing.
+    """
+    if ALLOCATION not in trial.user_attrs:
+        raise StudyError(f"trial {trial.number} scored no allocation ({trial.state.name})")
+    return Allocation.from_json(trial.user_attrs[ALLOCATION])
+
+
+def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
+    """Trials before a number (all by default) that were not abandoned."""
+    trials = study.get_trials(deepcopy=False)[:before]
+    return [t for t in trials if ABANDONED not in t.user_attrs]
+
+
+def forward_tokens(trial: FrozenTrial) -> int:
+    """Tokens through all layers that a trial cost, the look before it included."""
+    scored: int = trial.user_attrs.get(RESULT, {}).get("tokens", 0)
+    looked: int = trial.system_attrs.get(LOOKED, 0)
+    return scored + looked
+
+
+def best_complete(
+    trials: Iterable[FrozenTrial], *, nbytes: float = float("inf")
+) -> FrozenTrial | None:
+    """The COMPLETE trial of least loss within some bytes; of equal ones the first."""
+    done = (t for t in trials if t.state == TrialState.COMPLETE and t.values[1] <= nbytes)
+    return min(done, key=lambda t: (t.values[0], t.number), default=None)
+
+
+def key_of(params: dict[str, Any]) -> Key:
+    """Tells proposals apart."""
+    return tuple(sorted(params.items()))
+
+
+def proposed(study: Study) -> set[Key]:
+    """Keys of all proposals so far."""
+    return {key_of(t.params) for t in not_abandoned(study)}
