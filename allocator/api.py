@@ -4,7 +4,8 @@ Every function takes paths and plain values, and returns data (often a pandas ta
 are shown when `progress` is true; nothing else is printed.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 import optuna
 import pandas as pd
 
+from allocator.compare.pool import CompareEstimate, check_comparison, estimate_runs, run_all
+from allocator.compare.runs import Run, chosen_runs
+from allocator.compare.table import write_results
 from allocator.errors import CalibrationError, StudyError, VerifyError
 from allocator.files import write_whole
 from allocator.inventory import read_inventory
@@ -219,6 +223,56 @@ def verify(
     return found
 
 
+def compare(
+    study: str | Path,
+    *,
+    text: Path | None = None,
+    cache: Path | None = None,
+    threads: int | None = None,
+    on_run: Callable[[Run], None] | None = None,
+    **chosen: Any,
+) -> pd.DataFrame:
+    """Runs the searchers of study.toml's `[compare]` section that are not finished yet.
+
+    Args:
+        study: its folder; `runs/*.json`, `compare.csv`, `summary.csv` and `compare.png` go there.
+        text: a further held-out file.
+        cache: as of `Workspace`.
+        threads: processes at a time, one core each; all cores by default.
+        on_run: called when a run is finished.
+        chosen: only these runs, see `allocator.compare.runs.chosen_runs`.
+
+    Returns:
+        What `summary.csv` holds: medians and ranges over seeds, of all finished runs.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong, before the first run where it can be seen
+            then.
+    """
+    folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
+    runs = chosen_runs(folder, **chosen)
+    check_comparison(folder, runs, text=text, cache=cache)
+    for run in run_all(folder, runs, text=text, cache=cache, workers=workers):
+        if on_run is not None:
+            on_run(run)
+    return write_results(folder, text=text, cache=cache, threads=workers)
+
+
+def estimate_compare(
+    study: str | Path,
+    *,
+    text: Path | None = None,
+    cache: Path | None = None,
+    threads: int | None = None,
+    **chosen: Any,
+) -> CompareEstimate:
+    """What `compare` would take, after the same look at its inputs: `compare --dry-run`."""
+    folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
+    runs = chosen_runs(folder, **chosen)
+    check_comparison(folder, runs, text=text, cache=cache)
+    return estimate_runs(folder, runs, text=text, cache=cache, workers=workers)
+
+
 def reproduce(
     allocation: str | Path,
     out: str | Path | None = None,
@@ -244,7 +298,7 @@ def reproduce(
     record = AllocationRecord.read(path)
     folder = Path(study) if study is not None else path.resolve().parent.parent
     parent = Path(out) if out is not None else folder / "out"
-    check_same_checkpoint(record.checkpoint, Workspace(folder).inventory)
+    check_same_checkpoint(record.checkpoint, Workspace(folder, **options).inventory)
     parent.mkdir(parents=True, exist_ok=True)
     rebuilt = []
     for container in containers or tuple(record.sha256) or (record.decision.target,):

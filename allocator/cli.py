@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.errors import AllocatorError
-from allocator.units import parse_seconds, show_bytes
+from allocator.units import parse_bytes, parse_seconds, show_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,38 +199,46 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from allocator import compare
+    from allocator import api
 
-    folder, cache = Path(args.study), args.cache
-    runs = compare.chosen_runs(
-        folder,
-        targets=args.target,
-        samplers=args.sampler,
-        weights=args.weights,
-        seeds=args.seeds,
-    )
     workers = args.threads or len(os.sched_getaffinity(0))
-    e = compare.estimate(folder, runs, cache=cache, workers=workers)
+    options = {
+        "targets": args.target,
+        "samplers": args.sampler,
+        "weights": args.weights,
+        "seeds": args.seeds,
+        "text": args.text,
+        "cache": args.cache,
+        "threads": workers,
+    }
+    e = api.estimate_compare(args.study, **options)
     print(
-        f"{len(runs)} runs, {e.finished} finished; {e.tokens:,} forward tokens to go, about "
-        f"{e.seconds / 60:.0f} min with {workers} workers",
+        f"{len(e.runs) + e.finished} runs, {e.finished} finished; {e.tokens:,} forward tokens to "
+        f"go, about {e.seconds / 60:.0f} min with {workers} workers",
         flush=True,
     )
     if args.dry_run:
         return
-    done = compare.run_all(folder, runs, text=args.text, cache=cache, workers=workers)
-    for run in done:
-        print(f"finished {run.name}", flush=True)
-    table = compare.write_results(folder, text=args.text, cache=cache, threads=workers)
-    _print_table(table)
-    print(f"wrote {folder}/compare.csv, summary.csv, compare.png and runs/*.json")
+
+    def show(run: Any) -> None:
+        if not args.quiet:
+            print(f"finished {run.name}", flush=True)
+
+    _print_table(api.compare(args.study, **options, on_run=show))
+    print(f"wrote {args.study}/compare.csv, summary.csv, compare.png and runs/*.json")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, needed a positive number")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except AllocatorError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _study(parser: argparse.ArgumentParser) -> None:
@@ -332,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     _study(p)
     p.add_argument("--sampler", action="append", help="only these of study.toml's; may be repeated")
     p.add_argument("--target", action="append", help="only these; may be repeated")
-    p.add_argument("--weights", type=_positive, action="append", help="only these budgets, bytes")
+    p.add_argument("--weights", type=_size, action="append", help="only these budgets")
     p.add_argument("--seeds", type=_positive, help="at most so many seeds")
     p.add_argument("--text", type=Path, help="JSON lines with text: a further held-out split")
     p.add_argument("--dry-run", action="store_true", help="print the estimate only")

@@ -31,7 +31,7 @@ from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer, mean
 from allocator.records import AllocationRecord, codec
 from allocator.samplers.auto import ROUND
-from allocator.storage import repair_storage, search_lock
+from allocator.storage import journal_path, repair_storage, search_lock
 from allocator.study import (
     Search,
     close_abandoned,
@@ -196,7 +196,7 @@ def search(
         trials: proposals in the study in total; if none of this, `seconds` and `tokens` is given,
             study.toml's.
         seconds: stop after so long instead.
-        tokens: stop within so many forward tokens instead, profile included.
+        tokens: stop within so many forward tokens instead, profile and pick included.
         storage: an RDB URL, `journal:PATH`, or None for a journal in the folder.
         sampler: instead of study.toml's.
         seed: instead of study.toml's.
@@ -209,6 +209,10 @@ def search(
     workspace = Workspace(study, **options)
     limit = workspace.budget(file=budget, weights=weights_budget)
     workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
+    journal_path(storage, workspace.folder)
+    if tokens is not None:
+        check_tokens(workspace, tokens, "raise --tokens")
+        tokens -= pick_tokens(workspace)
     with search_lock(workspace.folder, join=join) as lock:
         messages = repair_storage(storage, workspace.folder) if lock.exclusive_start else []
         opened = workspace.study(limit, storage=storage, sampler=sampler, seed=seed)
@@ -218,8 +222,11 @@ def search(
         running = prepare(workspace, limit, opened, sampler=sampler, seed=seed)
         limited = trials is not None or seconds is not None or tokens is not None
         wanted = trials if limited else workspace.spec.trials
+        before = running.n_proposals()
         with _TrialBar(wanted, running, shown=workspace.progress) as bar:
             running.run(n_trials=wanted, seconds=seconds, tokens=tokens, on_trial=bar)
+        if before and running.n_proposals() == before:
+            messages.append(f"no new trial: {before} were made before, which is what was asked for")
         pick, knapsack = _conclude(workspace, running)
     return SearchResult(
         study=running.study,
@@ -291,6 +298,23 @@ def prepare(
         queue=first_trials(workspace.surrogate, limit, baselines, n_knapsack=n_knapsack),
         base_tokens=workspace.base_tokens,
     )
+
+
+def pick_tokens(workspace: Workspace) -> int:
+    """The most forward tokens that a pick takes: finalists, the knapsack alone, the original."""
+    return (N_FINALISTS + 2) * workspace.selection_scorer.n_tokens
+
+
+def check_tokens(workspace: Workspace, tokens: int, way_out: str) -> None:
+    """Raises:
+    StudyError: if `tokens` are too few for the profile, the original, one trial and the pick.
+    """
+    least = workspace.base_tokens + workspace.scorer.n_tokens + pick_tokens(workspace)
+    if tokens < least:
+        raise StudyError(
+            f"{tokens:,} forward tokens; the profile, the original, one trial and the pick take "
+            f"{least:,}: {way_out}"
+        )
 
 
 def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path | None]:

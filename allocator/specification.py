@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from allocator.errors import StudyError
+from allocator.errors import AllocatorError, StudyError
 from allocator.memory import Budget
 from allocator.samplers import check_sampler
 from allocator.space import read_toml
@@ -55,8 +55,16 @@ class LongRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     sampler: str
     target: Literal["gguf", "safetensors"]
-    weights: list[int]
+    weights: list[int | str]
     tokens: int
+
+    @property
+    def budgets(self) -> list[int]:
+        """`weights` in bytes."""
+        return [parse_bytes(w) for w in self.weights]
+
+
+_OWN_REFERENCES = ("knapsack", "baseline")
 
 
 class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +72,7 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         samplers: by name.
-        weights: budgets in bytes of the searched matrices.
+        weights: budgets of the searched matrices, bytes or sizes such as `8MiB`.
         seeds: number of seeds by target.
         tokens: forward tokens of every run, profile included.
         report_documents: documents of the report split behind the figures.
@@ -74,12 +82,17 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     samplers: list[str]
-    weights: list[int]
+    weights: list[int | str]
     seeds: dict[str, int]
     tokens: int = 400_000
     report_documents: int | None = None
     references: dict[str, str] = {}  # msgspec copies it
     long: list[LongRun] = []  # msgspec copies it
+
+    @property
+    def budgets(self) -> list[int]:
+        """`weights` in bytes."""
+        return [parse_bytes(w) for w in self.weights]
 
 
 class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +120,10 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         spec = read_toml(path, cls, StudyError)
         if spec.schema != 1:
             raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
-        check_sampler(spec.sampler)
+        try:
+            _check_names(spec)
+        except AllocatorError as error:
+            raise StudyError(f"{path}: {error}") from None
         c = spec.calibration
         counts = (
             c.statistics_documents,
@@ -124,15 +140,39 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return spec
 
 
+def _check_names(spec: StudySpec) -> None:
+    check_sampler(spec.sampler)
+    if spec.compare is not None:
+        for name in (*spec.compare.samplers, *(long.sampler for long in spec.compare.long)):
+            check_sampler(name)
+        for target in spec.compare.seeds:
+            target_named(target)
+
+
 def _check_compare(path: Path, spec: CompareSpec) -> None:
-    for name in (*spec.samplers, *(long.sampler for long in spec.long)):
-        check_sampler(name)
-    for target in spec.seeds:
-        target_named(target)
-    counts = (spec.tokens, *spec.weights, *spec.seeds.values())
-    long_counts = [n for long in spec.long for n in (long.tokens, *long.weights)]
-    if min(*counts, *long_counts, spec.report_documents or 1, len(spec.samplers)) < 1:
-        raise StudyError(f"{path}: samplers and the counts of [compare] must be positive")
+    where = f"{path}: [compare]"
+    for name in ("samplers", "weights", "seeds"):
+        if not getattr(spec, name):
+            raise StudyError(f"{where} {name} is empty; name at least one")
+    counts = {
+        "tokens": (spec.tokens, *(long.tokens for long in spec.long)),
+        "weights": (*spec.budgets, *(n for long in spec.long for n in long.budgets)),
+        "seeds": spec.seeds.values(),
+        "report_documents": () if spec.report_documents is None else (spec.report_documents,),
+    }
+    for name, numbers in counts.items():
+        if least := [n for n in numbers if n < 1]:
+            raise StudyError(f"{where} {name}: {least[0]}, needed a positive number")
+    for name, pattern in spec.references.items():
+        if name in _OWN_REFERENCES:
+            raise StudyError(f"{where} references: {name!r} is in the table already; rename it")
+        try:
+            pattern.format(target="", weights=0, bits=0.0)
+        except (LookupError, ValueError, AttributeError):
+            raise StudyError(
+                f"{where} references: {pattern!r}; only {{target}}, {{bits}} and {{weights}} are "
+                "filled in"
+            ) from None
 
 
 def chosen_budget(spec: BudgetSpec, *, file: str | None, weights: str | None) -> Budget:

@@ -324,7 +324,12 @@ class SearchLock:
 
 
 @contextmanager
-def search_lock(study_dir: Path, *, join: bool = False) -> Iterator[SearchLock]:
+def search_lock(
+    study_dir: Path,
+    *,
+    join: bool = False,
+    way_out: str = "add --join to work beside it, or stop it first",
+) -> Iterator[SearchLock]:
     """Holds `study_dir` for a search, until the block ends or the process dies, kill -9 included.
 
         with search_lock(study_dir, join=join) as lock:
@@ -348,6 +353,7 @@ def search_lock(study_dir: Path, *, join: bool = False) -> Iterator[SearchLock]:
     Args:
         study_dir: the study's folder.
         join: work beside a living search; makes no difference when none lives.
+        way_out: what to tell who is refused.
 
     Raises:
         StudyError: if a search lives and `join` is False, if another one takes more than 30 s to
@@ -361,10 +367,7 @@ def search_lock(study_dir: Path, *, join: bool = False) -> Iterator[SearchLock]:
         alive = _open_lock(study_dir / "search.lock")
         lock.exclusive_start = _take(alive, fcntl.LOCK_EX, study_dir)
         if not lock.exclusive_start and not join:
-            raise StudyError(
-                f"{study_dir} is being searched by {_searchers(alive)}; "
-                "add --join to work beside it, or stop it first"
-            )
+            raise StudyError(f"{study_dir} is being searched by {_searchers(alive)}; {way_out}")
         _take(alive, fcntl.LOCK_SH, study_dir)
         _sign(alive, first=lock.exclusive_start)
         if not lock.exclusive_start:

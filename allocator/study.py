@@ -407,8 +407,8 @@ def _short(value: Any) -> str:
 
 
 def trial_counts(study: optuna.Study) -> dict[str, int]:
-    """How many trials ended how."""
-    states = [t.state for t in study.get_trials(deepcopy=False)]
+    """How many trials ended how; abandoned ones, which were made again, are left out."""
+    states = [t.state for t in not_abandoned(study)]
     return {
         s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     }

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from allocator.compare import compare_spec
+from allocator.compare.runs import compare_spec
 from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer
 from allocator.space import repair
@@ -49,7 +49,7 @@ def main():
     scorer = Scorer(workspace.profiler.swap, workspace.splits[0][: args.documents])
     path = HERE / "surrogate.csv"
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["target", "weights", "kind", "i"])
-    for weights in compare_spec(workspace).weights:
+    for weights in compare_spec(HERE).budgets:
         for kind, near in (("random", 0.0), ("near", 1.0)):
             have = set(done[(done.target == args.target) & (done.weights == weights) & (done.kind == kind)].i)
             for i, params in enumerate(proposals(workspace, Budget(weights, "weights"), args.n, near)):

@@ -1,7 +1,12 @@
 """Searchers side by side: tokens counted apart, runs resumed, figures recomputed by hand."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from allocator import compare
+from allocator import api
 from allocator.allocation import Allocation
-from allocator.compare import Bench, Run, chosen_runs, interval, planned, results, run_all
+from allocator.compare import table as compare
+from allocator.compare.bench import Bench
+from allocator.compare.pool import estimate_runs, run_all
+from allocator.compare.runs import Run, chosen_runs, planned, results
+from allocator.compare.table import interval
 from allocator.errors import AllocatorError, StudyError
 from allocator.front import Point, baseline_loss
 from allocator.inventory import read_inventory
@@ -178,16 +187,16 @@ def test_runs_of_other_inputs_are_not_mixed(finished, study_cache, tmp_path):
     shutil.copytree(finished, copy)
     text = (copy / "study.toml").read_text()
     (copy / "study.toml").write_text(text.replace("search_documents = 6", "search_documents = 5"))
-    with pytest.raises(StudyError, match=r"\.json: made with another search split than .* delete"):
+    with pytest.raises(StudyError, match=r"\.json: made with another search split than .* move"):
         compare.table(copy, text=None, cache=study_cache, threads=1)
 
 
 def test_estimate_counts_what_is_missing(folder, finished, study_cache):
     runs = chosen_runs(folder)
-    found = compare.estimate(finished, runs, cache=study_cache, workers=2)
+    found = estimate_runs(finished, runs, text=None, cache=study_cache, workers=2)
     assert (found.runs, found.finished, found.tokens) == ((), 4, 0)
     more = [replace(r, seed=9) for r in runs]
-    found = compare.estimate(finished, more, cache=study_cache, workers=2)
+    found = estimate_runs(finished, more, text=None, cache=study_cache, workers=2)
     base = results(finished)[0].base_tokens
     assert found.tokens == 4 * (TOKENS - base)
     assert found.seconds > 0
@@ -220,8 +229,10 @@ def test_interval_holds_the_ratio():
 def test_bad_input(fresh_study, folder, tmp_path):
     with pytest.raises(StudyError, match=r"no \[compare\] section; see studies/benchmark"):
         chosen_runs(fresh_study)
-    with pytest.raises(StudyError, match="no run is left of auto, knapsack"):
-        chosen_runs(folder, samplers=["luck"])
+    with pytest.raises(StudyError, match=r"--sampler luck: not under .* which has auto, k"):
+        chosen_runs(folder, samplers=["auto", "luck"])
+    with pytest.raises(StudyError, match="--weights 7: not under"):
+        chosen_runs(folder, weights=[7])
     copy = tmp_path / "study"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     text = (copy / "study.toml").read_text()
@@ -229,7 +240,13 @@ def test_bad_input(fresh_study, folder, tmp_path):
         ('"random"]', '"luck"]', "unknown sampler 'luck'"),
         ("safetensors = 1", "onnx = 1", "onnx"),
         ("safetensors = 1", "safetensors = 0", "positive"),
-        (f"tokens = {TOKENS}", "tokens = 0", "positive"),
+        (f"tokens = {TOKENS}", "tokens = 0", "tokens: 0, needed a positive"),
+        ("report_documents = 3", "report_documents = 0", "report_documents: 0, needed"),
+        ('"random"]', '"auto"]', "plans .* twice"),
+        ('samplers = ["auto", "knapsack", "evolution", "random"]', "samplers = []", "is empty"),
+        ("safetensors = 1", "", "seeds is empty"),
+        ("report_documents", "references.knapsack = 'a'\nreport_documents", "rename it"),
+        ("report_documents", "references.a = '{seed}'\nreport_documents", "'{seed}'; only"),
     ):
         (copy / "study.toml").write_text(text.replace(old, new))
         with pytest.raises(AllocatorError, match=match):
@@ -237,7 +254,7 @@ def test_bad_input(fresh_study, folder, tmp_path):
     (copy / "study.toml").write_text(text)
     (copy / "runs").mkdir()
     (copy / "runs" / "broken.json").write_text("{}")
-    with pytest.raises(StudyError, match=r"broken.json: no run .*delete it"):
+    with pytest.raises(StudyError, match=r"broken.json: not the file of a .*move it away"):
         results(copy)
 
 
@@ -247,7 +264,7 @@ def test_too_few_tokens_are_refused(folder, study_cache, tmp_path):
     text = (copy / "study.toml").read_text().replace(f"tokens = {TOKENS}", "tokens = 100")
     (copy / "study.toml").write_text(text)
     run = chosen_runs(copy)[0]
-    with pytest.raises(StudyError, match=r"100 forward tokens; the profile.* take [\d,]+"):
+    with pytest.raises(StudyError, match=r"100 forward tokens; the .* take [\d,]+: raise tokens"):
         Bench(copy, "safetensors", cache=study_cache).run(run)
     assert not Path(copy / "runs" / f"{run.name}.json").exists()
 
@@ -259,3 +276,158 @@ def test_layout_of_the_target_is_used(folder, study_cache):
         bench.workspace.layout.groups.keys()
         == TARGETS["safetensors"].layout(inventory).groups.keys()
     )
+
+
+def test_inputs_are_looked_at_before_the_first_run(folder, study_cache, checkpoints, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
+    text = (copy / "study.toml").read_text()
+    weights = int(text.split("weights = ")[1].split()[0])
+    calibration = copy / text.split('documents = "')[1].split('"')[0]
+    (tmp_path / "foreign.json").write_text("{}")
+    other = tmp_path / "other.json"
+
+    def check(match, *, old="report_documents", new="report_documents", heldout=None):
+        (copy / "study.toml").write_text(text.replace(old, new))
+        with pytest.raises(AllocatorError, match=match):
+            api.estimate_compare(copy, text=heldout, cache=study_cache, threads=1)
+        assert not (copy / "runs").exists()
+
+    check("under the floor", old=f"weights = [{weights}]", new="weights = [1000]")
+    check("raise tokens under", old=f"tokens = {TOKENS}", new="tokens = 100")
+    check("report_documents = 99", old="report_documents = 3", new="report_documents = 99")
+    check("reference 'a': .*missing.json", new="references.a = 'missing.json'\nreport_documents")
+    check("reference 'a': ", new=f"references.a = '{tmp_path}/foreign.json'\nreport_documents")
+    check("missing.jsonl", heldout=tmp_path / "missing.jsonl")
+    check("shares a document with search or selection", heldout=calibration)
+    # of another checkpoint with the same shapes
+    pick = api.search(copy, trials=1, cache=study_cache, threads=1).pick
+    record = json.loads(pick.read_text())
+    other.write_text(json.dumps(record | {"checkpoint": "0" * 64}))
+    check("reference 'a': .*is for checkpoint", new=f"references.a = '{other}'\nreport_documents")
+
+
+def test_budgets_without_a_baseline_leave_it_empty(folder, finished, study_cache, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(finished, copy)
+    bench = Bench(copy, "safetensors", cache=study_cache)
+    assert np.isnan(bench.baseline("report", 1))
+    assert np.isnan(bench.baseline("report", 10**9))
+    frame = compare.table(copy, text=None, cache=study_cache, threads=1)
+    assert frame["/baseline"].notna().any()
+    assert all(np.isnan(interval(np.ones(3), np.zeros(3))))
+
+
+def test_damaged_runs_are_named(finished, study_cache, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(finished, copy)
+    path = next((copy / "runs").glob("*.json"))
+    whole = json.loads(path.read_text())
+    for change, match in (
+        ({"course": []}, "not the file"),
+        ({"schema": 2}, "not the file"),
+        ({"spent": {}}, "not the file"),
+        ({"pick": whole["pick"] | {"formats": {"odd": "Q8_0"}}}, "not in both"),
+        ({"lock": {}}, "made with another"),
+        ({"lock": whole["lock"] | {"selection split": ""}}, "another selection split"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(StudyError, match=f"{path.name}: .*{match}.*restore it"):
+            compare.table(copy, text=None, cache=study_cache, threads=1)
+
+
+COMPARE = """
+import sys
+from pathlib import Path
+from allocator.compare.pool import run_all
+from allocator.compare.runs import chosen_runs
+folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if __name__ == "__main__":
+    for run in run_all(folder, chosen_runs(folder), text=None, cache=cache, workers=workers):
+        print(run.name, flush=True)
+"""
+
+
+@pytest.fixture
+def comparing(folder, finished, study_cache, tmp_path):
+    """A comparison of its own process; `finished` so that profile and weights are cached."""
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
+    script = tmp_path / "comparing.py"
+    script.write_text(COMPARE)
+
+    def start(workers=1):
+        arguments = [sys.executable, str(script), str(copy), str(study_cache), str(workers)]
+        return copy, subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def _children(pid):
+    """Worker processes of a comparison."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(c) for c in found if "spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes().decode()
+    ]
+
+
+def _until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("waited too long")
+
+
+def _gone(pids):
+    states = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return all(not s.exists() or s.read_text().rsplit(")")[1].split()[0] == "Z" for s in states)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_workers_end_with_the_comparison(comparing, early):
+    _, process = comparing()
+    if early:
+        _until(lambda: _children(process.pid))
+    else:
+        process.stdout.readline()
+    workers = _children(process.pid)
+    assert workers
+    process.kill()
+    process.communicate()
+    _until(lambda: _gone(workers))
+
+
+def test_an_interrupt_stops_all_runs_at_once(comparing):
+    copy, process = comparing()
+    process.stdout.readline()  # the first is finished
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode != 0
+    _until(lambda: _gone(workers))
+    assert len(results(copy)) < 4
+    again, second = comparing()
+    assert again == copy
+    assert second.communicate()[0].count("\n") == 4 - len(results(copy)) or len(results(copy)) == 4
+
+
+def test_a_killed_worker_is_one_clear_line(comparing):
+    _, process = comparing()
+    process.stdout.readline()
+    for worker in _children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate()
+    assert "a worker was killed, most likely for want of memory" in error
+
+
+def test_one_comparison_at_a_time(comparing, study_cache):
+    copy, process = comparing()
+    process.stdout.readline()
+    with pytest.raises(StudyError, match=rf"is being searched by pid {process.pid}.*wait for it"):
+        list(run_all(copy, chosen_runs(copy), text=None, cache=study_cache, workers=1))
+    process.kill()
+    process.communicate()

@@ -1,0 +1,1 @@
+"""Searchers side by side: the same forward tokens, several seeds, held-out figures."""
