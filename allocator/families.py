@@ -87,6 +87,9 @@ class Rule:
         return re.compile(text)
 
 
+SCALE_SUFFIX = "_scale_inv"
+"""After the name of an FP8 matrix: that of the factors which its blocks are multiplied by."""
+
 Parts = frozenset[str]
 """Patterns of a layer's tensors, without the layer and `.weight`."""
 

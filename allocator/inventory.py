@@ -2,15 +2,15 @@
 
 In: a directory. Out: an `Inventory` of `TensorInfo`s. Invariant: no weight is read, so a terabyte
 takes seconds; every header length and offset is checked against its file before it is used
-(https://github.com/huggingface/safetensors#format); every tensor has a role, and the experts of
-every MoE layer are complete and of one shape.
+(https://github.com/huggingface/safetensors#format); every tensor has a role, every FP8 matrix its
+scales and every scale its matrix, and the experts of every MoE layer are complete and of one shape.
 """
 
 import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,28 +18,50 @@ from typing import Any
 
 import msgspec
 
+from allocator.digests import Digests
 from allocator.errors import CheckpointError
-from allocator.families import Family, Role, family_of
+from allocator.families import SCALE_SUFFIX, Family, Role, family_of
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FP8 = "F8_E4M3"
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 _COUNTS = ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size")
 _VECTORS = (Role.NORM, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a checkpoint; `offset` counts from the start of its file."""
+class Stored:
+    """One tensor of a file; `offset` counts from the file's start."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    role: Role
-    layer: int | None
-    expert: int | None
     file: str
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo(Stored):
+    """One tensor of a checkpoint.
+
+    Attributes:
+        role: what it does.
+        layer: its layer, if it has one.
+        expert: its expert, if it has one.
+        scale: of an FP8 matrix, one F32 factor per block, `(ceil(out / rows), ceil(in / columns))`
+            for the `(rows, columns)` of `Inventory.scale_block`; None for every other dtype.
+    """
+
+    role: Role
+    layer: int | None
+    expert: int | None
+    scale: Stored | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Its bytes with those of its scale."""
+        return self.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
 @dataclass(frozen=True)
@@ -50,13 +72,15 @@ class Inventory:
         path: the checkpoint's directory.
         config: its `config.json`.
         family: its architecture.
-        tensors: by name, in the order of the files.
+        tensors: by name, in the order of the files; scales are part of their tensors.
+        digests: remembers those of tensors, if given.
     """
 
     path: Path
     config: Mapping[str, Any]
     family: Family
     tensors: Mapping[str, TensorInfo]
+    digests: Digests | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def n_layers(self) -> int:
@@ -105,30 +129,58 @@ class Inventory:
         return sum(prod(t.shape) for t in self.tensors.values() if t.role.is_encoded)
 
     @cached_property
-    def digest(self) -> str:
-        """sha256 over `config.json` and every tensor's name, dtype, shape and bytes.
+    def scale_block(self) -> tuple[int, int]:
+        """Rows and columns of an FP8 matrix that share one factor; needs a checkpoint with FP8."""
+        rows, columns = self.config["quantization_config"]["weight_block_size"]
+        return int(rows), int(columns)
 
-        Reads the whole checkpoint once: seconds per gigabyte.
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over `config.json` and every tensor's name, dtype, shape, bytes and scale.
+
+        Reads the whole checkpoint once: seconds per gigabyte; with `digests`, once for all.
         """
         total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.tensors):
             total.update(f"{name} {self.tensor_digest(name)}\n".encode())
+        if self.digests is not None:
+            self.digests.save()
         return total.hexdigest()
 
     def tensor_digest(self, name: str) -> str:
-        """sha256 of one tensor's dtype, shape and bytes."""
+        """sha256 of one tensor's dtype, shape and bytes; of FP8, also of its blocks and scale."""
         info = self.tensors[name]
+        if self.digests is None:
+            return self._digest(info)
+        stored = [info] if info.scale is None else [info, info.scale]
+        part = " ".join(f"{s.name} {s.dtype} {s.shape} at {s.offset}" for s in stored)
+        if info.scale is not None:
+            part += f" in blocks of {self.scale_block}"
+        files = [self.path / s.file for s in stored]
+        return self.digests.of(files, part, lambda: self._digest(info))
+
+    def _digest(self, info: TensorInfo) -> str:
         digest = hashlib.sha256(f"{info.dtype} {info.shape}\n".encode())
-        with open(self.path / info.file, "rb") as file:
-            file.seek(info.offset)
-            left = info.nbytes
+        for chunk in self._chunks(info):
+            digest.update(chunk)
+        if info.scale is not None:
+            digest.update(f"{info.scale.dtype} {info.scale.shape} {self.scale_block}\n".encode())
+            for chunk in self._chunks(info.scale):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _chunks(self, stored: Stored) -> Iterator[bytes]:
+        with open(self.path / stored.file, "rb") as file:
+            file.seek(stored.offset)
+            left = stored.nbytes
             while left:
                 chunk = file.read(min(left, 1 << 24))
                 if not chunk:
-                    raise CheckpointError(f"{info.file}: ends inside {name}; fetch the file again")
-                digest.update(chunk)
+                    raise CheckpointError(
+                        f"{stored.file}: ends inside {stored.name}; fetch the file again"
+                    )
+                yield chunk
                 left -= len(chunk)
-        return digest.hexdigest()
 
     def of_role(self, role: Role, layer: int | None = None) -> list[TensorInfo]:
         """Tensors of a role (of a layer), in expert order."""
@@ -235,38 +287,92 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
     )
 
 
+def _stored(path: Path) -> dict[str, Stored]:
+    """Everything that the files hold, by name, in their order."""
+    files, weight_map = _files(path)
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, dtype, shape, offset, nbytes in read_header(path / file):
+            if name in found or (weight_map is not None and weight_map.get(name) != file):
+                where = found[name].file if name in found else (weight_map or {}).get(name)
+                raise CheckpointError(
+                    f"{path}: {name} is in {file} and, by index, in {where or 'nowhere'}"
+                )
+            found[name] = Stored(name, shape, dtype, file, offset, nbytes)
+    if missing := set(weight_map or ()) - set(found):
+        raise CheckpointError(f"{path}: {min(missing)} is in the index but in no shard; fetch it")
+    return found
+
+
+def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
+    """Whether a stored tensor is the scale of another, which must then be FP8."""
+    if not name.endswith(SCALE_SUFFIX):
+        return False
+    owner = stored.get(name.removesuffix(SCALE_SUFFIX))
+    if owner is None or owner.dtype != FP8:
+        raise CheckpointError(
+            f"{path}: {name} scales a weight that is "
+            f"{'missing' if owner is None else f'stored as {owner.dtype}'}, needed one in {FP8}; "
+            "the checkpoint is not whole: fetch it again"
+        )
+    return True
+
+
 def _tensors(
     path: Path, family: Family, n_layers: int, n_nextn: int
 ) -> Iterator[tuple[TensorInfo, str]]:
     """Yields every tensor, and what it is called within its layer."""
-    files, weight_map = _files(path)
-    seen: dict[str, str] = {}
-    for file in files:
-        for name, dtype, shape, offset, nbytes in read_header(path / file):
-            if name in seen or (weight_map is not None and weight_map.get(name) != file):
-                where = seen.get(name) or (weight_map or {}).get(name, "nowhere")
-                raise CheckpointError(f"{path}: {name} is in {file} and, by index, in {where}")
-            seen[name] = file
-            found = family.match(name)
-            layer = found[1] if found else family.foreign_layer(name)
-            expert = found[2] if found else None
-            part = family.part(found[0]) if found else name
-            role = found[0].role if found else Role.NEXTN
-            if layer is not None and layer >= n_layers:
-                role, found = Role.NEXTN, None
-            if found is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
-                raise CheckpointError(
-                    f"{path}: {name} is no tensor of {family.model_type} with {n_layers} layers "
-                    f"and {n_nextn} for multi-token prediction; "
-                    "is this checkpoint already quantized, or of another architecture?"
-                )
-            if role is not Role.NEXTN and len(shape) != (1 if role in _VECTORS else 2):
-                raise CheckpointError(
-                    f"{path}: {name} ({role}) has shape {shape}; is this another architecture?"
-                )
-            yield TensorInfo(name, shape, dtype, role, layer, expert, file, offset, nbytes), part
-    if missing := set(weight_map or ()) - set(seen):
-        raise CheckpointError(f"{path}: {min(missing)} is in the index but in no shard; fetch it")
+    stored = _stored(path)
+    for name, place in stored.items():
+        if _is_scale(path, name, stored):
+            continue
+        found = family.match(name)
+        layer = found[1] if found else family.foreign_layer(name)
+        expert = found[2] if found else None
+        part = family.part(found[0]) if found else name
+        role = found[0].role if found else Role.NEXTN
+        if layer is not None and layer >= n_layers:
+            role, found = Role.NEXTN, None
+        if found is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
+            raise CheckpointError(
+                f"{path}: {name} is no tensor of {family.model_type} with {n_layers} layers "
+                f"and {n_nextn} for multi-token prediction; "
+                "is this checkpoint already quantized, or of another architecture?"
+            )
+        if role is not Role.NEXTN and len(place.shape) != (1 if role in _VECTORS else 2):
+            raise CheckpointError(
+                f"{path}: {name} ({role}) has shape {place.shape}; is this another architecture?"
+            )
+        at, scale = (place.file, place.offset, place.nbytes), stored.get(name + SCALE_SUFFIX)
+        yield TensorInfo(name, place.shape, place.dtype, *at, role, layer, expert, scale), part
+
+
+def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
+    """An FP8 tensor is a matrix that is encoded anew (or left out), and has its scale."""
+    where = f"{inventory.path}: {tensor.name}"
+    if not tensor.role.is_encoded and tensor.role is not Role.NEXTN:
+        raise CheckpointError(
+            f"{where} ({tensor.role}) is stored as {FP8}, but kept in full precision: needed F32, "
+            "F16 or BF16; convert the checkpoint to bfloat16 first"
+        )
+    if tensor.scale is None:
+        raise CheckpointError(
+            f"{where} is stored as {FP8} without its {tensor.name}{SCALE_SUFFIX}, one F32 factor "
+            "per block; the checkpoint is not whole: fetch it again"
+        )
+    if inventory.config.get("quantization_config") is None:
+        raise CheckpointError(
+            f"{where} is stored as {FP8}, but config.json has no quantization_config, needed its "
+            "weight_block_size; fetch config.json from the place of the weights"
+        )
+    blocks = zip(tensor.shape, inventory.scale_block, strict=False)  # nextn: of any dimensions
+    needed = tuple(-(-size // block) for size, block in blocks)
+    if (tensor.scale.dtype, tensor.scale.shape) != ("F32", needed):
+        raise CheckpointError(
+            f"{inventory.path}: {tensor.scale.name} is {tensor.scale.dtype} of shape "
+            f"{tensor.scale.shape}, needed F32 of shape {needed}: a factor for every block of "
+            f"{inventory.scale_block} in {tensor.shape}; fetch both and config.json from one place"
+        )
 
 
 def _check_experts(inventory: Inventory) -> None:
@@ -312,8 +418,12 @@ def _check_names(inventory: Inventory, names: Iterable[str]) -> None:
             )
 
 
-def read_inventory(path: str | Path) -> Inventory:
+def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventory:
     """Reads headers and `config.json` of the checkpoint in `path`; no weights.
+
+    Args:
+        path: of the checkpoint.
+        digests: a folder in which digests of tensors are remembered between processes.
 
     Raises:
         CheckpointError: if it is missing, truncated, damaged, or of an unknown architecture.
@@ -334,7 +444,11 @@ def read_inventory(path: str | Path) -> Inventory:
     for tensor, part in _tensors(path, family, n_layers, n_nextn):
         tensors[tensor.name] = tensor
         parts.setdefault(tensor.layer, set()).add(part)
-    inventory = Inventory(path=path, config=config, family=family, tensors=tensors)
+    remembered = None if digests is None else Digests(digests)
+    inventory = Inventory(path, config, family, tensors, remembered)
+    for tensor in tensors.values():
+        if tensor.dtype == FP8:
+            _check_fp8(inventory, tensor)
     _check_names(inventory, ("model.embed_tokens.weight", "model.norm.weight"))
     if not config.get("tie_word_embeddings", False):
         _check_names(inventory, ("lm_head.weight",))
@@ -364,4 +478,23 @@ def _check_config(path: Path, config: Mapping[str, Any], family: Family) -> None
         raise CheckpointError(
             f"{path}/config.json: {config['num_experts_per_tok']} of {n_experts} experts used, in "
             f"{chosen} of {groups} groups; needed at most all, in equal groups"
+        )
+    _check_quantization(path, config.get("quantization_config"))
+
+
+def _check_quantization(path: Path, quantization: Any) -> None:
+    """What config.json says of quantized weights is either nothing, or FP8 in blocks."""
+    if quantization is None:
+        return
+    found = quantization if isinstance(quantization, dict) else {}
+    if found.get("quant_method") != "fp8":
+        raise CheckpointError(
+            f"{path}/config.json: quant_method is {found.get('quant_method')!r}, needed 'fp8' or "
+            "no quantization_config at all; convert the checkpoint to bfloat16 first"
+        )
+    block = found.get("weight_block_size")
+    if not isinstance(block, list) or [type(n) is int and n >= 1 for n in block] != [True, True]:
+        raise CheckpointError(
+            f"{path}/config.json: weight_block_size is {block!r}, needed two numbers from 1, as in "
+            "[128, 128]; convert a checkpoint with other scales to bfloat16 first"
         )

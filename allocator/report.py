@@ -86,7 +86,7 @@ def _original(workspace: Workspace, scorer: Scorer) -> dict[str, Any]:
     scorer.ensure_reference(len(scorer.documents))
     swap.reset()
     losses = scorer.score_installed()
-    stored = sum(t.nbytes for t in workspace.inventory.tensors.values() if t.role.is_encoded)
+    stored = sum(t.total_bytes for t in workspace.inventory.tensors.values() if t.role.is_encoded)
     return {
         "name": "original",
         "bits": stored * 8 / weights,

@@ -21,7 +21,13 @@ from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.codecs.bank import Bank
-from allocator.errors import CalibrationError, CheckpointError, SpaceError, StudyError
+from allocator.errors import (
+    AllocatorError,
+    CalibrationError,
+    CheckpointError,
+    SpaceError,
+    StudyError,
+)
 from allocator.formats import fallback
 from allocator.inventory import Inventory, read_inventory
 from allocator.materialize.gguf import parse_tensor_type_file
@@ -36,11 +42,25 @@ from allocator.storage import open_storage
 from allocator.study import open_study
 from allocator.surrogate import Surrogate, from_profile
 from allocator.targets import Layout, target_named
+from allocator.units import parse_bytes
 
 
 def default_cache() -> Path:
     """`$ALLOCATOR_CACHE`, else `~/.cache/moe-allocator`."""
     return Path(os.environ.get("ALLOCATOR_CACHE") or Path.home() / ".cache" / "moe-allocator")
+
+
+def bank_cap() -> int | None:
+    """Bytes of `$ALLOCATOR_BANK_CAP`; None where it is not set.
+
+    Raises:
+        AllocatorError: if it is no size.
+    """
+    text = os.environ.get("ALLOCATOR_BANK_CAP")
+    try:
+        return parse_bytes(text) if text else None
+    except AllocatorError as error:
+        raise AllocatorError(f"$ALLOCATOR_BANK_CAP: {error}") from None
 
 
 class Workspace:
@@ -69,6 +89,7 @@ class Workspace:
         self.spec = StudySpec.read(self.folder)
         self.target = target or self.spec.target
         self.cache = cache or default_cache()
+        self.bank_cap = bank_cap()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.progress = progress
 
@@ -77,7 +98,7 @@ class Workspace:
     @cached_property
     def inventory(self) -> Inventory:
         """The checkpoint."""
-        return read_inventory(self.folder / self.spec.checkpoint)
+        return read_inventory(self.folder / self.spec.checkpoint, digests=self.cache / "digests")
 
     @cached_property
     def layout(self) -> Layout:
@@ -187,7 +208,13 @@ class Workspace:
             n_curvature=self.n_curvature,
             saliency=self.search_space.experts.saliency,
         )
-        return Profiler(inputs, self.cache, threads=self.threads, progress=self.progress)
+        return Profiler(
+            inputs,
+            self.cache,
+            threads=self.threads,
+            progress=self.progress,
+            bank_cap=self.bank_cap,
+        )
 
     @cached_property
     def profile(self) -> Profile:
@@ -231,7 +258,13 @@ class Workspace:
                     f"{path}: not the importance it is named for; restore the file"
                 )
             _use_threads(self.threads)
-            return Bank(self.cache / "bank", self.layout, vectors, threads=self.threads)
+            return Bank(
+                self.cache / "bank",
+                self.layout,
+                vectors,
+                threads=self.threads,
+                cap_bytes=self.bank_cap,
+            )
         if importance_digest(self.profiler.statistics.importance) != importance:
             raise CheckpointError(
                 f"importance {importance[:12]} is neither in {path} nor what this study's "
@@ -339,7 +372,7 @@ class Workspace:
     @property
     def base_tokens(self) -> int:
         """Forward tokens before the first trial: the profile, and the original on the split."""
-        return sum(self.profile.forward_tokens.values()) + self.scorer.n_tokens
+        return sum(self.profiler.forward_tokens.values()) + self.scorer.n_tokens
 
     def check_launch(
         self, *, sampler: str | None, seed: int | None, trials: int | None = None

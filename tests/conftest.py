@@ -95,6 +95,59 @@ def make_checkpoint():
     return write_checkpoint
 
 
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+
+
+def over_blocks(scale, shape, block):
+    """One factor per weight, by torch."""
+    rows, columns = shape
+    return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+
+
+def write_fp8(source, folder, block=(128, 128)):
+    """A checkpoint's projections in FP8 by torch's own cast, their scales in a shard of their own.
+
+    Returns its tensors as torch decodes them; the others are in their own dtype.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    decoded, weights, scales = load_file(source / "model.safetensors"), {}, {}
+    for name, tensor in decoded.items():
+        weights[name] = tensor
+        if not name.endswith("_proj.weight") and "kv_a_proj" not in name:
+            continue
+        rows, columns = tensor.shape
+        padded = torch.nn.functional.pad(
+            tensor.float(), (0, -columns % block[1], 0, -rows % block[0])
+        )
+        blocks = padded.view(len(padded) // block[0], block[0], -1, block[1])
+        scale = blocks.abs().amax((1, 3)) / 448  # the largest E4M3 number
+        factors = over_blocks(scale, tensor.shape, block)
+        codes = (tensor.float() / factors).to(torch.float8_e4m3fn)
+        weights[name], scales[f"{name}_scale_inv"] = codes, scale
+        decoded[name] = codes.float() * factors
+    folder.mkdir()
+    shards = {
+        "model-00001-of-00002.safetensors": scales,
+        "model-00002-of-00002.safetensors": weights,
+    }
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {**FP8_CONFIG, "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return decoded
+
+
+@pytest.fixture(scope="session")
+def fp8():
+    """`write`, `over_blocks`, `config`: FP8 checkpoints, for tests."""
+    return SimpleNamespace(write=write_fp8, over_blocks=over_blocks, config=FP8_CONFIG)
+
+
 @pytest.fixture
 def change_checkpoint(tmp_path):
     """Copies a checkpoint with tensors edited and config keys replaced."""
@@ -186,15 +239,19 @@ def write_raw(path, header, n_data):
         file.truncate(8 + len(text) + n_data)
 
 
-def write_zeros(folder, *, tensors=None, **changes):
-    """A checkpoint of zeros in one file; `changes` go to config.json, None removes a key."""
+def write_zeros(folder, *, tensors=None, dtypes=None, **changes):
+    """A checkpoint of zeros in one file; `changes` go to config.json, None removes a key.
+
+    `tensors` are shapes by name, `dtypes` are by name what is not BF16.
+    """
     config = {k: v for k, v in (ZEROS | changes).items() if v is not None}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     for name, shape in (zeros_tensors() if tensors is None else tensors).items():
-        stop = end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, stop]}
+        dtype = (dtypes or {}).get(name, "BF16")
+        stop = end + {"F32": 4, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, stop]}
         end = stop
     write_raw(folder / "model.safetensors", header, end)
     return folder

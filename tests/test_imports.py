@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "allocator"
 RINGS = [  # a module may import from its own ring or from an earlier one
-    {"errors", "units", "files"},
+    {"errors", "units", "files", "digests"},
     {"inventory", "families", "formats", "targets"},
     {"allocation", "memory", "records"},
     {"space", "front", "surrogate", "knapsack", "nested", "posterior", "profile", "baselines"},

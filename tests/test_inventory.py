@@ -84,14 +84,18 @@ def test_fewest_experts(saved, tiny):
     assert [deepseek.least_experts(n) for n in (1, 2, 4, 5)] == [8, 8, 8, 12]
 
 
+def change_last_byte(folder, place):
+    with open(folder / place.file, "r+b") as file:
+        file.seek(place.offset + place.nbytes - 1)
+        file.write(b"\1")
+
+
 def test_digest_follows_the_content(tmp_path, make):
     folder = make.zeros(tmp_path / "a")
     before = read_inventory(folder).digest
     assert read_inventory(make.zeros(tmp_path / "b")).digest == before
     info = read_inventory(folder).tensors["model.layers.1.mlp.gate.weight"]
-    with open(folder / info.file, "r+b") as file:
-        file.seek(info.offset + info.nbytes - 1)
-        file.write(b"\1")
+    change_last_byte(folder, info)
     after = read_inventory(folder)
     assert after.digest != before
     file = folder / info.file
@@ -143,6 +147,179 @@ def test_more_layers_than_config_says(tmp_path, make, layer, n):
         read_inventory(folder)
 
 
+# -- FP8
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BLOCK = [48, 40]
+
+
+@pytest.fixture(scope="module")
+def in_fp8(tmp_path_factory, make_checkpoint, fp8):
+    """A random DeepSeek-V3 in FP8, in two shards, and its tensors as torch decodes them."""
+    folder = tmp_path_factory.mktemp("fp8")
+    source = make_checkpoint(folder / "plain", "deepseek", dtype="bfloat16", intermediate_size=160)
+    return folder / "fp8", fp8.write(source, folder / "fp8"), source
+
+
+def test_scales_are_part_of_their_tensors(in_fp8):
+    import torch
+
+    folder, _, source = in_fp8
+    inventory, theirs = read_inventory(folder), by_safetensors(folder)
+    scaled = {t.name: t for t in inventory.tensors.values() if t.dtype == "F8_E4M3"}
+    found = {t.name: (t.shape, t.dtype) for t in inventory.tensors.values()}
+    found |= {t.scale.name: (t.scale.shape, t.scale.dtype) for t in scaled.values()}
+    assert found == theirs
+    assert len(theirs) == len(inventory.tensors) + len(scaled)
+    plain = read_inventory(source)
+    assert set(inventory.tensors) == set(plain.tensors)
+    assert inventory.n_searched_weights == plain.n_searched_weights
+    assert len(scaled) == 3 * (2 * 8 + 2 + 1) + 3 * 5  # experts, shared, dense; attention
+    for name, info in inventory.tensors.items():
+        assert (info.scale is not None) == (name in scaled)
+        assert info.total_bytes == info.nbytes + (info.scale.nbytes if info.scale else 0)
+    for info in (t.scale for t in scaled.values()):
+        with safe_open(folder / info.file, "pt") as file:
+            values = file.get_tensor(info.name)
+        raw = (folder / info.file).read_bytes()[info.offset : info.offset + info.nbytes]
+        assert raw == values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture
+def zeros_fp8(tmp_path, make, fp8):
+    """`write(change, **config)`: a checkpoint of zeros whose projections are FP8.
+
+    `change` edits a table of name to (shape, dtype); `more` are further tensors in FP8.
+    """
+
+    def write(change=lambda table: None, *, more=None, block=BLOCK, **config):
+        table = {}
+        for name, shape in {**make.tensors(), **(more or {})}.items():
+            table[name] = shape, "BF16"
+            if "_proj" in name:
+                table[name] = shape, "F8_E4M3"
+                n_blocks = tuple(-(-n // b) for n, b in zip(shape, BLOCK, strict=True))
+                table[f"{name}_scale_inv"] = n_blocks, "F32"
+        change(table)
+        config = {"quantization_config": {**fp8.config, "weight_block_size": block}, **config}
+        shapes = {name: shape for name, (shape, _) in table.items()}
+        dtypes = {name: dtype for name, (_, dtype) in table.items()}
+        return make.zeros(tmp_path, tensors=shapes, dtypes=dtypes, **config)
+
+    return write
+
+
+def test_nextn_layers_in_fp8_are_left_out(zeros_fp8, tiny):
+    more = {"model.layers.2.eh_proj.weight": (64, 128), "model.layers.2.enorm.weight": (64,)}
+    inventory = read_inventory(zeros_fp8(more=more, num_nextn_predict_layers=1))
+    assert {t.name for t in inventory.tensors.values() if t.role is Role.NEXTN} == set(more)
+    assert inventory.n_searched_weights == tiny.n_searched_weights
+    assert inventory.moe_layers == (0, 1)
+
+
+def test_digests_follow_scales_and_blocks(zeros_fp8):
+    folder = zeros_fp8()
+    before = read_inventory(folder)
+    known = {name: before.tensor_digest(name) for name in before.tensors}
+    whole = before.digest
+    change_last_byte(folder, before.tensors[Q].scale)
+    after = read_inventory(folder)
+    assert {n for n in known if after.tensor_digest(n) != known[n]} == {Q}
+    assert after.digest != whole
+    other = read_inventory(zeros_fp8(block=[40, 40]))  # as many blocks, of other weights
+    assert other.tensors[Q].scale.shape == (2, 2)
+    projections = {name for name in known if "_proj" in name}
+    assert {n for n in known if other.tensor_digest(n) != known[n]} == projections
+
+
+def test_digest_of_a_scale_that_ends_early(zeros_fp8):
+    folder = zeros_fp8()
+    inventory = read_inventory(folder)
+    scale = inventory.tensors[Q].scale
+    os.truncate(folder / scale.file, scale.offset + scale.nbytes - 1)
+    with pytest.raises(CheckpointError, match=r"ends inside .*q_proj.weight_scale_inv"):
+        inventory.tensor_digest(Q)
+
+
+def test_quantization_that_no_tensor_uses(tmp_path, make, fp8, tiny):
+    """As in checkpoints that were converted to bfloat16 with their config.json copied."""
+    found = {**fp8.config, "weight_block_size": [128, 128]}
+    inventory = read_inventory(make.zeros(tmp_path, quantization_config=found))
+    assert inventory.tensors == tiny.tensors
+
+
+ROUTER = "model.layers.1.mlp.gate.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def stored_as(dtype, *names, shape=None):
+    def change(table):
+        for name in names:
+            table[name] = shape or table[name][0], dtype
+
+    return change
+
+
+def kept_in_fp8(name, scale_shape):
+    def change(table):
+        table[name] = table[name][0], "F8_E4M3"
+        table[f"{name}_scale_inv"] = scale_shape, "F32"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(f"{Q}_scale_inv"), rf"{Q} is stored as F8_E4M3 without its {Q}_scale_inv"),
+        (lambda t: t.pop(Q), rf"{Q}_scale_inv scales a weight that is missing, needed one in F8"),
+        (stored_as("BF16", Q), "scales a weight that is stored as BF16, needed one in F8_E4M3"),
+        (stored_as("F8_E5M2", Q), f"{Q} is stored as F8_E5M2, needed one of .*F8_E4M3; convert"),
+        (stored_as("F8_E8M0", f"{Q}_scale_inv"), "_scale_inv is stored as F8_E8M0, needed one of"),
+        (
+            stored_as("BF16", f"{Q}_scale_inv"),
+            r"is BF16 of shape \(2, 2\), needed F32 of shape \(2",
+        ),
+        *(
+            (stored_as("F32", f"{Q}_scale_inv", shape=shape), r"needed F32 of shape \(2, 2\): a f")
+            for shape in ((2, 1), (1, 2), (2, 3), (4,), (1, 2, 2), (64, 64))
+        ),
+        (
+            kept_in_fp8(ROUTER, (1, 2)),
+            rf"{ROUTER} \(router\) is stored as F8_E4M3, but kept in full",
+        ),
+        (kept_in_fp8(NORM, (2,)), rf"{NORM} \(norm\) is stored as F8_E4M3, but kept in full"),
+    ],
+)
+def test_odd_fp8(zeros_fp8, change, match):
+    refused(zeros_fp8(change), match)
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (None, "F8_E4M3, but config.json has no quantization_config"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', needed 'fp8' or no quanti"),
+        ({}, "quant_method is None, needed 'fp8'"),
+        (["fp8"], "quant_method is None, needed 'fp8'"),
+        ({"quant_method": "fp8"}, r"weight_block_size is None, needed two numbers from 1"),
+        *(
+            ({"quant_method": "fp8", "weight_block_size": block}, "_size is .*, needed two numb")
+            for block in (None, 48, "48", [48], [48, 40, 1], [0, 40], [48, -40], [48.0, 40],
+                          [True, 40], [[48], 40], {"48": 40})
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"needed F32 of shape \(1, 1\)"),
+    ],
+)  # fmt: skip
+def test_odd_quantization(zeros_fp8, found, match):
+    refused(zeros_fp8(quantization_config=found), match)
+
+
+def test_other_quantization_is_refused_even_of_plain_tensors(tmp_path, make):
+    folder = make.zeros(tmp_path, quantization_config={"quant_method": "bitsandbytes_4bit"})
+    refused(folder, "quant_method is 'bitsandbytes_4bit'")
+
+
 # -- damage
 
 
@@ -178,7 +355,6 @@ def test_header_length_lies(tmp_path, make, length):
     refused(tmp_path, "header")
 
 
-Q = "model.layers.0.self_attn.q_proj.weight"
 ODD_HEADERS = {
     "overlap": lambda h: h[Q].update(data_offsets=h[Q.replace("q_", "o_")]["data_offsets"]),
     "shifted": lambda h: h[Q].update(data_offsets=[n - 2 for n in h[Q]["data_offsets"]]),
@@ -196,7 +372,8 @@ ODD_HEADERS = {
     "no dtype": lambda h: h[Q].pop("dtype"),
     "list": lambda h: h.update({Q: []}),
     "huge": lambda h: h[Q].update(shape=[10**30, 64]),
-    "other dtype": lambda h: h[Q].update(dtype="F8_E4M3"),
+    "other dtype": lambda h: h[Q].update(dtype="F8_E5M2"),
+    "other width": lambda h: h[Q].update(dtype="F8_E4M3"),
     "one dimension": lambda h: h[Q].update(shape=[64 * 64]),
     "three dimensions": lambda h: h[Q].update(shape=[1, 64, 64]),
     "scalar": lambda h: h["model.norm.weight"].update(shape=[8, 8]),

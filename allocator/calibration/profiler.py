@@ -27,7 +27,6 @@ from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
 from allocator.codecs.bank import Bank
-from allocator.codecs.ggml import decode
 from allocator.codecs.source import Floats, group_weights
 from allocator.files import write_whole
 from allocator.profile import Change, Profile, bundle_of
@@ -113,10 +112,17 @@ class Profiler:
         cache: where profiles and the bank live.
         threads: for encoding.
         progress: shows bars.
+        bank_cap: bytes that the bank may occupy, if limited.
     """
 
     def __init__(
-        self, inputs: ProfileInputs, cache: Path, *, threads: int = 1, progress: bool = False
+        self,
+        inputs: ProfileInputs,
+        cache: Path,
+        *,
+        threads: int = 1,
+        progress: bool = False,
+        bank_cap: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.layout = inputs.layout
@@ -124,6 +130,7 @@ class Profiler:
         self.cache = cache
         self.threads = threads
         self.progress = progress
+        self.bank_cap = bank_cap
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -152,13 +159,21 @@ class Profiler:
     def bank(self) -> Bank:
         """Encoded weights under this profile's importance."""
         return Bank(
-            self.cache / "bank", self.layout, self.statistics.importance, threads=self.threads
+            self.cache / "bank",
+            self.layout,
+            self.statistics.importance,
+            threads=self.threads,
+            cap_bytes=self.bank_cap,
         )
 
     @cached_property
     def swap(self) -> SwapModel:
         """The model that candidates are put into; the bank is opened when one needs it."""
-        return SwapModel(self.layout, lambda *wanted: self.bank.decoded(*wanted))
+        return SwapModel(self.layout, self._decoded)
+
+    def _decoded(self, name: str, fmt: str, experts: tuple[int, ...] | None) -> Floats:
+        self.bank.release()  # the model holds a copy of what it asked for before
+        return self.bank.decoded(name, fmt, experts)
 
     @cached_property
     def curvature(self) -> dict[str, dict[str, list[float]]]:
@@ -180,8 +195,9 @@ class Profiler:
             weights = group_weights(self.layout, group)
             experts = range(len(weights)) if group.role.is_expert else ()
             row = prices[group.name] = {}
+            self.bank.release()
             for fmt in group.offered():
-                decoded = decode(self.bank.encoded(group.name, fmt.name), fmt)
+                decoded = self.bank.decoded(group.name, fmt.name)
                 row[fmt.name] = curvature.price(group, decoded - weights, experts)
                 bar.update()
         bar.close()
@@ -230,6 +246,7 @@ class Profiler:
             weights = weights[list(experts)] if experts else weights
             held = destination(self.swap.model, config, group).numpy()
             curvature[name], moves[name] = {}, {}
+            self.bank.release()
             for fmt in group.offered():
                 decoded = self.bank.decoded(name, fmt.name, experts or None)
                 there = found.price(group, decoded - weights, experts)

@@ -23,6 +23,7 @@ from allocator.codecs.source import Floats
 from allocator.families import Role
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
+from allocator.proxy.stream import States, StreamedModel
 from allocator.targets import Group, Layout
 
 
@@ -158,15 +159,8 @@ def collect(
         batch_tokens: tokens per forward pass.
         progress: shows a bar.
     """
-    inventory = layout.inventory
     sums: dict[str, _MeanSquare] = {}
-    hidden = int(inventory.config["hidden_size"])
-    experts = {
-        layer: _Experts(
-            inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]
-        )
-        for layer in layout.layers
-    }
+    experts = _of_layers(layout)
     handles = _watch(model, layout, sums)
     for layer, layer_sums in experts.items():
         use_observer(model, layer, layer_sums.observe)
@@ -182,6 +176,54 @@ def collect(
             handle.remove()
         use_sorted_experts(model, layout.layers)
     return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+@torch.inference_mode()
+def collect_streamed(
+    streamed: StreamedModel,
+    documents: Sequence[Document],
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> Statistics:
+    """What `collect` measures, in one pass over a checkpoint that need not fit in memory.
+
+    Args:
+        streamed: of the layout whose groups get importance.
+        documents: tokens to run.
+        batch_tokens: tokens per forward pass of a layer.
+        progress: shows a bar over layers.
+    """
+    layout = streamed.layout
+    sums: dict[str, _MeanSquare] = {}
+    experts = _of_layers(layout)
+    chosen = batches(documents, 0, len(documents), n_tokens=batch_tokens)
+    embedded = [streamed.embed([documents[i] for i in batch], None) for batch in chosen]
+    states = States(None, [0], embedded)
+    handles = _watch(streamed.model, layout, sums)
+    try:
+        layers = range(layout.inventory.n_layers)
+        for layer in tqdm(layers, desc="calibration", unit="layer", disable=not progress):
+            observe = experts[layer].observe if layer in experts else None
+            streamed.run(layer, [states], observe=observe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    role = Role.EMBEDDING if layout.inventory.tied_embeddings else Role.HEAD
+    for hidden in states.hidden:
+        sums[str(role)].add(streamed.normed(hidden))
+    return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+def _of_layers(layout: Layout) -> dict[int, _Experts]:
+    inventory = layout.inventory
+    hidden = int(inventory.config["hidden_size"])
+    return {
+        layer: _Experts(
+            inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]
+        )
+        for layer in layout.layers
+    }
 
 
 def _summary(

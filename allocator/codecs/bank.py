@@ -1,25 +1,70 @@
 """Encoded weights, on disk, by content.
 
-In: a group and a format. Out: its encoded bytes with all experts, memory-mapped. Invariant: the key
-is (weights' digest, format, importance digest, codec version), so an entry is never stale; entries
-are written whole and renamed, so two processes may share a bank and a kill leaves none torn.
-Experts are encoded one by one, so retaining some of them is indexing.
+In: a group, a format, experts. Out: their encoded bytes, memory-mapped. An entry is a sparse file
+of fixed size for a group in a format: one slot per routed expert (a single one for every other
+group), and after the slots one byte per slot that says whether it is there. Only slots that are
+asked for are read from the checkpoint and encoded, `_AT_ONCE` bytes of weights at a time.
+
+Invariant: the key is (weights' digest, format, importance digest, codec version), so an entry is
+never stale. A slot's byte is set when the slot is on the disk, so a kill leaves it absent, never
+wrong; two processes that fill one slot write the same bytes, so there are no locks. An entry may be
+removed at any time: what is mapped stays readable, and whoever asks next encodes again.
 """
 
-import hashlib
-from collections.abc import Mapping
+import errno
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
 
 from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes, Floats
-from allocator.codecs.source import group_digest, group_weights
-from allocator.errors import FormatError
-from allocator.files import write_whole
-from allocator.formats import format_named
+from allocator.codecs.source import group_digest, group_weights, read_rows
+from allocator.errors import AllocatorError, FormatError
+from allocator.families import Role
+from allocator.formats import Format, format_named
 from allocator.records import codec
-from allocator.targets import Layout
+from allocator.targets import Group, Layout
+
+_AT_ONCE = 64 << 20  # bytes of float32 weights; at least one row
+_BLOCK_ROWS = 128  # rows of an FP8 checkpoint that share their factors: pieces are whole ones
+_SPARE = 16 << 20  # bytes of disk that are left free
+_HEADS = (Role.K_B, Role.V_B)
+_SUFFIX = ".slots"
+_REMOVABLE = (_SUFFIX, ".bin")  # the second: entries of an earlier version, which nobody reads
+_LOOKS = 16  # the folder is looked at again when a cap's so-manieth part has been written
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a group in a format is stored; `shape` is `(..., rows, bytes per row)` with all slots.
+
+    Slots first, then one byte for each.
+    """
+
+    path: str
+    fmt: Format
+    shape: tuple[int, ...]
+    n_slots: int
+
+    @property
+    def slots_bytes(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots_bytes // self.n_slots
+
+    @property
+    def file_bytes(self) -> int:
+        return self.slots_bytes + self.n_slots
 
 
 class Bank:
@@ -30,42 +75,118 @@ class Bank:
         layout: the groups.
         importance: per group, `(in,)` or `(experts or heads, in)`; others are encoded plainly.
         threads: for encoding.
+        cap_bytes: of disk that the folder may occupy; beyond it entries are removed, those used
+            longest ago first, and none that was used since the last `release`.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, importance: Mapping[str, Floats], *, threads: int = 1
+        self,
+        folder: Path,
+        layout: Layout,
+        importance: Mapping[str, Floats],
+        *,
+        threads: int = 1,
+        cap_bytes: int | None = None,
     ) -> None:
         self.folder = folder
         self.layout = layout
         self.importance = importance
         self.threads = threads
+        self._cap = inf if cap_bytes is None else cap_bytes
+        self._occupied = inf  # of the folder when it was last looked at; not yet
+        self._written = 0  # since then
+        self._told = False
         self._digests: dict[str, str] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
+        self._in_use: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def encoded(self, name: str, fmt: str) -> Bytes:
-        """A group in a format: `(..., rows, bytes per row)`, all experts, read-only.
+    def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
+        """A group in a format: `(..., rows, bytes per row)`, read-only.
+
+        Args:
+            name: the group.
+            fmt: the format.
+            experts: of a routed projection, only these, in this order; the others need not be there
+                and are not encoded. All by default.
 
         Raises:
             FormatError: if the format cannot store the group or lacks its importance.
+            AllocatorError: if the disk is full.
         """
-        group = self.layout.groups[name]
-        row_bytes = format_named(fmt).nbytes((1, group.shape[-1]))
-        path = self.folder / f"{self._key(name, fmt)}.bin"
-        if not path.exists():
-            write_whole(path, self._encode(name, fmt).data)
-        shape = (*group.shape[:-1], row_bytes)
-        if path.stat().st_size != int(np.prod(shape)):
-            raise FormatError(f"{path}: damaged bank entry; delete it and run again")
-        return np.memmap(path, np.uint8, "r", shape=shape)
+        entry = self._entry(name, fmt)
+        if experts is None:
+            return self._slots(name, entry, slice(None))
+        chosen = list(experts)
+        first = min(chosen, default=0)
+        data = self._slots(name, entry, chosen)
+        if chosen == list(range(first, first + len(chosen))):
+            return data[first : first + len(chosen)]
+        data = data[chosen]
+        data.flags.writeable = False
+        return data
 
-    def decoded(self, name: str, fmt: str, experts: tuple[int, ...] | None = None) -> Floats:
+    def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
         """A group in a format, decoded to float32; of a routed projection, these experts."""
-        data = self.encoded(name, fmt)
-        return ggml.decode(data if experts is None else data[list(experts)], format_named(fmt))
+        return ggml.decode(self.encoded(name, fmt, experts), format_named(fmt))
+
+    def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
+        """Whether an expert of a routed projection, or another group, is encoded already."""
+        entry = self._entry(name, fmt)
+        try:
+            with _opened(entry.path, os.O_RDONLY) as handle:
+                if not _checked_size(handle, entry):
+                    return False
+                return os.pread(handle, 1, entry.slots_bytes + (expert or 0)) == b"\1"
+        except FileNotFoundError:
+            return False
+
+    def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
+        """Encodes weights that the caller holds, unless they are encoded already.
+
+        Args:
+            name: the group.
+            fmt: the format.
+            expert: of a routed projection, whose weights they are; None for other groups.
+            weights: `(out, in)`, or the group's shape; as the checkpoint has them.
+
+        Raises:
+            FormatError: if the format cannot store the group or lacks its importance.
+            AllocatorError: if the disk is full.
+        """
+        if self.has(name, fmt, expert):
+            return
+        entry, slot = self._entry(name, fmt), expert or 0
+        importance = self._slot_importance(name, entry)
+        encoded = ggml.encode(
+            weights,
+            entry.fmt,
+            None if importance is None else importance[slot],
+            threads=self.threads,
+        )
+        with self._writable(entry) as handle:
+            self._store(handle, entry, [slot], 0, encoded)
+
+    def release(self) -> None:
+        """Lets go of the entries used so far: under a cap they may be removed."""
+        self._in_use.clear()
+        self._keep_to_cap(0)
 
     def group_importance(self, name: str) -> Floats | None:
         """Importance of a group's input channels, if there is any."""
         return self.importance.get(name) if self.layout.groups[name].importance else None
+
+    # -- entries
+
+    def _entry(self, name: str, fmt: str) -> _Entry:
+        if (name, fmt) not in self._entries:
+            group = self.layout.groups[name]
+            known = format_named(fmt)
+            shape = (*group.shape[:-1], known.nbytes((1, group.shape[-1])))
+            path = str(self.folder / f"{self._key(name, fmt)}{_SUFFIX}")
+            n_slots = group.shape[0] if group.role.is_expert else 1
+            self._entries[name, fmt] = _Entry(path, known, shape, n_slots)
+        return self._entries[name, fmt]
 
     def _key(self, name: str, fmt: str) -> str:
         if name not in self._digests:
@@ -75,11 +196,170 @@ class Bank:
                 group_digest(self.layout, group),
                 "" if weighted is None else weighted.tobytes().hex(),
             )
-            self._digests[name] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-        return hashlib.sha256(f"{self._digests[name]} {fmt} {codec()}".encode()).hexdigest()
+            self._digests[name] = sha256(" ".join(parts).encode()).hexdigest()
+        return sha256(f"{self._digests[name]} {fmt} {codec()}".encode()).hexdigest()
 
-    def _encode(self, name: str, fmt: str) -> Bytes:
-        weights = group_weights(self.layout, self.layout.groups[name])
+    def _slots(self, name: str, entry: _Entry, wanted: slice | list[int]) -> Bytes:
+        """All slots of an entry, mapped; the wanted ones are there."""
+        try:
+            with _opened(entry.path, os.O_RDONLY) as handle:
+                if _checked_size(handle, entry):
+                    self._use(handle, entry)
+                    data, there = _mapped(handle, entry)
+                    if there[wanted].all():
+                        return data
+        except FileNotFoundError:
+            pass
+        with self._writable(entry) as handle:
+            data, there = _mapped(handle, entry)
+            asked = dict.fromkeys(np.arange(entry.n_slots)[wanted].tolist())
+            missing = [slot for slot in asked if not there[slot]]
+            for slots, rows in _pieces(self.layout.groups[name], missing):
+                encoded = self._encode(name, entry, slots, rows)
+                self._store(handle, entry, slots, rows.start, encoded)
+        return data
+
+    def _use(self, handle: int, entry: _Entry) -> None:
+        if entry.path not in self._in_use:
+            self._in_use.add(entry.path)
+            with suppress(OSError):  # somebody else's file, or a disk that is only read
+                os.utime(handle)
+
+    @contextmanager
+    def _writable(self, entry: _Entry) -> Iterator[int]:
+        """An entry's file, made if missing."""
+        try:
+            with _opened(entry.path, os.O_RDWR | os.O_CREAT) as handle:
+                if not _checked_size(handle, entry):
+                    os.ftruncate(handle, entry.file_bytes)
+                self._use(handle, entry)
+                yield handle
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise AllocatorError(f"{self.folder}: {error.strerror}; {_WAY_OUT}") from None
+
+    # -- filling
+
+    def _encode(self, name: str, entry: _Entry, slots: list[int], rows: slice) -> Bytes:
+        """Rows of some slots, `(slots, rows, bytes per row)`; a whole slot of heads."""
+        group, inventory = self.layout.groups[name], self.layout.inventory
+        importance = self._slot_importance(name, entry)
+        if group.role in _HEADS:
+            weights = [group_weights(self.layout, group)]
+        else:
+            sources = [group.sources[slot] for slot in slots]
+            weights = [read_rows(inventory, source, rows.start, rows.stop) for source in sources]
         return ggml.encode(
-            weights, format_named(fmt), self.group_importance(name), threads=self.threads
+            weights[0][None] if len(weights) == 1 else np.stack(weights),
+            entry.fmt,
+            None if importance is None else importance[slots],
+            threads=self.threads,
         )
+
+    def _slot_importance(self, name: str, entry: _Entry) -> Floats | None:
+        """A group's importance with an axis of slots before it."""
+        found, group = self.group_importance(name), self.layout.groups[name]
+        if found is None or not group.role.is_expert:
+            return found if found is None else found[None]
+        return np.broadcast_to(found, (entry.n_slots, group.shape[-1]))
+
+    def _store(
+        self, handle: int, entry: _Entry, slots: list[int], start: int, encoded: Bytes
+    ) -> None:
+        """Writes rows of some slots; with the last row, the slots are there."""
+        free = os.fstatvfs(handle)
+        if free.f_bavail * free.f_frsize < encoded.nbytes + _SPARE:
+            raise AllocatorError(
+                f"{self.folder}: {free.f_bavail * free.f_frsize:,} bytes free, needed "
+                f"{encoded.nbytes + _SPARE:,}; {_WAY_OUT}"
+            )
+        by_slot = encoded.reshape(len(slots), -1)
+        offset = start * entry.shape[-1]
+        for slot, data in zip(slots, by_slot, strict=True):
+            _write(handle, data.data, slot * entry.slot_bytes + offset)
+        if offset + by_slot.shape[1] == entry.slot_bytes:
+            os.fdatasync(handle)
+            for slot in slots:
+                _write(handle, memoryview(b"\1"), entry.slots_bytes + slot)
+        self._keep_to_cap(encoded.nbytes)
+
+    # -- the cap
+
+    def _keep_to_cap(self, written: int) -> None:
+        """Removes what was used longest ago while the folder occupies more than the cap."""
+        self._written += written
+        within = self._occupied + self._written <= self._cap
+        if self._cap == inf or (within and self._written < self._cap / _LOOKS):
+            return
+        found = sorted(_occupied(self.folder))
+        occupied = sum(nbytes for _, _, nbytes in found)
+        for _, path, nbytes in found:
+            if occupied > self._cap and path.endswith(_REMOVABLE) and path not in self._in_use:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                occupied -= nbytes
+        if occupied > self._cap and not self._told:
+            self._told = True
+            logging.getLogger(__name__).warning(
+                "%s: what is in use needs %s bytes, more than the cap of %s; raise it",
+                self.folder, f"{occupied:,}", f"{self._cap:,}",
+            )  # fmt: skip
+        self._occupied, self._written = occupied, 0
+
+
+_WAY_OUT = "free some disk, cap what encoded weights take ($ALLOCATOR_BANK_CAP), or move the cache"
+
+
+@contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _checked_size(handle: int, entry: _Entry) -> bool:
+    """Whether the file has its size; False if it is empty: it was just made."""
+    size = os.fstat(handle).st_size
+    if size not in (0, entry.file_bytes):
+        raise FormatError(f"{entry.path}: damaged bank entry; delete it and run again")
+    return size > 0
+
+
+def _mapped(handle: int, entry: _Entry) -> tuple[Bytes, Bytes]:
+    """All slots, and whether each is there; other processes' writes are seen."""
+    whole = np.frombuffer(mmap.mmap(handle, entry.file_bytes, access=mmap.ACCESS_READ), np.uint8)
+    return whole[: -entry.n_slots].reshape(entry.shape), whole[-entry.n_slots :]
+
+
+def _pieces(group: Group, slots: list[int]) -> Iterator[tuple[list[int], slice]]:
+    """Yields what is encoded at once: all rows of some slots, or some rows of one slot."""
+    rows, width = group.shape[-2:]
+    most = max(1, _AT_ONCE // (4 * width))
+    if group.role in _HEADS:
+        most = rows  # they are cut from one matrix
+    if most < rows:
+        step = most // _BLOCK_ROWS * _BLOCK_ROWS or most
+        for slot in slots:
+            for start in range(0, rows, step):
+                yield [slot], slice(start, min(start + step, rows))
+    else:
+        for first in range(0, len(slots), most // rows):
+            yield slots[first : first + most // rows], slice(0, rows)
+
+
+def _write(handle: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):  # the kernel writes at most 2 GiB at once
+        done += os.pwrite(handle, data[done:], offset + done)
+
+
+def _occupied(folder: Path) -> Iterator[tuple[int, str, int]]:
+    """Yields when a file was used last, its path, and the bytes of disk it occupies."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                stat = entry.stat(follow_symlinks=False)
+                yield stat.st_mtime_ns, entry.path, stat.st_blocks * 512

@@ -1,24 +1,45 @@
 """A checkpoint's weights as float32, in the layout that a target encodes.
 
 In: a group or kept tensor of a layout. Out: its values, `(out, in)`, `(experts, out, in)` or
-`(heads, out, in)`. Invariant: `join_kv_b(*split_kv_b(w)) == w`, and a stacked expert group is in
-expert order.
+`(heads, out, in)`. Invariant: `join_kv_b(*split_kv_b(w)) == w`, a stacked expert group is in expert
+order, and FP8 in blocks is decoded as torch does: the code's value times its block's factor, in
+float32.
 """
 
 import hashlib
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from allocator.errors import CheckpointError
 from allocator.families import Role
-from allocator.inventory import Inventory, TensorInfo
+from allocator.inventory import Inventory, Stored, TensorInfo
 from allocator.targets import Group, Layout
 
 Floats = npt.NDArray[np.float32]
+_Stored = TypeVar("_Stored", bound=Stored)
 
 
-def read_raw(inventory: Inventory, info: TensorInfo) -> npt.NDArray[np.uint8]:
+def _e4m3() -> Floats:
+    """Values of the 256 codes: sign, 4 bits of exponent (bias 7), 3 of mantissa.
+
+    There is no infinity, and one NaN per sign (OCP 8-bit floating point specification, 5.1).
+    """
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    # 2^(e-7) (1 + m/8); without an exponent 2^-6 m/8
+    magnitude = np.ldexp(np.where(exponent, mantissa + 8.0, mantissa), np.maximum(exponent, 1) - 10)
+    magnitude[codes & 127 == 127] = np.nan
+    values: Floats = np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+    return values
+
+
+_E4M3 = _e4m3()
+
+
+def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
     """The stored bytes of one tensor.
 
     Raises:
@@ -31,14 +52,74 @@ def read_raw(inventory: Inventory, info: TensorInfo) -> npt.NDArray[np.uint8]:
 
 
 def read_tensor(inventory: Inventory, name: str) -> Floats:
-    """One tensor of the checkpoint as float32; exact for every dtype it may have."""
+    """One tensor of the checkpoint as float32; exact for every dtype it may have.
+
+    Raises:
+        CheckpointError: if its file ends early, or an FP8 matrix has values that are no numbers.
+    """
+    return _read(inventory, inventory.tensors[name])
+
+
+def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
+    """Rows `start` to `stop` of a matrix, as `read_tensor` gives them.
+
+    Of the file, only they are read; of FP8, whole blocks.
+
+    Raises:
+        CheckpointError: as `read_tensor`.
+    """
     info = inventory.tensors[name]
+    if info.scale is None:
+        return _read(inventory, _rows_of(info, start, stop))
+    block = inventory.scale_block[0]
+    first = start // block * block
+    scale = _rows_of(info.scale, start // block, -(-stop // block))
+    return _read(inventory, replace(_rows_of(info, first, stop), scale=scale))[start - first :]
+
+
+def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
+    row_bytes = stored.nbytes // stored.shape[0]
+    return replace(
+        stored,
+        shape=(stop - start, *stored.shape[1:]),
+        offset=stored.offset + start * row_bytes,
+        nbytes=(stop - start) * row_bytes,
+    )
+
+
+def _read(inventory: Inventory, info: TensorInfo) -> Floats:
     raw = read_raw(inventory, info)
-    if info.dtype == "BF16":
-        values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if info.scale is not None:
+        scale = read_raw(inventory, info.scale).view(np.float32).reshape(info.scale.shape)
+        values = _scaled(raw.reshape(info.shape), scale, inventory.scale_block)
+        if values is None:
+            raise CheckpointError(
+                f"{info.file}: {info.name} holds a NaN code, or a factor in {info.scale.name} is "
+                "too large; needed finite weights: fetch the checkpoint again"
+            )
+    elif info.dtype == "BF16":
+        bits = raw.view(np.uint16).astype(np.uint32)
+        values = np.left_shift(bits, 16, out=bits).view(np.float32)
     else:
         values = raw.view({"F32": np.float32, "F16": np.float16}[info.dtype]).astype(np.float32)
     return values.reshape(info.shape)
+
+
+def _scaled(codes: npt.NDArray[np.uint8], scale: Floats, block: tuple[int, int]) -> Floats | None:
+    """Decoded E4M3 codes times their block's factor; None if a product is not finite.
+
+    Works through the matrix by rows of blocks, so that it needs little beside the result.
+    """
+    values = np.empty(codes.shape, np.float32)
+    rows, columns = (min(b, n) for b, n in zip(block, codes.shape, strict=True))
+    for number, factors in enumerate(scale):
+        at = slice(number * rows, (number + 1) * rows)
+        np.take(_E4M3, codes[at], out=values[at], mode="clip")  # another mode needs a copy
+        with np.errstate(over="ignore", invalid="ignore"):
+            values[at] *= np.repeat(factors, columns)[: codes.shape[1]]
+        if not np.isfinite(values[at]).all():
+            return None
+    return values
 
 
 def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats]:

@@ -27,11 +27,11 @@ class BankSource:
     def encoded(self, name: str, part: int = 0) -> Bytes:
         """A group, or one part of it, in its format: `(..., rows, bytes per row)`.
 
-        Retained experts only.
+        Retained experts only. What was given before may leave the bank.
         """
         fmt, experts = self._allocation.parts(self.layout, name)[part]
-        data = self._bank.encoded(name, fmt.name)
-        return data[list(experts)] if experts else data
+        self._bank.release()
+        return self._bank.encoded(name, fmt.name, experts or None)
 
     def kept(self, kept: Kept) -> Floats:
         """A kept tensor as float32, retained rows only."""

@@ -39,24 +39,38 @@ FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
 """Forward tokens that a token costs: one forward, and two for every backward."""
 
 
-class _Product:
-    """Sums over tokens of one matrix product: weighted inputs `(in, in)` and rows `(out,)`."""
+class Product:
+    """Sums over tokens of one matrix product: weighted inputs, and rows `(out,)`.
+
+    The weighted inputs are a sum `(in, in)`, or while tokens are fewer than that, `(tokens, in)`.
+    """
 
     def __init__(self) -> None:
-        self.inputs: torch.Tensor | float = 0.0
+        self._few: list[torch.Tensor] = []
+        self._inputs: torch.Tensor | float = 0.0
         self.rows: torch.Tensor | float = 0.0
 
     def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Inputs `(tokens, in)` and the gradients `(tokens, out)` of what they gave."""
         squares = gradient.square()
-        self.inputs = self.inputs + (x * squares.sum(-1, keepdim=True)).T @ x
         self.rows = self.rows + squares.sum(0).double()
+        self._few.append(x * squares.sum(-1, keepdim=True).sqrt())
+        if sum(map(len, self._few)) >= x.shape[-1]:
+            for weighted in self._few:
+                self._inputs = self._inputs + weighted.T @ weighted
+            self._few = []
 
     def price(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
         """Half the quadratic form of `change` `(out, in)`, which may be of some `rows` only."""
         if not isinstance(self.rows, torch.Tensor):
             return 0.0  # no token reached it
         share = (self.rows / self.rows.sum().clamp_min(1e-300))[rows].float()
-        return 0.5 * float(share @ ((change @ self.inputs) * change).sum(-1))
+        forms = torch.zeros(len(change))
+        if isinstance(self._inputs, torch.Tensor):
+            forms += ((change @ self._inputs) * change).sum(-1)
+        for weighted in self._few:
+            forms += (change @ weighted.T).square().sum(-1)
+        return 0.5 * float(share @ forms)
 
 
 class Curvature:
@@ -71,15 +85,15 @@ class Curvature:
         self._layout = layout
         self.n_tokens = n_tokens
         self.listening = True
-        self._products: dict[tuple[str, int], _Product] = {}
+        self._products: dict[tuple[str, int], Product] = {}
         self._slopes: dict[str, torch.Tensor] = {}
         self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def product(self, name: str, expert: int = 0) -> _Product:
+    def product(self, name: str, expert: int = 0) -> Product:
         """The sums of one matrix."""
-        return self._products.setdefault((name, expert), _Product())
+        return self._products.setdefault((name, expert), Product())
 
-    def add(self, product: _Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def add(self, product: Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Inputs of a product and the gradients of its outputs, while listening."""
         if self.listening:
             product.add(x, gradient)
@@ -227,7 +241,7 @@ def _products(model: Any, layout: Layout) -> dict[str, Any]:
     return modules
 
 
-def _on_output(found: Curvature, product: _Product) -> Callable[..., None]:
+def _on_output(found: Curvature, product: Product) -> Callable[..., None]:
     def hook(module: Any, args: Any, output: Any) -> None:
         x = args[0].detach().flatten(0, -2)
 

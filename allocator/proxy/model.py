@@ -28,6 +28,8 @@ from allocator.targets import Group, Kept, Layout
 def skeleton(path: Path) -> Any:
     """The architecture of a checkpoint in float32, parameters on the meta device, buffers real.
 
+    How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
+
     Raises:
         CheckpointError: if transformers does not accept its config.
     """
@@ -36,6 +38,8 @@ def skeleton(path: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
@@ -53,15 +57,21 @@ def moe_block(model: Any, layer: int) -> Any:
 
 def resize_experts(model: Any, layer: int, n_experts: int) -> None:
     """Gives a layer's router and experts room for `n_experts`; their values are undefined then."""
-    block = moe_block(model, layer)
-    gate, experts = block.gate, block.experts
-    gate.num_experts = experts.num_experts = n_experts
-    for module, name in (
-        (gate, "weight"),
-        (gate, "e_score_correction_bias"),
-        (experts, "gate_up_proj"),
-        (experts, "down_proj"),
-    ):
+    resize_router(model, layer, n_experts)
+    experts = moe_block(model, layer).experts
+    experts.num_experts = n_experts
+    _resize(experts, ("gate_up_proj", "down_proj"), n_experts)
+
+
+def resize_router(model: Any, layer: int, n_experts: int) -> None:
+    """Gives a layer's router room for `n_experts`; its values are undefined then."""
+    gate = moe_block(model, layer).gate
+    gate.num_experts = n_experts
+    _resize(gate, ("weight", "e_score_correction_bias"), n_experts)
+
+
+def _resize(module: Any, names: tuple[str, ...], n_experts: int) -> None:
+    for name in names:
         old = getattr(module, name, None)
         if old is None:
             continue
@@ -70,6 +80,13 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         else:
             module.register_buffer(name, new)
+
+
+def empty(module: nn.Module) -> None:
+    """Frees the memory of a module's parameters: they are on the meta device again."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:

@@ -51,39 +51,15 @@ class DocumentLosses:
         return DocumentLosses(*(np.concatenate(pair) for pair in pairs))
 
 
-class Scorer:
-    """Scores allocations on fixed documents.
+class Documents:
+    """Fixed documents, and what losses on the first of them come to.
 
     Args:
-        swap: the model; several scorers may share one.
-        documents: what is scored, in this order.
-        batch_tokens: tokens per forward pass.
-        cache_bytes: memory for the original's log-probabilities.
-        threads: batches that run at once, each on one core; results do not depend on it.
-        progress: shows a bar with this text over documents.
+        documents: in this order.
     """
 
-    def __init__(
-        self,
-        swap: SwapModel,
-        documents: Sequence[Document],
-        *,
-        batch_tokens: int = 2048,
-        cache_bytes: int = 2 << 30,
-        threads: int = 1,
-        progress: str | None = None,
-    ) -> None:
-        self._threads = threads
-        self._progress = progress
-        self.swap = swap
+    def __init__(self, documents: Sequence[Document]) -> None:
         self.documents = tuple(documents)
-        self.batch_tokens = batch_tokens
-        self._cache_bytes = cache_bytes
-        self._hidden: dict[int, torch.Tensor] = {}
-        self._log_probs: dict[int, torch.Tensor] = {}
-        self._head: torch.Tensor | None = None
-        self._top1: dict[int, torch.Tensor] = {}
-        self._boundaries: list[list[torch.Tensor]] = []
 
     @property
     def n_documents(self) -> int:
@@ -110,6 +86,41 @@ class Scorer:
     def tokens(self, stop: int) -> int:
         """Tokens of the first `stop` documents."""
         return sum(len(d.ids) for d in self.documents[:stop])
+
+
+class Scorer(Documents):
+    """Scores allocations on fixed documents.
+
+    Args:
+        swap: the model; several scorers may share one.
+        documents: what is scored, in this order.
+        batch_tokens: tokens per forward pass.
+        cache_bytes: memory for the original's log-probabilities.
+        threads: batches that run at once, each on one core; results do not depend on it.
+        progress: shows a bar with this text over documents.
+    """
+
+    def __init__(
+        self,
+        swap: SwapModel,
+        documents: Sequence[Document],
+        *,
+        batch_tokens: int = 2048,
+        cache_bytes: int = 2 << 30,
+        threads: int = 1,
+        progress: str | None = None,
+    ) -> None:
+        super().__init__(documents)
+        self._threads = threads
+        self._progress = progress
+        self.swap = swap
+        self.batch_tokens = batch_tokens
+        self._cache_bytes = cache_bytes
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._log_probs: dict[int, torch.Tensor] = {}
+        self._head: torch.Tensor | None = None
+        self._top1: dict[int, torch.Tensor] = {}
+        self._boundaries: list[list[torch.Tensor]] = []
 
     @torch.inference_mode()
     def score(
@@ -174,7 +185,7 @@ class Scorer:
             for found in _mapped(work, batches, threads):
                 rows += found
                 bar.update(len(found))
-        return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
+        return losses_of(rows)
 
     def _ensure_boundaries(self) -> None:
         """Collects the original's hidden states before every layer, batch by batch."""
@@ -248,20 +259,39 @@ class Scorer:
         p_log = self._reference(index)
         if index not in self._top1:
             self._top1[index] = p_log.argmax(-1)
-        top1 = (logits.argmax(-1) == self._top1[index]).double().mean()
-        q_log = torch.log_softmax(logits, -1)
-        ids = torch.tensor(self.documents[index].ids[1:])
-        nll = -q_log[:-1].gather(1, ids[:, None]).double().mean()
-        p = p_log.exp()
-        kl = torch.linalg.vecdot(p, p_log - q_log).double().mean()
-        overlap = 1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double().mean()
-        return float(kl), float(top1), float(overlap), float(nll)
+        return compare(p_log, self._top1[index], logits, self.documents[index].ids)
 
     def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
         return batches(self.documents, start, stop, n_tokens=self.batch_tokens)
 
     def _all(self) -> list[list[int]]:
         return list(self._batches(0, len(self.documents)))
+
+
+def compare(
+    p_log: torch.Tensor, top1: torch.Tensor, logits: torch.Tensor, ids: Sequence[int]
+) -> Row:
+    """KL, top-1 agreement, overlap and nll, means over the positions of one document.
+
+    Args:
+        p_log: the original's log-probabilities, `(tokens, vocabulary)`.
+        top1: their greatest, `(tokens,)`.
+        logits: the candidate's.
+        ids: the tokens.
+    """
+    agreed = (logits.argmax(-1) == top1).double().mean()
+    q_log = torch.log_softmax(logits, -1)
+    following = torch.tensor(ids[1:])
+    nll = -q_log[:-1].gather(1, following[:, None]).double().mean()
+    p = p_log.exp()
+    kl = torch.linalg.vecdot(p, p_log - q_log).double().mean()
+    overlap = 1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double().mean()
+    return float(kl), float(agreed), float(overlap), float(nll)
+
+
+def losses_of(rows: Sequence[Row]) -> DocumentLosses:
+    """What `compare` gave for each document."""
+    return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
 
 
 def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:

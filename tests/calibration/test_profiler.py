@@ -387,6 +387,24 @@ def test_pruned_counts_suit_a_router_with_expert_groups(make_checkpoint, make_do
         assert swap.model(torch.tensor([[0, 1, 2]])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("stage", ["curvature", "put", "around"])
+def test_a_capped_bank_stays_small(inputs, near, finished, stage):
+    """Of a group at a time, or of what the model asks for at a time; the results are the same."""
+    capped = Profiler(inputs, near.profiler.cache, bank_cap=1)
+    whole, groups = Profiler(inputs, finished), list(inputs.layout.groups)
+    left = 1
+    if stage == "curvature":
+        (capped.folder / "curvature.json").unlink()
+        assert capped.curvature == whole.curvature
+        left = len(inputs.layout.groups[groups[-1]].offered())
+    elif stage == "put":
+        capped.swap.put_allocation(near.allocation)
+    else:
+        capped.around(near.allocation, near.scorer, part=0)
+        left = len(inputs.layout.groups[groups[-1]].offered())
+    assert len(list((capped.cache / "bank").iterdir())) == left
+
+
 # -- around a candidate
 
 

@@ -1,20 +1,29 @@
 """The bank: what is encoded once, what is encoded anew, and what a crash leaves."""
 
+import errno
+import logging
+import os
+import signal
 import subprocess
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from allocator.codecs import bank as bank_module
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import decode, encode
-from allocator.codecs.source import group_weights
-from allocator.errors import FormatError
+from allocator.codecs.source import group_weights, read_rows
+from allocator.errors import AllocatorError, FormatError
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
-from allocator.targets import GGUF
+from allocator.targets import GGUF, SAFETENSORS
 
-UP, V_B = "layers.1.experts.up", "layers.1.attention.v_b"
+UP, K_B, V_B = "layers.1.experts.up", "layers.1.attention.k_b", "layers.1.attention.v_b"
+UP_2 = "layers.2.experts.up"
+EXPERT = str(64 * 64 * 4)  # bytes of float32
 
 
 @pytest.fixture
@@ -24,35 +33,67 @@ def layout(checkpoints):
 
 def importance(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {UP: (8, 64), V_B: (256,), "embedding": (64,)}
+    shapes = {UP: (8, 64), V_B: (256,), K_B: (4, 32), "embedding": (64,), "head": (64,)}
     return {n: rng.lognormal(sigma=2, size=s).astype(np.float32) for n, s in shapes.items()}
 
 
+def reference(layout, name, fmt):
+    """The whole group, encoded at once by the library."""
+    weighted = importance().get(name) if layout.groups[name].importance else None
+    return encode(group_weights(layout, layout.groups[name]), FORMATS[fmt], weighted)
+
+
 def entries(folder):
-    return sorted(folder.glob("*.bin"))
+    return sorted(folder.glob("*.slots"))
 
 
-def test_an_entry_is_encoded_once(tmp_path, layout, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """`read` and `encoded`: matrices, by name and by shape, as they are read and encoded."""
+    made = SimpleNamespace(read=[], encoded=[])
+
+    def reading(inventory, name, start, stop):
+        made.read.append(name)
+        return read_rows(inventory, name, start, stop)
+
+    def encoding(weights, *args, **options):
+        made.encoded.append(weights.shape)
+        return encode(weights, *args, **options)
+
+    monkeypatch.setattr(bank_module, "read_rows", reading)
+    monkeypatch.setattr("allocator.codecs.ggml.encode", encoding)
+    return made
+
+
+def up(expert):
+    return f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+
+
+# -- what an entry holds
+
+
+def test_an_entry_is_encoded_once(tmp_path, layout, seen):
     first = np.array(Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0"))
     (entry,) = entries(tmp_path)
-    before = entry.stat().st_mtime_ns
-    monkeypatch.setattr(
-        "allocator.codecs.ggml.encode", lambda *a, **k: pytest.fail("encoded again")
-    )
+    before = seen.encoded.copy()
     again = Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0")
     np.testing.assert_array_equal(first, again)
     assert not again.flags.writeable
     assert entries(tmp_path) == [entry]
-    assert entry.stat().st_mtime_ns == before
+    assert seen.encoded == before
 
 
-@pytest.mark.parametrize("name", [UP, V_B])
-def test_entries_are_the_codecs_bytes(tmp_path, layout, name):
+@pytest.mark.parametrize("name", [UP, K_B, V_B, "head", "embedding", "layers.1.attention.o"])
+@pytest.mark.parametrize("at_once", [1, 3 * 64 * 64 * 4, 1 << 26])
+def test_entries_are_the_codecs_bytes(tmp_path, layout, monkeypatch, name, at_once):
+    """However little is encoded at once: rows, some experts, everything."""
+    monkeypatch.setattr(bank_module, "_AT_ONCE", at_once)
     bank = Bank(tmp_path, layout, importance(), threads=2)
-    fmt = FORMATS["IQ4_NL"]
-    expected = encode(group_weights(layout, layout.groups[name]), fmt, importance()[name])
-    np.testing.assert_array_equal(bank.encoded(name, fmt.name), expected)
-    np.testing.assert_array_equal(bank.decoded(name, fmt.name), decode(expected, fmt))
+    expected = reference(layout, name, "IQ4_NL")
+    np.testing.assert_array_equal(bank.encoded(name, "IQ4_NL"), expected)
+    decoded = bank.decoded(name, "IQ4_NL")
+    np.testing.assert_array_equal(decoded, decode(expected, FORMATS["IQ4_NL"]))
+    assert decoded.shape == layout.groups[name].shape
 
 
 def test_every_part_of_the_key_makes_another_entry(tmp_path, layout):
@@ -65,7 +106,7 @@ def test_every_part_of_the_key_makes_another_entry(tmp_path, layout):
     assert len(entries(tmp_path)) == 3
     Bank(tmp_path, layout, {}).encoded(UP, "Q5_0")
     assert len(entries(tmp_path)) == 4
-    Bank(tmp_path, layout, {}).encoded("layers.2.experts.up", "Q5_0")
+    Bank(tmp_path, layout, {}).encoded(UP_2, "Q5_0")
     assert len(entries(tmp_path)) == 5
 
 
@@ -78,76 +119,365 @@ def test_importance_of_a_group_that_has_none_is_left_out(tmp_path, layout):
     assert len(entries(tmp_path)) == 1
 
 
-def test_missing_importance_raises_and_leaves_nothing(tmp_path, layout):
-    with pytest.raises(FormatError, match="needs an importance"):
-        Bank(tmp_path, layout, {}).encoded(V_B, "IQ2_XXS")
-    assert list(tmp_path.iterdir()) == []
+def test_missing_importance_raises_and_leaves_no_slot(tmp_path, layout):
+    bank = Bank(tmp_path, layout, {})
+    for _ in range(2):
+        with pytest.raises(FormatError, match="needs an importance"):
+            bank.encoded(V_B, "IQ2_XXS")
+        with pytest.raises(FormatError, match="needs an importance"):
+            bank.put(V_B, "IQ2_XXS", None, group_weights(layout, layout.groups[V_B]))
+    assert not bank.has(V_B, "IQ2_XXS")
 
 
-def test_retained_experts_are_rows_of_the_entry(tmp_path, layout):
-    bank, fmt, kept = Bank(tmp_path, layout, importance()), FORMATS["Q5_0"], (1, 4, 6)
-    alone = encode(
-        group_weights(layout, layout.groups[UP])[list(kept)], fmt, importance()[UP][list(kept)]
-    )
-    np.testing.assert_array_equal(bank.encoded(UP, "Q5_0")[list(kept)], alone)
-    np.testing.assert_array_equal(bank.decoded(UP, "Q5_0", kept), decode(alone, fmt))
-
-
-@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("size", [1, 100, 20000])
 def test_a_damaged_entry_is_named(tmp_path, layout, size):
     bank = Bank(tmp_path, layout, importance())
     bank.encoded(UP, "Q4_0")
     (entry,) = entries(tmp_path)
-    entry.write_bytes(entry.read_bytes()[:size])
-    with pytest.raises(FormatError, match=f"{entry.name}: damaged.*delete it"):
-        bank.encoded(UP, "Q4_0")
+    os.truncate(entry, size)
+    for use in (bank.encoded, bank.decoded, bank.has):
+        with pytest.raises(FormatError, match=f"{entry.name}: damaged.*delete it") as caught:
+            use(UP, "Q4_0")
+        assert "\n" not in str(caught.value)
     entry.unlink()
-    bank.encoded(UP, "Q4_0")
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
 
 
-def test_a_write_that_fails_leaves_no_entry(tmp_path, layout, monkeypatch):
+def test_entries_of_the_earlier_kind_are_never_read(tmp_path, layout):
     bank = Bank(tmp_path, layout, importance())
-
-    def full(handle):
-        assert list(tmp_path.iterdir())  # half of it is there
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("allocator.files.os.fsync", full)
-        with pytest.raises(OSError, match="full"):
-            bank.encoded(UP, "Q4_0")
-    assert list(tmp_path.iterdir()) == []
     bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    entry.rename(entry.with_suffix(".bin"))
+    assert not bank.has(UP, "Q4_0")
 
 
-def test_what_a_kill_leaves_is_no_entry(tmp_path, layout):
-    whole = np.array(Bank(tmp_path / "a", layout, importance()).encoded(UP, "Q4_0"))
-    (entry,) = entries(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / f"{entry.name}.123.part").write_bytes(b"half")
-    bank = Bank(tmp_path / "b", layout, importance())
-    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), whole)
+# -- slots
+
+
+def test_only_slots_that_are_asked_for_are_read_and_encoded(tmp_path, layout, seen):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q5_0")
+    seen.encoded.clear()
+    found = bank.encoded(UP, "Q5_0", (1, 4, 6))
+    np.testing.assert_array_equal(found, whole[[1, 4, 6]])
+    assert not found.flags.writeable
+    assert seen.read == [up(1), up(4), up(6)]
+    assert [bank.has(UP, "Q5_0", e) for e in range(8)] == [e in (1, 4, 6) for e in range(8)]
+    bank.encoded(UP, "Q5_0", (4, 1))
+    assert len(seen.read) == 3
+    found = bank.decoded(UP, "Q5_0", (6, 2, 1))
+    np.testing.assert_array_equal(found, decode(whole[[6, 2, 1]], FORMATS["Q5_0"]))
+    assert seen.read[3:] == [up(2)]
+    np.testing.assert_array_equal(bank.encoded(UP, "Q5_0"), whole)
+    assert sorted(seen.read) == [up(e) for e in range(8)]
+    assert sum(shape[0] for shape in seen.encoded) == 8
+
+
+@pytest.mark.parametrize("experts", [(0,), (2, 3, 4), (4, 3), (0, 0), (), tuple(range(8))])
+def test_experts_come_in_the_order_asked_for(tmp_path, layout, seen, experts):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q8_0")
+    for _ in range(2):
+        found = bank.encoded(UP, "Q8_0", experts)
+        np.testing.assert_array_equal(found, whole[list(experts)])
+        assert not found.flags.writeable
+    assert sorted(seen.read) == [up(e) for e in sorted(set(experts))]
+    assert [bank.has(UP, "Q8_0", e) for e in range(8)] == [e in experts for e in range(8)]
+
+
+@pytest.mark.parametrize("per_piece", [1, 2, 8])
+def test_few_experts_are_in_memory_at_a_time(tmp_path, layout, monkeypatch, seen, per_piece):
+    monkeypatch.setattr(bank_module, "_AT_ONCE", per_piece * 64 * 64 * 4)
+    Bank(tmp_path, layout, importance()).encoded(UP, "Q5_0", range(8))
+    assert seen.encoded == [(per_piece, 64, 64)] * (8 // per_piece)
+
+
+def test_wide_matrices_take_little_memory(tmp_path, make):
+    config = {"vocab_size": 1 << 16, "hidden_size": 1 << 10}
+    folder = make.zeros(tmp_path / "wide", tensors=make.tensors(**config), **config)
+    layout = SAFETENSORS.layout(read_inventory(folder))
+    bank = Bank(tmp_path / "bank", layout, {})
+    tracemalloc.start()
+    bank.encoded("head", "Q8_0")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * bank_module._AT_ONCE  # bfloat16, float32, and encoded twice; as a whole 458
+
+
+def test_given_weights_are_encoded_where_they_are_missing(tmp_path, layout, seen):
+    bank = Bank(tmp_path, layout, importance())
+    weights = group_weights(layout, layout.groups[UP])
+    bank.put(UP, "Q5_0", 6, weights[6])
+    assert [bank.has(UP, "Q5_0", e) for e in range(8)] == [e == 6 for e in range(8)]
+    bank.put(UP, "Q5_0", 6, weights[6])
+    assert seen.encoded == [(64, 64)]
+    for name in (K_B, "head"):
+        bank.put(name, "Q5_0", None, group_weights(layout, layout.groups[name]))
+        assert bank.has(name, "Q5_0")
+    for name in (UP, K_B, "head"):
+        np.testing.assert_array_equal(bank.encoded(name, "Q5_0"), reference(layout, name, "Q5_0"))
+    assert seen.read == [up(e) for e in range(8) if e != 6]
+
+
+def test_a_slot_whose_byte_is_not_set_is_encoded_again(tmp_path, layout, seen):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    size = whole[0].nbytes
+    with open(entry, "r+b") as file:
+        for slot in (2, 5):
+            file.seek(slot * size)
+            file.write(b"x" * size)
+        file.seek(8 * size + 2)
+        file.write(b"\0")
+    seen.read.clear()
+    found = bank.encoded(UP, "Q4_0")
+    np.testing.assert_array_equal(found[:5], whole[:5])
+    assert (found[5] == ord("x")).all()  # its byte says that it is there
+    assert seen.read == [up(2)]
+
+
+# -- kills, other processes, full disks
+
+
+def test_what_is_empty_is_filled(tmp_path, layout):
+    """A kill between making a file and giving it its size."""
+    bank = Bank(tmp_path, layout, importance())
+    bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    entry.write_bytes(b"")
+    assert not bank.has(UP, "Q4_0", 1)
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
+
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from allocator.codecs import bank as module
+from allocator.inventory import read_inventory
+from allocator.targets import GGUF
+layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
+module._AT_ONCE, left = int(sys.argv[4]), int(sys.argv[3])
+def dying(handle, data, offset, write=os.pwrite):
+    global left
+    left -= 1
+    if left:
+        return write(handle, data, offset)
+    write(handle, data[: len(data) // 2], offset)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.pwrite = dying
+module.Bank(Path(sys.argv[2]), layout, {}).encoded(sys.argv[5], "Q8_0")
+"""
+
+
+@pytest.mark.parametrize(("write", "done"), [(1, 0), (2, 0), (5, 2), (6, 2), (16, 7)])
+def test_a_kill_leaves_slots_whole_or_absent(tmp_path, layout, checkpoints, seen, write, done):
+    """One expert at a time: every other write is a slot's byte."""
+    command = [sys.executable, "-c", DIE, checkpoints["deepseek"], tmp_path]
+    killed = subprocess.run([*command, str(write), EXPERT, UP])
+    assert killed.returncode == -signal.SIGKILL
+    bank = Bank(tmp_path, layout, {})
+    if write == 1:
+        killed = subprocess.run([*command, str(write), EXPERT, UP])  # and dies once more
+    assert [bank.has(UP, "Q8_0", e) for e in range(8)] == [True] * done + [False] * (8 - done)
+    expected = encode(group_weights(layout, layout.groups[UP]), FORMATS["Q8_0"])
+    np.testing.assert_array_equal(bank.encoded(UP, "Q8_0"), expected)
+    assert seen.read == [up(e) for e in range(done, 8)]
+
+
+def test_a_kill_between_rows_leaves_the_matrix_absent(tmp_path, layout, checkpoints):
+    rows = str(64 * 4 * 128)  # 128 of 512
+    command = [sys.executable, "-c", DIE, checkpoints["deepseek"], tmp_path, "3", rows, "head"]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    bank = Bank(tmp_path, layout, {})
+    assert not bank.has("head", "Q8_0")
+    expected = encode(group_weights(layout, layout.groups["head"]), FORMATS["Q8_0"])
+    np.testing.assert_array_equal(bank.encoded("head", "Q8_0"), expected)
 
 
 WRITE = """
 import sys
 from pathlib import Path
-from allocator.codecs.bank import Bank
+from allocator.codecs import bank as module
 from allocator.inventory import read_inventory
 from allocator.targets import GGUF
 layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
-bank = Bank(Path(sys.argv[2]), layout, {})
-for name in layout.groups:
-    bank.encoded(name, "Q8_0")
+module._AT_ONCE = 64 * 64 * 4
+bank = module.Bank(Path(sys.argv[2]), layout, {}, cap_bytes=int(sys.argv[3]))
+for name, group in layout.groups.items():
+    for experts in ((1, 2, 5), None) if group.role.is_expert else (None,):
+        bank.release()
+        found, again = (bank.encoded(name, "Q8_0", experts).tobytes() for _ in range(2))
+        assert found == again
 """
 
 
-def test_two_processes_share_a_bank(tmp_path, layout, checkpoints):
-    command = [sys.executable, "-c", WRITE, str(checkpoints["deepseek"]), str(tmp_path)]
-    running = [subprocess.Popen(command) for _ in range(2)]
+@pytest.mark.parametrize("cap", [1 << 40, 20_000])
+def test_two_processes_share_a_bank(tmp_path, layout, checkpoints, cap):
+    """With the small cap each removes what the other is writing and reading."""
+    command = [sys.executable, "-c", WRITE, str(checkpoints["deepseek"]), str(tmp_path), str(cap)]
+    running = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
-    assert [p.suffix for p in tmp_path.iterdir()] == [".bin"] * len(layout.groups)
+    left = entries(tmp_path)
+    assert len(left) == len(list(tmp_path.iterdir()))
+    assert len(left) == len(layout.groups) if cap > 1e9 else 0 < len(left) < len(layout.groups)
     bank = Bank(tmp_path, layout, {})
     for name, group in layout.groups.items():
         expected = encode(group_weights(layout, group), FORMATS["Q8_0"])
         np.testing.assert_array_equal(bank.encoded(name, "Q8_0"), expected)
+
+
+def test_an_entry_may_be_removed_at_any_time(tmp_path, layout, monkeypatch):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    some = bank.encoded(UP, "Q4_0", (2, 3))
+    entries(tmp_path)[0].unlink()
+    np.testing.assert_array_equal(some, whole[2:4])  # still mapped
+    assert not bank.has(UP, "Q4_0", 2)
+    sync = os.fdatasync
+
+    def removing(handle):
+        entries(tmp_path)[0].unlink()
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", removing)
+        np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), whole)
+    assert not entries(tmp_path)
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), whole)
+    assert entries(tmp_path)
+
+
+def no_room(handle, data, offset, write=os.pwrite):
+    write(handle, data[: len(data) // 2], offset)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def nearly_full(handle):
+    return SimpleNamespace(f_bavail=4096, f_frsize=4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"), [("pwrite", no_room), ("fstatvfs", nearly_full)], ids=lambda x: str(x)[:12]
+)
+def test_a_full_disk_is_one_line_and_nothing_is_half_there(
+    tmp_path, layout, monkeypatch, name, patch
+):
+    bank = Bank(tmp_path, layout, importance())
+    bank.encoded(UP, "Q4_0", (3,))
+    weights = group_weights(layout, layout.groups[UP])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, patch)
+        with pytest.raises(AllocatorError, match=r"(No space|free, needed).*BANK_CAP") as caught:
+            bank.encoded(UP, "Q4_0")
+        with pytest.raises(AllocatorError, match="free some disk"):
+            bank.put(UP, "Q4_0", 5, weights[5])
+        bank.encoded(UP, "Q4_0", (3,))  # is there
+    assert "\n" not in str(caught.value)
+    assert [bank.has(UP, "Q4_0", e) for e in range(8)] == [e == 3 for e in range(8)]
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
+
+
+def test_a_bank_that_cannot_be_written_is_read(tmp_path, layout, monkeypatch):
+    Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0")
+
+    def refused(*args, **options):
+        raise PermissionError("not yours")
+
+    opened = os.open
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(os, "open", lambda p, f, m: refused() if f & os.O_RDWR else opened(p, f, m))
+    bank = Bank(tmp_path, layout, importance())
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
+
+
+# -- the cap
+
+
+def occupied(folder):
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+
+
+def age(folder, bank, name, fmt, seconds):
+    path = bank._entry(name, fmt).path
+    os.utime(path, (os.path.getatime(path), os.path.getmtime(path) - seconds))
+
+
+def held(bank, *wanted):
+    return [bank.has(*one) for one in wanted]
+
+
+def test_beyond_the_cap_what_was_used_longest_ago_is_removed(tmp_path, layout, caplog):
+    formats = [("head", f) for f in ("BF16", "Q8_0", "Q5_0", "Q4_0")]
+    free = Bank(tmp_path, layout, {})
+    for number, one in enumerate(formats[:3]):
+        free.encoded(*one)
+        age(tmp_path, free, *one, seconds=100 - number)
+    Bank(tmp_path, layout, {}).encoded(*formats[0])  # used again, by whomever
+    (tmp_path / "old.bin").write_bytes(b"x" * 50_000)
+    os.utime(tmp_path / "old.bin", (0, 0))
+    (tmp_path / "notes.txt").write_bytes(b"x" * 5_000)
+    os.utime(tmp_path / "notes.txt", (0, 0))
+    limit = occupied(tmp_path) - (tmp_path / "old.bin").stat().st_blocks * 512
+    bank = Bank(tmp_path, layout, {}, cap_bytes=limit)
+    bank.release()
+    assert held(bank, *formats) == [True, True, True, False]
+    assert not (tmp_path / "old.bin").exists()
+    bank.encoded(*formats[3])
+    assert held(bank, *formats) == [True, False, True, True]
+    assert occupied(tmp_path) <= limit
+    assert (tmp_path / "notes.txt").exists()  # nobody's entry
+    assert not caplog.records
+
+
+def test_what_is_in_use_is_kept_until_it_is_released(tmp_path, layout, caplog):
+    fmts = ("Q8_0", "Q5_0", "Q4_0")
+    bank = Bank(tmp_path, layout, {}, cap_bytes=40_000)  # one and a half
+    with caplog.at_level(logging.WARNING):
+        for fmt in fmts:
+            bank.encoded("head", fmt)
+    assert [bank.has("head", f) for f in fmts] == [True] * 3
+    (record,) = caplog.records  # once
+    assert "more than the cap of 40,000" in record.getMessage()
+    assert occupied(tmp_path) > 40_000
+    bank.release()
+    assert [bank.has("head", f) for f in fmts] == [False, False, True]
+    assert occupied(tmp_path) <= 40_000
+    expected = encode(group_weights(layout, layout.groups["head"]), FORMATS["Q8_0"])
+    np.testing.assert_array_equal(bank.encoded("head", "Q8_0"), expected)
+
+
+def test_given_and_read_entries_count_as_used(tmp_path, layout):
+    bank = Bank(tmp_path, layout, {}, cap_bytes=30_000)
+    bank.put("head", "Q4_0", None, group_weights(layout, layout.groups["head"]))
+    bank.encoded("embedding", "Q4_0")
+    bank.encoded(UP, "Q4_0")
+    assert occupied(tmp_path) > 30_000
+    assert held(bank, ("head", "Q4_0"), ("embedding", "Q4_0"), (UP, "Q4_0", 7)) == [True] * 3
+
+
+def test_what_others_write_is_noticed(tmp_path, layout):
+    bank = Bank(tmp_path, layout, {}, cap_bytes=100_000)
+    bank.encoded("head", "Q4_0")
+    bank.release()
+    other = Bank(tmp_path, layout, {})
+    for fmt in ("BF16", "Q8_0"):
+        other.encoded("head", fmt)
+    assert occupied(tmp_path) > 110_000
+    bank.encoded("embedding", "Q4_0")
+    assert occupied(tmp_path) <= 100_000
+
+
+def test_slots_that_are_absent_occupy_nothing(tmp_path, layout):
+    bank, names = Bank(tmp_path, layout, {}, cap_bytes=65_536), (UP, UP_2)
+    for name in names:
+        bank.encoded(name, "BF16", (7,))
+    assert sum(entry.stat().st_size for entry in entries(tmp_path)) == 2 * (8 * 64 * 64 * 2 + 8)
+    assert occupied(tmp_path) < 32_768
+    bank.release()
+    assert held(bank, *((name, "BF16", 7) for name in names)) == [True, True]
+
+
+def test_without_a_cap_nothing_is_removed(tmp_path, layout):
+    bank = Bank(tmp_path, layout, {})
+    for name in layout.groups:
+        bank.encoded(name, "Q8_0")
+        bank.release()
+    assert len(entries(tmp_path)) == len(layout.groups)

@@ -1,5 +1,7 @@
 """Weights as read here against the safetensors library, torch, and transformers' use of kv_b."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from allocator.codecs.source import (
     group_digest,
     group_weights,
     join_kv_b,
+    read_rows,
     read_tensor,
     split_kv_b,
 )
@@ -36,6 +39,122 @@ def test_tensors_are_read_exactly(checkpoints, change_checkpoint, dtype):
     for name, tensor in theirs.items():
         assert tensor.dtype == dtype
         np.testing.assert_array_equal(read_tensor(inventory, name), tensor.float().numpy())
+
+
+# -- FP8 in blocks
+
+Q = "model.layers.1.self_attn.q_a_proj.weight"
+FINITE = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
+
+
+def edit_fp8(block, factor=lambda generator, shape: torch.randn(shape, generator=generator)):
+    """Makes every projection random codes, with a factor per block."""
+
+    def edit(tensors):
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in list(tensors.items()):
+            if "_proj" in name:
+                codes = torch.randint(254, tensor.shape, generator=generator)
+                tensors[name] = FINITE[codes].view(torch.float8_e4m3fn)
+                n_blocks = [-(-n // b) for n, b in zip(tensor.shape, block, strict=True)]
+                tensors[f"{name}_scale_inv"] = factor(generator, n_blocks)
+
+    return edit
+
+
+def quantization(fp8, block):
+    return {**fp8.config, "weight_block_size": list(block)}
+
+
+@pytest.mark.parametrize("block", [(128, 128), (32, 48), (48, 32), (1, 7), (64, 10**30)])
+def test_fp8_is_decoded_as_by_torch(checkpoints, change_checkpoint, fp8, block):
+    """Every code; factors from the least float32 to those whose products are nearly the largest."""
+
+    def factor(generator, shape):
+        return 10 ** torch.empty(shape).uniform_(-45, 35.8, generator=generator)
+
+    path = change_checkpoint(
+        checkpoints["deepseek"],
+        edit_fp8(block, factor),
+        quantization_config=quantization(fp8, block),
+    )
+    inventory = read_inventory(path)
+    theirs = load_file(path / "model.safetensors")
+    n_scaled, codes = 0, set()
+    for name in inventory.tensors:
+        expected = theirs[name].float()
+        if theirs[name].dtype == torch.float8_e4m3fn:
+            widths = [min(b, n) for b, n in zip(block, expected.shape, strict=True)]
+            expected *= fp8.over_blocks(theirs[f"{name}_scale_inv"], expected.shape, widths)
+            codes.update(theirs[name].view(torch.uint8).flatten().tolist())
+            n_scaled += 1
+        found = read_tensor(inventory, name)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found.view(np.int32), expected.numpy().view(np.int32))
+    assert n_scaled == 72
+    assert codes == set(FINITE.tolist())
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("place", [(0, 0), (40, 17), (63, 63)])
+def test_nan_codes_are_refused(checkpoints, change_checkpoint, fp8, code, place):
+    def edit(tensors):
+        edit_fp8((48, 48))(tensors)
+        tensors[Q].view(torch.uint8)[place] = code
+
+    path = change_checkpoint(
+        checkpoints["deepseek"], edit, quantization_config=quantization(fp8, (48, 48))
+    )
+    inventory = read_inventory(path)
+    assert np.isfinite(read_tensor(inventory, Q.replace("q_a", "q_b"))).all()
+    with pytest.raises(CheckpointError, match=f"{Q} holds a NaN code") as caught:
+        read_tensor(inventory, Q)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("-inf"), float("nan"), 1e38])
+def test_factors_that_are_no_numbers_or_too_large(checkpoints, change_checkpoint, fp8, factor):
+    def edit(tensors):
+        edit_fp8((48, 48))(tensors)
+        tensors[f"{Q}_scale_inv"][1, 1] = factor
+
+    path = change_checkpoint(
+        checkpoints["deepseek"], edit, quantization_config=quantization(fp8, (48, 48))
+    )
+    with pytest.raises(CheckpointError, match=f"or a factor in {Q}_scale_inv is too large"):
+        read_tensor(read_inventory(path), Q)
+
+
+def test_decoding_fp8_takes_little_memory(checkpoints, change_checkpoint, fp8):
+    name = "lm_head.weight"
+
+    def edit(tensors):
+        tensors[name] = torch.zeros(2048, 2048).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(16, 16)
+
+    path = change_checkpoint(
+        checkpoints["deepseek"], edit, quantization_config=quantization(fp8, (128, 128))
+    )
+    inventory = read_inventory(path)
+    tracemalloc.start()
+    values = read_tensor(inventory, name)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert values.nbytes < peak < 2 * values.nbytes
+
+
+def test_a_scale_that_ends_early_raises(checkpoints, change_checkpoint, fp8):
+    path = change_checkpoint(
+        checkpoints["deepseek"],
+        edit_fp8((48, 48)),
+        quantization_config=quantization(fp8, (48, 48)),
+    )
+    inventory = read_inventory(path)
+    scale = inventory.tensors[Q].scale
+    with open(path / scale.file, "r+b") as file:
+        file.truncate(scale.offset + scale.nbytes - 4)
+    with pytest.raises(CheckpointError, match=f"ends inside ({Q}|{Q}_scale_inv);"):
+        read_tensor(inventory, Q)
 
 
 @settings(max_examples=30, deadline=None)
@@ -100,3 +219,38 @@ def test_a_file_that_ends_early_raises(checkpoints, change_checkpoint):
     last = max(inventory.tensors.values(), key=lambda t: t.offset)
     with pytest.raises(CheckpointError, match=f"ends inside {last.name}"):
         read_tensor(inventory, last.name)
+
+
+# -- rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(0, 1), (0, 64), (5, 23), (63, 64)])
+def test_rows_are_those_of_the_tensor(checkpoints, change_checkpoint, dtype, rows):
+    inventory = read_inventory(change_checkpoint(checkpoints["deepseek"], edit_dtype(dtype)))
+    for name in (Q, "model.embed_tokens.weight", "model.layers.1.mlp.experts.7.down_proj.weight"):
+        whole = read_tensor(inventory, name)
+        np.testing.assert_array_equal(read_rows(inventory, name, *rows), whole[slice(*rows)])
+
+
+@pytest.mark.parametrize("block", [(128, 128), (32, 48), (48, 32), (1, 7), (10**30, 5)])
+@pytest.mark.parametrize("rows", [(0, 64), (5, 23), (31, 33), (32, 48), (47, 64), (63, 64)])
+def test_rows_of_fp8_have_their_blocks_factors(checkpoints, change_checkpoint, fp8, block, rows):
+    path = change_checkpoint(
+        checkpoints["deepseek"], edit_fp8(block), quantization_config=quantization(fp8, block)
+    )
+    inventory = read_inventory(path)
+    assert inventory.tensors[Q].scale is not None
+    whole = read_tensor(inventory, Q)
+    np.testing.assert_array_equal(read_rows(inventory, Q, *rows), whole[slice(*rows)])
+
+
+def test_only_rows_that_are_asked_for_are_read(checkpoints, change_checkpoint):
+    inventory = read_inventory(change_checkpoint(checkpoints["deepseek"]))
+    info = inventory.tensors[Q]
+    whole = read_tensor(inventory, Q)
+    with open(inventory.path / info.file, "r+b") as file:
+        file.truncate(info.offset + 20 * info.nbytes // 64)
+    np.testing.assert_array_equal(read_rows(inventory, Q, 7, 20), whole[7:20])
+    with pytest.raises(CheckpointError, match=f"ends inside {Q}"):
+        read_rows(inventory, Q, 7, 21)

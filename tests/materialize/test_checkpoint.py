@@ -14,8 +14,9 @@ import pytest
 from gguf import GGUFReader
 from safetensors import safe_open
 
+from allocator.codecs.bank import Bank
 from allocator.errors import SpaceError, TargetError, VerifyError
-from allocator.materialize.checkpoint import FILE, Manifest
+from allocator.materialize.checkpoint import FILE, Manifest, materialize
 from allocator.materialize.source import BankSource
 from allocator.targets import target_named
 
@@ -101,6 +102,26 @@ def test_another_allocation_is_another_file(case, written, tmp_path):
     made = case("qwen3", "safetensors")
     other = made.write(tmp_path / "other", "safetensors", made.allocation(1))
     assert other.manifest.sha256 != written("qwen3", "safetensors", "safetensors").manifest.sha256
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+@pytest.mark.parametrize("cap", [None, 1])
+def test_only_what_is_stored_is_encoded(case, written, tmp_path, target, cap):
+    """With a cap that fits nothing, only what is written at the moment stays in the bank."""
+    made = case("deepseek", target)
+    allocation, folder = made.allocation(), tmp_path / "bank"
+    bank = Bank(folder, made.layout, {}, cap_bytes=cap)
+    again = materialize(allocation, bank, tmp_path / "out", container=target, importance="i" * 64)
+    assert again.manifest == written("deepseek", target, target).manifest
+    if cap:
+        assert len(list(folder.iterdir())) == 1
+        return
+    for name, group in made.layout.groups.items():
+        for fmt, experts in allocation.parts(made.layout, name):
+            stored = [e for e in range(8) if bank.has(name, fmt.name, e)] if experts else ()
+            assert tuple(stored) == experts
+            assert bank.has(name, fmt.name, experts[0] if experts else None)
+            assert 0 < len(experts) < 8 or not group.role.is_expert
 
 
 # -- whole or absent

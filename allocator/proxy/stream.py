@@ -1,0 +1,449 @@
+"""Candidates side by side, layer by layer: the checkpoint need not fit in memory.
+
+In: a layout, encoded weights, documents. Out: `DocumentLosses` of any number of allocations.
+Invariants: what `Scorer` computes, up to the order of float32 sums; in one pass every matrix of a
+layer is read from the checkpoint at most once, however many candidates there are; candidates that
+agree up to a layer are one computation up to there. In memory are hidden states (tokens x hidden of
+every different computation, twice while experts run), one layer without its routed experts, two
+routed experts (one is read ahead), and the logits of one batch.
+
+A MoE block is a sum: what its routed experts give is added to the rest of its layer. So a layer
+runs in two steps. First everything else, batch by batch, as the architecture's own module computes
+it, routed experts giving zero; their inputs and gates are kept. Then expert by expert, over all
+tokens of all candidates: its original weights are read once, encoded in whatever formats the
+candidates lack in the bank, and each candidate adds what its own decoded weights give. An expert
+that no token reaches is neither read nor encoded.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.allocation import Allocation
+from allocator.calibration.documents import Document, batches
+from allocator.codecs import ggml
+from allocator.codecs.bank import Bank
+from allocator.codecs.source import Floats, group_weights, read_rows, read_tensor
+from allocator.families import Role
+from allocator.formats import format_named, parts
+from allocator.proxy.experts import Observer
+from allocator.proxy.model import (
+    empty,
+    install,
+    install_kept,
+    moe_block,
+    resize_router,
+    set_experts_used,
+    skeleton,
+)
+from allocator.proxy.scorer import DocumentLosses, Documents, Row, compare, losses_of
+from allocator.targets import Group, Kept, Layout
+
+_ROWS_BYTES = 128 << 20  # of the head, decoded at a time
+_LOGITS_BYTES = 256 << 20  # of one distribution, for the documents compared at a time
+_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
+
+
+class Weights:
+    """Values of groups, the original's (allocation None) or a candidate's.
+
+    Args:
+        layout: the groups.
+        bank: encoded weights; what it lacks is encoded from the original that is in memory.
+    """
+
+    def __init__(self, layout: Layout, bank: Bank) -> None:
+        self.layout = layout
+        self._bank = bank
+        self._held: dict[tuple[str, int | None], Floats] = {}
+        self._coming: dict[tuple[str, int | None], Future[Floats]] = {}
+        self._reader = ThreadPoolExecutor(1)
+
+    def of(self, allocation: Allocation | None, group: Group, expert: int | None = None) -> Floats:
+        """A group, or one routed expert of it, float32; the original stays until `forget`."""
+        if allocation is None:
+            return self._original(group, expert)
+        fmt = self._format(allocation, group, expert)
+        if not self._bank.has(group.name, fmt, expert):
+            self._bank.put(group.name, fmt, expert, self._original(group, expert))
+        if expert is None:
+            return self._bank.decoded(group.name, fmt)
+        values: Floats = self._bank.decoded(group.name, fmt, (expert,))[0]
+        return values
+
+    def rows(
+        self, allocation: Allocation | None, group: Group, start: int, stop: int
+    ) -> torch.Tensor:
+        """Some rows of the embedding or the head."""
+        if allocation is None:
+            return torch.from_numpy(read_rows(self.layout.inventory, group.sources[0], start, stop))
+        fmt = allocation.format_of[group.name]
+        encoded = self._bank.encoded(group.name, fmt)[start:stop]
+        return torch.from_numpy(ggml.decode(encoded, format_named(fmt)))
+
+    def ahead(
+        self, allocations: Sequence[Allocation | None], groups: Sequence[Group], expert: int
+    ) -> None:
+        """Begins to read the original of an expert, where one of these will ask for it."""
+        for group in groups:
+            key = group.name, expert
+            if key not in self._coming and any(self._asks(a, group, expert) for a in allocations):
+                self._coming[key] = self._reader.submit(self._read, group, expert)
+
+    def forget(self) -> None:
+        """Frees the originals that are in memory."""
+        self._held.clear()
+
+    def release(self) -> None:
+        """Lets go of the bank's entries used so far, see `Bank.release`."""
+        self._bank.release()
+
+    def _asks(self, allocation: Allocation | None, group: Group, expert: int) -> bool:
+        if allocation is None:
+            return True
+        if expert not in group.experts(allocation.retained_experts):
+            return False
+        return not self._bank.has(group.name, self._format(allocation, group, expert), expert)
+
+    def _format(self, allocation: Allocation, group: Group, expert: int | None) -> str:
+        text = allocation.format_of[group.name]
+        if expert is None:
+            return text
+        found = parts(text, group.experts(allocation.retained_experts))
+        return next(fmt.name for fmt, experts in found if expert in experts)
+
+    def _original(self, group: Group, expert: int | None) -> Floats:
+        key = group.name, expert
+        if key not in self._held:
+            coming = self._coming.pop(key, None)
+            self._held[key] = self._read(group, expert) if coming is None else coming.result()
+        return self._held[key]
+
+    def _read(self, group: Group, expert: int | None) -> Floats:
+        if expert is None:
+            return group_weights(self.layout, group)
+        return read_tensor(self.layout.inventory, group.sources[expert])
+
+
+@dataclass(eq=False)
+class States:
+    """Hidden states that some candidates have in common so far.
+
+    Attributes:
+        allocation: of one of them; None for the original.
+        members: whose they are.
+        hidden: by batch, `(documents, length, hidden)`.
+        routed: by batch, while a layer runs.
+    """
+
+    allocation: Allocation | None
+    members: list[int]
+    hidden: list[torch.Tensor]
+    routed: list[Routed] = field(default_factory=list)
+
+
+class StreamedModel:
+    """A transformers model with memory for one layer at a time.
+
+    Args:
+        layout: the groups.
+        weights: where their values come from.
+    """
+
+    def __init__(self, layout: Layout, weights: Weights) -> None:
+        self.layout = layout
+        self.inventory = layout.inventory
+        self.weights = weights
+        self.model = skeleton(self.inventory.path)
+        self._taken: list[Routed] = []
+        for layer in layout.layers:
+            moe_block(self.model, layer).experts.forward = self._take
+        self._groups: dict[int | None, list[Group]] = {}
+        for group in layout.groups.values():
+            self._groups.setdefault(group.layer, []).append(group)
+        self._kept: dict[int | None, list[Kept]] = {}
+        for kept in layout.kept:
+            self._kept.setdefault(kept.layer, []).append(kept)
+
+    def choices(self, layer: int | None, allocation: Allocation | None) -> Any:
+        """What an allocation decides in a layer (None: the embedding); equals compute alike."""
+        if allocation is None:
+            return None
+        if layer is None:
+            return allocation.format_of[str(Role.EMBEDDING)]
+        formats = tuple(allocation.format_of[g.name] for g in self._groups[layer])
+        return formats, allocation.retained_experts.get(layer), allocation.experts_used
+
+    def embed(self, batch: Sequence[Document], allocation: Allocation | None) -> torch.Tensor:
+        """Embeddings of documents of one length, `(documents, length, hidden)`."""
+        ids = torch.tensor([d.ids for d in batch])
+        group = self.layout.groups[str(Role.EMBEDDING)]
+        found = torch.empty(*ids.shape, group.shape[-1])
+        for start, rows in self._chunks(group, allocation):
+            here = (ids >= start) & (ids < start + len(rows))
+            found[here] = rows[ids[here] - start]
+        return found
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies, from the last layer's output."""
+        for kept in self._kept[None]:
+            install_kept(self.model, kept, read_tensor(self.inventory, kept.source), None)
+        found: torch.Tensor = self.model.model.norm(hidden)
+        return found
+
+    def logits(self, hidden: torch.Tensor, allocation: Allocation | None) -> torch.Tensor:
+        """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
+        role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
+        group = self.layout.groups[str(role)]
+        normed = self.normed(hidden)
+        found = torch.empty(len(hidden), group.shape[0])
+        for start, rows in self._chunks(group, allocation):
+            torch.mm(normed, rows.T, out=found[:, start : start + len(rows)])
+        return found
+
+    def _chunks(
+        self, group: Group, allocation: Allocation | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        step = max(1, _ROWS_BYTES // (4 * group.shape[-1]))
+        for start in range(0, group.shape[0], step):
+            stop = min(start + step, group.shape[0])
+            yield start, self.weights.rows(allocation, group, start, stop)
+
+    def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
+        """Runs one layer, in place; `observe` sees its routed experts."""
+        for held in states:
+            self._install(layer, held.allocation)
+            for i, hidden in enumerate(held.hidden):
+                held.hidden[i] = self._forward(layer, hidden)
+            held.routed, self._taken = self._taken, []
+        self.weights.forget()
+        empty(self.model.model.layers[layer])
+        if layer in self.layout.layers:
+            self._run_experts(layer, states, observe)
+
+    def _install(self, layer: int, allocation: Allocation | None) -> None:
+        """Everything of a layer but its routed experts."""
+        retained = None
+        if layer in self.layout.layers:
+            used = self.inventory.experts_used
+            if allocation is not None:
+                used, retained = allocation.experts_used, allocation.retained_experts[layer]
+            resize_router(
+                self.model, layer, self.inventory.n_experts if retained is None else len(retained)
+            )
+            set_experts_used(self.model, (layer,), used)
+        for group in self._groups[layer]:
+            if not group.role.is_expert:
+                values = self.weights.of(allocation, group)
+                install(self.model, self.inventory.config, group, values)
+        for kept in self._kept[layer]:
+            install_kept(self.model, kept, read_tensor(self.inventory, kept.source), retained)
+
+    def _forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A layer as the architecture computes it, its routed experts giving zero."""
+        inner = self.model.model
+        whole, norm = inner.layers, inner.norm
+        inner.layers, inner.norm = whole[layer : layer + 1], nn.Identity()
+        try:
+            found: torch.Tensor = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        finally:
+            inner.layers, inner.norm = whole, norm
+        return found
+
+    def _take(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        self._taken.append((hidden, index, gates))
+        return torch.zeros_like(hidden)
+
+    def _run_experts(self, layer: int, states: Sequence[States], observe: Observer | None) -> None:
+        """Adds what the routed experts give, expert by expert."""
+        by_role = {g.role: g for g in self._groups[layer]}
+        groups = [by_role[role] for role in _PROJECTIONS]
+        act = moe_block(self.model, layer).experts.act_fn
+        everyone = tuple(range(self.inventory.n_experts))
+        routings = []
+        for held in states:
+            allocation = held.allocation
+            retained = everyone if allocation is None else allocation.retained_experts[layer]
+            routings.append(_Routing(held, retained))
+        reached = sorted({e for routing in routings for e in routing.reached})
+        allocations = [held.allocation for held in states]
+        for expert, following in zip(reached, [*reached[1:], None], strict=True):
+            if following is not None:
+                self.weights.ahead(allocations, groups, following)
+            for held, routing in zip(states, routings, strict=True):
+                if expert in routing.reached:
+                    weights = [self.weights.of(held.allocation, g, expert) for g in groups]
+                    routing.add(expert, weights, act, observe)
+            self.weights.forget()
+        for routing in routings:
+            routing.finish()
+
+
+class _Routing:
+    """The routed experts of one layer, over all tokens of one computation."""
+
+    def __init__(self, states: States, retained: Sequence[int]) -> None:
+        self._states = states
+        self._inputs, index, gates = (torch.cat(each) for each in zip(*states.routed, strict=True))
+        states.routed = []
+        self._gates = gates.reshape(-1)
+        self._k = index.shape[-1]
+        self._order = index.reshape(-1).argsort(stable=True)
+        counts = index.reshape(-1).bincount(minlength=len(retained)).tolist()
+        ends = np.cumsum(counts).tolist()
+        self.reached = {
+            expert: slice(end - count, end)
+            for expert, count, end in zip(retained, counts, ends, strict=True)
+            if count
+        }
+        self._sum = torch.zeros_like(self._inputs)
+
+    def add(
+        self, expert: int, weights: Sequence[Floats], act: Any, observe: Observer | None
+    ) -> None:
+        """What one expert gives to its tokens, times their gates."""
+        gate, up, down = map(torch.from_numpy, weights)
+        places = self._order[self.reached[expert]]
+        tokens = places // self._k
+        x = self._inputs[tokens]
+        inner = act(x @ gate.T).mul_(x @ up.T)
+        outputs, gates = inner @ down.T, self._gates[places]
+        if observe is not None:
+            observe(expert, x, inner, outputs, gates)
+        self._sum.index_add_(0, tokens, outputs.mul_(gates[:, None]))
+
+    def finish(self) -> None:
+        """Adds the sum to the layer's output."""
+        start = 0
+        for hidden in self._states.hidden:
+            flat = hidden.view(-1, hidden.shape[-1])
+            flat += self._sum[start : start + len(flat)]
+            start += len(flat)
+
+
+class StreamedScorer(Documents):
+    """Scores allocations on fixed documents, many in one pass.
+
+    Args:
+        layout: the groups.
+        bank: encoded weights.
+        documents: what is scored, in this order.
+        batch_tokens: tokens per forward pass of a layer.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bank: Bank,
+        documents: Sequence[Document],
+        *,
+        batch_tokens: int = 2048,
+    ) -> None:
+        super().__init__(documents)
+        self.model = StreamedModel(layout, Weights(layout, bank))
+        self.batch_tokens = batch_tokens
+        self._reference: dict[int, torch.Tensor] = {}
+
+    def score(
+        self, allocation: Allocation, start: int = 0, stop: int | None = None
+    ) -> DocumentLosses:
+        """Losses of an allocation on `documents[start:stop]`."""
+        return self.score_many([allocation], start, stop)[0]
+
+    @torch.inference_mode()
+    def score_many(
+        self, allocations: Sequence[Allocation], start: int = 0, stop: int | None = None
+    ) -> list[DocumentLosses]:
+        """Losses of several allocations on `documents[start:stop]`, in one pass.
+
+        The original runs with them where it has not run on these documents before; its final
+        hidden states are kept: tokens x hidden.
+        """
+        stop = len(self.documents) if stop is None else stop
+        self.model.weights.release()
+        chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
+        wanted: list[Allocation | None] = list(allocations)
+        known = all(i in self._reference for i in range(start, stop))
+        if not known:
+            wanted.append(None)
+        final = self._final_states(wanted, chosen)
+        if not known:
+            for batch, hidden in zip(chosen, final.pop(), strict=True):
+                self._reference.update(zip(batch, hidden, strict=True))
+        rows: list[list[Row]] = [[] for _ in allocations]
+        for span in self._spans(start, stop):
+            self._compare(span, start, allocations, final, rows)
+        return [losses_of(found) for found in rows]
+
+    def _final_states(
+        self, wanted: Sequence[Allocation | None], chosen: list[list[int]]
+    ) -> list[list[torch.Tensor]]:
+        """The last layer's output by batch, for every one of `wanted`."""
+        states = self._split(None, [States(None, list(range(len(wanted))), [])], wanted)
+        for held in states:
+            held.hidden = [
+                self.model.embed([self.documents[i] for i in batch], held.allocation)
+                for batch in chosen
+            ]
+        for layer in range(self.model.inventory.n_layers):
+            states = self._split(layer, states, wanted)
+            self.model.run(layer, states)
+        found: list[list[torch.Tensor]] = [[] for _ in wanted]
+        for held in states:
+            for member in held.members:
+                found[member] = held.hidden
+        return found
+
+    def _split(
+        self, layer: int | None, states: Sequence[States], wanted: Sequence[Allocation | None]
+    ) -> list[States]:
+        """Computations that are still the same through a layer stay together."""
+        found = []
+        for held in states:
+            members: dict[Any, list[int]] = {}
+            for i in held.members:
+                members.setdefault(self.model.choices(layer, wanted[i]), []).append(i)
+            found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
+        return found
+
+    def _spans(self, start: int, stop: int) -> Iterator[range]:
+        """Documents whose logits fit in memory at once; at least one."""
+        most = max(1, _LOGITS_BYTES // (4 * int(self.model.inventory.config["vocab_size"])))
+        first = start
+        while first < stop:
+            last, n_tokens = first + 1, len(self.documents[first].ids)
+            while last < stop and n_tokens + len(self.documents[last].ids) <= most:
+                n_tokens += len(self.documents[last].ids)
+                last += 1
+            yield range(first, last)
+            first = last
+
+    def _compare(
+        self,
+        span: range,
+        start: int,
+        allocations: Sequence[Allocation],
+        final: Sequence[Sequence[torch.Tensor]],
+        rows: list[list[Row]],
+    ) -> None:
+        """Appends the rows of some documents."""
+        lengths = [len(self.documents[i].ids) for i in span]
+        reference = torch.cat([self._reference[i] for i in span])
+        original = torch.split(torch.log_softmax(self.model.logits(reference, None), -1), lengths)
+        tops = [log_probs.argmax(-1) for log_probs in original]
+        for allocation, hidden, found in zip(allocations, final, rows, strict=True):
+            flat = [states for batch in hidden for states in batch]
+            mine = torch.cat([flat[i - start] for i in span])
+            logits = torch.split(self.model.logits(mine, allocation), lengths)
+            found += [
+                compare(p_log, top1, q, self.documents[i].ids)
+                for p_log, top1, q, i in zip(original, tops, logits, span, strict=True)
+            ]
