@@ -19,6 +19,7 @@ from allocator.inventory import Inventory, Stored, TensorInfo
 from allocator.targets import Group, Layout
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 _Stored = TypeVar("_Stored", bound=Stored)
 
 

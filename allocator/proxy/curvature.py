@@ -22,14 +22,14 @@ costs `<slope, D>` beside the quadratic form: what `D` has in common with the er
 already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from allocator.calibration.documents import Document, batches
-from allocator.codecs.source import Floats
+from allocator.codecs.source import Floats, Ints
 from allocator.families import Role
 from allocator.proxy.experts import use_sorted_experts, use_watcher
 from allocator.proxy.model import SwapModel, view_of
@@ -64,13 +64,24 @@ class Product:
         """Half the quadratic form of `change` `(out, in)`, which may be of some `rows` only."""
         if not isinstance(self.rows, torch.Tensor):
             return 0.0  # no token reached it
-        share = (self.rows / self.rows.sum().clamp_min(1e-300))[rows].float()
+        share = self._shares[rows].float()
         forms = torch.zeros(len(change))
         if isinstance(self._inputs, torch.Tensor):
             forms += ((change @ self._inputs) * change).sum(-1)
         for weighted in self._few:
             forms += (change @ weighted.T).square().sum(-1)
         return 0.5 * float(share @ forms)
+
+    def covered(self, rows: torch.Tensor) -> float:
+        """How much of all rows' gradients some rows have."""
+        if not isinstance(self.rows, torch.Tensor):
+            return 1.0
+        return float(self._shares[rows].sum()) or 1.0
+
+    @property
+    def _shares(self) -> torch.Tensor:
+        assert isinstance(self.rows, torch.Tensor)
+        return self.rows / self.rows.sum().clamp_min(1e-300)
 
 
 class Curvature:
@@ -107,6 +118,43 @@ class Curvature:
         found = ((name, parameter.grad) for name, parameter in parameters.items())
         self._slopes = {name: gradient for name, gradient in found if gradient is not None}
 
+    def price_sample(self, group: Group, change: Floats, rows: Ints, expert: int = 0) -> float:
+        """Nats per token that a change of a group (of one of its experts) costs, from some rows.
+
+        What the rows cost, over their share of all rows' squared gradients.
+
+        Args:
+            group: of the layout.
+            change: new less original weights of those rows, `(rows, in)`; of heads where a group
+                has heads.
+            rows: ascending; of an embedding, all that were looked up must be among them.
+            expert: its place among those that the model held.
+        """
+        values, chosen = torch.from_numpy(np.ascontiguousarray(change)), torch.from_numpy(rows)
+        if group.role in (Role.K_B, Role.V_B):
+            return self._half(group, values, chosen) / self.n_tokens
+        product = self.product(group.name, expert)
+        found = product.price(values, chosen) / product.covered(chosen)
+        if group.role is Role.EMBEDDING:
+            found += self._lookups(values, chosen)
+        return found / self.n_tokens
+
+    def _lookups(self, values: torch.Tensor, rows: torch.Tensor) -> float:
+        squares = (
+            (gradient * values[torch.searchsorted(rows, ids)]).sum(-1).square().sum()
+            for ids, gradient in self._looked_up
+        )
+        return 0.5 * float(sum(squares))
+
+    @property
+    def looked_up(self) -> Ints:
+        """Embedding rows that were looked up, ascending."""
+        return np.unique(np.concatenate([ids.numpy() for ids, _ in self._looked_up]))
+
+    def drop(self, name: str, expert: int = 0) -> None:
+        """Forgets the sums of one matrix."""
+        self._products.pop((name, expert), None)
+
     def price(self, group: Group, change: Floats, experts: Sequence[int]) -> list[float]:
         """Nats per token that a change of a group costs.
 
@@ -126,8 +174,7 @@ class Curvature:
         else:
             found = [self.product(group.name).price(values)]
             if group.role is Role.EMBEDDING:
-                for ids, gradient in self._looked_up:
-                    found[0] += 0.5 * float((gradient * values[ids]).sum(-1).square().sum())
+                found[0] += self._lookups(values, torch.arange(len(values)))
         return [value / self.n_tokens for value in found]
 
     def slope(self, group: Group, change: Floats) -> list[float]:
@@ -142,17 +189,24 @@ class Curvature:
         values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
         return [float(v) / self.n_tokens for v in values]
 
-    def _half(self, group: Group, values: torch.Tensor) -> float:
-        """`k_b` and `v_b` are rows of `kv_b`; `k_b` is stored transposed."""
-        heads, nope = values.shape[0], int(self._layout.inventory.config["qk_nope_head_dim"])
+    def _half(self, group: Group, values: torch.Tensor, heads: torch.Tensor | None = None) -> float:
+        """`k_b` and `v_b` are rows of `kv_b`; `k_b` is stored transposed.
+
+        From some `heads` it is scaled up to all by their share of the half's squared gradients.
+        """
+        config = self._layout.inventory.config
         product = self.product(f"layers.{group.layer}.{Role.KV_B}")
         if not isinstance(product.rows, torch.Tensor):
             return 0.0
-        rows = torch.arange(len(product.rows)).view(heads, -1)
-        first = group.role is Role.K_B
+        rows = torch.arange(len(product.rows)).view(int(config["num_attention_heads"]), -1)
+        first, nope = group.role is Role.K_B, int(config["qk_nope_head_dim"])
+        rows = rows[:, :nope] if first else rows[:, nope:]
+        chosen = (rows if heads is None else rows[heads]).reshape(-1)
         change = values.transpose(1, 2) if first else values
-        chosen = rows[:, :nope] if first else rows[:, nope:]
-        return product.price(change.reshape(-1, change.shape[-1]), chosen.reshape(-1))
+        found = product.price(change.reshape(-1, change.shape[-1]), chosen)
+        if heads is None:
+            return found
+        return found * product.covered(rows.reshape(-1)) / product.covered(chosen)
 
 
 def measure(
@@ -217,35 +271,44 @@ def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
 
 
 def _watch(model: Any, layout: Layout, found: Curvature) -> list[Any]:
-    handles = []
-    for name, module in _products(model, layout).items():
-        handles.append(module.register_forward_hook(_on_output(found, found.product(name))))
+    groups = [g for g in layout.groups.values() if not g.role.is_expert]
+    handles = watch_products(model, layout, groups, found)
     for layer in layout.layers:
         use_watcher(model, layer, _on_expert(found, f"layers.{layer}"))
     return handles
 
 
-def _products(model: Any, layout: Layout) -> dict[str, Any]:
-    """The modules that multiply by a group that is no routed expert; `kv_b` once, unsplit."""
-    modules = {}
-    for group in layout.groups.values():
-        if group.role.is_expert:
-            continue
+def product_name(group: Group) -> str:
+    """Whose sums a group is priced by: `k_b` and `v_b` are halves of one product."""
+    split = group.role in (Role.K_B, Role.V_B)
+    return f"layers.{group.layer}.{Role.KV_B}" if split else group.name
+
+
+def watch_products(
+    model: Any, layout: Layout, groups: Iterable[Group], found: Curvature
+) -> list[Any]:
+    """Hooks that feed `found` with the products of groups that are no routed experts."""
+    modules = {}  # `kv_b` once, unsplit
+    for group in groups:
         if group.role in (Role.EMBEDDING, Role.HEAD):
             if group.role is Role.HEAD or layout.inventory.tied_embeddings:
                 modules[group.name] = model.lm_head
             continue
-        split = group.role in (Role.K_B, Role.V_B)
-        name = f"layers.{group.layer}.{Role.KV_B}" if split else group.name
-        modules[name] = model.get_submodule(group.sources[0].removesuffix(".weight"))
-    return modules
+        modules[product_name(group)] = model.get_submodule(group.sources[0].removesuffix(".weight"))
+    return [
+        module.register_forward_hook(_on_output(found, name)) for name, module in modules.items()
+    ]
 
 
-def _on_output(found: Curvature, product: Product) -> Callable[..., None]:
+def _on_output(found: Curvature, name: str) -> Callable[..., None]:
     def hook(module: Any, args: Any, output: Any) -> None:
         x = args[0].detach().flatten(0, -2)
 
-        output.register_hook(lambda gradient: found.add(product, x, gradient.flatten(0, -2)))
+        def add(gradient: torch.Tensor) -> None:
+            found.add(found.product(name), x, gradient.flatten(0, -2))
+
+        if output.requires_grad:
+            output.register_hook(add)
 
     return hook
 

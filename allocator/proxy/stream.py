@@ -89,14 +89,20 @@ class Weights:
         encoded = self._bank.encoded(group.name, fmt)[start:stop]
         return torch.from_numpy(ggml.decode(encoded, format_named(fmt)))
 
-    def ahead(
-        self, allocations: Sequence[Allocation | None], groups: Sequence[Group], expert: int
-    ) -> None:
-        """Begins to read the original of an expert, where one of these will ask for it."""
-        for group in groups:
-            key = group.name, expert
-            if key not in self._coming and any(self._asks(a, group, expert) for a in allocations):
-                self._coming[key] = self._reader.submit(self._read, group, expert)
+    def in_turn(
+        self,
+        experts: Sequence[int],
+        groups: Sequence[Group],
+        allocations: Sequence[Allocation | None],
+    ) -> Iterator[int]:
+        """Experts one by one; the next one's originals are read meanwhile, if they are needed."""
+        for expert, following in zip(experts, [*experts[1:], None], strict=True):
+            for group in groups if following is not None else ():
+                key = group.name, following
+                if any(self._asks(a, group, following) for a in allocations):
+                    self._coming[key] = self._reader.submit(self._read, group, following)
+            yield expert
+            self.forget()
 
     def forget(self) -> None:
         """Frees the originals that are in memory."""
@@ -106,7 +112,7 @@ class Weights:
         """Lets go of the bank's entries used so far, see `Bank.release`."""
         self._bank.release()
 
-    def _asks(self, allocation: Allocation | None, group: Group, expert: int) -> bool:
+    def _asks(self, allocation: Allocation | None, group: Group, expert: int | None) -> bool:
         if allocation is None:
             return True
         if expert not in group.experts(allocation.retained_experts):
@@ -201,13 +207,26 @@ class StreamedModel:
 
     def logits(self, hidden: torch.Tensor, allocation: Allocation | None) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
-        role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
-        group = self.layout.groups[str(role)]
-        normed = self.normed(hidden)
-        found = torch.empty(len(hidden), group.shape[0])
-        for start, rows in self._chunks(group, allocation):
+        return self.head(self.normed(hidden), allocation)
+
+    def head(self, normed: torch.Tensor, allocation: Allocation | None) -> torch.Tensor:
+        """Logits `(tokens, vocabulary)` of what the head multiplies."""
+        found = torch.empty(len(normed), self._head.shape[0])
+        for start, rows in self._chunks(self._head, allocation):
             torch.mm(normed, rows.T, out=found[:, start : start + len(rows)])
         return found
+
+    def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient `(tokens, hidden)` of what the original's head multiplies."""
+        found = torch.zeros(len(gradient), self._head.shape[-1])
+        for start, rows in self._chunks(self._head, None):
+            found += gradient[:, start : start + len(rows)] @ rows
+        return found
+
+    @property
+    def _head(self) -> Group:
+        role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
+        return self.layout.groups[str(role)]
 
     def _chunks(
         self, group: Group, allocation: Allocation | None
@@ -220,16 +239,20 @@ class StreamedModel:
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
         """Runs one layer, in place; `observe` sees its routed experts."""
         for held in states:
-            self._install(layer, held.allocation)
+            self.install(layer, held.allocation)
             for i, hidden in enumerate(held.hidden):
-                held.hidden[i] = self._forward(layer, hidden)
-            held.routed, self._taken = self._taken, []
-        self.weights.forget()
-        empty(self.model.model.layers[layer])
+                held.hidden[i] = self.forward(layer, hidden)
+            held.routed = self.taken()
+        self.leave(layer)
         if layer in self.layout.layers:
             self._run_experts(layer, states, observe)
 
-    def _install(self, layer: int, allocation: Allocation | None) -> None:
+    def leave(self, layer: int) -> None:
+        """Frees the memory of a layer."""
+        self.weights.forget()
+        empty(self.model.model.layers[layer])
+
+    def install(self, layer: int, allocation: Allocation | None) -> None:
         """Everything of a layer but its routed experts."""
         retained = None
         if layer in self.layout.layers:
@@ -247,7 +270,7 @@ class StreamedModel:
         for kept in self._kept[layer]:
             install_kept(self.model, kept, read_tensor(self.inventory, kept.source), retained)
 
-    def _forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer as the architecture computes it, its routed experts giving zero."""
         inner = self.model.model
         whole, norm = inner.layers, inner.norm
@@ -258,43 +281,62 @@ class StreamedModel:
             inner.layers, inner.norm = whole, norm
         return found
 
+    def taken(self) -> list[Routed]:
+        """What routed experts were asked for by `forward` since the last call, by batch."""
+        found, self._taken = self._taken, []
+        return found
+
     def _take(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         self._taken.append((hidden, index, gates))
         return torch.zeros_like(hidden)
 
     def _run_experts(self, layer: int, states: Sequence[States], observe: Observer | None) -> None:
         """Adds what the routed experts give, expert by expert."""
-        by_role = {g.role: g for g in self._groups[layer]}
-        groups = [by_role[role] for role in _PROJECTIONS]
+        groups = self.projections(layer)
         act = moe_block(self.model, layer).experts.act_fn
         everyone = tuple(range(self.inventory.n_experts))
         routings = []
         for held in states:
             allocation = held.allocation
             retained = everyone if allocation is None else allocation.retained_experts[layer]
-            routings.append(_Routing(held, retained))
+            routings.append(Routing(held.routed, retained))
+            held.routed = []
         reached = sorted({e for routing in routings for e in routing.reached})
         allocations = [held.allocation for held in states]
-        for expert, following in zip(reached, [*reached[1:], None], strict=True):
-            if following is not None:
-                self.weights.ahead(allocations, groups, following)
+        for expert in self.weights.in_turn(reached, groups, allocations):
             for held, routing in zip(states, routings, strict=True):
                 if expert in routing.reached:
                     weights = [self.weights.of(held.allocation, g, expert) for g in groups]
                     routing.add(expert, weights, act, observe)
-            self.weights.forget()
-        for routing in routings:
-            routing.finish()
+        for held, routing in zip(states, routings, strict=True):
+            routing.add_to(held.hidden)
+
+    def groups(self, layer: int | None) -> list[Group]:
+        """Groups of a layer; of none: embedding and head."""
+        return self._groups[layer]
+
+    def projections(self, layer: int) -> list[Group]:
+        """The groups gate, up and down of a layer's routed experts."""
+        by_role = {g.role: g for g in self._groups[layer]}
+        return [by_role[role] for role in _PROJECTIONS]
 
 
-class _Routing:
-    """The routed experts of one layer, over all tokens of one computation."""
+class Routing:
+    """The routed experts of one layer, over all tokens of one computation.
 
-    def __init__(self, states: States, retained: Sequence[int]) -> None:
-        self._states = states
-        self._inputs, index, gates = (torch.cat(each) for each in zip(*states.routed, strict=True))
-        states.routed = []
-        self._gates = gates.reshape(-1)
+    Args:
+        routed: by batch.
+        retained: the experts that routers chose among, in order.
+
+    Attributes:
+        inputs: of all tokens, `(tokens, hidden)`.
+        gates: of all choices, `(tokens * k,)`.
+        reached: experts that some token chose.
+    """
+
+    def __init__(self, routed: Sequence[Routed], retained: Sequence[int]) -> None:
+        self.inputs, index, gates = (torch.cat(each) for each in zip(*routed, strict=True))
+        self.gates = gates.reshape(-1)
         self._k = index.shape[-1]
         self._order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=len(retained)).tolist()
@@ -304,29 +346,39 @@ class _Routing:
             for expert, count, end in zip(retained, counts, ends, strict=True)
             if count
         }
-        self._sum = torch.zeros_like(self._inputs)
+        self._sum = torch.zeros_like(self.inputs)
+
+    def places(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where an expert was chosen: among `gates`, and by which tokens."""
+        places = self._order[self.reached[expert]]
+        return places, places // self._k
 
     def add(
         self, expert: int, weights: Sequence[Floats], act: Any, observe: Observer | None
     ) -> None:
         """What one expert gives to its tokens, times their gates."""
         gate, up, down = map(torch.from_numpy, weights)
-        places = self._order[self.reached[expert]]
-        tokens = places // self._k
-        x = self._inputs[tokens]
+        places, tokens = self.places(expert)
+        x = self.inputs[tokens]
         inner = act(x @ gate.T).mul_(x @ up.T)
-        outputs, gates = inner @ down.T, self._gates[places]
+        outputs, gates = inner @ down.T, self.gates[places]
         if observe is not None:
             observe(expert, x, inner, outputs, gates)
         self._sum.index_add_(0, tokens, outputs.mul_(gates[:, None]))
 
-    def finish(self) -> None:
-        """Adds the sum to the layer's output."""
-        start = 0
-        for hidden in self._states.hidden:
-            flat = hidden.view(-1, hidden.shape[-1])
-            flat += self._sum[start : start + len(flat)]
-            start += len(flat)
+    def add_to(self, batches: Sequence[torch.Tensor]) -> None:
+        """Adds the sum to a layer's outputs, `(documents, length, hidden)` by batch."""
+        for hidden, mine in zip(batches, by_batch(self._sum, batches), strict=True):
+            hidden += mine
+
+
+def by_batch(flat: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`(tokens, hidden)` in the shapes of `batches`."""
+    sizes = [hidden.shape[0] * hidden.shape[1] for hidden in batches]
+    return [
+        part.view(hidden.shape)
+        for part, hidden in zip(torch.split(flat, sizes), batches, strict=True)
+    ]
 
 
 class StreamedScorer(Documents):

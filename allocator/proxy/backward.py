@@ -1,0 +1,184 @@
+"""The curvature around the original, layer by layer: the checkpoint need not fit in memory.
+
+In: a `StreamedModel` and documents. Out: for every group, and every routed expert that a token
+reached, a `Curvature` that prices it at the moment it is known. Invariant: what
+`curvature.measure` sees around the original, up to the order of float32 sums. The layers are read
+twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards.
+
+Backwards, a layer runs as it does forwards, in two steps (see `stream`), the other way round. The
+gradient of its output is that of its routed experts' sum. So first expert by expert: gradients of
+inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own module runs again
+with gradients on, and the gradients of its output and of what its routed experts were asked for go
+through it together.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from allocator.calibration.documents import Document, batches
+from allocator.families import Role
+from allocator.proxy.curvature import Curvature, product_name, watch_products
+from allocator.proxy.model import moe_block
+from allocator.proxy.stream import Routing, States, StreamedModel, by_batch
+from allocator.targets import Group
+
+Take = Callable[[Group, int | None, Curvature], None]
+"""Gets a group, its expert (None where it has none), and what prices it; keeps nothing of that."""
+
+Batches = list[torch.Tensor]
+"""`(documents, length, hidden)` each."""
+
+
+def measure_streamed(
+    streamed: StreamedModel,
+    documents: Sequence[Document],
+    take: Take,
+    *,
+    scratch: Path,
+    seed: int = 0,
+    batch_tokens: int = 1024,
+    progress: bool = False,
+) -> None:
+    """One forward and one backward pass over the original.
+
+    Args:
+        streamed: of the layout.
+        documents: tokens to run.
+        take: called for groups from the head to the first layer, then for the embedding.
+        scratch: where states wait; what was there is gone afterwards.
+        seed: of the labels drawn from the model.
+        batch_tokens: tokens per pass of a layer.
+        progress: shows a bar over layers.
+    """
+    chosen = [
+        [documents[i] for i in batch]
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
+    ]
+    found = Curvature(streamed.layout, sum(len(d.ids) for d in documents))
+    n_layers = streamed.layout.inventory.n_layers
+    bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
+    with TemporaryDirectory(dir=scratch) as folder, torch.inference_mode(False), torch.no_grad():
+        states = States(None, [0], [streamed.embed(batch, None) for batch in chosen])
+        for layer in range(n_layers):
+            np.save(_file(folder, layer), torch.cat([h.flatten(0, 1) for h in states.hidden]))
+            streamed.run(layer, [states])
+            bar.update()
+        gradients = _head(streamed, states.hidden, found, seed)
+        if not streamed.inventory.tied_embeddings:
+            take(streamed.layout.groups[str(Role.HEAD)], None, found)
+            found.drop(str(Role.HEAD))
+        for layer in reversed(range(n_layers)):
+            before = torch.from_numpy(np.load(_file(folder, layer)))
+            gradients = _layer(streamed, layer, by_batch(before, gradients), gradients, found, take)
+            bar.update()
+    bar.close()
+    for batch, gradient in zip(chosen, gradients, strict=True):
+        found.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
+    take(streamed.layout.groups[str(Role.EMBEDDING)], None, found)
+
+
+def _file(folder: str, layer: int) -> Path:
+    return Path(folder) / f"{layer}.npy"
+
+
+def _head(streamed: StreamedModel, final: Batches, found: Curvature, seed: int) -> Batches:
+    """Gradients of the last layer's output, of the log-likelihood of drawn labels."""
+    tied = streamed.inventory.tied_embeddings
+    product = found.product(str(Role.EMBEDDING if tied else Role.HEAD))
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for hidden in final:
+        leaf = hidden.flatten(0, 1).requires_grad_()
+        with torch.enable_grad():
+            normed = streamed.normed(leaf)
+        x = normed.detach()
+        probabilities = torch.softmax(streamed.head(x, None), -1)
+        labels = torch.multinomial(probabilities, 1, generator=generator)
+        gradient = probabilities.neg_().scatter_add_(1, labels, torch.ones(len(labels), 1))
+        product.add(x, gradient)
+        (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
+        gradients.append(mine.view(hidden.shape))
+    return gradients
+
+
+def _layer(
+    streamed: StreamedModel,
+    layer: int,
+    before: Batches,
+    gradients: Batches,
+    found: Curvature,
+    take: Take,
+) -> Batches:
+    """Gradients of a layer's input, from those of its output."""
+    streamed.install(layer, None)
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if layer in streamed.layout.layers:
+        asked = _experts(streamed, layer, before, gradients, found, take)
+    groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
+    handles = watch_products(streamed.model, streamed.layout, groups, found)
+    inputs: Batches = []
+    try:
+        for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
+            leaf = hidden.requires_grad_()
+            with torch.enable_grad():
+                outputs, through = [streamed.forward(layer, leaf)], [gradient]
+                for x, _, gates in streamed.taken():
+                    outputs += [x, gates]
+                    through += asked[i]
+            inputs += torch.autograd.grad(outputs, leaf, through)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for group in groups:
+        take(group, None, found)
+    for group in groups:
+        found.drop(product_name(group))
+    streamed.leave(layer)
+    return inputs
+
+
+def _experts(
+    streamed: StreamedModel,
+    layer: int,
+    before: Batches,
+    gradients: Batches,
+    found: Curvature,
+    take: Take,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
+    for hidden in before:
+        streamed.forward(layer, hidden)
+    routed = streamed.taken()
+    routing = Routing(routed, range(streamed.inventory.n_experts))
+    groups = streamed.projections(layer)
+    act = moe_block(streamed.model, layer).experts.act_fn
+    output = torch.cat([g.flatten(0, 1) for g in gradients])
+    of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
+    for expert in streamed.weights.in_turn(sorted(routing.reached), groups, [None]):
+        gate, up, down = (torch.from_numpy(streamed.weights.of(None, g, expert)) for g in groups)
+        places, tokens = routing.places(expert)
+        x = routing.inputs[tokens]
+        before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()
+        with torch.enable_grad():
+            inner = act(before_act) * factor
+        mine = output[tokens]
+        of_gates[places] = (mine * (inner.detach() @ down.T)).sum(-1)
+        mine = mine * routing.gates[places, None]
+        of_gate, of_up = torch.autograd.grad(inner, (before_act, factor), mine @ down)
+        of_inputs.index_add_(0, tokens, of_gate @ gate + of_up @ up)
+        for group, values, gradient in zip(
+            groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
+        ):
+            found.product(group.name, expert).add(values, gradient)
+            take(group, expert, found)
+            found.drop(group.name, expert)
+    sizes = [len(x) for x, _, _ in routed]
+    k = routed[0][1].shape[-1]
+    return list(
+        zip(torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True)
+    )
