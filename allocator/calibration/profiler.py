@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from allocator.profile import Change, Profile, bundle_of
 from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
+from allocator.proxy.stream import Candidate
 from allocator.space import Experts, SearchSpace, Space, bind
 from allocator.surrogate import Around
 from allocator.targets import Group, Layout
@@ -45,6 +46,10 @@ PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Each layer's loss is measured at these shares of its experts."""
 
 
+Measured = Change | tuple[int, int]
+"""What is measured: a bundle in some formats, or `(layer, retained count)`."""
+
+
 @dataclass(frozen=True)
 class ProfileInputs:
     """Everything a profile depends on.
@@ -55,6 +60,8 @@ class ProfileInputs:
         n_measured: documents scored for each change.
         n_curvature: documents behind the curvature.
         saliency: the ranking that prune losses are measured with.
+        sampled_rows: share of a matrix's rows that its prices are of; None for all, with the model
+            in memory.
     """
 
     layout: Layout
@@ -62,6 +69,7 @@ class ProfileInputs:
     n_measured: int
     n_curvature: int
     saliency: str
+    sampled_rows: float | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -77,6 +85,8 @@ class ProfileInputs:
             "codec": version("xllamacpp"),
             "schema": 2,
         }
+        if self.sampled_rows is not None:
+            parts["sampled_rows"] = self.sampled_rows
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,9 +148,7 @@ class Profiler:
         """Importance, saliency and routing; measured once."""
         path, weights = self.folder / "statistics.json", self.folder / "importance.safetensors"
         if not path.exists():
-            found = collect(
-                self.swap.model, self.layout, self.inputs.documents, progress=self.progress
-            )
+            found = self._collect()
             write_whole(weights, save(found.importance))
             plain = {
                 "saliency": found.saliency,
@@ -180,11 +188,17 @@ class Profiler:
         """Second-order loss around the original, by group and format; measured once."""
         path = self.folder / "curvature.json"
         if not path.exists():
-            with self.swap.original():
-                found = measure(self.swap, self.inputs.documents[: self.inputs.n_curvature])
-            write_whole(path, json.dumps(self._priced(found)).encode())
+            write_whole(path, json.dumps(self._curvature()).encode())
         prices: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
         return prices
+
+    def _collect(self) -> Statistics:
+        return collect(self.swap.model, self.layout, self.inputs.documents, progress=self.progress)
+
+    def _curvature(self) -> dict[str, dict[str, list[float]]]:
+        with self.swap.original():
+            found = measure(self.swap, self.inputs.documents[: self.inputs.n_curvature])
+        return self._priced(found)
 
     def _priced(self, curvature: Curvature) -> dict[str, dict[str, list[float]]]:
         """What the original's `curvature` says of every offered format of every group."""
@@ -330,7 +344,7 @@ class Profiler:
     def _measured_documents(self) -> Sequence[Document]:
         return self.inputs.documents[: self.inputs.n_measured]
 
-    def changes(self) -> Iterator[Change | tuple[int, int]]:
+    def changes(self) -> Iterator[Measured]:
         """What is measured: bundles in small formats, and `(layer, retained count)`."""
         bundles: dict[str, list[Group]] = {}
         for group in self.layout.groups.values():
@@ -350,12 +364,12 @@ class Profiler:
                 if count < inventory.n_experts:
                     yield layer, count
 
-    def _first_layer(self, change: Change | tuple[int, int]) -> int | None:
+    def _first_layer(self, change: Measured) -> int | None:
         if isinstance(change, tuple):
             return change[0]
         return self.layout.groups[next(iter(change.formats))].layer
 
-    def _depth(self, change: Change | tuple[int, int]) -> float:
+    def _depth(self, change: Measured) -> float:
         """The share of the layers that measuring a change runs."""
         n_layers = self.layout.inventory.n_layers
         return (n_layers - (self._first_layer(change) or 0)) / n_layers
@@ -367,41 +381,45 @@ class Profiler:
         bar = tqdm(
             total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
         )
-        scorer: Scorer | None = None
-        measured: list[Change] = []
+        for change, kl in self._measured([c for c in changes if _line(c) not in done]):
+            done[_line(change)] = kl
+            lines.append({"change": _line(change), "kl": kl})
+            bar.update()
+        bar.close()
+        measured = [
+            Change(c.bundle, c.formats, done[_line(c)]) for c in changes if not isinstance(c, tuple)
+        ]
         pruned: dict[int, dict[int, float]] = {}
         for change in changes:
-            name = _line(change)
-            if name not in done:
-                scorer = scorer or Scorer(self.swap, self._measured_documents, threads=self.threads)
-                done[name] = self._measure(scorer, change)
-                lines.append({"change": name, "kl": done[name]})
-                bar.update()
             if isinstance(change, tuple):
-                pruned.setdefault(change[0], {})[change[1]] = done[name]
-            else:
-                measured.append(Change(change.bundle, change.formats, done[name]))
-        bar.close()
+                pruned.setdefault(change[0], {})[change[1]] = done[_line(change)]
         return measured, pruned
 
-    def _measure(self, scorer: Scorer, change: Change | tuple[int, int]) -> float:
-        layout = self.layout
-        formats: dict[str, str | None] = dict.fromkeys(layout.groups)
-        retained = dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts)))
-        if isinstance(change, tuple):
-            space = self.space(
-                SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency))
-            )
-            retained[change[0]] = space.retained(*change)
-        else:
-            formats |= change.formats
-        first = self._first_layer(change)
+    def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
+        """Measures changes, as they are asked for."""
+        if not changes:
+            return
+        scorer = Scorer(self.swap, self._measured_documents, threads=self.threads)
         scorer.ensure_reference(len(scorer.documents))
-        scorer.swap.put(
-            formats=formats, retained=retained, experts_used=layout.inventory.experts_used
-        )
-        losses = scorer.score_installed() if first is None else scorer.score_from(first)
-        return mean(losses.kl, scorer.documents)
+        for change in changes:
+            candidate = self.candidate(change)
+            scorer.swap.put(
+                formats=dict(candidate.format_of),
+                retained=dict(candidate.retained_experts),
+                experts_used=candidate.experts_used,
+            )
+            first = self._first_layer(change)
+            losses = scorer.score_installed() if first is None else scorer.score_from(first)
+            yield change, mean(losses.kl, scorer.documents)
+
+    def candidate(self, change: Measured) -> Candidate:
+        """The original with a change."""
+        original = Candidate.original(self.layout)
+        if not isinstance(change, tuple):
+            return replace(original, format_of={**original.format_of, **change.formats})
+        space = self.space(SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency)))
+        retained = {**original.retained_experts, change[0]: space.retained(*change)}
+        return replace(original, retained_experts=retained)
 
 
 def _completed(original: list[float], held: list[float], experts: tuple[int, ...]) -> list[float]:
@@ -414,7 +432,7 @@ def _completed(original: list[float], held: list[float], experts: tuple[int, ...
     return found
 
 
-def _line(change: Change | tuple[int, int]) -> str:
+def _line(change: Measured) -> str:
     """The name of a change in `losses.jsonl`."""
     if isinstance(change, tuple):
         return f"layers.{change[0]} retains {change[1]}"

@@ -23,7 +23,7 @@ from allocator.codecs.source import Floats
 from allocator.families import Role
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
-from allocator.proxy.stream import States, StreamedModel
+from allocator.proxy.stream import StreamedModel
 from allocator.targets import Group, Layout
 
 
@@ -178,7 +178,7 @@ def collect(
     return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, see `StreamedScorer.score_many`
 def collect_streamed(
     streamed: StreamedModel,
     documents: Sequence[Document],
@@ -198,8 +198,7 @@ def collect_streamed(
     sums: dict[str, _MeanSquare] = {}
     experts = _of_layers(layout)
     chosen = batches(documents, 0, len(documents), n_tokens=batch_tokens)
-    embedded = [streamed.embed([documents[i] for i in batch], None) for batch in chosen]
-    states = States(None, [0], embedded)
+    states = streamed.begin([[documents[i] for i in batch] for batch in chosen])
     handles = _watch(streamed.model, layout, sums)
     try:
         layers = range(layout.inventory.n_layers)

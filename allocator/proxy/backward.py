@@ -24,7 +24,7 @@ from allocator.calibration.documents import Document, batches
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, product_name, watch_products
 from allocator.proxy.model import moe_block
-from allocator.proxy.stream import Routing, States, StreamedModel, by_batch
+from allocator.proxy.stream import Routing, StreamedModel, by_batch
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
@@ -63,7 +63,7 @@ def measure_streamed(
     n_layers = streamed.layout.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
     with TemporaryDirectory(dir=scratch) as folder, torch.inference_mode(False), torch.no_grad():
-        states = States(None, [0], [streamed.embed(batch, None) for batch in chosen])
+        states = streamed.begin(chosen)
         for layer in range(n_layers):
             np.save(_file(folder, layer), torch.cat([h.flatten(0, 1) for h in states.hidden]))
             streamed.run(layer, [states])
@@ -97,7 +97,7 @@ def _head(streamed: StreamedModel, final: Batches, found: Curvature, seed: int) 
         with torch.enable_grad():
             normed = streamed.normed(leaf)
         x = normed.detach()
-        probabilities = torch.softmax(streamed.head(x, None), -1)
+        probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
         labels = torch.multinomial(probabilities, 1, generator=generator)
         gradient = probabilities.neg_().scatter_add_(1, labels, torch.ones(len(labels), 1))
         product.add(x, gradient)
@@ -115,7 +115,7 @@ def _layer(
     take: Take,
 ) -> Batches:
     """Gradients of a layer's input, from those of its output."""
-    streamed.install(layer, None)
+    streamed.install(layer, streamed.original)
     asked: list[tuple[torch.Tensor, torch.Tensor]] = []
     if layer in streamed.layout.layers:
         asked = _experts(streamed, layer, before, gradients, found, take)
@@ -159,8 +159,10 @@ def _experts(
     act = moe_block(streamed.model, layer).experts.act_fn
     output = torch.cat([g.flatten(0, 1) for g in gradients])
     of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
-    for expert in streamed.weights.in_turn(sorted(routing.reached), groups, [None]):
-        gate, up, down = (torch.from_numpy(streamed.weights.of(None, g, expert)) for g in groups)
+    for expert in streamed.weights.in_turn(sorted(routing.reached), groups, [streamed.original]):
+        gate, up, down = (
+            torch.from_numpy(streamed.weights.of(streamed.original, g, expert)) for g in groups
+        )
         places, tokens = routing.places(expert)
         x = routing.inputs[tokens]
         before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()

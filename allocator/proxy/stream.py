@@ -15,9 +15,10 @@ candidates lack in the bank, and each candidate adds what its own decoded weight
 that no token reaches is neither read nor encoded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,26 +53,61 @@ Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """What is computed.
+
+    Attributes:
+        format_of: format or parts by group; None for the original's weights.
+        retained_experts: by MoE layer.
+        experts_used: routed experts per token.
+    """
+
+    format_of: Mapping[str, str | None]
+    retained_experts: Mapping[int, tuple[int, ...]]
+    experts_used: int
+
+    @classmethod
+    def of(cls, allocation: Allocation) -> "Candidate":
+        """What an allocation's file computes."""
+        return cls(allocation.format_of, allocation.retained_experts, allocation.experts_used)
+
+    @classmethod
+    def original(cls, layout: Layout) -> "Candidate":
+        """The checkpoint itself."""
+        everyone = tuple(range(layout.inventory.n_experts))
+        return cls(
+            dict.fromkeys(layout.groups),
+            dict.fromkeys(layout.layers, everyone),
+            layout.inventory.experts_used,
+        )
+
+
 class Weights:
-    """Values of groups, the original's (allocation None) or a candidate's.
+    """Values of groups, as candidates have them.
 
     Args:
         layout: the groups.
-        bank: encoded weights; what it lacks is encoded from the original that is in memory.
+        bank: opens the encoded weights when they are needed for the first time; what they lack is
+            encoded from the original that is in memory.
     """
 
-    def __init__(self, layout: Layout, bank: Bank) -> None:
+    def __init__(self, layout: Layout, bank: Callable[[], Bank]) -> None:
         self.layout = layout
-        self._bank = bank
+        self._open = bank
         self._held: dict[tuple[str, int | None], Floats] = {}
         self._coming: dict[tuple[str, int | None], Future[Floats]] = {}
         self._reader = ThreadPoolExecutor(1)
 
-    def of(self, allocation: Allocation | None, group: Group, expert: int | None = None) -> Floats:
+    @cached_property
+    def _bank(self) -> Bank:
+        return self._open()
+
+    def of(self, candidate: Candidate, group: Group, expert: int | None = None) -> Floats:
         """A group, or one routed expert of it, float32; the original stays until `forget`."""
-        if allocation is None:
+        fmt = self._format(candidate, group, expert)
+        if fmt is None:
             return self._original(group, expert)
-        fmt = self._format(allocation, group, expert)
         if not self._bank.has(group.name, fmt, expert):
             self._bank.put(group.name, fmt, expert, self._original(group, expert))
         if expert is None:
@@ -79,13 +115,11 @@ class Weights:
         values: Floats = self._bank.decoded(group.name, fmt, (expert,))[0]
         return values
 
-    def rows(
-        self, allocation: Allocation | None, group: Group, start: int, stop: int
-    ) -> torch.Tensor:
+    def rows(self, candidate: Candidate, group: Group, start: int, stop: int) -> torch.Tensor:
         """Some rows of the embedding or the head."""
-        if allocation is None:
+        fmt = candidate.format_of[group.name]
+        if fmt is None:
             return torch.from_numpy(read_rows(self.layout.inventory, group.sources[0], start, stop))
-        fmt = allocation.format_of[group.name]
         encoded = self._bank.encoded(group.name, fmt)[start:stop]
         return torch.from_numpy(ggml.decode(encoded, format_named(fmt)))
 
@@ -93,16 +127,19 @@ class Weights:
         self,
         experts: Sequence[int],
         groups: Sequence[Group],
-        allocations: Sequence[Allocation | None],
+        candidates: Sequence[Candidate],
     ) -> Iterator[int]:
         """Experts one by one; the next one's originals are read meanwhile, if they are needed."""
         for expert, following in zip(experts, [*experts[1:], None], strict=True):
             for group in groups if following is not None else ():
                 key = group.name, following
-                if any(self._asks(a, group, following) for a in allocations):
+                if any(self._asks(c, group, following) for c in candidates):
                     self._coming[key] = self._reader.submit(self._read, group, following)
             yield expert
-            self.forget()
+            for group in groups:
+                self._held.pop((group.name, expert), None)
+                # read ahead for somebody whom no token reached
+                self._coming.pop((group.name, expert), None)
 
     def forget(self) -> None:
         """Frees the originals that are in memory."""
@@ -110,20 +147,20 @@ class Weights:
 
     def release(self) -> None:
         """Lets go of the bank's entries used so far, see `Bank.release`."""
-        self._bank.release()
+        if "_bank" in vars(self):
+            self._bank.release()
 
-    def _asks(self, allocation: Allocation | None, group: Group, expert: int | None) -> bool:
-        if allocation is None:
-            return True
-        if expert not in group.experts(allocation.retained_experts):
+    def _asks(self, candidate: Candidate, group: Group, expert: int | None) -> bool:
+        if expert not in candidate.retained_experts[group.layer or 0]:
             return False
-        return not self._bank.has(group.name, self._format(allocation, group, expert), expert)
+        fmt = self._format(candidate, group, expert)
+        return fmt is None or not self._bank.has(group.name, fmt, expert)
 
-    def _format(self, allocation: Allocation, group: Group, expert: int | None) -> str:
-        text = allocation.format_of[group.name]
-        if expert is None:
+    def _format(self, candidate: Candidate, group: Group, expert: int | None) -> str | None:
+        text = candidate.format_of[group.name]
+        if expert is None or text is None:
             return text
-        found = parts(text, group.experts(allocation.retained_experts))
+        found = parts(text, candidate.retained_experts[group.layer or 0])
         return next(fmt.name for fmt, experts in found if expert in experts)
 
     def _original(self, group: Group, expert: int | None) -> Floats:
@@ -144,13 +181,13 @@ class States:
     """Hidden states that some candidates have in common so far.
 
     Attributes:
-        allocation: of one of them; None for the original.
+        candidate: one of them.
         members: whose they are.
         hidden: by batch, `(documents, length, hidden)`.
         routed: by batch, while a layer runs.
     """
 
-    allocation: Allocation | None
+    candidate: Candidate
     members: list[int]
     hidden: list[torch.Tensor]
     routed: list[Routed] = field(default_factory=list)
@@ -169,6 +206,7 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self.model = skeleton(self.inventory.path)
+        self.original = Candidate.original(layout)
         self._taken: list[Routed] = []
         for layer in layout.layers:
             moe_block(self.model, layer).experts.forward = self._take
@@ -179,21 +217,24 @@ class StreamedModel:
         for kept in layout.kept:
             self._kept.setdefault(kept.layer, []).append(kept)
 
-    def choices(self, layer: int | None, allocation: Allocation | None) -> Any:
-        """What an allocation decides in a layer (None: the embedding); equals compute alike."""
-        if allocation is None:
-            return None
+    def choices(self, layer: int | None, candidate: Candidate) -> Any:
+        """What a candidate decides in a layer (None: the embedding); equals compute alike."""
         if layer is None:
-            return allocation.format_of[str(Role.EMBEDDING)]
-        formats = tuple(allocation.format_of[g.name] for g in self._groups[layer])
-        return formats, allocation.retained_experts.get(layer), allocation.experts_used
+            return candidate.format_of[str(Role.EMBEDDING)]
+        formats = tuple(candidate.format_of[g.name] for g in self._groups[layer])
+        return formats, candidate.retained_experts.get(layer), candidate.experts_used
 
-    def embed(self, batch: Sequence[Document], allocation: Allocation | None) -> torch.Tensor:
+    def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
+        """The original's states before the first layer, for documents by batch."""
+        hidden = [self.embed(batch, self.original) for batch in chosen]
+        return States(self.original, [0], hidden)
+
+    def embed(self, batch: Sequence[Document], candidate: Candidate) -> torch.Tensor:
         """Embeddings of documents of one length, `(documents, length, hidden)`."""
         ids = torch.tensor([d.ids for d in batch])
         group = self.layout.groups[str(Role.EMBEDDING)]
         found = torch.empty(*ids.shape, group.shape[-1])
-        for start, rows in self._chunks(group, allocation):
+        for start, rows in self._chunks(group, candidate):
             here = (ids >= start) & (ids < start + len(rows))
             found[here] = rows[ids[here] - start]
         return found
@@ -205,21 +246,21 @@ class StreamedModel:
         found: torch.Tensor = self.model.model.norm(hidden)
         return found
 
-    def logits(self, hidden: torch.Tensor, allocation: Allocation | None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
-        return self.head(self.normed(hidden), allocation)
+        return self.head(self.normed(hidden), candidate)
 
-    def head(self, normed: torch.Tensor, allocation: Allocation | None) -> torch.Tensor:
+    def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of what the head multiplies."""
         found = torch.empty(len(normed), self._head.shape[0])
-        for start, rows in self._chunks(self._head, allocation):
+        for start, rows in self._chunks(self._head, candidate):
             torch.mm(normed, rows.T, out=found[:, start : start + len(rows)])
         return found
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient `(tokens, hidden)` of what the original's head multiplies."""
         found = torch.zeros(len(gradient), self._head.shape[-1])
-        for start, rows in self._chunks(self._head, None):
+        for start, rows in self._chunks(self._head, self.original):
             found += gradient[:, start : start + len(rows)] @ rows
         return found
 
@@ -228,18 +269,16 @@ class StreamedModel:
         role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
         return self.layout.groups[str(role)]
 
-    def _chunks(
-        self, group: Group, allocation: Allocation | None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def _chunks(self, group: Group, candidate: Candidate) -> Iterator[tuple[int, torch.Tensor]]:
         step = max(1, _ROWS_BYTES // (4 * group.shape[-1]))
         for start in range(0, group.shape[0], step):
             stop = min(start + step, group.shape[0])
-            yield start, self.weights.rows(allocation, group, start, stop)
+            yield start, self.weights.rows(candidate, group, start, stop)
 
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
         """Runs one layer, in place; `observe` sees its routed experts."""
         for held in states:
-            self.install(layer, held.allocation)
+            self.install(layer, held.candidate)
             for i, hidden in enumerate(held.hidden):
                 held.hidden[i] = self.forward(layer, hidden)
             held.routed = self.taken()
@@ -252,20 +291,15 @@ class StreamedModel:
         self.weights.forget()
         empty(self.model.model.layers[layer])
 
-    def install(self, layer: int, allocation: Allocation | None) -> None:
+    def install(self, layer: int, candidate: Candidate) -> None:
         """Everything of a layer but its routed experts."""
-        retained = None
-        if layer in self.layout.layers:
-            used = self.inventory.experts_used
-            if allocation is not None:
-                used, retained = allocation.experts_used, allocation.retained_experts[layer]
-            resize_router(
-                self.model, layer, self.inventory.n_experts if retained is None else len(retained)
-            )
-            set_experts_used(self.model, (layer,), used)
+        retained = candidate.retained_experts.get(layer)
+        if retained is not None:
+            resize_router(self.model, layer, len(retained))
+            set_experts_used(self.model, (layer,), candidate.experts_used)
         for group in self._groups[layer]:
             if not group.role.is_expert:
-                values = self.weights.of(allocation, group)
+                values = self.weights.of(candidate, group)
                 install(self.model, self.inventory.config, group, values)
         for kept in self._kept[layer]:
             install_kept(self.model, kept, read_tensor(self.inventory, kept.source), retained)
@@ -294,19 +328,16 @@ class StreamedModel:
         """Adds what the routed experts give, expert by expert."""
         groups = self.projections(layer)
         act = moe_block(self.model, layer).experts.act_fn
-        everyone = tuple(range(self.inventory.n_experts))
         routings = []
         for held in states:
-            allocation = held.allocation
-            retained = everyone if allocation is None else allocation.retained_experts[layer]
-            routings.append(Routing(held.routed, retained))
+            routings.append(Routing(held.routed, held.candidate.retained_experts[layer]))
             held.routed = []
         reached = sorted({e for routing in routings for e in routing.reached})
-        allocations = [held.allocation for held in states]
-        for expert in self.weights.in_turn(reached, groups, allocations):
+        candidates = [held.candidate for held in states]
+        for expert in self.weights.in_turn(reached, groups, candidates):
             for held, routing in zip(states, routings, strict=True):
                 if expert in routing.reached:
-                    weights = [self.weights.of(held.allocation, g, expert) for g in groups]
+                    weights = [self.weights.of(held.candidate, g, expert) for g in groups]
                     routing.add(expert, weights, act, observe)
         for held, routing in zip(states, routings, strict=True):
             routing.add_to(held.hidden)
@@ -385,22 +416,16 @@ class StreamedScorer(Documents):
     """Scores allocations on fixed documents, many in one pass.
 
     Args:
-        layout: the groups.
-        bank: encoded weights.
+        model: several scorers may share one.
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass of a layer.
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        bank: Bank,
-        documents: Sequence[Document],
-        *,
-        batch_tokens: int = 2048,
+        self, model: StreamedModel, documents: Sequence[Document], *, batch_tokens: int = 2048
     ) -> None:
         super().__init__(documents)
-        self.model = StreamedModel(layout, Weights(layout, bank))
+        self.model = model
         self.batch_tokens = batch_tokens
         self._reference: dict[int, torch.Tensor] = {}
 
@@ -410,11 +435,11 @@ class StreamedScorer(Documents):
         """Losses of an allocation on `documents[start:stop]`."""
         return self.score_many([allocation], start, stop)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
     def score_many(
-        self, allocations: Sequence[Allocation], start: int = 0, stop: int | None = None
+        self, candidates: Sequence[Allocation | Candidate], start: int = 0, stop: int | None = None
     ) -> list[DocumentLosses]:
-        """Losses of several allocations on `documents[start:stop]`, in one pass.
+        """Losses of several candidates on `documents[start:stop]`, in one pass.
 
         The original runs with them where it has not run on these documents before; its final
         hidden states are kept: tokens x hidden.
@@ -422,27 +447,27 @@ class StreamedScorer(Documents):
         stop = len(self.documents) if stop is None else stop
         self.model.weights.release()
         chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
-        wanted: list[Allocation | None] = list(allocations)
+        wanted = [c if isinstance(c, Candidate) else Candidate.of(c) for c in candidates]
         known = all(i in self._reference for i in range(start, stop))
         if not known:
-            wanted.append(None)
+            wanted.append(self.model.original)
         final = self._final_states(wanted, chosen)
         if not known:
             for batch, hidden in zip(chosen, final.pop(), strict=True):
                 self._reference.update(zip(batch, hidden, strict=True))
-        rows: list[list[Row]] = [[] for _ in allocations]
+        rows: list[list[Row]] = [[] for _ in candidates]
         for span in self._spans(start, stop):
-            self._compare(span, start, allocations, final, rows)
+            self._compare(span, start, wanted[: len(rows)], final, rows)
         return [losses_of(found) for found in rows]
 
     def _final_states(
-        self, wanted: Sequence[Allocation | None], chosen: list[list[int]]
+        self, wanted: Sequence[Candidate], chosen: list[list[int]]
     ) -> list[list[torch.Tensor]]:
         """The last layer's output by batch, for every one of `wanted`."""
-        states = self._split(None, [States(None, list(range(len(wanted))), [])], wanted)
+        states = self._split(None, [States(wanted[0], list(range(len(wanted))), [])], wanted)
         for held in states:
             held.hidden = [
-                self.model.embed([self.documents[i] for i in batch], held.allocation)
+                self.model.embed([self.documents[i] for i in batch], held.candidate)
                 for batch in chosen
             ]
         for layer in range(self.model.inventory.n_layers):
@@ -455,7 +480,7 @@ class StreamedScorer(Documents):
         return found
 
     def _split(
-        self, layer: int | None, states: Sequence[States], wanted: Sequence[Allocation | None]
+        self, layer: int | None, states: Sequence[States], wanted: Sequence[Candidate]
     ) -> list[States]:
         """Computations that are still the same through a layer stay together."""
         found = []
@@ -482,19 +507,21 @@ class StreamedScorer(Documents):
         self,
         span: range,
         start: int,
-        allocations: Sequence[Allocation],
+        candidates: Sequence[Candidate],
         final: Sequence[Sequence[torch.Tensor]],
         rows: list[list[Row]],
     ) -> None:
         """Appends the rows of some documents."""
         lengths = [len(self.documents[i].ids) for i in span]
         reference = torch.cat([self._reference[i] for i in span])
-        original = torch.split(torch.log_softmax(self.model.logits(reference, None), -1), lengths)
+        original = torch.split(
+            torch.log_softmax(self.model.logits(reference, self.model.original), -1), lengths
+        )
         tops = [log_probs.argmax(-1) for log_probs in original]
-        for allocation, hidden, found in zip(allocations, final, rows, strict=True):
+        for candidate, hidden, found in zip(candidates, final, rows, strict=True):
             flat = [states for batch in hidden for states in batch]
             mine = torch.cat([flat[i - start] for i in span])
-            logits = torch.split(self.model.logits(mine, allocation), lengths)
+            logits = torch.split(self.model.logits(mine, candidate), lengths)
             found += [
                 compare(p_log, top1, q, self.documents[i].ids)
                 for p_log, top1, q, i in zip(original, tops, logits, span, strict=True)

@@ -268,11 +268,12 @@ def test_after_a_kill_at_any_line_only_the_rest_is_measured(inputs, copied, monk
     known = {row["change"]: row["kl"] for row in map(json.loads, lines)}
     measured = []
 
-    def look_up(self, scorer, change):
-        measured.append(module._line(change))
-        return known[measured[-1]]
+    def look_up(self, changes):
+        for change in changes:
+            measured.append(module._line(change))
+            yield change, known[measured[-1]]
 
-    monkeypatch.setattr(Profiler, "_measure", look_up)
+    monkeypatch.setattr(Profiler, "_measured", look_up)
     for n in range(len(lines)):
         (folder / "profile.json").unlink()
         (folder / "losses.jsonl").write_bytes(b"".join(lines[:n]) + lines[n][: n % 7])
@@ -299,16 +300,17 @@ def test_an_interrupt_keeps_what_was_measured(inputs, copied, monkeypatch):
     expected = (folder / "profile.json").read_bytes()
     for name in ("profile.json", "losses.jsonl"):
         (folder / name).unlink()
-    measure, calls = Profiler._measure, []
+    measured, calls = Profiler._measured, []
 
-    def interrupted(self, *args):
-        calls.append(args)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return measure(self, *args)
+    def interrupted(self, changes):
+        for found in measured(self, changes):
+            calls.append(found)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            yield found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Profiler, "_measure", interrupted)
+        patch.setattr(Profiler, "_measured", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Profiler(inputs, cache).profile()
     assert len(rows(folder / "losses.jsonl")) == 4

@@ -56,7 +56,7 @@ def streamed_prices(layout, documents, tmp_path, rows_of, *, batch_tokens=40):
             group, change[rows], rows, expert or 0
         )
 
-    streamed = StreamedModel(layout, Weights(layout, Bank(tmp_path / "bank", layout, {})))
+    streamed = StreamedModel(layout, Weights(layout, lambda: Bank(tmp_path / "bank", layout, {})))
     measure_streamed(streamed, documents, take, scratch=tmp_path, batch_tokens=batch_tokens)
     return prices
 

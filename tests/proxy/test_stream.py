@@ -12,7 +12,7 @@ from allocator.inventory import read_inventory
 from allocator.proxy import stream
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
-from allocator.proxy.stream import StreamedScorer
+from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
 from allocator.targets import target_named
 
 torch.set_num_threads(1)
@@ -50,6 +50,10 @@ def allocation(layout, fmt, *, first=0, used=2, **changes):
     )
 
 
+def scorer(layout, bank, documents):
+    return StreamedScorer(StreamedModel(layout, Weights(layout, lambda: bank)), documents)
+
+
 def candidates(layout):
     last = max(layout.layers)
     return [
@@ -68,7 +72,7 @@ def same(a, b, tolerance=1e-6):
 def test_streamed_losses_are_those_of_the_model_in_memory(layout, documents, tmp_path):
     bank = Bank(tmp_path / "bank", layout, {})
     in_memory = Scorer(SwapModel(layout, bank.decoded), documents)
-    streamed = StreamedScorer(layout, Bank(tmp_path / "other", layout, {}), documents)
+    streamed = scorer(layout, Bank(tmp_path / "other", layout, {}), documents)
     found = streamed.score_many(candidates(layout))
     for losses, candidate in zip(found, candidates(layout), strict=True):
         same(losses, in_memory.score(candidate))
@@ -79,7 +83,7 @@ def test_streamed_losses_are_those_of_the_model_in_memory(layout, documents, tmp
 def test_each_matrix_of_a_layer_is_read_once_for_all_candidates(
     layout, documents, tmp_path, monkeypatch
 ):
-    streamed = StreamedScorer(layout, Bank(tmp_path, layout, {}), documents)
+    streamed = scorer(layout, Bank(tmp_path, layout, {}), documents)
     for group in layout.groups.values():
         for name in group.sources:
             layout.inventory.tensor_digest(name)
@@ -101,7 +105,7 @@ def test_each_matrix_of_a_layer_is_read_once_for_all_candidates(
 
 def test_what_candidates_share_is_computed_once(layout, documents, tmp_path, monkeypatch):
     a, c = candidates(layout)[0], candidates(layout)[2]  # differ in the last layer only
-    streamed = StreamedScorer(layout, Bank(tmp_path, layout, {}), documents)
+    streamed = scorer(layout, Bank(tmp_path, layout, {}), documents)
     streamed.score_many([a])
     runs = []
     run = stream.StreamedModel.run
@@ -118,7 +122,7 @@ def test_what_candidates_share_is_computed_once(layout, documents, tmp_path, mon
 
 
 def test_nothing_of_a_layer_stays_in_memory(layout, documents, tmp_path):
-    streamed = StreamedScorer(layout, Bank(tmp_path, layout, {}), documents)
+    streamed = scorer(layout, Bank(tmp_path, layout, {}), documents)
     streamed.score_many(candidates(layout))
     model = streamed.model.model
     assert all(p.is_meta for p in model.model.layers.parameters())
@@ -127,10 +131,10 @@ def test_nothing_of_a_layer_stays_in_memory(layout, documents, tmp_path):
 
 def test_head_and_comparison_in_chunks_give_the_same(layout, documents, tmp_path, monkeypatch):
     bank = Bank(tmp_path, layout, {})
-    whole = StreamedScorer(layout, bank, documents).score_many(candidates(layout))
+    whole = scorer(layout, bank, documents).score_many(candidates(layout))
     monkeypatch.setattr(stream, "_ROWS_BYTES", 4 * layout.groups["embedding"].shape[-1] * 100)
     monkeypatch.setattr(stream, "_LOGITS_BYTES", 4 * 512 * 30)
-    pieces = StreamedScorer(layout, bank, documents).score_many(candidates(layout))
+    pieces = scorer(layout, bank, documents).score_many(candidates(layout))
     for a, b in zip(whole, pieces, strict=True):
         same(a, b)
 
@@ -138,8 +142,8 @@ def test_head_and_comparison_in_chunks_give_the_same(layout, documents, tmp_path
 def test_statistics_are_those_of_the_model_in_memory(layout, documents, tmp_path):
     swap = SwapModel(layout, Bank(tmp_path, layout, {}).decoded)
     whole = collect(swap.model, layout, documents)
-    weights = stream.Weights(layout, Bank(tmp_path, layout, {}))
-    found = collect_streamed(stream.StreamedModel(layout, weights), documents)
+    weights = Weights(layout, lambda: Bank(tmp_path, layout, {}))
+    found = collect_streamed(StreamedModel(layout, weights), documents)
     assert found.counts == whole.counts
     assert found.unreached == whole.unreached
     assert found.importance.keys() == whole.importance.keys()

@@ -1,0 +1,101 @@
+"""The profile of a checkpoint that does not fit in memory.
+
+In: what `Profiler` takes, and a share of rows. Out: the same profile. Invariants: every pass reads
+the checkpoint layer by layer (see `proxy.stream`, `proxy.backward`); prices are those of the
+sampled rows, over their share of the squared gradients; which rows is fixed by a group's name.
+
+Rows are encoded on their own: ggml's formats know no row but the one that they encode. A sixteenth
+of them costs a sixteenth of the encoding, which is nearly all that a profile costs.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from allocator.calibration.profiler import Measured, Profiler
+from allocator.calibration.statistics import Statistics, collect_streamed
+from allocator.codecs import ggml
+from allocator.codecs.source import Floats, Ints, read_rows
+from allocator.families import Role
+from allocator.proxy.backward import measure_streamed
+from allocator.proxy.curvature import Curvature
+from allocator.proxy.scorer import mean
+from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
+from allocator.targets import Group
+
+SIDE_BY_SIDE = 8
+"""Changes that are measured in one pass: each has hidden states of its own from its layer on."""
+_LEAST_ROWS = 16
+
+
+class StreamedProfiler(Profiler):
+    """See the module."""
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        """The original, layer by layer."""
+        return StreamedModel(self.layout, Weights(self.layout, lambda: self.bank))
+
+    def _collect(self) -> Statistics:
+        return collect_streamed(self.streamed, self.inputs.documents, progress=self.progress)
+
+    def _curvature(self) -> dict[str, dict[str, list[float]]]:
+        prices: dict[str, dict[str, list[float]]] = {}
+        for group in self.layout.groups.values():
+            n = group.shape[0] if group.role.is_expert else 1
+            prices[group.name] = {fmt.name: [0.0] * n for fmt in group.offered()}
+
+        def take(group: Group, expert: int | None, curvature: Curvature) -> None:
+            rows = self._rows(group, expert, curvature)
+            weights = self._weights(group, expert, rows)
+            importance = self._importance(group, expert, rows)
+            for fmt in group.offered():
+                encoded = ggml.encode(weights, fmt, importance, threads=self.threads)
+                change = ggml.decode(encoded, fmt) - weights
+                price = curvature.price_sample(group, change, rows, expert or 0)
+                prices[group.name][fmt.name][expert or 0] = price
+
+        _ = self.bank  # its importance takes a pass of the same model
+        documents = self.inputs.documents[: self.inputs.n_curvature]
+        measure_streamed(
+            self.streamed, documents, take, scratch=self.folder, progress=self.progress
+        )
+        return prices
+
+    def _rows(self, group: Group, expert: int | None, curvature: Curvature) -> Ints:
+        """Rows (of groups with heads: heads) that stand for all, ascending."""
+        assert self.inputs.sampled_rows is not None
+        n_rows = group.shape[1] if group.role.is_expert else group.shape[0]
+        wanted = min(n_rows, max(_LEAST_ROWS, round(self.inputs.sampled_rows * n_rows)))
+        rng = np.random.default_rng(zlib.crc32(f"{group.name} {expert}".encode()))
+        rows = np.sort(rng.permutation(n_rows)[:wanted])
+        if group.role is Role.EMBEDDING:
+            rows = np.union1d(rows, curvature.looked_up)
+        return rows
+
+    def _weights(self, group: Group, expert: int | None, rows: Ints) -> Floats:
+        if group.role not in (Role.EMBEDDING, Role.HEAD):
+            return self.streamed.weights.of(self.streamed.original, group, expert)[rows]
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        runs = np.split(rows, starts[1:])  # of neighbours, each one read
+        inventory, source = self.layout.inventory, group.sources[0]
+        return np.concatenate(
+            [read_rows(inventory, source, int(run[0]), int(run[-1]) + 1) for run in runs]
+        )
+
+    def _importance(self, group: Group, expert: int | None, rows: Ints) -> Floats | None:
+        importance = self.bank.group_importance(group.name)
+        if importance is None or importance.ndim == 1:
+            return importance
+        found: Floats = importance[rows if expert is None else expert]
+        return found
+
+    def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
+        scorer = StreamedScorer(self.streamed, self._measured_documents)
+        for start in range(0, len(changes), SIDE_BY_SIDE):
+            together = changes[start : start + SIDE_BY_SIDE]
+            losses = scorer.score_many([self.candidate(change) for change in together])
+            for change, found in zip(together, losses, strict=True):
+                yield change, mean(found.kl, scorer.documents)

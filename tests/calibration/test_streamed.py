@@ -1,0 +1,85 @@
+"""The streamed profile against the one that is measured with the model in memory."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
+from allocator.calibration.streamed import StreamedProfiler
+from allocator.inventory import read_inventory
+from allocator.targets import target_named
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=[("deepseek", "gguf"), ("qwen3_tied", "safetensors")])
+def inputs(request, checkpoints):
+    kind, target = request.param
+    rng = np.random.default_rng(0)
+    from allocator.calibration.documents import Document
+
+    documents = tuple(Document(tuple(rng.integers(0, 512, 24).tolist()), "all") for _ in range(6))
+    return ProfileInputs(
+        layout=target_named(target).layout(read_inventory(checkpoints[kind])),
+        documents=documents,
+        n_measured=4,
+        n_curvature=5,
+        saliency="fisher",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    return Profiler(inputs, tmp_path_factory.mktemp("whole"))
+
+
+def test_all_rows_give_the_same_profile(inputs, whole, tmp_path):
+    streamed = StreamedProfiler(replace(inputs, sampled_rows=1.0), tmp_path)
+    assert streamed.folder.name != whole.folder.name
+    # the same importance to the last bit, so that the same weights are encoded
+    streamed.statistics.importance.update(whole.statistics.importance)
+    one, other = streamed.profile(), whole.profile()
+    assert importance_digest(streamed.statistics.importance) == other.importance
+    for name, row in other.curvature.items():
+        for fmt, values in row.items():
+            np.testing.assert_allclose(
+                one.curvature[name][fmt], values, rtol=5e-3, atol=1e-9, err_msg=f"{name} {fmt}"
+            )
+    assert [c.formats for c in one.measured] == [c.formats for c in other.measured]
+    for a, b in zip(one.measured, other.measured, strict=True):
+        assert a.kl == pytest.approx(b.kl, abs=2e-6)
+    for layer, row in other.pruned.items():
+        for count, kl in row.items():
+            assert one.pruned[layer][count] == pytest.approx(kl, abs=2e-6)
+    assert one.forward_tokens == other.forward_tokens
+    assert one.counts == other.counts
+
+
+def test_sampled_rows_are_close_and_cheaper(inputs, whole, tmp_path, monkeypatch):
+    from allocator.calibration import streamed as module
+
+    monkeypatch.setattr(module, "_LEAST_ROWS", 1)
+    encoded = []
+    encode = module.ggml.encode
+    monkeypatch.setattr(
+        module.ggml, "encode", lambda w, *a, **k: encoded.append(w.size) or encode(w, *a, **k)
+    )
+    sampled = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path)
+    prices = sampled.curvature
+    total = sum(np.prod(g.shape) * len(g.offered()) for g in inputs.layout.groups.values())
+    looked_up = len({i for d in inputs.documents[:5] for i in d.ids})
+    embedding = inputs.layout.groups["embedding"]
+    most = 0.3 * total + looked_up * embedding.shape[1] * len(embedding.offered())
+    assert sum(encoded) < most
+    logs = [
+        np.log(sum(prices[g][f]) / sum(values))
+        for g, row in whole.curvature.items()
+        for f, values in row.items()
+        if sum(values) > 0
+    ]
+    assert abs(np.mean(logs)) < 0.1
+    assert np.std(logs) < 0.4
+    again = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path / "again").curvature
+    assert again == prices
