@@ -164,7 +164,14 @@ def test_a_search_ends_within_its_tokens(run, fresh, study_cache, sampler):
 
 
 def test_tokens_that_pay_for_no_trial_are_refused(run, fresh):
-    refused(run("search", fresh, "--tokens", 100), "no trial was finished.*--tokens")
+    before = sorted(fresh.iterdir())
+    done = run("search", fresh, "--tokens", 100)
+    refused(done, r"100 forward tokens; the profile.* one trial and the pick take [\d,]+: raise")
+    assert sorted(fresh.iterdir()) == before
+    least = int(re.search(r"take ([\d,]+)", done[2])[1].replace(",", ""))
+    good(run("search", fresh, "--tokens", least))
+    assert len(trials(fresh)) == 1
+    assert "no new trial: 1 were made before" in run("search", fresh, "--tokens", least)[1]
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
