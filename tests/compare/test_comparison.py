@@ -337,12 +337,14 @@ def test_damaged_runs_are_named(finished, study_cache, tmp_path):
 
 
 COMPARE = """
+import signal
 import sys
 from pathlib import Path
 from allocator.compare.pool import run_all
 from allocator.compare.runs import chosen_runs
 folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     for run in run_all(folder, chosen_runs(folder), text=None, cache=cache, workers=workers):
         print(run.name, flush=True)
 """
