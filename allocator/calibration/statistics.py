@@ -208,9 +208,8 @@ def collect_streamed(
     finally:
         for handle in handles:
             handle.remove()
-    role = Role.EMBEDDING if layout.inventory.tied_embeddings else Role.HEAD
     for hidden in states.hidden:
-        sums[str(role)].add(streamed.normed(hidden))
+        sums[streamed.output.name].add(streamed.normed(hidden))
     return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
 
 

@@ -44,6 +44,9 @@ from allocator.workspace import Workspace, check_same_checkpoint
 
 Floats = npt.NDArray[np.float64]
 
+Reference = tuple[Allocation, tuple[str, Path] | None]
+"""An allocation, and what it is encoded with, as of `Bench.kl`."""
+
 N_POINTS = 4
 """Points of a run's course whose held-out loss is measured; the first and the last are among."""
 _SCREEN_DOCUMENTS = 8  # every baseline near the budget; those near the hull again on all
@@ -74,8 +77,9 @@ class Bench:
         self._text = text
         self._swaps: dict[str, SwapModel] = {}
         self._baselines: dict[tuple[str, int], float] = {}
+        self._references: dict[int, dict[str, Reference]] = {}
 
-    @property
+    @cached_property
     def spec(self) -> CompareSpec:
         """The section of study.toml."""
         return compare_spec(self.folder)
@@ -349,14 +353,17 @@ class Bench:
             for name, (allocation, encoded) in self.reference_files(weights).items()
         }
 
-    def reference_files(
-        self, weights: int
-    ) -> dict[str, tuple[Allocation, tuple[str, Path] | None]]:
-        """References by name: the allocation, and what it is encoded with, as of `kl`.
+    def reference_files(self, weights: int) -> dict[str, Reference]:
+        """References by name.
 
         Raises:
             StudyError: if a file is missing, or is of another checkpoint or layout.
         """
+        if weights not in self._references:
+            self._references[weights] = self._read_references(weights)
+        return self._references[weights]
+
+    def _read_references(self, weights: int) -> dict[str, Reference]:
         bits = weights * 8 / self.workspace.inventory.n_searched_weights
         found = {}
         for name, pattern in self.spec.references.items():

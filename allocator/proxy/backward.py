@@ -13,6 +13,7 @@ through it together.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,8 +60,9 @@ def measure_streamed(
         [documents[i] for i in batch]
         for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
     ]
-    found = Curvature(streamed.layout, sum(len(d.ids) for d in documents))
-    n_layers = streamed.layout.inventory.n_layers
+    n_tokens = sum(len(d.ids) for d in documents)
+    passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
+    n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
     with TemporaryDirectory(dir=scratch) as folder, torch.inference_mode(False), torch.no_grad():
         states = streamed.begin(chosen)
@@ -68,119 +70,123 @@ def measure_streamed(
             np.save(_file(folder, layer), torch.cat([h.flatten(0, 1) for h in states.hidden]))
             streamed.run(layer, [states])
             bar.update()
-        gradients = _head(streamed, states.hidden, found, seed)
-        if not streamed.inventory.tied_embeddings:
-            take(streamed.layout.groups[str(Role.HEAD)], None, found)
-            found.drop(str(Role.HEAD))
+        gradients = passed.head(states.hidden, seed)
         for layer in reversed(range(n_layers)):
             before = torch.from_numpy(np.load(_file(folder, layer)))
-            gradients = _layer(streamed, layer, by_batch(before, gradients), gradients, found, take)
+            gradients = passed.layer(layer, by_batch(before, gradients), gradients)
             bar.update()
     bar.close()
-    for batch, gradient in zip(chosen, gradients, strict=True):
-        found.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
-    take(streamed.layout.groups[str(Role.EMBEDDING)], None, found)
+    passed.embedding(chosen, gradients)
 
 
 def _file(folder: str, layer: int) -> Path:
     return Path(folder) / f"{layer}.npy"
 
 
-def _head(streamed: StreamedModel, final: Batches, found: Curvature, seed: int) -> Batches:
-    """Gradients of the last layer's output, of the log-likelihood of drawn labels."""
-    tied = streamed.inventory.tied_embeddings
-    product = found.product(str(Role.EMBEDDING if tied else Role.HEAD))
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for hidden in final:
-        leaf = hidden.flatten(0, 1).requires_grad_()
-        with torch.enable_grad():
-            normed = streamed.normed(leaf)
-        x = normed.detach()
-        probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
-        labels = torch.multinomial(probabilities, 1, generator=generator)
-        gradient = probabilities.neg_().scatter_add_(1, labels, torch.ones(len(labels), 1))
-        product.add(x, gradient)
-        (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
-        gradients.append(mine.view(hidden.shape))
-    return gradients
+@dataclass
+class _Pass:
+    """Backwards, from the head to the embedding."""
 
+    streamed: StreamedModel
+    found: Curvature
+    take: Take
 
-def _layer(
-    streamed: StreamedModel,
-    layer: int,
-    before: Batches,
-    gradients: Batches,
-    found: Curvature,
-    take: Take,
-) -> Batches:
-    """Gradients of a layer's input, from those of its output."""
-    streamed.install(layer, streamed.original)
-    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if layer in streamed.layout.layers:
-        asked = _experts(streamed, layer, before, gradients, found, take)
-    groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
-    handles = watch_products(streamed.model, streamed.layout, groups, found)
-    inputs: Batches = []
-    try:
-        for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
-            leaf = hidden.requires_grad_()
+    def head(self, final: Batches, seed: int) -> Batches:
+        """Gradients of the last layer's output, of the log-likelihood of drawn labels."""
+        streamed, group = self.streamed, self.streamed.output
+        product = self.found.product(group.name)
+        generator = torch.Generator().manual_seed(seed)
+        gradients = []
+        for hidden in final:
+            leaf = hidden.flatten(0, 1).requires_grad_()
             with torch.enable_grad():
-                outputs, through = [streamed.forward(layer, leaf)], [gradient]
-                for x, _, gates in streamed.taken():
-                    outputs += [x, gates]
-                    through += asked[i]
-            inputs += torch.autograd.grad(outputs, leaf, through)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for group in groups:
-        take(group, None, found)
-    for group in groups:
-        found.drop(product_name(group))
-    streamed.leave(layer)
-    return inputs
+                normed = streamed.normed(leaf)
+            x = normed.detach()
+            probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
+            labels = torch.multinomial(probabilities, 1, generator=generator)
+            gradient = probabilities.neg_().scatter_add_(1, labels, torch.ones(len(labels), 1))
+            product.add(x, gradient)
+            (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
+            gradients.append(mine.view(hidden.shape))
+        if group.role is not Role.EMBEDDING:  # a tied one is also looked up
+            self.take(group, None, self.found)
+            self.found.drop(group.name)
+        return gradients
 
+    def layer(self, layer: int, before: Batches, gradients: Batches) -> Batches:
+        """Gradients of a layer's input, from those of its output."""
+        streamed = self.streamed
+        streamed.install(layer, streamed.original)
+        asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if layer in streamed.layout.layers:
+            asked = self._experts(layer, before, gradients)
+        groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
+        handles = watch_products(streamed.model, streamed.layout, groups, self.found)
+        inputs: Batches = []
+        try:
+            for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
+                leaf = hidden.requires_grad_()
+                with torch.enable_grad():
+                    outputs, through = [streamed.forward(layer, leaf)], [gradient]
+                    for x, _, gates in streamed.taken():
+                        outputs += [x, gates]
+                        through += asked[i]
+                inputs += torch.autograd.grad(outputs, leaf, through)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for group in groups:
+            self.take(group, None, self.found)
+        for group in groups:
+            self.found.drop(product_name(group))
+        streamed.leave(layer)
+        return inputs
 
-def _experts(
-    streamed: StreamedModel,
-    layer: int,
-    before: Batches,
-    gradients: Batches,
-    found: Curvature,
-    take: Take,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
-    for hidden in before:
-        streamed.forward(layer, hidden)
-    routed = streamed.taken()
-    routing = Routing(routed, range(streamed.inventory.n_experts))
-    groups = streamed.projections(layer)
-    act = moe_block(streamed.model, layer).experts.act_fn
-    output = torch.cat([g.flatten(0, 1) for g in gradients])
-    of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
-    for expert in streamed.weights.in_turn(sorted(routing.reached), groups, [streamed.original]):
-        gate, up, down = (
-            torch.from_numpy(streamed.weights.of(streamed.original, g, expert)) for g in groups
-        )
-        places, tokens = routing.places(expert)
-        x = routing.inputs[tokens]
-        before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()
-        with torch.enable_grad():
-            inner = act(before_act) * factor
-        mine = output[tokens]
-        of_gates[places] = (mine * (inner.detach() @ down.T)).sum(-1)
-        mine = mine * routing.gates[places, None]
-        of_gate, of_up = torch.autograd.grad(inner, (before_act, factor), mine @ down)
-        of_inputs.index_add_(0, tokens, of_gate @ gate + of_up @ up)
-        for group, values, gradient in zip(
-            groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
+    def _experts(
+        self, layer: int, before: Batches, gradients: Batches
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
+        streamed, found = self.streamed, self.found
+        for hidden in before:
+            streamed.forward(layer, hidden)
+        routed = streamed.taken()
+        routing = Routing(routed, range(streamed.inventory.n_experts))
+        groups = streamed.projections(layer)
+        act = moe_block(streamed.model, layer).experts.act_fn
+        output = torch.cat([g.flatten(0, 1) for g in gradients])
+        of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
+        for expert in streamed.weights.in_turn(
+            sorted(routing.reached), groups, [streamed.original]
         ):
-            found.product(group.name, expert).add(values, gradient)
-            take(group, expert, found)
-            found.drop(group.name, expert)
-    sizes = [len(x) for x, _, _ in routed]
-    k = routed[0][1].shape[-1]
-    return list(
-        zip(torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True)
-    )
+            gate, up, down = (
+                torch.from_numpy(streamed.weights.of(streamed.original, g, expert)) for g in groups
+            )
+            places, tokens = routing.places(expert)
+            x = routing.inputs[tokens]
+            before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()
+            with torch.enable_grad():
+                inner = act(before_act) * factor
+            mine = output[tokens]
+            of_gates[places] = (mine * (inner.detach() @ down.T)).sum(-1)
+            mine = mine * routing.gates[places, None]
+            of_gate, of_up = torch.autograd.grad(inner, (before_act, factor), mine @ down)
+            of_inputs.index_add_(0, tokens, of_gate @ gate + of_up @ up)
+            for group, values, gradient in zip(
+                groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
+            ):
+                found.product(group.name, expert).add(values, gradient)
+                self.take(group, expert, found)
+                found.drop(group.name, expert)
+        sizes = [len(x) for x, _, _ in routed]
+        k = routed[0][1].shape[-1]
+        return list(
+            zip(
+                torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True
+            )
+        )
+
+    def embedding(self, chosen: Sequence[Sequence[Document]], gradients: Batches) -> None:
+        """What was looked up, from the gradients of the first layer's input."""
+        for batch, gradient in zip(chosen, gradients, strict=True):
+            self.found.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
+        self.take(self.streamed.layout.groups[str(Role.EMBEDDING)], None, self.found)

@@ -226,17 +226,19 @@ class StreamedModel:
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """The original's states before the first layer, for documents by batch."""
-        hidden = [self.embed(batch, self.original) for batch in chosen]
-        return States(self.original, [0], hidden)
+        return States(self.original, [0], self.embed(chosen, self.original))
 
-    def embed(self, batch: Sequence[Document], candidate: Candidate) -> torch.Tensor:
-        """Embeddings of documents of one length, `(documents, length, hidden)`."""
-        ids = torch.tensor([d.ids for d in batch])
+    def embed(
+        self, chosen: Sequence[Sequence[Document]], candidate: Candidate
+    ) -> list[torch.Tensor]:
+        """Embeddings of documents of one length by batch, `(documents, length, hidden)`."""
+        ids = [torch.tensor([d.ids for d in batch]) for batch in chosen]
         group = self.layout.groups[str(Role.EMBEDDING)]
-        found = torch.empty(*ids.shape, group.shape[-1])
+        found = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
         for start, rows in self._chunks(group, candidate):
-            here = (ids >= start) & (ids < start + len(rows))
-            found[here] = rows[ids[here] - start]
+            for batch, values in zip(ids, found, strict=True):
+                here = (batch >= start) & (batch < start + len(rows))
+                values[here] = rows[batch[here] - start]
         return found
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -252,20 +254,21 @@ class StreamedModel:
 
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of what the head multiplies."""
-        found = torch.empty(len(normed), self._head.shape[0])
-        for start, rows in self._chunks(self._head, candidate):
+        found = torch.empty(len(normed), self.output.shape[0])
+        for start, rows in self._chunks(self.output, candidate):
             torch.mm(normed, rows.T, out=found[:, start : start + len(rows)])
         return found
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient `(tokens, hidden)` of what the original's head multiplies."""
-        found = torch.zeros(len(gradient), self._head.shape[-1])
-        for start, rows in self._chunks(self._head, self.original):
+        found = torch.zeros(len(gradient), self.output.shape[-1])
+        for start, rows in self._chunks(self.output, self.original):
             found += gradient[:, start : start + len(rows)] @ rows
         return found
 
     @property
-    def _head(self) -> Group:
+    def output(self) -> Group:
+        """The group that the head multiplies with."""
         role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
         return self.layout.groups[str(role)]
 
@@ -466,10 +469,9 @@ class StreamedScorer(Documents):
         """The last layer's output by batch, for every one of `wanted`."""
         states = self._split(None, [States(wanted[0], list(range(len(wanted))), [])], wanted)
         for held in states:
-            held.hidden = [
-                self.model.embed([self.documents[i] for i in batch], held.candidate)
-                for batch in chosen
-            ]
+            held.hidden = self.model.embed(
+                [[self.documents[i] for i in batch] for batch in chosen], held.candidate
+            )
         for layer in range(self.model.inventory.n_layers):
             states = self._split(layer, states, wanted)
             self.model.run(layer, states)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.calibration.streamed import StreamedProfiler
 from allocator.inventory import read_inventory
@@ -18,8 +19,6 @@ torch.set_num_threads(1)
 def inputs(request, checkpoints):
     kind, target = request.param
     rng = np.random.default_rng(0)
-    from allocator.calibration.documents import Document
-
     documents = tuple(Document(tuple(rng.integers(0, 512, 24).tolist()), "all") for _ in range(6))
     return ProfileInputs(
         layout=target_named(target).layout(read_inventory(checkpoints[kind])),

@@ -7,34 +7,12 @@ import torch
 from allocator.codecs.bank import Bank
 from allocator.codecs.source import group_weights
 from allocator.families import Role
-from allocator.inventory import read_inventory
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import measure
 from allocator.proxy.model import SwapModel
 from allocator.proxy.stream import StreamedModel, Weights
-from allocator.targets import target_named
 
 torch.set_num_threads(1)
-LENGTHS = (17, 17, 9, 9, 17, 21)
-
-
-@pytest.fixture(
-    params=[
-        ("deepseek", "gguf"),
-        ("deepseek", "safetensors"),
-        ("qwen3_tied", "gguf"),
-        ("qwen3", "safetensors"),
-    ],
-    ids="-".join,
-)
-def layout(request, checkpoints):
-    kind, target = request.param
-    return target_named(target).layout(read_inventory(checkpoints[kind]))
-
-
-@pytest.fixture
-def documents(make_documents):
-    return make_documents(LENGTHS)
 
 
 def changes(layout, group):

@@ -1,42 +1,19 @@
 """The streamed pass against the model in memory (itself held against transformers)."""
 
 import numpy as np
-import pytest
 import torch
 
 from allocator.allocation import Allocation
 from allocator.calibration.statistics import collect, collect_streamed
 from allocator.codecs import source
 from allocator.codecs.bank import Bank
-from allocator.inventory import read_inventory
 from allocator.proxy import stream
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
-from allocator.targets import target_named
 
 torch.set_num_threads(1)
-LENGTHS = (17, 17, 9, 9, 17, 21)
 FIELDS = ("kl", "top1", "overlap", "nll")
-
-
-@pytest.fixture(
-    params=[
-        ("deepseek", "gguf"),
-        ("deepseek", "safetensors"),
-        ("qwen3_tied", "gguf"),
-        ("qwen3", "gguf"),
-    ],
-    ids="-".join,
-)
-def layout(request, checkpoints):
-    kind, target = request.param
-    return target_named(target).layout(read_inventory(checkpoints[kind]))
-
-
-@pytest.fixture
-def documents(make_documents):
-    return make_documents(LENGTHS)
 
 
 def allocation(layout, fmt, *, first=0, used=2, **changes):

@@ -38,7 +38,8 @@ class Layers:
             retained = dict.fromkeys(self.layout.layers, tuple(range(n))) | {layer: key[1]}
             self.scorer.ensure_reference(len(self.scorer.documents))
             self.swap.put(
-                formats=dict.fromkeys(self.layout.groups), retained=retained,
+                formats=dict.fromkeys(self.layout.groups),
+                retained=retained,
                 experts_used=self.layout.inventory.experts_used,
             )
             self.known[key] = float(self.scorer.score_from(layer).kl.mean())
@@ -52,7 +53,8 @@ def swapped(search, layer, ranking, count, *, width, rounds):
     for _ in range(rounds):
         tries = [
             (search.kl(layer, [e for e in kept if e != out] + [into]), out, into)
-            for out in kept[-width:] for into in dropped[:width]
+            for out in kept[-width:]
+            for into in dropped[:width]
         ]
         loss, out, into = min(tries)
         if loss >= best:
@@ -64,7 +66,9 @@ def swapped(search, layer, ranking, count, *, width, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--held", type=int, default=24)
     args = parser.parse_args()
@@ -75,12 +79,16 @@ def main():
     n = workspace.inventory.n_experts
     rows = []
     for layer in workspace.layout.layers:
-        alone = np.array([search.kl(layer, [e for e in range(n) if e != gone]) for gone in range(n)])
+        alone = np.array(
+            [search.kl(layer, [e for e in range(n) if e != gone]) for gone in range(n)]
+        )
         ranks = {m: np.array(saliency[m][layer]) for m in SALIENCIES} | {"measured": alone}
         print(
             f"layer {layer}: one expert removed: median {np.median(alone):.5f}, largest {np.sort(alone)[-3:].round(5)} "
             f"(experts {np.argsort(alone)[-3:]}); rank correlation with it: "
-            + ", ".join(f"{m} {spearmanr(v, alone)[0]:.2f}" for m, v in ranks.items() if m != "measured"),
+            + ", ".join(
+                f"{m} {spearmanr(v, alone)[0]:.2f}" for m, v in ranks.items() if m != "measured"
+            ),
             flush=True,
         )
         for count in (3 * n // 4, n // 2):
@@ -88,7 +96,9 @@ def main():
             for method, values in ranks.items():
                 row[method] = held.kl(layer, np.argsort(-values, kind="stable")[:count].tolist())
             order = np.argsort(-ranks["fisher"], kind="stable").tolist()
-            row["fisher + swaps"] = held.kl(layer, swapped(search, layer, order, count, width=4, rounds=3))
+            row["fisher + swaps"] = held.kl(
+                layer, swapped(search, layer, order, count, width=4, rounds=3)
+            )
             rows.append(row)
             print(" ", {k: round(v, 5) for k, v in row.items()}, flush=True)
     frame = pd.DataFrame(rows)

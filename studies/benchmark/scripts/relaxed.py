@@ -49,7 +49,9 @@ class Relaxed:
         costs = self.space.costs(budget)
         counts = self.space.layer_counts(start)
         self.retained = self.space.allocation(start).retained_experts
-        self.room = budget.nbytes - costs.constant - sum(costs.layer(x, n) for x, n in counts.items())
+        self.room = (
+            budget.nbytes - costs.constant - sum(costs.layer(x, n) for x, n in counts.items())
+        )
         self.nbytes, self.logits, self.decoded, self.stores = {}, {}, {}, {}
         for group, names in self.space.formats.items():
             layer = self.space.layer_of[group]
@@ -80,6 +82,7 @@ class Relaxed:
 
     def odds(self, temperature):
         """Softmax of logits, moved along the bytes until their mean is the budget."""
+
         def at(price):
             found = {}
             for group, logits in self.logits.items():
@@ -87,6 +90,7 @@ class Relaxed:
                 z = np.exp(z - z.max())
                 found[group] = z / z.sum()
             return found, sum(float(p @ self.nbytes[g]) for g, p in found.items())
+
         low, high = -1e6, 1e6
         for _ in range(80):
             middle = (low + high) / 2
@@ -103,8 +107,14 @@ class Relaxed:
                 share = torch.from_numpy(np.einsum("c,cfe->fe", p, self.stores[group])).float()
                 values = self.decoded[group]
                 expert = self.space.layout.groups[group].role.is_expert
-                shaped = share.view(*share.shape, 1, 1) if expert else share.view(-1, *[1] * (values.ndim - 1))
-                destination(self.swap.model, config, self.space.layout.groups[group]).copy_((shaped * values).sum(0))
+                shaped = (
+                    share.view(*share.shape, 1, 1)
+                    if expert
+                    else share.view(-1, *[1] * (values.ndim - 1))
+                )
+                destination(self.swap.model, config, self.space.layout.groups[group]).copy_(
+                    (shaped * values).sum(0)
+                )
                 self.swap.state.pop(group, None)  # it holds no format
 
     def slopes(self, gradients):
@@ -184,8 +194,13 @@ def search(bench, weights, tokens, rate):
         slopes = relaxed.slopes(gradients(relaxed, looked, at))
         # by logits, then without what would change the bytes
         by = {g: p * (slopes[g] - p @ slopes[g]) / temperature for g, p in odds.items()}
-        normal = {g: p * (relaxed.nbytes[g] - p @ relaxed.nbytes[g]) / relaxed.room for g, p in odds.items()}
-        along = sum(float(by[g] @ normal[g]) for g in by) / sum(float(v @ v) for v in normal.values())
+        normal = {
+            g: p * (relaxed.nbytes[g] - p @ relaxed.nbytes[g]) / relaxed.room
+            for g, p in odds.items()
+        }
+        along = sum(float(by[g] @ normal[g]) for g in by) / sum(
+            float(v @ v) for v in normal.values()
+        )
         for g in by:
             tangent = by[g] - along * normal[g]
             first[g] = 0.9 * first[g] + 0.1 * tangent
@@ -198,12 +213,17 @@ def search(bench, weights, tokens, rate):
             found.append(scored(relaxed.rounded()))
             spent += scorer.n_tokens
             moved = sum(found[-1][1][k] != start[k] for k in start)
-            print(f"  step {step}: {found[-1][0]:.5f} on search documents (start {found[0][0]:.5f}), {moved} moved", flush=True)
+            print(
+                f"  step {step}: {found[-1][0]:.5f} on search documents (start {found[0][0]:.5f}), {moved} moved",
+                flush=True,
+            )
     return found, spent
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rate", type=float, default=0.03, help="of Adam, on the logits")
     args = parser.parse_args()
@@ -223,7 +243,8 @@ def main():
         for split_name in bench.splits:
             kl = bench.kl(split_name, alone).mean()
             row |= {
-                split_name: bench.kl(split_name, pick).mean(), f"{split_name} / knapsack": bench.kl(split_name, pick).mean() / kl,
+                split_name: bench.kl(split_name, pick).mean(),
+                f"{split_name} / knapsack": bench.kl(split_name, pick).mean() / kl,
                 f"{split_name}, best rounding / knapsack": bench.kl(split_name, last).mean() / kl,
             }
         rows.append(row)

@@ -32,7 +32,9 @@ def proposals(workspace, budget, n, near):
         if near:
             names = surrogate.multiplied_names
             factors = np.exp(near * rng.standard_normal(len(names)))
-            params = surrogate.multiplied(dict(zip(names, factors.tolist(), strict=True))).solve(budget)
+            params = surrogate.multiplied(dict(zip(names, factors.tolist(), strict=True))).solve(
+                budget
+            )
         else:
             drawn = {k: v[rng.integers(len(v))] for k, v in space.choices.items()}
             params = repair(space, costs, drawn, surrogate.around(space.complete(drawn)))
@@ -40,7 +42,9 @@ def proposals(workspace, budget, n, near):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--target", default="safetensors")
@@ -48,26 +52,41 @@ def main():
     workspace = Workspace(HERE, target=args.target, threads=1)
     scorer = Scorer(workspace.profiler.swap, workspace.splits[0][: args.documents])
     path = HERE / "surrogate.csv"
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["target", "weights", "kind", "i"])
+    done = (
+        pd.read_csv(path)
+        if path.exists()
+        else pd.DataFrame(columns=["target", "weights", "kind", "i"])
+    )
     for weights in compare_spec(HERE).budgets:
         for kind, near in (("random", 0.0), ("near", 1.0)):
-            have = set(done[(done.target == args.target) & (done.weights == weights) & (done.kind == kind)].i)
-            for i, params in enumerate(proposals(workspace, Budget(weights, "weights"), args.n, near)):
+            have = set(
+                done[
+                    (done.target == args.target) & (done.weights == weights) & (done.kind == kind)
+                ].i
+            )
+            for i, params in enumerate(
+                proposals(workspace, Budget(weights, "weights"), args.n, near)
+            ):
                 if i in have:
                     continue
                 row = {
-                    "target": args.target, "weights": weights, "kind": kind, "i": i,
+                    "target": args.target,
+                    "weights": weights,
+                    "kind": kind,
+                    "i": i,
                     "predicted": workspace.surrogate.predict(params),
                     "measured": scorer.score(workspace.space.allocation(params)).kl.mean(),
                 }
                 done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
                 done.to_csv(path, index=False, float_format="%.6g")
-            mine = done[(done.target == args.target) & (done.weights == weights) & (done.kind == kind)]
+            mine = done[
+                (done.target == args.target) & (done.weights == weights) & (done.kind == kind)
+            ]
             ratio = mine.predicted / mine.measured
             print(
                 f"{args.target} {weights * 8 / workspace.inventory.n_searched_weights:.2f} bits, {len(mine)} {kind}: "
                 f"rank correlation {spearmanr(mine.predicted, mine.measured)[0]:.3f}, predicted / measured "
-                f"median {ratio.median():.3f}, 5..95 % {ratio.quantile(.05):.3f}..{ratio.quantile(.95):.3f}",
+                f"median {ratio.median():.3f}, 5..95 % {ratio.quantile(0.05):.3f}..{ratio.quantile(0.95):.3f}",
                 flush=True,
             )
 
