@@ -18,17 +18,16 @@ from allocator.compare.pool import CompareEstimate, check_comparison, estimate_r
 from allocator.compare.runs import Run, chosen_runs
 from allocator.compare.table import write_results
 from allocator.errors import CalibrationError, StudyError, VerifyError
+from allocator.estimate import estimate
 from allocator.files import write_whole
 from allocator.inventory import read_inventory
-from allocator.launch import estimate, search, trials_table, write_front
+from allocator.launch import search, trials_table, write_front
 from allocator.materialize.checkpoint import Manifest, Written
 from allocator.materialize.checkpoint import materialize as _materialize
 from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification
 from allocator.materialize.verify import verify as _verify
 from allocator.memory import Budget
 from allocator.profile import Profile
-from allocator.proxy.model import SwapModel
-from allocator.proxy.scorer import Scorer
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
 from allocator.space import canonical
@@ -203,11 +202,8 @@ def verify(
             f"{documents} documents: needed 1..{len(workspace.splits[0])}, the search split"
         )
     scored = documents or workspace.spec.calibration.search_documents
-    scorer = Scorer(
-        SwapModel(workspace.layout, bank.decoded),
-        workspace.splits[0][:scored],
-        threads=workspace.threads,
-        progress="torch" if workspace.progress else None,
+    scorer = workspace.scorer_on(
+        workspace.splits[0][:scored], model=workspace.model_with(bank), progress="torch"
     )
     found = _verify(Path(folder), bank, scorer, tolerance=tolerance, progress=workspace.progress)
     for path in sorted((workspace.folder / "allocations").glob("*.json")):

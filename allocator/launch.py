@@ -1,4 +1,4 @@
-"""The search stage: what a launch would cost, the launch itself, and what it leaves.
+"""The search stage: the launch itself, and what it leaves.
 
 In: a study folder and a budget. Out: an Optuna study, `front.json`, `allocations/pick.json`,
 `allocations/knapsack.json` and the importance vectors they need. Invariant: whatever is wrong with
@@ -8,7 +8,6 @@ finalists that include the unperturbed knapsack, so there it is never worse than
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,8 @@ from allocator.files import write_whole
 from allocator.front import Point
 from allocator.front import front as front_of
 from allocator.memory import Budget
-from allocator.proxy.scorer import Scorer, mean
+from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
-from allocator.samplers.auto import ROUND
 from allocator.storage import journal_path, repair_storage, search_lock
 from allocator.study import (
     Search,
@@ -46,110 +44,6 @@ N_KNAPSACK = 3
 """Unperturbed knapsack solutions among the first trials: at the cap, and below it."""
 N_FINALISTS = 3
 """Trials of least search loss that the selection split decides between."""
-
-
-@dataclass(frozen=True)
-class SearchEstimate:
-    """What a launch would do, measured on a few documents.
-
-    Attributes:
-        floor: bytes of the smallest allocation, counted as the budget counts.
-        ceiling: of the largest.
-        budget: the limit.
-        groups: number of groups with more than one format.
-        counts: possible retained counts.
-        seconds_per_full_trial: to score one allocation on the full search split.
-        profile_ready: whether the profile exists already.
-        profile_seconds: to build it, if not.
-        total_seconds: an upper estimate of the launch: every trial scored in full, every look of
-            `auto` around a new incumbent.
-    """
-
-    floor: int
-    ceiling: int
-    budget: Budget
-    groups: int
-    counts: tuple[int, ...]
-    seconds_per_full_trial: float
-    profile_ready: bool
-    profile_seconds: float
-    total_seconds: float
-
-
-def estimate(
-    study: str | Path,
-    *,
-    budget: str | None = None,
-    weights_budget: str | None = None,
-    trials: int | None = None,
-    sampler: str | None = None,
-    seed: int | None = None,
-    **options: Any,
-) -> SearchEstimate:
-    """Prices a launch without starting it: `search --dry-run`."""
-    workspace = Workspace(study, **options)
-    limit = workspace.budget(file=budget, weights=weights_budget)
-    workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
-    space = workspace.unranked_space
-    per_token = _seconds_per_token(workspace)
-    spec = workspace.spec.calibration
-    search = workspace.splits[0]
-    full = per_token * sum(len(d.ids) for d in search[: spec.search_documents])
-    ready = (workspace.profiler.folder / "profile.json").exists()
-    profile_seconds = 0.0 if ready else _profile_seconds(workspace, per_token)
-    n_trials = trials or workspace.spec.trials
-    looking = 0.0
-    if (sampler or workspace.spec.sampler) == "auto":
-        looking = math.ceil(n_trials / ROUND) * _look_seconds(workspace, per_token)
-    return SearchEstimate(
-        floor=limit.used(space.smallest.nbytes(space.layout)),
-        ceiling=limit.used(space.largest.nbytes(space.layout)),
-        budget=limit,
-        groups=sum(len(v) > 1 for v in space.formats.values()),
-        counts=space.counts,
-        seconds_per_full_trial=full,
-        profile_ready=ready,
-        profile_seconds=profile_seconds,
-        total_seconds=profile_seconds + full * n_trials + looking,
-    )
-
-
-def _profile_seconds(workspace: Workspace, per_token: float) -> float:
-    passes = workspace.profiler.forward_tokens
-    # watching every input of the statistics pass takes half as long as the pass itself
-    tokens = sum(passes.values()) + passes["statistics"] / 2
-    return per_token * tokens + _encoding_seconds(workspace) + _pricing_seconds(workspace)
-
-
-def _look_seconds(workspace: Workspace, per_token: float) -> float:
-    tokens = workspace.profiler.look_tokens(workspace.look_scorer)
-    return per_token * tokens + 2 * _pricing_seconds(workspace)  # each format's loss, and its move
-
-
-def _seconds_per_token(workspace: Workspace) -> float:
-    documents = workspace.splits[0][:16]
-    scorer = Scorer(workspace.profiler.swap, documents, threads=workspace.threads)
-    scorer.ensure_reference(len(documents))
-    began = time.perf_counter()
-    scorer.score_installed()
-    return (time.perf_counter() - began) / scorer.n_tokens
-
-
-_ENCODE_WEIGHTS_PER_SECOND = 7e5
-"""All offered formats of one weight, one core (the sum over ggml's types, measured)."""
-
-
-_PRICE_WEIGHTS_PER_SECOND = 6e6
-"""The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
-
-
-def _pricing_seconds(workspace: Workspace) -> float:
-    return workspace.inventory.n_searched_weights / _PRICE_WEIGHTS_PER_SECOND
-
-
-def _encoding_seconds(workspace: Workspace) -> float:
-    weights = workspace.inventory.n_searched_weights
-    return weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
 
 
 @dataclass(frozen=True)

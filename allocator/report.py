@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, interleaved
-from allocator.errors import CalibrationError
-from allocator.proxy.scorer import Scorer, by_domain, mean, perplexity
+from allocator.errors import CalibrationError, StudyError
+from allocator.proxy.scorer import DocumentLosses, by_domain, mean, perplexity
+from allocator.proxy.stream import AnyScorer
 from allocator.workspace import Workspace
 
 N_DOCUMENTS = 48
@@ -47,13 +48,20 @@ def evaluate(
         options: of `Workspace`.
     """
     workspace = Workspace(study, **options)
+    if tasks and workspace.spec.streamed is not None:
+        raise StudyError(
+            f"{workspace.folder}: --tasks needs the model in memory, study.toml has [streamed]; "
+            "leave --tasks out"
+        )
     held_out = _documents(workspace, documents, text)
-    scorer = Scorer(workspace.profiler.swap, held_out, threads=workspace.threads)
+    scorer = workspace.scorer_on(held_out)
     rows = workspace.baselines(pruned=pruned)
     found = _allocations(workspace, allocations)
     table = [_original(workspace, scorer)]
-    for name, allocation in tqdm(rows + found, desc="evaluate", disable=not workspace.progress):
-        table.append(_row(workspace, scorer, name, allocation, domains=domains))
+    shown = tqdm(rows + found, desc="evaluate", disable=not workspace.progress)
+    measured = scorer.each([allocation for _, allocation in rows + found])
+    for (name, allocation), losses in zip(shown, measured, strict=True):
+        table.append(_row(workspace, scorer.documents, name, allocation, losses, domains=domains))
     frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
     frame["split"] = str(text or "report")
     frame["documents"] = len(held_out)
@@ -80,12 +88,9 @@ def _allocations(
     return [(f"* {Path(p).stem}", workspace.read_allocation(p)) for p in chosen]
 
 
-def _original(workspace: Workspace, scorer: Scorer) -> dict[str, Any]:
+def _original(workspace: Workspace, scorer: AnyScorer) -> dict[str, Any]:
     weights = workspace.inventory.n_searched_weights
-    swap = scorer.swap
-    scorer.ensure_reference(len(scorer.documents))
-    swap.reset()
-    losses = scorer.score_installed()
+    losses = scorer.score_original()
     stored = sum(t.total_bytes for t in workspace.inventory.tensors.values() if t.role.is_encoded)
     return {
         "name": "original",
@@ -98,23 +103,28 @@ def _original(workspace: Workspace, scorer: Scorer) -> dict[str, Any]:
 
 
 def _row(
-    workspace: Workspace, scorer: Scorer, name: str, allocation: Allocation, *, domains: bool
+    workspace: Workspace,
+    documents: Sequence[Document],
+    name: str,
+    allocation: Allocation,
+    losses: DocumentLosses,
+    *,
+    domains: bool,
 ) -> dict[str, Any]:
     size = allocation.nbytes(workspace.layout)
-    losses = scorer.score(allocation)
     row: dict[str, Any] = {
         "name": name,
         "bits": size.encoded * 8 / workspace.inventory.n_searched_weights,
         "bytes": size.encoded,
         "file_bytes": size.file,
-        "kl": mean(losses.kl, scorer.documents),
-        "perplexity": perplexity(losses.nll, scorer.documents),
-        "top1": mean(losses.top1, scorer.documents),
+        "kl": mean(losses.kl, documents),
+        "perplexity": perplexity(losses.nll, documents),
+        "top1": mean(losses.top1, documents),
         "experts": " ".join(str(n) for n in allocation.counts.values()),
     }
     if domains:
-        row |= {f"kl_{d}": v for d, v in by_domain(losses.kl, scorer.documents).items()}
-        nll = by_domain(losses.nll, scorer.documents)
+        row |= {f"kl_{d}": v for d, v in by_domain(losses.kl, documents).items()}
+        nll = by_domain(losses.nll, documents)
         row |= {f"perplexity_{d}": math.exp(v) for d, v in nll.items()}
     return row
 

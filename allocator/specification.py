@@ -95,8 +95,24 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [parse_bytes(w) for w in self.weights]
 
 
+class StreamedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model that does not fit in memory is read: layer by layer, from the checkpoint.
+
+    Attributes:
+        candidates: scored in one pass; each has hidden states of its own.
+        rows: share of a matrix's rows that its prices are measured on.
+    """
+
+    candidates: int = 4
+    rows: float = 1 / 16
+
+
 class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `study.toml`; paths are relative to it."""
+    """A `study.toml`; paths are relative to it.
+
+    Attributes:
+        streamed: for a model that does not fit in memory.
+    """
 
     schema: int
     checkpoint: str
@@ -107,6 +123,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampler: str = "auto"
     seed: int = 0
     trials: int = 100
+    streamed: StreamedSpec | None = None
     compare: CompareSpec | None = None
 
     @classmethod
@@ -137,6 +154,8 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
         if spec.compare is not None:
             _check_compare(path, spec.compare)
+        if spec.streamed is not None:
+            _check_streamed(path, spec.streamed)
         return spec
 
 
@@ -147,6 +166,14 @@ def _check_names(spec: StudySpec) -> None:
             check_sampler(name)
         for target in spec.compare.seeds:
             target_named(target)
+
+
+def _check_streamed(path: Path, spec: StreamedSpec) -> None:
+    if spec.candidates < 1 or not 0 < spec.rows <= 1:
+        raise StudyError(
+            f"{path}: [streamed] candidates = {spec.candidates}, rows = {spec.rows:g}; needed a "
+            "positive number, and a share above 0 and up to 1"
+        )
 
 
 def _check_compare(path: Path, spec: CompareSpec) -> None:

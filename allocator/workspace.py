@@ -8,6 +8,7 @@ cache (profiles, bank) only saves time.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from allocator.baselines import baselines, mixed
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
+from allocator.calibration.streamed import StreamedProfiler
 from allocator.codecs.bank import Bank
 from allocator.errors import (
     AllocatorError,
@@ -33,7 +35,9 @@ from allocator.inventory import Inventory, read_inventory
 from allocator.materialize.gguf import parse_tensor_type_file
 from allocator.memory import Budget
 from allocator.profile import Profile
+from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
+from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer, Weights
 from allocator.records import AllocationRecord, read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.space import SearchSpace, Space, bind
@@ -201,14 +205,17 @@ class Workspace:
     def profiler(self) -> Profiler:
         """Builds or continues this study's profile."""
         _use_threads(self.threads)
+        streamed = self.spec.streamed
         inputs = ProfileInputs(
             layout=self.layout,
             documents=tuple(self.splits[0][: self.spec.calibration.statistics_documents]),
             n_measured=self.n_measured,
             n_curvature=self.n_curvature,
             saliency=self.search_space.experts.saliency,
+            sampled_rows=None if streamed is None else streamed.rows,
         )
-        return Profiler(
+        make = Profiler if streamed is None else StreamedProfiler
+        return make(
             inputs,
             self.cache,
             threads=self.threads,
@@ -279,10 +286,42 @@ class Workspace:
     # -- scoring
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def model(self) -> SwapModel | StreamedModel:
+        """What candidates are scored in."""
+        profiler = self.profiler
+        return profiler.streamed if isinstance(profiler, StreamedProfiler) else profiler.swap
+
+    def model_with(self, bank: Bank) -> SwapModel | StreamedModel:
+        """The same with other encoded weights."""
+        if self.spec.streamed is None:
+            return SwapModel(self.layout, bank.decoded)
+        return StreamedModel(self.layout, Weights(self.layout, lambda: bank))
+
+    def scorer_on(
+        self,
+        documents: Sequence[Document],
+        *,
+        model: SwapModel | StreamedModel | None = None,
+        progress: str | None = None,
+    ) -> AnyScorer:
+        """Scores on these documents.
+
+        Args:
+            documents: what is scored.
+            model: this study's by default.
+            progress: text of a bar over documents, where progress is shown.
+        """
+        model = model or self.model
+        if isinstance(model, StreamedModel):
+            assert self.spec.streamed is not None
+            return StreamedScorer(model, documents, side_by_side=self.spec.streamed.candidates)
+        shown = progress if self.progress else None
+        return Scorer(model, documents, threads=self.threads, progress=shown)
+
+    @cached_property
+    def scorer(self) -> AnyScorer:
         """Scores on the search split."""
-        chosen = self.splits[0][: self.spec.calibration.search_documents]
-        return Scorer(self.profiler.swap, chosen, threads=self.threads)
+        return self.scorer_on(self.splits[0][: self.spec.calibration.search_documents])
 
     @cached_property
     def look_scorer(self) -> Scorer:
@@ -295,15 +334,10 @@ class Workspace:
         return Scorer(self.profiler.swap, chosen, threads=self.threads)
 
     @cached_property
-    def selection_scorer(self) -> Scorer:
+    def selection_scorer(self) -> AnyScorer:
         """Scores on the selection split."""
         chosen = self.splits[1][: self.spec.calibration.selection_documents]
-        return Scorer(
-            self.profiler.swap,
-            chosen,
-            threads=self.threads,
-            progress="selection" if self.progress else None,
-        )
+        return self.scorer_on(chosen, progress="selection")
 
     def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
         """Uniform formats and role mixes."""
@@ -399,7 +433,9 @@ class Workspace:
         choices = json.dumps({k: list(v) for k, v in space.choices.items()}, sort_keys=True)
         protected = json.dumps(sorted(self.search_space.experts.protected.items()))
         scored = self.splits[0][: self.spec.calibration.search_documents]
-        return {
+        streamed = self.spec.streamed
+        together = {} if streamed is None else {"candidates": streamed.candidates}
+        return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,
             "budget": f"{budget.nbytes} ({budget.bounds})",
@@ -432,18 +468,15 @@ class Workspace:
     ) -> BaseSampler:
         """The sampler of a launch; needs the profile."""
         name, chosen = self._sampler_and_seed(sampler, seed)
-        return make_sampler(
-            name,
-            seed=chosen,
-            surrogate=self.surrogate,
-            budget=budget,
-            around=lru_cache(64)(
+        looking: dict[str, Any] = {}
+        if self.spec.streamed is None:  # a gradient needs the model in memory, twice
+            looking["around"] = lru_cache(64)(
                 lambda allocation, part: self.profiler.around(
                     allocation, self.look_scorer, part=part
                 )
-            ),
-            look_tokens=self.profiler.look_tokens(self.look_scorer),
-        )
+            )
+            looking["look_tokens"] = self.profiler.look_tokens(self.look_scorer)
+        return make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget, **looking)
 
     def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:
         return sampler or self.spec.sampler, self.spec.seed if seed is None else seed

@@ -93,7 +93,7 @@ class StreamedProfiler(Profiler):
         return found
 
     def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
-        scorer = StreamedScorer(self.streamed, self._measured_documents)
+        scorer = StreamedScorer(self.streamed, self._measured_documents, side_by_side=SIDE_BY_SIDE)
         for start in range(0, len(changes), SIDE_BY_SIDE):
             together = changes[start : start + SIDE_BY_SIDE]
             losses = scorer.score_many([self.candidate(change) for change in together])

@@ -34,7 +34,8 @@ from allocator.front import Point, baseline_loss, lower_hull
 from allocator.launch import check_tokens, finalists_of, pick_tokens, prepare
 from allocator.memory import Budget
 from allocator.proxy.model import SwapModel
-from allocator.proxy.scorer import Scorer, mean
+from allocator.proxy.scorer import mean
+from allocator.proxy.stream import AnyScorer, StreamedModel
 from allocator.records import read_allocation
 from allocator.specification import CompareSpec
 from allocator.storage import open_storage, repair_storage, search_lock
@@ -75,7 +76,7 @@ class Bench:
         self.folder = folder
         self.workspace = Workspace(folder, cache=cache, threads=threads, target=target)
         self._text = text
-        self._swaps: dict[str, SwapModel] = {}
+        self._models: dict[str, SwapModel | StreamedModel] = {}
         self._baselines: dict[tuple[str, int], float] = {}
         self._references: dict[int, dict[str, Reference]] = {}
 
@@ -131,13 +132,9 @@ class Bench:
         return found
 
     @cached_property
-    def _scorers(self) -> dict[str, Scorer]:
-        workspace = self.workspace
-        scorers = {
-            name: Scorer(workspace.profiler.swap, documents, threads=workspace.threads)
-            for name, documents in self.splits.items()
-        }
-        return {**scorers, "selection": workspace.selection_scorer}
+    def _scorers(self) -> dict[str, AnyScorer]:
+        scorers = {name: self.workspace.scorer_on(found) for name, found in self.splits.items()}
+        return {**scorers, "selection": self.workspace.selection_scorer}
 
     def kl(
         self,
@@ -171,12 +168,13 @@ class Bench:
             write_whole(path, _npy(scorer.score(allocation, 0, len(documents)).kl))
         return np.asarray(np.load(path))
 
-    def _foreign(self, importance: str, path: Path, split: str) -> Scorer:
+    def _foreign(self, importance: str, path: Path, split: str) -> AnyScorer:
         """Scores what was encoded with other importance than this study's."""
-        if importance not in self._swaps:
+        if importance not in self._models:
             bank = self.workspace.bank_for(importance, beside=path)
-            self._swaps[importance] = SwapModel(self.workspace.layout, bank.decoded)
-        return Scorer(self._swaps[importance], self._scorers[split].documents)
+            self._models[importance] = self.workspace.model_with(bank)
+        documents = self._scorers[split].documents
+        return self.workspace.scorer_on(documents, model=self._models[importance])
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Its token-weighted mean, nats per token."""
@@ -192,12 +190,11 @@ class Bench:
         self._check_run(run)
         folder = done.parent / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        storage = f"journal:{folder / 'journal'}"
         with search_lock(folder, join=False) as lock:
             if done.exists():
                 return
-            repair_storage(storage, folder)
-            search = self._search(run, storage, folder)
+            repair_storage(None, folder)
+            search = self._search(run, folder)
             close_abandoned(search.study)
             lock.ready()
             began = time.monotonic()
@@ -205,11 +202,11 @@ class Bench:
             result = self._result(run, search, time.monotonic() - began)
             write_whole(done, (json.dumps(result) + "\n").encode())
 
-    def _search(self, run: Run, storage: str, folder: Path) -> Search:
+    def _search(self, run: Run, folder: Path) -> Search:
         workspace = self.workspace
         budget = Budget(run.weights, "weights")
         lock = workspace.lock(budget, run.sampler, run.seed)
-        study = open_study(open_storage(storage, folder), "study", lock)
+        study = open_study(open_storage(None, folder), "study", lock)
         return prepare(
             workspace,
             budget,

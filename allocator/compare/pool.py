@@ -24,7 +24,7 @@ from allocator.compare.bench import N_POINTS, Bench
 from allocator.compare.runs import Run
 from allocator.compare.table import check_plot
 from allocator.errors import AllocatorError, StudyError
-from allocator.proxy.scorer import Scorer
+from allocator.estimate import seconds_per_token
 from allocator.storage import search_lock
 
 
@@ -69,12 +69,7 @@ def estimate_runs(
         bench = Bench(folder, target, text=text, cache=cache)
         mine = [r for r in waiting if r.target == target]
         workspace = bench.workspace
-        documents = workspace.splits[0][:8]
-        scorer = Scorer(workspace.profiler.swap, documents)
-        scorer.ensure_reference(len(documents))
-        began = time.perf_counter()
-        scorer.score_installed()
-        per_token = (time.perf_counter() - began) / scorer.n_tokens
+        per_token = seconds_per_token(workspace, documents=8, threads=1)
         n_held = sum(len(d.ids) for d in workspace.selection_scorer.documents)
         n_held += sum(len(d.ids) for split in bench.splits.values() for d in split)
         searched = sum(r.tokens - workspace.base_tokens for r in mine)

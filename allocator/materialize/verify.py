@@ -3,9 +3,12 @@
 In: a directory written by `materialize`, the bank it came from, and a scorer. Out: `Verification`.
 Invariant: every check compares the file with something else: the digests in the manifest, the bytes
 that ggml encodes from the source now, gguf-py's independent decoding, transformers or llama.cpp.
+
+A model that does not fit in memory is verified layer by layer (`StreamedScorer`); what stands for
+transformers is then the same pass over the weights that the file holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,17 +23,18 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
-from allocator.codecs.ggml import decode
+from allocator.codecs.ggml import Floats, decode
 from allocator.errors import VerifyError
 from allocator.evaluate.llamacpp import LlamaCpp
-from allocator.formats import Format
+from allocator.formats import Format, format_named
 from allocator.inventory import read_json
 from allocator.materialize.checkpoint import FILE, Manifest, file_digest
 from allocator.materialize.gguf import read_gguf
 from allocator.materialize.load import load
 from allocator.materialize.source import BankSource
-from allocator.proxy.scorer import Scorer, mean
-from allocator.targets import target_named
+from allocator.proxy.scorer import mean
+from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer, Weights
+from allocator.targets import Layout, target_named
 from allocator.targets.safetensors import tensor_names
 
 SAFETENSORS_TOLERANCE = 1e-5
@@ -41,6 +45,7 @@ LLAMACPP_TOLERANCE = 5e-3
 TOLERANCE = {"gguf": LLAMACPP_TOLERANCE, "safetensors": SAFETENSORS_TOLERANCE}
 
 Bytes = npt.NDArray[np.uint8]
+_PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Verification:
 def verify(
     folder: Path,
     bank: Bank,
-    scorer: Scorer,
+    scorer: AnyScorer,
     *,
     tolerance: float | None = None,
     progress: bool = False,
@@ -112,7 +117,8 @@ def verify(
             f"predicted {size.tensors} in {size.file}"
         )
     _check_weights(folder, manifest, bank, allocation, found)
-    loss, runtime_loss, divergence = _run(folder, manifest, allocation, scorer, progress)
+    stored = _Stored(bank.layout, allocation, found)
+    loss, runtime_loss, divergence = _run(folder, manifest, stored, scorer, progress)
     limit = TOLERANCE[manifest.container] if tolerance is None else tolerance
     if not divergence <= limit:
         raise VerifyError(
@@ -196,22 +202,78 @@ def _check_weights(
             raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
 
 
+def _same_bytes(one: Bytes, other: Bytes) -> bool:
+    """Compares mapped files, a piece at a time."""
+    flat, wanted = one.reshape(-1), other.reshape(-1)
+    pieces = range(0, max(flat.size, wanted.size), _PIECE)
+    return flat.size == wanted.size and all(
+        np.array_equal(flat[i : i + _PIECE], wanted[i : i + _PIECE]) for i in pieces
+    )
+
+
 def _check_encoded(where: str, fmt: Format, stored: Bytes, wanted: Bytes) -> None:
-    if stored.tobytes() != wanted.tobytes():
+    if not _same_bytes(stored, wanted):
         raise VerifyError(f"{where} holds other bytes than its {fmt.name} encoding")
     second = dequantize(wanted[..., :1, :], GGMLQuantizationType(fmt.ggml_type))
     if not np.array_equal(second.reshape(-1), decode(wanted[..., :1, :], fmt).reshape(-1)):
         raise VerifyError(f"{where} decodes differently in gguf-py; update the wheels")
 
 
+class _Stored:
+    """A file's encoded weights, in the place of a bank.
+
+    Args:
+        layout: of the allocation.
+        allocation: what the file holds.
+        found: its tensors.
+    """
+
+    def __init__(
+        self, layout: Layout, allocation: Allocation, found: Mapping[str, tuple[Bytes, str]]
+    ) -> None:
+        self.layout = layout
+        self.allocation = allocation
+        self._found = found
+
+    def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
+        """All that the allocation asks for."""
+        return True
+
+    def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
+        """Never asked for."""
+        raise AssertionError(f"{name} in {fmt} is in the file")
+
+    def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
+        """A group in its format, `(..., rows, bytes per row)`; of a projection, these experts."""
+        parts = self.allocation.parts(self.layout, name)
+        stored_as = tensor_names(name, parts)
+        at, (known, held) = next((i, p) for i, p in enumerate(parts) if p[0].name == fmt)
+        *rows, width = self.layout.groups[name].shape
+        shape = (len(held), *rows[1:]) if held else tuple(rows)
+        data = self._found[stored_as[at]][0].reshape(*shape, known.nbytes((1, width)))
+        return data if experts is None else data[[held.index(e) for e in experts]]
+
+    def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
+        """The same, decoded."""
+        return decode(np.ascontiguousarray(self.encoded(name, fmt, experts)), format_named(fmt))
+
+    def release(self) -> None:
+        """There is nothing to let go of."""
+
+
 def _run(
-    folder: Path, manifest: Manifest, allocation: Allocation, scorer: Scorer, progress: bool
+    folder: Path, manifest: Manifest, stored: _Stored, scorer: AnyScorer, progress: bool
 ) -> tuple[float, float, float]:
     """Loss in torch, loss in the runtime, and how far the runtime is off."""
-    losses = scorer.score(allocation)
+    losses = scorer.score(stored.allocation)
     loss = mean(losses.kl, scorer.documents)
     if manifest.container == "safetensors":
-        runtime_loss = mean(scorer.score_model(load(folder)).kl, scorer.documents)
+        if isinstance(scorer, StreamedScorer):
+            model = StreamedModel(stored.layout, Weights(stored.layout, lambda: stored))
+            again = StreamedScorer(model, scorer.documents).score(stored.allocation)
+        else:
+            again = scorer.score_model(load(folder))
+        runtime_loss = mean(again.kl, scorer.documents)
         return loss, runtime_loss, abs(runtime_loss - loss)
     divergence, runtime = [], []
     longest = max(len(d.ids) for d in scorer.documents)

@@ -6,6 +6,7 @@ is gone from the router before top-k, gates are renormalised by the architecture
 and the weights are the decoded ones of the file.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from allocator.formats import parts
 from allocator.inventory import Inventory
 from allocator.proxy.experts import use_sorted_experts
 from allocator.targets import Group, Kept, Layout
+from allocator.units import show_bytes
 
 
 def skeleton(path: Path) -> Any:
@@ -188,6 +190,60 @@ def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
     tensor.copy_(torch.from_numpy(values))
 
 
+def check_names(model: Any, layout: Layout) -> None:
+    """Holds a checkpoint's tensors against the architecture of its config.json.
+
+    Raises:
+        CheckpointError: if a layer is of another kind there, or a tensor is missing.
+    """
+    where = layout.inventory.path
+    there = {kept.source for kept in layout.kept}
+    there |= {name for group in layout.groups.values() for name in group.sources}
+    if layout.inventory.tied_embeddings:
+        there.add("lm_head.weight")
+    wanted = [name for name, _ in model.named_parameters()]
+    for layer in layout.inventory.moe_layers:
+        block, prefix = moe_block(model, layer), f"model.layers.{layer}.mlp"
+        if not hasattr(block, "experts"):
+            raise CheckpointError(
+                f"{where}: {prefix}.gate.weight is in the checkpoint, but config.json makes layer "
+                f"{layer} dense; fetch both from one place"
+            )
+        # the checkpoint has them one by one, as the inventory has seen
+        there |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
+        if hasattr(block.gate, "e_score_correction_bias"):
+            wanted.append(f"{prefix}.gate.e_score_correction_bias")
+    for name in wanted:
+        if name not in there:
+            raise CheckpointError(
+                f"{where}: no {name} in the checkpoint, which the model of its config.json has; "
+                "fetch both again, from one place"
+            )
+
+
+def _check_memory(inventory: Inventory) -> None:
+    """Raises:
+    CheckpointError: if the model is larger than the memory that this machine has free.
+    """
+    tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
+    free = _free_memory()
+    if needed > free:
+        raise CheckpointError(
+            f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
+            "are free; add a section [streamed] to study.toml: it is read layer by layer then"
+        )
+
+
+def _free_memory() -> float:
+    """Bytes; infinite where the machine does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return math.inf
+
+
 class SwapModel:
     """The original, with exchangeable parts.
 
@@ -211,10 +267,11 @@ class SwapModel:
         self.layout = layout
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
+        _check_memory(self.inventory)
         self.model = skeleton(self.inventory.path)
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
             self.model.config.tie_word_embeddings = False
-        self._check_routers()
+        check_names(self.model, layout)
         use_sorted_experts(self.model, self.inventory.moe_layers)
         self.retained: dict[int, tuple[int, ...]] = {}
         self.experts_used = self.inventory.experts_used
@@ -225,7 +282,6 @@ class SwapModel:
             if not kept.role.is_router:
                 install_kept(self.model, kept, self._kept[kept.source], None)
         self.reset()
-        self._check_complete()
 
     def reset(self) -> None:
         """The original's weights, all experts, its own number of experts used."""
@@ -312,27 +368,3 @@ class SwapModel:
             if group.role.is_expert and group.layer == layer:
                 self.state.pop(name, None)
         self.retained[layer] = experts
-
-    def _check_routers(self) -> None:
-        sources = {kept.source for kept in self.layout.kept}
-        for layer in self.inventory.moe_layers:
-            router = f"model.layers.{layer}.mlp.gate"
-            if not hasattr(moe_block(self.model, layer), "experts"):
-                raise CheckpointError(
-                    f"{self.inventory.path}: {router}.weight is in the checkpoint, but config.json "
-                    f"makes layer {layer} dense; fetch both from one place"
-                )
-            bias = f"{router}.e_score_correction_bias"
-            if hasattr(moe_block(self.model, layer).gate, "e_score_correction_bias"):
-                self._need(bias in sources, bias)
-
-    def _check_complete(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            self._need(not parameter.is_meta, name)
-
-    def _need(self, found: bool, name: str) -> None:
-        if not found:
-            raise CheckpointError(
-                f"{self.inventory.path}: no {name} in the checkpoint, which its architecture has; "
-                "the checkpoint is not whole: fetch it again"
-            )

@@ -9,7 +9,7 @@ too while they fit in `cache_bytes`; beyond that the head runs again for them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -131,6 +131,16 @@ class Scorer(Documents):
         self.ensure_reference(stop)
         self.swap.put_allocation(allocation)
         return self.score_installed(start, stop)
+
+    def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:
+        """Losses of allocations on all documents, one after the other."""
+        return map(self.score, allocations)
+
+    def score_original(self) -> DocumentLosses:
+        """Losses of the original: no divergence, its own likelihoods."""
+        self.ensure_reference(len(self.documents))
+        self.swap.reset()
+        return self.score_installed()
 
     @torch.inference_mode()
     def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:

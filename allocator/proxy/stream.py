@@ -15,25 +15,28 @@ candidates lack in the bank, and each candidate adds what its own decoded weight
 that no token reaches is neither read nor encoded.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, batches
 from allocator.codecs import ggml
-from allocator.codecs.bank import Bank
+from allocator.codecs.ggml import Bytes
 from allocator.codecs.source import Floats, group_weights, read_rows, read_tensor
 from allocator.families import Role
 from allocator.formats import format_named, parts
 from allocator.proxy.experts import Observer
 from allocator.proxy.model import (
+    check_names,
     empty,
     install,
     install_kept,
@@ -42,7 +45,7 @@ from allocator.proxy.model import (
     set_experts_used,
     skeleton,
 )
-from allocator.proxy.scorer import DocumentLosses, Documents, Row, compare, losses_of
+from allocator.proxy.scorer import DocumentLosses, Documents, Row, Scorer, compare, losses_of
 from allocator.targets import Group, Kept, Layout
 
 _ROWS_BYTES = 128 << 20  # of the head, decoded at a time
@@ -83,6 +86,25 @@ class Candidate:
         )
 
 
+class Encoded(Protocol):
+    """Where encoded weights come from; see `Bank`."""
+
+    def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
+        """Whether an expert of a routed projection, or another group, is there."""
+
+    def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
+        """Takes in weights that are not there."""
+
+    def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
+        """Bytes of a group in a format; of a routed projection, of these experts."""
+
+    def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
+        """The same, decoded."""
+
+    def release(self) -> None:
+        """Lets go of what was asked for so far."""
+
+
 class Weights:
     """Values of groups, as candidates have them.
 
@@ -92,7 +114,7 @@ class Weights:
             encoded from the original that is in memory.
     """
 
-    def __init__(self, layout: Layout, bank: Callable[[], Bank]) -> None:
+    def __init__(self, layout: Layout, bank: Callable[[], Encoded]) -> None:
         self.layout = layout
         self._open = bank
         self._held: dict[tuple[str, int | None], Floats] = {}
@@ -100,7 +122,7 @@ class Weights:
         self._reader = ThreadPoolExecutor(1)
 
     @cached_property
-    def _bank(self) -> Bank:
+    def _bank(self) -> Encoded:
         return self._open()
 
     def of(self, candidate: Candidate, group: Group, expert: int | None = None) -> Floats:
@@ -206,6 +228,7 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self.model = skeleton(self.inventory.path)
+        check_names(self.model, layout)
         self.original = Candidate.original(layout)
         self._taken: list[Routed] = []
         for layer in layout.layers:
@@ -421,16 +444,24 @@ class StreamedScorer(Documents):
     Args:
         model: several scorers may share one.
         documents: what is scored, in this order.
+        side_by_side: candidates in one pass; more take further passes.
         batch_tokens: tokens per forward pass of a layer.
     """
 
     def __init__(
-        self, model: StreamedModel, documents: Sequence[Document], *, batch_tokens: int = 2048
+        self,
+        model: StreamedModel,
+        documents: Sequence[Document],
+        *,
+        side_by_side: int = 8,
+        batch_tokens: int = 2048,
     ) -> None:
         super().__init__(documents)
         self.model = model
+        self.side_by_side = side_by_side
         self.batch_tokens = batch_tokens
         self._reference: dict[int, torch.Tensor] = {}
+        self._last: tuple[Candidate, list[torch.Tensor]]
 
     def score(
         self, allocation: Allocation, start: int = 0, stop: int | None = None
@@ -438,16 +469,32 @@ class StreamedScorer(Documents):
         """Losses of an allocation on `documents[start:stop]`."""
         return self.score_many([allocation], start, stop)[0]
 
-    @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
+    def score_original(self) -> DocumentLosses:
+        """Losses of the original: no divergence, its own likelihoods."""
+        return self.score_many([self.model.original])[0]
+
     def score_many(
         self, candidates: Sequence[Allocation | Candidate], start: int = 0, stop: int | None = None
     ) -> list[DocumentLosses]:
-        """Losses of several candidates on `documents[start:stop]`, in one pass.
+        """Losses of several candidates on `documents[start:stop]`, `side_by_side` in one pass.
 
         The original runs with them where it has not run on these documents before; its final
         hidden states are kept: tokens x hidden.
         """
-        stop = len(self.documents) if stop is None else stop
+        return list(self.each(candidates, start, stop))
+
+    def each(
+        self, candidates: Iterable[Allocation | Candidate], start: int = 0, stop: int | None = None
+    ) -> Iterator[DocumentLosses]:
+        """The same, as they are asked for."""
+        stop, left = len(self.documents) if stop is None else stop, iter(candidates)
+        while together := list(islice(left, self.side_by_side)):
+            yield from self._pass(together, start, stop)
+
+    @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
+    def _pass(
+        self, candidates: Sequence[Allocation | Candidate], start: int, stop: int
+    ) -> list[DocumentLosses]:
         self.model.weights.release()
         chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
         wanted = [c if isinstance(c, Candidate) else Candidate.of(c) for c in candidates]
@@ -458,10 +505,26 @@ class StreamedScorer(Documents):
         if not known:
             for batch, hidden in zip(chosen, final.pop(), strict=True):
                 self._reference.update(zip(batch, hidden, strict=True))
+        self._last = wanted[len(candidates) - 1], [h for batch in final[-1] for h in batch]
         rows: list[list[Row]] = [[] for _ in candidates]
         for span in self._spans(start, stop):
             self._compare(span, start, wanted[: len(rows)], final, rows)
         return [losses_of(found) for found in rows]
+
+    @torch.no_grad()
+    def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
+        """Logits `(tokens, vocabulary)` of the last candidate of the last pass, on a document."""
+        candidate, states = self._last
+        found: npt.NDArray[np.float32] = self.model.logits(states[index], candidate).numpy()
+        return found
+
+    @torch.no_grad()
+    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
+        """KL, top-1, overlap and nll of a document of the last pass, from a runtime's logits."""
+        states = self._reference[index]
+        p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
+        found = torch.from_numpy(logits)
+        return compare(p_log, p_log.argmax(-1), found, self.documents[index].ids)
 
     def _final_states(
         self, wanted: Sequence[Candidate], chosen: list[list[int]]
@@ -528,3 +591,7 @@ class StreamedScorer(Documents):
                 compare(p_log, top1, q, self.documents[i].ids)
                 for p_log, top1, q, i in zip(original, tops, logits, span, strict=True)
             ]
+
+
+AnyScorer = Scorer | StreamedScorer
+"""With the model in memory, or layer by layer."""

@@ -1,0 +1,167 @@
+"""What a launch would take: from a few seconds of the real thing, and the rates of what is slow.
+
+In: a study folder. Out: bytes, counts and seconds. Invariant: nothing is written; the seconds are
+an upper estimate (every trial scored in full, every format encoded anew).
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allocator.calibration.streamed import SIDE_BY_SIDE
+from allocator.memory import Budget
+from allocator.proxy.scorer import Scorer
+from allocator.proxy.stream import StreamedModel
+from allocator.samplers.auto import ROUND
+from allocator.workspace import Workspace
+
+_ENCODE_WEIGHTS_PER_SECOND = 7e5
+"""All offered formats of one weight, one core (the sum over ggml's types, measured)."""
+_ENCODE_ONE_PER_SECOND = 4e6
+"""One format, the median of them."""
+_PRICE_WEIGHTS_PER_SECOND = 6e6
+"""The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
+
+
+@dataclass(frozen=True)
+class SearchEstimate:
+    """What a launch would do, measured on a few documents.
+
+    Attributes:
+        floor: bytes of the smallest allocation, counted as the budget counts.
+        ceiling: of the largest.
+        budget: the limit.
+        groups: number of groups with more than one format.
+        counts: possible retained counts.
+        seconds_per_full_trial: to score one allocation on the full search split.
+        profile_ready: whether the profile exists already.
+        profile_seconds: to build it, if not.
+        total_seconds: an upper estimate of the launch: every trial scored in full, every look of
+            `auto` around a new incumbent.
+    """
+
+    floor: int
+    ceiling: int
+    budget: Budget
+    groups: int
+    counts: tuple[int, ...]
+    seconds_per_full_trial: float
+    profile_ready: bool
+    profile_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    trial: float
+    profile: float
+    look: float
+
+
+def estimate(
+    study: str | Path,
+    *,
+    budget: str | None = None,
+    weights_budget: str | None = None,
+    trials: int | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> SearchEstimate:
+    """Prices a launch without starting it: `search --dry-run`."""
+    workspace = Workspace(study, **options)
+    limit = workspace.budget(file=budget, weights=weights_budget)
+    workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
+    space = workspace.unranked_space
+    seconds = _in_memory(workspace) if workspace.spec.streamed is None else _streamed(workspace)
+    ready = (workspace.profiler.folder / "profile.json").exists()
+    profile_seconds = 0.0 if ready else seconds.profile
+    n_trials = trials or workspace.spec.trials
+    looks = math.ceil(n_trials / ROUND) if (sampler or workspace.spec.sampler) == "auto" else 0
+    return SearchEstimate(
+        floor=limit.used(space.smallest.nbytes(space.layout)),
+        ceiling=limit.used(space.largest.nbytes(space.layout)),
+        budget=limit,
+        groups=sum(len(v) > 1 for v in space.formats.values()),
+        counts=space.counts,
+        seconds_per_full_trial=seconds.trial,
+        profile_ready=ready,
+        profile_seconds=profile_seconds,
+        total_seconds=profile_seconds + seconds.trial * n_trials + looks * seconds.look,
+    )
+
+
+def seconds_per_token(workspace: Workspace, *, documents: int, threads: int) -> float:
+    """Of a candidate's forward pass; with the model in memory, timed on some search documents."""
+    if workspace.spec.streamed is not None:
+        return _streamed(workspace).trial / workspace.scorer.n_tokens
+    chosen = workspace.splits[0][:documents]
+    scorer = Scorer(workspace.profiler.swap, chosen, threads=threads)
+    scorer.ensure_reference(len(chosen))
+    began = time.perf_counter()
+    scorer.score_installed()
+    return (time.perf_counter() - began) / scorer.n_tokens
+
+
+def _in_memory(workspace: Workspace) -> _Seconds:
+    per_token = seconds_per_token(workspace, documents=16, threads=workspace.threads)
+    weights = workspace.inventory.n_searched_weights
+    pricing = weights / _PRICE_WEIGHTS_PER_SECOND
+    encoding = weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
+    passes = workspace.profiler.forward_tokens
+    # watching every input of the statistics pass takes half as long as the pass itself
+    tokens = sum(passes.values()) + passes["statistics"] / 2
+    look_tokens = workspace.profiler.look_tokens(workspace.look_scorer)
+    return _Seconds(
+        trial=per_token * workspace.scorer.n_tokens,
+        profile=per_token * tokens + encoding + pricing,
+        look=per_token * look_tokens + 2 * pricing,  # each format's loss, and its move
+    )
+
+
+def _streamed(workspace: Workspace) -> _Seconds:
+    """Reading is paid once per pass, computing once per candidate."""
+    spec = workspace.spec.streamed
+    assert spec is not None
+    weights = workspace.inventory.n_searched_weights
+    reading, per_token = _one_expert(workspace)
+    together = spec.candidates
+    encoding = weights * together / _ENCODE_ONE_PER_SECOND / workspace.threads
+    computing = per_token * workspace.scorer.n_tokens * (together + 1)
+    passes = workspace.profiler.forward_tokens
+    n_changes = sum(1 for _ in workspace.profiler.changes())
+    n_passes = 3 + math.ceil(n_changes / SIDE_BY_SIDE)  # statistics, curvature there and back
+    priced = spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
+    anchors = 2 * weights / _ENCODE_ONE_PER_SECOND / workspace.threads
+    return _Seconds(
+        trial=(reading + computing + encoding) / together,
+        profile=n_passes * reading + per_token * sum(passes.values()) + priced + anchors,
+        look=0.0,
+    )
+
+
+def _one_expert(workspace: Workspace) -> tuple[float, float]:
+    """Seconds to read the whole checkpoint, and of a token through all layers: from one expert."""
+    model, inventory = workspace.model, workspace.inventory
+    assert isinstance(model, StreamedModel)
+    groups = model.projections(workspace.layout.layers[0])
+    began = time.perf_counter()
+    weights = [torch.from_numpy(model.weights.of(model.original, g, 0)) for g in groups]
+    n_read = sum(w.numel() for w in weights)
+    reading = (time.perf_counter() - began) / n_read
+    model.weights.forget()
+    began = time.perf_counter()
+    for w in weights:
+        _ = torch.ones(_TIMED_TOKENS, w.shape[1]) @ w.T
+    computing = (time.perf_counter() - began) / n_read / _TIMED_TOKENS
+    idle = 1 - inventory.experts_used / inventory.n_experts
+    experts = sum(math.prod(g.shape) for g in workspace.layout.groups.values() if g.role.is_expert)
+    active = inventory.n_searched_weights - idle * experts
+    return reading * inventory.n_searched_weights, computing * active
+
+
+_TIMED_TOKENS = 256
