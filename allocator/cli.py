@@ -76,6 +76,7 @@ def _search(args: argparse.Namespace) -> None:
         tokens=args.tokens,
         storage=args.storage,
         join=args.join,
+        workers=args.workers,
         **_options(args),
     )
     for message in result.messages:
@@ -293,8 +294,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=_positive, help="stop within so many forward tokens, in all")
     p.add_argument("--sampler", help="auto, knapsack, evolution, nsga2, ... (default: study.toml)")
     p.add_argument("--seed", type=int, help="default: study.toml")
-    p.add_argument("--storage", help="RDB URL or journal:PATH (default: a journal in the folder)")
-    p.add_argument("--join", action="store_true", help="work beside a search that is running")
+    p.add_argument(
+        "--storage",
+        help="RDB URL or journal:PATH, shared or not (default: a journal in the folder)",
+    )
+    p.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="processes that search side by side, each with its share of the cores (default: 1)",
+    )
+    p.add_argument(
+        "--join",
+        action="store_true",
+        help="work beside a search that runs on this machine; other machines need only --storage",
+    )
     p.add_argument("--dry-run", action="store_true", help="print floor, ceiling and estimates only")
 
     p = verb("front", _front, "list the non-dominated trials; writes front.json")

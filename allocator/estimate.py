@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from allocator.calibration.streamed import SIDE_BY_SIDE
+from allocator.calibration.streamed import StreamedProfiler
 from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import StreamedModel
@@ -134,7 +134,9 @@ def _streamed(workspace: Workspace) -> _Seconds:
     computing = per_token * workspace.scorer.n_tokens * (together + 1)
     passes = workspace.profiler.forward_tokens
     n_changes = sum(1 for _ in workspace.profiler.changes())
-    n_passes = 3 + math.ceil(n_changes / SIDE_BY_SIDE)  # statistics, curvature there and back
+    assert isinstance(workspace.profiler, StreamedProfiler)
+    # statistics, curvature there and back
+    n_passes = 3 + math.ceil(n_changes / workspace.profiler.side_by_side)
     priced = spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
     anchors = 2 * weights / _ENCODE_ONE_PER_SECOND / workspace.threads
     return _Seconds(

@@ -8,7 +8,9 @@ finalists that include the unperturbed knapsack, so there it is never worse than
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,10 +28,11 @@ from allocator.errors import StudyError
 from allocator.files import write_whole
 from allocator.front import Point
 from allocator.front import front as front_of
+from allocator.leases import Leases, left_here
 from allocator.memory import Budget
 from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
-from allocator.storage import journal_path, repair_storage, search_lock
+from allocator.storage import journal_path, reaching, repair_storage, search_lock
 from allocator.study import (
     Search,
     close_abandoned,
@@ -37,7 +40,8 @@ from allocator.study import (
     first_trials,
     trial_counts,
 )
-from allocator.trials import ABANDONED, KIND, RESULT, allocation_of
+from allocator.trials import KIND, RESULT, allocation_of, is_abandoned, not_abandoned
+from allocator.workers import run_workers
 from allocator.workspace import Workspace
 
 N_KNAPSACK = 3
@@ -79,9 +83,13 @@ def search(
     sampler: str | None = None,
     seed: int | None = None,
     join: bool = False,
+    workers: int = 1,
     **options: Any,
 ) -> SearchResult:
     """Launches or resumes a study, then picks among its front on the selection split.
+
+    Several searches may work on one study, on one machine or many: no trial is lost or made twice,
+    and each returns when what the others had in hand at its end has ended too.
 
     Args:
         study: its folder.
@@ -94,7 +102,9 @@ def search(
         storage: an RDB URL, `journal:PATH`, or None for a journal in the folder.
         sampler: instead of study.toml's.
         seed: instead of study.toml's.
-        join: work beside a search that is running.
+        join: work beside a search that is running on this machine.
+        workers: processes that search side by side, each with its share of the cores and its own
+            copy of the model; what they find is reproducible with one alone.
         options: of `Workspace`.
 
     Raises:
@@ -107,18 +117,33 @@ def search(
     if tokens is not None:
         check_tokens(workspace, tokens, "raise --tokens")
         tokens -= pick_tokens(workspace)
-    with search_lock(workspace.folder, join=join) as lock:
+    with search_lock(workspace.folder, join=join) as lock, reaching(storage):
         messages = repair_storage(storage, workspace.folder) if lock.exclusive_start else []
         opened = workspace.study(limit, storage=storage, sampler=sampler, seed=seed)
-        if lock.exclusive_start and (closed := close_abandoned(opened)):
+        if lock.exclusive_start and (closed := _close_dead(opened, storage, workspace.folder)):
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
         lock.ready()
-        running = prepare(workspace, limit, opened, sampler=sampler, seed=seed)
         limited = trials is not None or seconds is not None or tokens is not None
         wanted = trials if limited else workspace.spec.trials
-        before = running.n_proposals()
-        with _TrialBar(wanted, running, shown=workspace.progress) as bar:
-            running.run(n_trials=wanted, seconds=seconds, tokens=tokens, on_trial=bar)
+        with Leases(opened, workspace.folder) as leases:
+            running = prepare(workspace, limit, opened, sampler=sampler, seed=seed, leases=leases)
+            deadline = None if seconds is None else time.monotonic() + seconds
+            before = running.n_proposals()
+            with _TrialBar(wanted, running, shown=workspace.progress) as bar:
+                if workers > 1 and (wanted is None or before < wanted):
+                    launch: dict[str, Any] = {
+                        "study": workspace.folder,
+                        "budget": budget,
+                        "weights_budget": weights_budget,
+                        "trials": wanted,
+                        "deadline": deadline,
+                        "tokens": tokens,
+                        "storage": storage,
+                        "sampler": sampler,
+                        "seed": seed,
+                    }
+                    messages += _run_workers(workspace, running, launch, options, workers, bar)
+                _run_until(running, wanted, deadline, tokens, bar)  # what workers left, if anything
         if before and running.n_proposals() == before:
             messages.append(f"no new trial: {before} were made before, which is what was asked for")
         pick, knapsack = _conclude(workspace, running)
@@ -130,6 +155,99 @@ def search(
         trials=trial_counts(running.study),
         messages=tuple(messages),
     )
+
+
+def _close_dead(study: optuna.Study, storage: str | None, folder: Path) -> int:
+    """Closes what searches of this folder left; call it only while none is alive here.
+
+    A storage that others may share holds trials of theirs too: those are left to their leases.
+    """
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return close_abandoned(study, running if storage is None else left_here(running, folder))
+
+
+def _run_until(
+    running: Search,
+    trials: int | None,
+    deadline: float | None,
+    tokens: int | None,
+    on_trial: Callable[[FrozenTrial], None] | None = None,
+) -> None:
+    seconds = None if deadline is None else max(deadline - time.monotonic(), 0)
+    running.run(n_trials=trials, seconds=seconds, tokens=tokens, on_trial=on_trial)
+
+
+def _run_workers(
+    workspace: Workspace,
+    running: Search,
+    launch: dict[str, Any],
+    options: dict[str, Any],
+    workers: int,
+    on_trial: Callable[[FrozenTrial], None],
+) -> list[str]:
+    """Runs `work` in processes to its end, showing the whole study's trials; lines to show."""
+    threads = max(workspace.threads // workers, 1)
+    chosen = {**launch, **options, "threads": threads, "progress": False}
+    study, messages = running.study, []
+    shown = {t.number for t in not_abandoned(study)}
+    with closing(run_workers(workers, work, chosen, threads=threads)) as ticks:
+        for ended in ticks:
+            for worker in ended:
+                for what, spent in (worker.result or {}).items():
+                    running.seconds[what] += spent
+                if worker.killed:
+                    unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+                    dead = left_here(unfinished, workspace.folder, pid=worker.pid)
+                    messages.append(
+                        f"worker {worker.pid} was killed (signal {worker.killed}); closed "
+                        f"{close_abandoned(study, dead)} trial(s), which the others proposed again"
+                    )
+            for trial in not_abandoned(study):
+                if trial.state.is_finished() and trial.number not in shown:
+                    shown.add(trial.number)
+                    on_trial(trial)
+    return messages
+
+
+def work(
+    study: Path,
+    *,
+    budget: str | None,
+    weights_budget: str | None,
+    trials: int | None,
+    deadline: float | None,
+    tokens: int | None,
+    storage: str | None,
+    sampler: str | None,
+    seed: int | None,
+    **options: Any,
+) -> dict[str, float]:
+    """Joins a search as one of its worker processes, and only searches.
+
+    Args:
+        study: as of `search`, like all that is not named here.
+        budget: of the whole file.
+        weights_budget: of the searched matrices alone.
+        trials: proposals in the study in total.
+        deadline: by this machine's monotonic clock, seconds.
+        tokens: forward tokens of all trials and the profile.
+        storage: where the trials live.
+        sampler: instead of study.toml's.
+        seed: instead of study.toml's.
+        options: of `Workspace`.
+
+    Returns:
+        Seconds spent, by what they were spent on.
+    """
+    workspace = Workspace(study, **options)
+    limit = workspace.budget(file=budget, weights=weights_budget)
+    with search_lock(workspace.folder, join=True) as lock, reaching(storage):
+        lock.ready()
+        opened = workspace.study(limit, storage=storage, sampler=sampler, seed=seed)
+        with Leases(opened, workspace.folder) as leases:
+            running = prepare(workspace, limit, opened, sampler=sampler, seed=seed, leases=leases)
+            _run_until(running, trials, deadline, tokens)
+    return running.seconds
 
 
 class _TrialBar:
@@ -167,6 +285,7 @@ def prepare(
     seed: int | None = None,
     baselines: Sequence[tuple[str, Allocation]] | None = None,
     n_knapsack: int = N_KNAPSACK,
+    leases: Leases | None = None,
 ) -> Search:
     """Everything a search needs, profile included, ready to `step` or `run`.
 
@@ -178,6 +297,7 @@ def prepare(
         seed: instead of study.toml's.
         baselines: among the first trials; uniform formats and role mixes by default.
         n_knapsack: knapsack solutions among the first trials.
+        leases: of this worker; None where no other search can be on the study.
     """
     if baselines is None:
         baselines = workspace.baselines()
@@ -191,6 +311,7 @@ def prepare(
         rungs=workspace.spec.calibration.rungs,
         queue=first_trials(workspace.surrogate, limit, baselines, n_knapsack=n_knapsack),
         base_tokens=workspace.base_tokens,
+        leases=leases,
     )
 
 
@@ -294,7 +415,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
     """One row per trial that scored something: kind, state, bytes, losses, retained counts."""
     rows = []
     for t in study.get_trials(deepcopy=False):
-        if RESULT not in t.user_attrs or ABANDONED in t.user_attrs:
+        if RESULT not in t.user_attrs or is_abandoned(t) or not t.state.is_finished():
             continue
         result = t.user_attrs[RESULT]
         rows.append(

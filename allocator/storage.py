@@ -13,7 +13,8 @@ fsync, under a lock that is a symbolic link `<journal>.lock`. Three things follo
 - Only the last record can be torn: the ones before it have been fsynced. Damage in the middle is
   no kill of ours, and is an error.
 - The link of a killed process stays. Optuna breaks it after 30 s if the link's target is an
-  absolute path, and spins for ever if it is relative. So paths are made absolute here.
+  absolute path, and spins for ever if it is relative. So paths are made absolute here, and links
+  of ours do not outlive their process by more than the next append.
 """
 
 import fcntl
@@ -29,8 +30,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from glob import escape
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
@@ -39,6 +41,7 @@ from allocator.errors import StudyError
 _RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
 _BLOCK_BYTES = 1 << 16
 _POLL_SECONDS = 0.02
+_BUSY_SECONDS = 60.0  # how long a writer waits for others of a sqlite file
 _START_SECONDS = 30.0  # how long a starter waits for another one to finish its repairs
 
 _log = logging.getLogger(__name__)
@@ -81,16 +84,17 @@ def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
 
 
 def repair_storage(spec: str | None, study_dir: Path) -> list[str]:
-    """Mends what a killed search left behind in a journal; returns the lines to show.
+    """Mends what a killed search left behind in the folder's own journal; returns lines to show.
 
     Call it only where nobody else writes, i.e. under `SearchLock.exclusive_start`: it removes
-    Optuna's lock file, whoever holds it. A database mends itself: nothing is done.
+    Optuna's lock file, whoever holds it. Nothing is done for what others may share: a database
+    mends itself, `journal:PATH` is mended by the next append.
 
     Raises:
         StudyError: as `repair_journal` and `journal_path`.
     """
     path = journal_path(spec, study_dir)
-    if path is None:
+    if path is None or spec is not None:
         return []
     lines = (remove_stale_lock(path), repair_journal(path))
     return [line for line in lines if line is not None]
@@ -216,15 +220,31 @@ def _keep(path: Path, tail: bytes) -> Path:
 class _RepairingLock(JournalFileSymlinkLock):
     """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
 
-    Covers what no start can repair: a search killed, or a disk filled, beside a living one.
+    Covers what no start can repair: a search killed, or a disk filled, beside a living one. Ours
+    hold a flock of the journal too, which ends with its process: so a link of ours that is there
+    when the flock was had is a dead one's, and goes at once. (Optuna's way, every waiter breaking
+    the link after 30 s, lets two of them write.) Ours are told by how they spell their target.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
+        self._lock_target_file = f"{path.parent}/./{path.name}"
+        self._flock: int | None = None
 
     def acquire(self) -> bool:
-        super().acquire()
+        with _accessing(self._path):
+            flock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(flock, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.readlink(self._lock_file) == self._lock_target_file:
+                        os.unlink(self._lock_file)
+                super().acquire()  # calls `release` where it breaks a link
+            except BaseException:
+                os.close(flock)
+                raise
+        self._flock = flock
         try:
             shown = repair_journal(self._path)
         except BaseException:
@@ -233,6 +253,14 @@ class _RepairingLock(JournalFileSymlinkLock):
         if shown is not None:
             _log.warning(shown)
         return True
+
+    def release(self) -> None:
+        flock, self._flock = self._flock, None
+        try:
+            super().release()
+        finally:
+            if flock is not None:
+                os.close(flock)
 
 
 def _open_journal(path: Path) -> BaseStorage:
@@ -281,15 +309,60 @@ def _accessing(path: Path) -> Iterator[None]:
 
 
 def _open_database(url: str) -> BaseStorage:
-    """Heartbeats stay off: Optuna sends them only inside `study.optimize`, which we do not use."""
+    """Heartbeats stay off: Optuna sends them only inside `study.optimize`, which we do not use.
+
+    Connections are tried before they are used: hours may pass between two trials.
+    """
+    engine: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        engine["connect_args"] = {"timeout": _BUSY_SECONDS}
     try:
-        return RDBStorage(url)
+        storage = RDBStorage(url, engine)
+        if url.startswith("sqlite"):
+            _begin_immediately(storage)
+        return storage
     except Exception as error:  # SQLAlchemy's, the driver's, Optuna's and ImportError
         shown = _without_password(url)
         why = _first_line(error).replace(url, shown)
         raise StudyError(
             f"storage {shown}: {why}; needed a database that can be reached, its driver "
             "installed, and for sqlite a file in an existing folder; or leave the storage out"
+        ) from error
+
+
+def _begin_immediately(storage: RDBStorage) -> None:
+    """Takes sqlite's write lock as a transaction begins.
+
+    Optuna reads a trial's state before it sets it, and sqlite has no row locks: else two workers
+    could both close a trial.
+    """
+    from sqlalchemy import event
+
+    storage.engine.dispose()
+
+    @event.listens_for(storage.engine, "connect")
+    def _leave_it_to_us(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def reaching(spec: str | None) -> Iterator[None]:
+    """Says in one line that the database of `spec` was lost within the block.
+
+    Raises:
+        StudyError: if it was.
+    """
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise StudyError(
+            f"storage {_without_password(spec or '')}: {_first_line(cause)}; finished trials are "
+            "kept: run the same command when the database can be reached"
         ) from error
 
 
@@ -347,7 +420,8 @@ def search_lock(
     would hold a lock on a file that is gone).
 
     The lock speaks for this machine and this folder only: searches on other machines that share
-    a database, and study folders that name the same `journal:PATH`, do not see each other here.
+    a database, and study folders that name the same `journal:PATH`, do not see each other here;
+    they have `allocator.leases`.
     A child made by a bare fork holds it too; a child that execs does not.
 
     Args:

@@ -11,29 +11,36 @@ Racing: a candidate is scored on a growing prefix of the search split. After eac
 compared, document by document, with every finished trial of at most its bytes (and `RACE_SLACK`);
 where the mean difference is above `RACE_Z` standard errors it has lost.
 
-Generations, for samplers that ask for them: offspring are proposed together and narrowed down in
-steps, each step on more documents (`Selection`); the losers are PRUNED. How all of them ended is
-written in one piece (`VERDICTS`) before the first is told: a search that dies earlier has told
-none, and proposes the generation again; one that dies later has the rest told by
-`close_abandoned`. So no sampler ever sees half a generation.
+Several at once: batches, where a scorer takes several candidates in one pass, race side by side;
+generations, for samplers that ask for them, are narrowed down in steps, each step on more documents
+(`Selection`), and the losers are PRUNED. How all of them ended is written in one piece (`VERDICTS`)
+before the first is told: a search that dies earlier has told none, and proposes them again; one
+that dies later has the rest told by `close_abandoned`. So no sampler ever sees half of them.
+
+Several workers (`leases`): each asks, writes its allocation, then reads the others'. A trial that
+is one too many, or that scores what another is scoring, is given up; trials of dead workers are
+closed by whoever sees their lease expire.
 """
 
+import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError, StudyError
+from allocator.leases import Leases
 from allocator.memory import Budget, FileBytes
 from allocator.samplers.evolution import Selection
 from allocator.space import Costs, Params, Space, repair
@@ -41,22 +48,31 @@ from allocator.surrogate import Surrogate
 from allocator.trials import (
     ABANDONED,
     ALLOCATION,
+    DOUBLED,
     KIND,
     LOSSES,
     RESULT,
+    Key,
     forward_tokens,
+    is_abandoned,
+    key_of,
     not_abandoned,
 )
 
 LOCK = "lock"
 VERDICTS = "verdicts"
-"""User attribute of a study: how the trials of its last generation ended, by number."""
+"""User attributes of a study begin so: how trials that ended together did, by number. One for each
+worker, of its last batch or generation."""
 RACE_Z = 2.0
 RACE_SLACK = 1e-3
 """Rivals may be larger by this share: a thousandth of the bytes is worth well under a percent of
 the loss, and proposals at one cap rarely have the same size to the byte."""
 Verdict = tuple[str, list[float] | None]
 """A trial's state by name, and its values."""
+_POLL_SECONDS = 0.5  # while other workers finish
+_ATTEMPTS = 6  # proposals that another worker is scoring, before one is scored twice
+
+_log = logging.getLogger(__name__)
 
 
 class _Clock:
@@ -83,7 +99,11 @@ class Losses(Protocol):
 
 
 class TrialScorer(Protocol):
-    """What a search needs of a scorer."""
+    """What a search needs of a scorer.
+
+    One that scores several candidates in a pass has `side_by_side`, how many, and
+    `score_many(allocations, start, stop)`: a list of losses in that order.
+    """
 
     @property
     def n_documents(self) -> int:
@@ -107,11 +127,29 @@ class Queued:
     allocation: Allocation
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Where a study ends.
+
+    Attributes:
+        n_trials: proposals; None for no limit.
+        tokens: forward tokens, `Search.base_tokens` included; None for no limit.
+    """
+
+    n_trials: int | None = None
+    tokens: int | None = None
+
+
 @dataclass(eq=False)
 class _Candidate:
-    """A trial on its way: what it proposes, and its losses so far, from document 0 on."""
+    """A trial on its way: what it proposes, and its losses so far, from document 0 on.
+
+    Its kind is None where it is a first trial that another worker makes too.
+    """
 
     trial: Trial
+    queued: bool
+    kind: str | None
     params: Params
     allocation: Allocation
     size: FileBytes
@@ -137,6 +175,7 @@ class Search:
         queue: first trials, in order.
         selection: within a generation; None takes the default if the sampler asks for generations.
         base_tokens: forward tokens that the study cost before its first trial.
+        leases: of this worker, where others may work on the study; None if nobody does.
         seconds: spent so far, by what they were spent on.
     """
 
@@ -149,13 +188,17 @@ class Search:
     queue: Sequence[Queued] = ()
     selection: Selection | None = None
     base_tokens: int = 0
+    leases: Leases | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("scoring", "gradient", "sampler", "storage"), 0.0)
     )
     _costs: Costs = field(init=False)
+    _queued_keys: dict[Allocation, Key] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._costs = self.space.costs(self.budget)
+        if self.leases is not None and hasattr(self.study.sampler, "on_trial"):
+            self.study.sampler.on_trial = self.leases.take
         if self.selection is None and getattr(self.study.sampler, "generational", False):
             self.selection = Selection.over(self.scorer.n_documents)
         if self.selection is not None:
@@ -166,10 +209,14 @@ class Search:
             if used > self.budget.nbytes:
                 raise StudyError(f"first trial {queued.kind} is over the budget")
 
+    @property
+    def side_by_side(self) -> int:
+        """Candidates that the scorer takes in one pass."""
+        return int(getattr(self.scorer, "side_by_side", 1))
+
     def n_proposals(self) -> int:
         """Trials so far, abandoned ones not counted."""
-        trials = self.study.get_trials(deepcopy=False)
-        return sum(ABANDONED not in t.user_attrs and t.state != TrialState.WAITING for t in trials)
+        return sum(t.state != TrialState.WAITING for t in not_abandoned(self.study))
 
     def run(
         self,
@@ -181,22 +228,61 @@ class Search:
     ) -> None:
         """Runs until the study has `n_trials` proposals, for `seconds`, or within forward `tokens`.
 
-        A generation that was begun is finished, so there may be more trials. The next trial or
-        generation is begun only if `tokens` suffice for it even if it loses no race.
+        A batch or generation that was begun is finished, so there may be more trials. The next one
+        is begun only if `tokens` suffice for it even if it loses no race, and if every trial that
+        others have in hand does so too.
+
+        Returns when what others had in hand at the end has ended as well; what their death leaves
+        is made here. `on_trial` is called with the trials that ended here.
         """
-        started = time.monotonic()
-        while n_trials is None or self.n_proposals() < n_trials:
-            if seconds is not None and time.monotonic() - started >= seconds:
+        limits = Limits(n_trials, tokens)
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        awaited: set[int] | None = None
+        while True:
+            self._take_over()
+            if time.monotonic() < deadline and self._may_begin(limits):
+                awaited = None
+                for trial in self._next(limits):
+                    if on_trial is not None and not is_abandoned(trial):
+                        on_trial(trial)
+                continue
+            others = {t.number for t in self._others()}
+            awaited = others if awaited is None else awaited & others
+            if not awaited:
                 return
-            if tokens is not None and self.forward_tokens() + self._next_tokens() > tokens:
-                return
-            if self.selection is None or self.n_proposals() < len(self.queue):
-                finished = [self.step()]
-            else:
-                finished = self.generation(self.selection)
-            if on_trial is not None:
-                for trial in finished:
-                    on_trial(trial)
+            time.sleep(_POLL_SECONDS)
+
+    def step(self) -> FrozenTrial:
+        """One trial: ask, make feasible, score, tell."""
+        return self.batch(1)[0]
+
+    def batch(self, n: int, limits: Limits = Limits()) -> list[FrozenTrial]:
+        """`n` trials that race side by side; none if they were one too many."""
+        candidates = self._propose(n, limits)
+        return self._tell(candidates, lost=self._race(candidates))
+
+    def generation(
+        self,
+        selection: Selection,
+        limits: Limits = Limits(),
+    ) -> list[FrozenTrial]:
+        """Offspring of one parent, narrowed down in steps; the last one(s) get the full split."""
+        candidates = self._propose(selection.n_offspring, limits)
+        return self._tell(candidates, lost=self._narrow(candidates, selection))
+
+    def _next(self, limits: Limits) -> list[FrozenTrial]:
+        if (n := self._n_batch()) is None:
+            assert self.selection is not None
+            return self.generation(self.selection, limits)
+        return self.batch(n, limits)
+
+    def _n_batch(self) -> int | None:
+        """How many the next batch has; None if a generation is next."""
+        if self.selection is None:
+            return self.side_by_side
+        return min(self.side_by_side, len(self._missing())) or None
+
+    # -- limits, and other workers
 
     def forward_tokens(self) -> int:
         """Tokens through all layers so far: `base_tokens`, trials, and what samplers measured.
@@ -206,42 +292,136 @@ class Search:
         return self.base_tokens + sum(map(forward_tokens, not_abandoned(self.study)))
 
     def _next_tokens(self) -> int:
-        """The most that the next trial or generation may cost."""
+        """The most that the next batch or generation may cost."""
         n_documents = self.scorer.n_documents
-        if self.n_proposals() < len(self.queue):
-            return self.scorer.tokens(n_documents)
-        if self.selection is None:
-            looking = getattr(self.study.sampler, "next_tokens", lambda study: 0)(self.study)
-            return self.scorer.tokens(n_documents) + int(looking)
+        if (n := self._n_batch()) is not None:
+            proposed = max(n - len(self._missing()), 0)
+            looking = getattr(self.study.sampler, "next_tokens", lambda study, n: 0)
+            looked = int(looking(self.study, proposed)) if proposed else 0
+            return n * self.scorer.tokens(n_documents) + looked
+        assert self.selection is not None
         ends = [0, *(d for d, _ in self.selection.steps), n_documents]
         survivors = [self.selection.n_offspring, *(s for _, s in self.selection.steps)]
         spans = (b - a for a, b in pairwise(map(self.scorer.tokens, ends)))
         return sum(n * s for n, s in zip(spans, survivors, strict=True))
 
-    def step(self) -> FrozenTrial:
-        """One trial: ask, make feasible, score, tell."""
-        candidate = self._propose()
-        lost = self._race(candidate)
-        return self._tell([candidate], lost=[candidate] if lost else [])[0]
+    def _may_begin(self, limits: Limits) -> bool:
+        if limits.n_trials is not None and self.n_proposals() >= limits.n_trials:
+            return False
+        if limits.tokens is None:
+            return True
+        spent = self.forward_tokens() + self._promised(self._others())
+        return spent + self._next_tokens() <= limits.tokens
 
-    def generation(self, selection: Selection) -> list[FrozenTrial]:
-        """Offspring of one parent, narrowed down in steps; the last one(s) get the full split."""
-        candidates = [self._propose() for _ in range(selection.n_offspring)]
-        left = candidates
-        whole = (self.scorer.n_documents, selection.n_offspring)
-        for documents, survivors in (*selection.steps, whole):
-            for candidate in left:
-                self._score(candidate, documents)
-            left = [c for c in left if c.finite]
-            # equals stay in order of proposal
-            left = sorted(left, key=lambda c: float(self.scorer.summary(c.losses)["loss"]))
-            left = left[:survivors]
-        return self._tell(candidates, lost=[c for c in candidates if c.finite and c not in left])
+    def _promised(self, running: Sequence[FrozenTrial]) -> int:
+        """The most that trials in hand may cost beyond what is known of them."""
+        return len(running) * self.scorer.tokens(self.scorer.n_documents)
 
-    def _propose(self) -> _Candidate:
+    def _is_within(self, first: _Candidate, n_tokens: int, limits: Limits) -> bool:
+        """Whether trials that begin with `first` may be scored, whoever else asked meanwhile.
+
+        Only trials asked for earlier count, so of several that ask at once some may.
+        """
+        before = [t for t in not_abandoned(self.study) if t.number < first.trial.number]
+        if limits.n_trials is not None and len(before) >= limits.n_trials:
+            return False
+        if limits.tokens is None:
+            return True
+        running = [t for t in before if not t.state.is_finished()]
+        spent = self.forward_tokens() + self._promised(running)
+        return spent + n_tokens <= limits.tokens
+
+    def _others(self) -> list[FrozenTrial]:
+        return [] if self.leases is None else self.leases.others()
+
+    def _take_over(self) -> None:
+        if self.leases is not None and (expired := self.leases.expired()):
+            close_abandoned(self.study, expired)
+
+    def _is_doubled(self, candidate: _Candidate) -> bool:
+        """Whether another worker is scoring the same; both may give up, and ask again.
+
+        A first trial is made all the same.
+        """
+        if candidate.queued:
+            return False
+        ours = candidate.allocation.to_json()
+        return any(t.user_attrs.get(ALLOCATION) == ours for t in self._others())
+
+    def _give_up(self, candidate: _Candidate, why: str | bool = True) -> None:
+        _abandon(self.study, candidate.trial._trial_id, candidate.trial.number, why)
+        self._drop([candidate])
+
+    def _drop(self, candidates: Sequence[_Candidate]) -> None:
+        if self.leases is not None:
+            self.leases.drop([c.trial._trial_id for c in candidates])
+
+    # -- the queue
+
+    def _key(self, queued: Queued) -> Key:
+        if queued.allocation not in self._queued_keys:
+            self._queued_keys[queued.allocation] = key_of(self.space.params(queued.allocation))
+        return self._queued_keys[queued.allocation]
+
+    def _missing(self) -> list[Queued]:
+        """First trials that are in no trial yet, in order."""
+        made = Counter(key_of(p) for t in not_abandoned(self.study) if (p := _fixed(t)))
+        missing = []
+        for queued in self.queue:
+            key = self._key(queued)
+            made[key] -= 1
+            if made[key] < 0:
+                missing.append(queued)
+        return missing
+
+    def _enqueue_next(self) -> None:
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and (missing := self._missing()):
+            self.study.enqueue_trial(self.space.params(missing[0].allocation))
+
+    def _kind(self, trial: FrozenTrial) -> str | None:
+        """Which first trial this is, `proposal` if none; None if one of the same was earlier."""
+        if not (fixed := _fixed(trial)):
+            return "proposal"
+        key = key_of(fixed)
+        kinds = [q.kind for q in self.queue if self._key(q) == key]
+        if not kinds:
+            return "proposal"  # enqueued by hand
+        earlier = not_abandoned(self.study, before=trial.number)
+        n_before = sum(key_of(p) == key for t in earlier if (p := _fixed(t)))
+        return kinds[n_before] if n_before < len(kinds) else None
+
+    # -- one trial, or several
+
+    def _propose(self, n: int, limits: Limits) -> list[_Candidate]:
+        """Asks for `n`; for none if the first one is beyond the limits."""
+        n_tokens = 0 if limits.tokens is None else self._next_tokens()
+        candidates: list[_Candidate] = []
+        attempts = 0
+        while len(candidates) < n:
+            candidate = self._ask()
+            if self.leases is not None:
+                if not candidates and not self._is_within(candidate, n_tokens, limits):
+                    self._give_up(candidate)
+                    return []
+                if candidate.kind is None:
+                    self._give_up(candidate)
+                    continue
+                if attempts < _ATTEMPTS and self._is_doubled(candidate):
+                    attempts += 1
+                    self._give_up(candidate, DOUBLED)
+                    continue
+            candidates.append(candidate)
+        return candidates
+
+    def _ask(self) -> _Candidate:
         clock = _Clock(self.seconds)
-        kind = self._enqueue_next()
+        self._enqueue_next()
         trial = self.study.ask(self.space.distributions)
+        if self.leases is not None:
+            self.leases.take(trial._trial_id)  # a sampler of ours has: sampling may take long
+        frozen = self.study._storage.get_trial(trial._trial_id)
+        kind = self._kind(frozen)
         clock.lap("storage")
         for name, attribute in (("sampler", "sampling_seconds"), ("gradient", "looking_seconds")):
             spent = getattr(self.study.sampler, attribute, 0.0)
@@ -262,51 +442,73 @@ class Search:
         trial.set_user_attr(KIND, kind or "proposal")
         trial.set_constraint("budget", used - self.budget.nbytes)
         clock.lap("storage")
-        return _Candidate(trial, params, allocation, size, used)
+        return _Candidate(trial, bool(_fixed(frozen)), kind, params, allocation, size, used)
 
-    def _enqueue_next(self) -> str | None:
-        number = self.n_proposals()
-        if number >= len(self.queue):
-            return None
-        queued = self.queue[number]
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self.study.enqueue_trial(self.space.params(queued.allocation))
-        return queued.kind
-
-    def _score(self, candidate: _Candidate, stop: int) -> None:
-        """Measures what is missing of the first `stop` documents."""
+    def _score(self, candidates: Sequence[_Candidate], stop: int) -> None:
+        """Measures what is missing of the first `stop` documents, of each the same."""
         clock = _Clock(self.seconds)
-        start = 0 if candidate.losses is None else len(candidate.losses.kl)
-        more = self.scorer.score(candidate.allocation, start, stop)
-        candidate.losses = more if candidate.losses is None else candidate.losses + more
+        for some in _chunks(candidates, self.side_by_side):
+            start = 0 if some[0].losses is None else len(some[0].losses.kl)
+            if self.side_by_side > 1:
+                more = self.scorer.score_many([c.allocation for c in some], start, stop)  # type: ignore[attr-defined]
+            else:
+                more = [self.scorer.score(some[0].allocation, start, stop)]
+            for candidate, losses in zip(some, more, strict=True):
+                known = candidate.losses
+                candidate.losses = losses if known is None else known + losses
         clock.lap("scoring")
 
-    def _race(self, candidate: _Candidate) -> bool:
-        """Scores rung by rung; True if it lost, else it is scored in full or not finite."""
-        rivals = [
-            np.array(t.user_attrs[LOSSES])
-            for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if t.values[1] <= candidate.used * (1 + RACE_SLACK)
-        ]
+    def _race(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Scores rung by rung; those that lost. The others are scored in full, or not finite."""
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        rivals = [(t.values[1], np.array(t.user_attrs[LOSSES])) for t in done]
         n_documents = self.scorer.n_documents
+
+        def has_lost(candidate: _Candidate, stop: int) -> bool:
+            most = candidate.used * (1 + RACE_SLACK)
+            return any(n <= most and loses(candidate.losses.kl, r[:stop]) for n, r in rivals)
+
+        left, lost = list(candidates), []
         for stop in sorted({*(r for r in self.rungs if r < n_documents), n_documents}):
-            self._score(candidate, stop)
-            if not candidate.finite:
-                return False
-            if stop < n_documents and any(loses(candidate.losses.kl, r[:stop]) for r in rivals):
-                return True
-        return False
+            self._score(left, stop)
+            left = [c for c in left if c.finite]
+            if stop < n_documents:
+                lost += [c for c in left if has_lost(c, stop)]
+                left = [c for c in left if c not in lost]
+        return lost
+
+    def _narrow(self, candidates: Sequence[_Candidate], selection: Selection) -> list[_Candidate]:
+        """Scores step by step, the best go on; those that did not."""
+        left = list(candidates)
+        whole = (self.scorer.n_documents, selection.n_offspring)
+        for documents, survivors in (*selection.steps, whole):
+            self._score(left, documents)
+            left = [c for c in left if c.finite]
+            # equals stay in order of proposal
+            left = sorted(left, key=lambda c: float(self.scorer.summary(c.losses)["loss"]))
+            left = left[:survivors]
+        return [c for c in candidates if c.finite and c not in left]
 
     def _tell(
         self, candidates: Sequence[_Candidate], *, lost: Sequence[_Candidate]
     ) -> list[FrozenTrial]:
-        """Records and closes candidates that ended together."""
+        """Records and closes candidates that ended together; what was taken over is dropped."""
         clock = _Clock(self.seconds)
-        verdicts = {str(c.trial.number): self._record(c, lost=c in lost) for c in candidates}
+        verdicts: dict[str, Verdict] = {}
+        for candidate in candidates:
+            try:
+                verdicts[str(candidate.trial.number)] = self._record(
+                    candidate, lost=candidate in lost
+                )
+            except UpdateFinishedTrialError:
+                _log.warning(_TAKEN_OVER, candidate.trial.number)
         if len(verdicts) > 1:
-            self.study.set_user_attr(VERDICTS, verdicts)
+            owner = "" if self.leases is None else f":{self.leases.owner.name}"
+            self.study.set_user_attr(VERDICTS + owner, verdicts)
         for number, verdict in verdicts.items():
-            _close(self.study, int(number), verdict)
+            if not _close(self.study, int(number), verdict):
+                _log.warning(_TAKEN_OVER, int(number))
+        self._drop(candidates)
         clock.lap("storage")
         trials = self.study.get_trials(deepcopy=False)
         return [trials[c.trial.number] for c in candidates]
@@ -330,27 +532,66 @@ class Search:
         return TrialState.COMPLETE.name, [loss, candidate.used]
 
 
-def _close(study: optuna.Study, number: int, verdict: Verdict) -> None:
+_TAKEN_OVER = (
+    "trial %d was taken over by another worker: this one was silent for longer than its lease; "
+    "its result is dropped"
+)
+
+
+def _close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
+    """Tells a trial; False if somebody else has closed it."""
     state, values = verdict
-    study.tell(number, values, state=TrialState[state])
+    try:
+        study.tell(number, values, state=TrialState[state])
+    except (UpdateFinishedTrialError, ValueError):  # the latter where Optuna sees it beforehand
+        if not study.get_trials(deepcopy=False)[number].state.is_finished():
+            raise
+        return False
+    return True
 
 
-def close_abandoned(study: optuna.Study) -> int:
-    """Closes RUNNING trials of a dead process; only while no other search is alive.
+def _abandon(study: optuna.Study, trial_id: int, number: int, why: str | bool = True) -> bool:
+    """Closes a trial so that its proposal is made again; False if somebody else has closed it."""
+    try:
+        study._storage.set_trial_user_attr(trial_id, ABANDONED, why)
+    except UpdateFinishedTrialError:
+        return False
+    return _close(study, number, (TrialState.FAIL.name, None))
+
+
+def close_abandoned(study: optuna.Study, dead: Sequence[FrozenTrial] | None = None) -> int:
+    """Closes RUNNING trials of dead workers.
+
+    Args:
+        study: theirs.
+        dead: all that are RUNNING by default, which is right only where no other search lives.
 
     Returns:
         How many were abandoned; those that had ended, but for being told so, are not among them.
     """
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    verdicts = study.user_attrs.get(VERDICTS, {})
-    ended = [t for t in running if str(t.number) in verdicts]
+    if dead is None:
+        dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    verdicts = _verdicts(study)
+    ended = [t for t in dead if str(t.number) in verdicts]
     for trial in ended:
         _close(study, trial.number, verdicts[str(trial.number)])
-    abandoned = [t for t in running if str(t.number) not in verdicts]
-    for trial in abandoned:
-        study._storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
-        study.tell(trial.number, state=TrialState.FAIL)
-    return len(abandoned)
+    return sum(_abandon(study, t._trial_id, t.number) for t in dead if t not in ended)
+
+
+def _verdicts(study: optuna.Study) -> dict[str, Verdict]:
+    written = (v for key, v in study.user_attrs.items() if key.startswith(VERDICTS))
+    return {number: verdict for verdicts in written for number, verdict in verdicts.items()}
+
+
+def _fixed(trial: FrozenTrial) -> Params:
+    """Params of a trial that was enqueued."""
+    fixed: Params = trial.system_attrs.get("fixed_params", {})
+    return fixed
+
+
+def _chunks(candidates: Sequence[_Candidate], size: int) -> Iterator[Sequence[_Candidate]]:
+    for start in range(0, len(candidates), size):
+        yield candidates[start : start + size]
 
 
 def loses(candidate: Any, rival: Any, *, z: float = RACE_Z) -> bool:

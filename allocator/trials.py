@@ -15,7 +15,11 @@ from allocator.errors import StudyError
 
 ALLOCATION, KIND, LOSSES, RESULT = "allocation", "kind", "losses", "result"
 ABANDONED = "abandoned"
-"""User attribute of a trial whose process died; it does not count as a proposal."""
+"""User attribute of a trial whose process died, or gave it up; see `is_abandoned`."""
+DOUBLED = "doubled"
+"""Its value where another worker was scoring the same: the next try has other random numbers."""
+PROPOSAL = "proposal"
+"""System attribute of a trial: the number that its random state is from; abandoned ones free it."""
 LOOKED = "auto:forward_tokens"
 """System attribute of the trial before which a look was taken: what that cost."""
 
@@ -33,10 +37,18 @@ def allocation_of(trial: FrozenTrial) -> Allocation:
     return Allocation.from_json(trial.user_attrs[ALLOCATION])
 
 
+def is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether a trial counts as no proposal: it failed because its process died or gave it up.
+
+    One that ended otherwise with that attribute was told just before it would have been taken over.
+    """
+    return trial.state == TrialState.FAIL and ABANDONED in trial.user_attrs
+
+
 def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
     """Trials before a number (all by default) that were not abandoned."""
     trials = study.get_trials(deepcopy=False)[:before]
-    return [t for t in trials if ABANDONED not in t.user_attrs]
+    return [t for t in trials if not is_abandoned(t)]
 
 
 def forward_tokens(trial: FrozenTrial) -> int:

@@ -1,7 +1,12 @@
 """Checkpoints (random ones by transformers, zeros by hand, the reference) and what tests share."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import tempfile
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -389,6 +394,7 @@ class FormulaScorer:
     """
 
     n_documents = 12
+    side_by_side = 1
 
     def __init__(
         self, before=lambda allocation, start, stop: None, change=lambda kl: kl, lengths=(10,) * 12
@@ -401,6 +407,10 @@ class FormulaScorer:
     def score(self, allocation, start, stop):
         self.before(allocation, start, stop)
         return FormulaLosses(self.change(self.kl(allocation, np.arange(start, stop))))
+
+    def score_many(self, allocations, start, stop):
+        assert 1 <= len(allocations) <= self.side_by_side
+        return [self.score(a, start, stop) for a in allocations]
 
     def kl(self, allocation, documents):
         loss = sum(
@@ -531,3 +541,84 @@ def finished_study(fresh_study, study_cache, tmp_path_factory):
     shutil.copytree(fresh_study, folder)
     api.search(folder, cache=study_cache, threads=1)
     return folder
+
+
+# -- a PostgreSQL server
+
+
+@pytest.fixture(scope="session")
+def postgresql_server():
+    """The folder of the socket of a temporary server; user `postgres`, no password."""
+    psycopg = pytest.importorskip("psycopg", reason="no driver: pip install '.[postgresql]'")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.skip("no /usr/lib/postgresql/*/bin: apt-get install postgresql")
+    programs, as_user = found[-1], []
+    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:
+        if os.geteuid() == 0:  # it refuses to run as root
+            shutil.chown(folder, "nobody")
+            as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
+        data = f"{folder}/data"
+        subprocess.run(
+            [*as_user, programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"],
+            check=True, stdout=subprocess.DEVNULL, cwd="/",
+        )  # fmt: skip
+        options = ["listen_addresses=", f"unix_socket_directories={folder}", "fsync=off"]
+        server = subprocess.Popen(
+            [*as_user, programs / "postgres", "-D", data, *(x for o in options for x in ("-c", o))],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+        )  # fmt: skip
+        try:
+            for _ in range(600):
+                try:
+                    psycopg.connect(host=folder, user="postgres").close()
+                    break
+                except psycopg.OperationalError:
+                    time.sleep(0.1)
+            yield folder
+        finally:
+            server.send_signal(signal.SIGINT)  # closes its connections, then stops
+            server.wait()
+
+
+@pytest.fixture
+def postgresql(postgresql_server, tmp_path):
+    """The URL of an empty database."""
+    import psycopg
+
+    name = f"d{zlib.crc32(str(tmp_path).encode())}"
+    with psycopg.connect(host=postgresql_server, user="postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://postgres@/{name}?host={postgresql_server}"
+
+
+@pytest.fixture
+def shared(request, tmp_path):
+    """`shared(kind)`: the spec of an empty storage that several processes may use."""
+
+    def make(kind):
+        if kind == "postgresql":
+            return request.getfixturevalue("postgresql")
+        specs = {"journal": "journal:{}/shared", "sqlite": "sqlite:///{}/shared.db"}
+        return specs[kind].format(tmp_path)
+
+    return make
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """`opened(spec)`: a storage of its own, as another process has it; closed at the end."""
+    made = []
+
+    from allocator.storage import open_storage
+
+    def make(spec, folder=tmp_path):
+        made.append(open_storage(spec, folder))
+        return made[-1]
+
+    yield make
+    for storage in made:
+        storage.remove_session()
+        for layer in (storage, getattr(storage, "_backend", None)):
+            if hasattr(layer, "engine"):
+                layer.engine.dispose()

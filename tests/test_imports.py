@@ -13,9 +13,9 @@ RINGS = [  # a module may import from its own ring or from an earlier one
     {"inventory", "families", "formats", "targets"},
     {"allocation", "memory", "records"},
     {"space", "front", "surrogate", "knapsack", "nested", "posterior", "profile", "baselines"},
-    {"samplers", "study", "storage", "specification", "tables", "trials"},
+    {"samplers", "study", "storage", "leases", "specification", "tables", "trials"},
     {"codecs", "calibration", "proxy", "materialize", "evaluate"},  # torch lives only here
-    {"workspace", "report", "estimate", "launch", "compare", "api"},
+    {"workspace", "report", "estimate", "launch", "workers", "compare", "api"},
     {"cli", "__main__", "__init__"},
 ]
 RING_OF = {name: number for number, ring in enumerate(RINGS) for name in ring}

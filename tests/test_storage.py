@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState, create_trial
 
 from allocator import storage
@@ -438,6 +439,48 @@ def test_killed_while_it_wrote(tmp_path):
     assert time.monotonic() - begin < 5  # Optuna alone waits 30 s
     assert not os.path.lexists(optuna_lock)
     assert remove_stale_lock(path) is None
+
+
+def test_killed_while_it_wrote_beside_a_living_search(tmp_path):
+    """Its lock goes with the next append, and what it tore is cut: nobody waits."""
+    (tmp_path / "study").mkdir()
+    path = tmp_path / "study" / "journal"
+    living = open_storage(None, path.parent)
+    writer = python(WRITE, path.parent)
+    writer.communicate()
+    assert writer.returncode == -signal.SIGKILL
+    assert os.path.lexists(tmp_path / "study" / "journal.lock")
+    path.write_bytes(path.read_bytes()[:-4])
+    begin = time.monotonic()
+    optuna.load_study(study_name="s", storage=living).add_trial(create_trial(value=1.0))
+    assert time.monotonic() - begin < 5  # Optuna alone waits 30 s
+    assert not os.path.lexists(tmp_path / "study" / "journal.lock")
+    assert len(finished(stock(path))) == 1
+
+
+def test_a_lock_of_stock_optuna_is_waited_for(tmp_path):
+    path = tmp_path / "journal"
+    study = optuna.create_study(storage=open_storage(None, tmp_path))
+    other = JournalFileSymlinkLock(str(path))
+    other.acquire()
+    begin = time.monotonic()
+    timer = threading.Timer(0.5, other.release)
+    timer.start()
+    study.add_trial(create_trial(value=1.0))
+    timer.join()
+    assert time.monotonic() - begin >= 0.5
+
+
+def test_a_lock_that_stock_optuna_left_is_broken(tmp_path):
+    path = tmp_path / "journal"
+    store = open_storage(None, tmp_path)
+    study = optuna.create_study(storage=store)
+    JournalFileSymlinkLock(str(path)).acquire()  # and dies
+    store._backend._lock.grace_period = 0.3
+    for n in range(3):
+        study.add_trial(create_trial(value=float(n)))
+    assert not os.path.lexists(tmp_path / "journal.lock")
+    assert len(study.trials) == 3
 
 
 def test_disk_full_beside_a_living_search(written, tmp_path):

@@ -348,6 +348,144 @@ def test_dying_before_the_verdicts_are_written_abandons_all(formula, monkeypatch
     assert told(search.study) == told(undisturbed.study)
 
 
+# -- batches
+
+
+class Wide:
+    """A scorer of four candidates in a pass; notes every pass, and dies in one if told so."""
+
+    def __init__(self, formula, dies_in=None, **options):
+        self.scorer = formula.Scorer(**options)
+        self.scorer.side_by_side = 4
+        self.passes, self.dies_in = [], dies_in
+        score_many = self.scorer.score_many
+
+        def noted(allocations, start, stop):
+            if len(self.passes) == self.dies_in:
+                raise RuntimeError("killed")
+            self.passes.append((len(allocations), start, stop))
+            return score_many(allocations, start, stop)
+
+        self.scorer.score_many = noted
+
+
+def wide(formula, storage, sampler="knapsack", dies_in=None, **options):
+    scorer = Wide(formula, dies_in)
+    search = formula.search(storage, sampler, scorer=scorer.scorer, **options)
+    search.passes = scorer.passes
+    return search
+
+
+def test_a_batch_races_together_a_pass_per_rung(formula):
+    search = wide(formula, InMemoryStorage(), sampler="random")
+    search.run(n_trials=1)
+    assert [t.user_attrs["kind"] for t in search.study.trials] == ["knapsack"] * 2 + [
+        "proposal"
+    ] * 2
+    assert search.passes == [(4, 0, 3), (4, 3, 6), (4, 6, N)]  # nobody to race against
+    search.run(n_trials=20)
+    assert search.n_proposals() == 20
+    for batch in range(1, 5):
+        trials = search.study.trials[4 * batch : 4 * batch + 4]
+        rivals = [
+            t for t in search.study.trials[: 4 * batch] if t.state is TrialState.COMPLETE
+        ]  # those of the batch do not race each other
+        for trial in trials:
+            losses = trial.user_attrs["losses"]
+            size = allocation_of(trial).nbytes(search.space.layout).file
+            lost = next(
+                (
+                    rung
+                    for rung in (3, 6)
+                    if any(
+                        r.values[1] <= size * (1 + RACE_SLACK)
+                        and loses(losses[:rung], r.user_attrs["losses"][:rung])
+                        for r in rivals
+                    )
+                ),
+                None,
+            )
+            assert len(losses) == (lost or N)
+            assert trial.state is (TrialState.PRUNED if lost else TrialState.COMPLETE)
+    rows = sum(n * (stop - start) for n, start, stop in search.passes)
+    assert rows == sum(len(t.user_attrs["losses"]) for t in search.study.trials)
+    assert any(t.state is TrialState.PRUNED for t in search.study.trials)
+    search.run(n_trials=21)
+    assert search.n_proposals() == 24  # a batch that was begun is finished
+
+
+@pytest.mark.parametrize("sampler", ["random", "evolution"])
+@pytest.mark.parametrize("at", [0, 2, 4, 7])
+def test_dying_in_a_batch_and_resuming_is_undisturbed(formula, sampler, at):
+    def started(storage, dies_in=None):
+        search = wide(formula, storage, sampler, dies_in)
+        search.selection = search.selection and STEPS
+        return search
+
+    undisturbed = started(InMemoryStorage())
+    undisturbed.run(n_trials=16)
+    storage = InMemoryStorage()
+    search = started(storage, at)
+    with pytest.raises(RuntimeError, match="killed"):
+        search.run(n_trials=16)
+    n_running = sum(t.state is TrialState.RUNNING for t in search.study.trials)
+    assert n_running in (2, 4, 8)  # of evolution's, two are queued, then eight are a generation
+    search = started(storage)
+    assert close_abandoned(search.study) == n_running
+    search.run(n_trials=16)
+    assert told(search.study) == told(undisturbed.study)
+    assert search.forward_tokens() == undisturbed.forward_tokens()
+
+
+@pytest.mark.parametrize("tells", range(4))
+def test_dying_between_the_tells_of_a_batch_loses_none(formula, monkeypatch, tells):
+    undisturbed = wide(formula, InMemoryStorage())
+    undisturbed.run(n_trials=12)
+    storage = InMemoryStorage()
+    search = wide(formula, storage)
+    search.run(n_trials=4)
+    left = [tells]
+    tell = optuna.Study.tell
+
+    def killed(*args, **kwargs):
+        if not left[0]:
+            raise RuntimeError("killed")
+        left[0] -= 1
+        return tell(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            search.run(n_trials=12)
+    search = wide(formula, storage)
+    assert close_abandoned(search.study) == 0
+    search.run(n_trials=12)
+    assert told(search.study) == told(undisturbed.study)
+
+
+def test_a_generation_is_scored_side_by_side(formula):
+    alone, beside = begun(formula, InMemoryStorage()), wide(formula, InMemoryStorage(), "evolution")
+    beside.selection, beside.queue = STEPS, beside.queue[:1]
+    for search in (alone, beside):
+        search.run(n_trials=9)
+    assert beside.passes[-4:] == [(4, 0, 2), (4, 0, 2), (3, 2, 6), (1, 6, N)]
+    assert told(alone.study) == told(beside.study)
+
+
+def test_a_batch_with_a_loss_that_is_no_number_tells_the_others(formula):
+    search = wide(formula, InMemoryStorage(), sampler="random")
+    score_many = search.scorer.score_many
+
+    def one_bad(allocations, start, stop):
+        losses = score_many(allocations, start, stop)
+        if start == 0:
+            losses[1].kl[0] = math.nan
+        return losses
+
+    search.scorer.score_many = one_bad
+    assert [t.state.name for t in search.batch(4)] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
 # -- what cannot be scored
 
 
@@ -584,9 +722,10 @@ class Spent:
         return Around(prices, prices, LOOK_TOKENS)
 
 
+@pytest.mark.parametrize("side_by_side", [1, 3, 7])
 @pytest.mark.parametrize("rungs", [(), (3, 6)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs):
+def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs, side_by_side):
     whole = sum(LENGTHS)
     offspring = 8 * 70 + 3 * 72 + 36  # eight on 2 documents, three on 4 more, one on the rest
     for tokens in (0, whole - 1, whole, 2 * whole - 1, 1000, 2222, 2223, 2300, 2377, 2500):
@@ -596,15 +735,19 @@ def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs):
             scorer=formula.Scorer(spent.before, lengths=LENGTHS), n_knapsack=1,
         )  # fmt: skip
         spent.layout, search.base_tokens = search.space.layout, 300
+        search.scorer.side_by_side = side_by_side
         search.selection = search.selection and STEPS
         for given in (tokens // 2, tokens):  # a second run continues
             search.run(tokens=300 + given)
             assert search.forward_tokens() == 300 + spent.tokens
             assert spent.tokens <= given
         most = offspring if sampler == "evolution" and search.n_proposals() else whole
-        assert spent.tokens + most + LOOK_TOKENS * (sampler == "auto") > tokens
-    assert bool(spent.looks) == (sampler == "auto")
-    assert search.n_proposals() > 8
+        if side_by_side > 1 and (sampler != "evolution" or not search.n_proposals()):
+            most *= 1 if sampler == "evolution" else side_by_side
+        looks = -(-side_by_side // 5) * (sampler == "auto")  # rounds of five
+        assert spent.tokens + most + LOOK_TOKENS * looks > tokens
+    assert bool(spent.looks) == (sampler == "auto" and side_by_side < 7)
+    assert search.n_proposals() > 6
 
 
 def test_tokens_of_a_trial_that_died_are_not_counted_twice(formula):

@@ -28,7 +28,7 @@ from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
 from allocator.codecs.bank import Bank
 from allocator.codecs.source import Floats, group_weights
-from allocator.files import write_whole
+from allocator.files import locked, write_whole
 from allocator.profile import Change, Profile, bundle_of
 from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.proxy.model import SwapModel, destination
@@ -40,6 +40,8 @@ from allocator.targets import Group, Layout
 
 ANCHOR_BITS = (1.75, 3.0)
 """Each bundle's loss is measured with its groups in their formats nearest to these."""
+FAST = 1e7
+"""Where prices are of sampled rows: those formats encode as many weights a second (one core)."""
 _LOOK = FORWARDS_WITH_SLOPE + 1  # and the original's own forward
 _SALIENCY_BITS = 2.0625  # the format whose loss ranks experts
 PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
@@ -87,6 +89,7 @@ class ProfileInputs:
         }
         if self.sampled_rows is not None:
             parts["sampled_rows"] = self.sampled_rows
+            parts["fast"] = FAST
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,8 +101,15 @@ def importance_digest(importance: dict[str, Floats]) -> str:
     return total.hexdigest()
 
 
-class _Lines:
-    """A JSON-lines file that is appended to; a torn last line is dropped."""
+class Lines:
+    """A JSON-lines file that is appended to; a torn last line is dropped.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        rows: what it holds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,6 +119,7 @@ class _Lines:
             write_whole(path, whole + b"\n" if whole else b"")
 
     def append(self, row: dict[str, Any]) -> None:
+        """Adds a row, in the file first."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
@@ -299,10 +310,12 @@ class Profiler:
         return bind(spec, self.layout, self.saliency)
 
     def profile(self) -> Profile:
-        """The finished profile."""
+        """The finished profile; of several processes one builds it, and the others wait."""
         path = self.folder / "profile.json"
         if not path.exists():
-            write_whole(path, self._build().to_bytes())
+            with locked(self.folder / "building"):
+                if not path.exists():
+                    write_whole(path, self._build().to_bytes())
         return Profile.read(path)
 
     def _build(self) -> Profile:
@@ -350,7 +363,7 @@ class Profiler:
         for group in self.layout.groups.values():
             bundles.setdefault(bundle_of(group), []).append(group)
         for name, groups in bundles.items():
-            small, large = ({g.name: _nearest(g, bits) for g in groups} for bits in ANCHOR_BITS)
+            small, large = ({g.name: self.anchor(g, bits) for g in groups} for bits in ANCHOR_BITS)
             yield Change(name, small, math.nan)
             if large != small:
                 yield Change(name, large, math.nan)
@@ -364,6 +377,10 @@ class Profiler:
                 if count < inventory.n_experts:
                     yield layer, count
 
+    def anchor(self, group: Group, bits: float) -> str:
+        """The format that a group is measured in."""
+        return _nearest(group, bits)
+
     def _first_layer(self, change: Measured) -> int | None:
         if isinstance(change, tuple):
             return change[0]
@@ -375,7 +392,7 @@ class Profiler:
         return (n_layers - (self._first_layer(change) or 0)) / n_layers
 
     def _losses(self) -> tuple[list[Change], dict[int, dict[int, float]]]:
-        lines = _Lines(self.folder / "losses.jsonl")
+        lines = Lines(self.folder / "losses.jsonl")
         done = {row["change"]: row["kl"] for row in lines.rows}
         changes = list(self.changes())
         bar = tqdm(

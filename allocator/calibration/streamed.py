@@ -5,20 +5,25 @@ the checkpoint layer by layer (see `proxy.stream`, `proxy.backward`); prices are
 sampled rows, over their share of the squared gradients; which rows is fixed by a group's name.
 
 Rows are encoded on their own: ggml's formats know no row but the one that they encode. A sixteenth
-of them costs a sixteenth of the encoding, which is nearly all that a profile costs.
+of them costs a sixteenth of the encoding, which is nearly all that a profile costs. The measured
+changes need all rows; where prices are of a sample they are made in formats that encode fast: the
+ones nearest to `ANCHOR_BITS` take hours for what a pass reads in minutes.
 """
 
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from allocator.calibration.profiler import Measured, Profiler
+from allocator.calibration.profiler import ANCHOR_BITS, FAST, Lines, Measured, Profiler
 from allocator.calibration.statistics import Statistics, collect_streamed
 from allocator.codecs import ggml
 from allocator.codecs.source import Floats, Ints, read_rows
 from allocator.families import Role
+from allocator.formats import FORMATS, Format, format_named
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import Curvature
 from allocator.proxy.scorer import mean
@@ -26,7 +31,10 @@ from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
 from allocator.targets import Group
 
 SIDE_BY_SIDE = 8
-"""Changes that are measured in one pass: each has hidden states of its own from its layer on."""
+"""Changes that are measured in one pass, at least: each has hidden states of its own from its layer
+on."""
+_STATES_BYTES = 256 << 20
+"""Of hidden states in one pass; while experts run there are four times as many."""
 _LEAST_ROWS = 16
 
 
@@ -41,28 +49,58 @@ class StreamedProfiler(Profiler):
     def _collect(self) -> Statistics:
         return collect_streamed(self.streamed, self.inputs.documents, progress=self.progress)
 
+    @cached_property
+    def curvature(self) -> dict[str, dict[str, list[float]]]:
+        """As of `Profiler`; a kill costs at most the layer being priced."""
+        found = super().curvature
+        shutil.rmtree(self._pass_folder, ignore_errors=True)
+        return found
+
+    @property
+    def _pass_folder(self) -> Path:
+        return self.folder / "curvature"
+
     def _curvature(self) -> dict[str, dict[str, list[float]]]:
-        prices: dict[str, dict[str, list[float]]] = {}
-        for group in self.layout.groups.values():
-            n = group.shape[0] if group.role.is_expert else 1
-            prices[group.name] = {fmt.name: [0.0] * n for fmt in group.offered()}
+        self._pass_folder.mkdir(exist_ok=True)
+        lines = Lines(self._pass_folder / "prices.jsonl")
 
         def take(group: Group, expert: int | None, curvature: Curvature) -> None:
             rows = self._rows(group, expert, curvature)
             weights = self._weights(group, expert, rows)
             importance = self._importance(group, expert, rows)
-            for fmt in group.offered():
+            found = {}
+            for fmt in self._priced_formats(group):
                 encoded = ggml.encode(weights, fmt, importance, threads=self.threads)
                 change = ggml.decode(encoded, fmt) - weights
-                price = curvature.price_sample(group, change, rows, expert or 0)
-                prices[group.name][fmt.name][expert or 0] = price
+                found[fmt.name] = curvature.price_sample(group, change, rows, expert or 0)
+            lines.append({"group": group.name, "expert": expert or 0, "prices": found})
 
         _ = self.bank  # its importance takes a pass of the same model
         documents = self.inputs.documents[: self.inputs.n_curvature]
         measure_streamed(
-            self.streamed, documents, take, scratch=self.folder, progress=self.progress
+            self.streamed, documents, take, scratch=self._pass_folder, progress=self.progress
         )
+        prices: dict[str, dict[str, list[float]]] = {}
+        for group in self.layout.groups.values():
+            n = group.shape[0] if group.role.is_expert else 1
+            prices[group.name] = {fmt.name: [0.0] * n for fmt in self._priced_formats(group)}
+        for row in lines.rows:
+            for name, price in row["prices"].items():
+                prices[row["group"]][name][row["expert"]] = price
         return prices
+
+    def anchor(self, group: Group, bits: float) -> str:
+        """The nearest format, or the nearest that encodes fast."""
+        if self.inputs.sampled_rows == 1:
+            return super().anchor(group, bits)
+        fast = [f for n, f in FORMATS.items() if ggml.ENCODE_SPEED.get(n, 0) >= FAST]
+        stores = [f for f in fast if f.stores(group.shape)]
+        return min(stores, key=lambda f: (abs(f.bits - bits), f.name)).name
+
+    def _priced_formats(self, group: Group) -> list[Format]:
+        """Offered ones, and those of the measured changes."""
+        anchors = [format_named(self.anchor(group, bits)) for bits in ANCHOR_BITS]
+        return list(dict.fromkeys((*group.offered(), *anchors)))
 
     def _rows(self, group: Group, expert: int | None, curvature: Curvature) -> Ints:
         """Rows (of groups with heads: heads) that stand for all, ascending."""
@@ -92,10 +130,18 @@ class StreamedProfiler(Profiler):
         found: Floats = importance[rows if expert is None else expert]
         return found
 
+    @property
+    def side_by_side(self) -> int:
+        """Changes in one pass."""
+        width = int(self.layout.inventory.config["hidden_size"])
+        state_bytes = 4 * width * self._tokens(self.inputs.n_measured)
+        return max(SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
+
     def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
-        scorer = StreamedScorer(self.streamed, self._measured_documents, side_by_side=SIDE_BY_SIDE)
-        for start in range(0, len(changes), SIDE_BY_SIDE):
-            together = changes[start : start + SIDE_BY_SIDE]
+        n = self.side_by_side
+        scorer = StreamedScorer(self.streamed, self._measured_documents, side_by_side=n)
+        for start in range(0, len(changes), n):
+            together = changes[start : start + n]
             losses = scorer.score_many([self.candidate(change) for change in together])
             for change, found in zip(together, losses, strict=True):
                 yield change, mean(found.kl, scorer.documents)

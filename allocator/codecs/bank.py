@@ -3,7 +3,8 @@
 In: a group, a format, experts. Out: their encoded bytes, memory-mapped. An entry is a sparse file
 of fixed size for a group in a format: one slot per routed expert (a single one for every other
 group), and after the slots one byte per slot that says whether it is there. Only slots that are
-asked for are read from the checkpoint and encoded, `_AT_ONCE` bytes of weights at a time.
+asked for are read from the checkpoint and encoded, `_AT_ONCE` bytes of weights at a time; as many
+are read meanwhile.
 
 Invariant: the key is (weights' digest, format, importance digest, codec version), so an entry is
 never stale. A slot's byte is set when the slot is on the disk, so a kill leaves it absent, never
@@ -16,6 +17,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,7 +35,7 @@ from allocator.formats import Format, format_named
 from allocator.records import codec
 from allocator.targets import Group, Layout
 
-_AT_ONCE = 64 << 20  # bytes of float32 weights; at least one row
+_AT_ONCE = 32 << 20  # bytes of float32 weights; at least one row
 _BLOCK_ROWS = 128  # rows of an FP8 checkpoint that share their factors: pieces are whole ones
 _SPARE = 16 << 20  # bytes of disk that are left free
 _HEADS = (Role.K_B, Role.V_B)
@@ -214,9 +216,7 @@ class Bank:
             data, there = _mapped(handle, entry)
             asked = dict.fromkeys(np.arange(entry.n_slots)[wanted].tolist())
             missing = [slot for slot in asked if not there[slot]]
-            for slots, rows in _pieces(self.layout.groups[name], missing):
-                encoded = self._encode(name, entry, slots, rows)
-                self._store(handle, entry, slots, rows.start, encoded)
+            self._fill(handle, name, entry, missing)
         return data
 
     def _use(self, handle: int, entry: _Entry) -> None:
@@ -241,21 +241,35 @@ class Bank:
 
     # -- filling
 
-    def _encode(self, name: str, entry: _Entry, slots: list[int], rows: slice) -> Bytes:
-        """Rows of some slots, `(slots, rows, bytes per row)`; a whole slot of heads."""
-        group, inventory = self.layout.groups[name], self.layout.inventory
-        importance = self._slot_importance(name, entry)
+    def _fill(self, handle: int, name: str, entry: _Entry, slots: list[int]) -> None:
+        """Encodes slots piece by piece; the next one is read and the last one written meanwhile."""
+        group, importance = self.layout.groups[name], self._slot_importance(name, entry)
+        pieces = list(_pieces(group, slots))
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            coming = [reader.submit(self._read, group, *piece) for piece in pieces[:1]]
+            stored: Future[None] | None = None
+            for number, (held, rows) in enumerate(pieces, 1):
+                weights = coming.pop().result()
+                coming += [reader.submit(self._read, group, *p) for p in pieces[number:][:1]]
+                encoded = ggml.encode(
+                    weights,
+                    entry.fmt,
+                    None if importance is None else importance[held],
+                    threads=self.threads,
+                )
+                if stored is not None:
+                    stored.result()
+                stored = writer.submit(self._store, handle, entry, held, rows.start, encoded)
+            if stored is not None:
+                stored.result()
+
+    def _read(self, group: Group, slots: list[int], rows: slice) -> Floats:
+        """Rows of some slots, `(slots, rows, in)`; a whole slot of heads."""
         if group.role in _HEADS:
-            weights = [group_weights(self.layout, group)]
-        else:
-            sources = [group.sources[slot] for slot in slots]
-            weights = [read_rows(inventory, source, rows.start, rows.stop) for source in sources]
-        return ggml.encode(
-            weights[0][None] if len(weights) == 1 else np.stack(weights),
-            entry.fmt,
-            None if importance is None else importance[slots],
-            threads=self.threads,
-        )
+            return group_weights(self.layout, group)[None]
+        inventory, sources = self.layout.inventory, [group.sources[slot] for slot in slots]
+        weights = [read_rows(inventory, source, rows.start, rows.stop) for source in sources]
+        return weights[0][None] if len(weights) == 1 else np.stack(weights)
 
     def _slot_importance(self, name: str, entry: _Entry) -> Floats | None:
         """A group's importance with an axis of slots before it."""

@@ -5,12 +5,8 @@ said before the first run; a run that was stopped continues, a finished one is n
 comparison at a time runs in a folder; when it ends, in whatever way, its workers end.
 """
 
-import ctypes
 import multiprocessing
 import os
-import signal
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,14 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import optuna
-
 from allocator.compare.bench import N_POINTS, Bench
 from allocator.compare.runs import Run
 from allocator.compare.table import check_plot
 from allocator.errors import AllocatorError, StudyError
 from allocator.estimate import seconds_per_token
 from allocator.storage import search_lock
+from allocator.workers import begin_worker, end_children
 
 
 @dataclass(frozen=True)
@@ -119,31 +114,14 @@ def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block: a run that is stopped continues the next time."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        n, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)
+        n, mp_context=context, initializer=begin_worker, initargs=(os.getpid(), 1)
     )
     try:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        end_children()
         pool.shutdown()
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def _begin_worker(parent: int) -> None:
-    """One core for torch; a killed comparison leaves no worker behind (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before it could be listened to
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to handle
-    import torch
-
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 _BENCHES: dict[tuple[Path, str], Bench] = {}  # of a worker process: a loaded model each

@@ -3,7 +3,8 @@
 In: a `StreamedModel` and documents. Out: for every group, and every routed expert that a token
 reached, a `Curvature` that prices it at the moment it is known. Invariant: what
 `curvature.measure` sees around the original, up to the order of float32 sums. The layers are read
-twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards.
+twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards,
+when the gradients there do. So a pass that was killed goes on at the layer where it was.
 
 Backwards, a layer runs as it does forwards, in two steps (see `stream`), the other way round. The
 gradient of its output is that of its routed experts' sum. So first expert by expert: gradients of
@@ -15,7 +16,6 @@ through it together.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from allocator.calibration.documents import Document, batches
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, product_name, watch_products
 from allocator.proxy.model import moe_block
-from allocator.proxy.stream import Routing, StreamedModel, by_batch
+from allocator.proxy.stream import Routing, StreamedModel
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
@@ -50,8 +50,9 @@ def measure_streamed(
     Args:
         streamed: of the layout.
         documents: tokens to run.
-        take: called for groups from the head to the first layer, then for the embedding.
-        scratch: where states wait; what was there is gone afterwards.
+        take: called for groups from the head to the first layer, then for the embedding; when a
+            pass goes on, for those of the layer where it was and what follows.
+        scratch: an existing folder, where states and gradients of these documents wait.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass of a layer.
         progress: shows a bar over layers.
@@ -64,23 +65,58 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    with TemporaryDirectory(dir=scratch) as folder, torch.inference_mode(False), torch.no_grad():
-        states = streamed.begin(chosen)
-        for layer in range(n_layers):
-            np.save(_file(folder, layer), torch.cat([h.flatten(0, 1) for h in states.hidden]))
-            streamed.run(layer, [states])
-            bar.update()
-        gradients = passed.head(states.hidden, seed)
-        for layer in reversed(range(n_layers)):
-            before = torch.from_numpy(np.load(_file(folder, layer)))
-            gradients = passed.layer(layer, by_batch(before, gradients), gradients)
+    kept = _Kept(scratch, chosen)
+    with torch.inference_mode(False), torch.no_grad():
+        if not kept.has("gradients", n_layers):
+            first = max((i for i in range(n_layers + 1) if kept.has("states", i)), default=0)
+            states = streamed.begin(chosen)
+            if first:
+                states.hidden = kept.load("states", first)
+            bar.update(first)
+            for layer in range(first, n_layers):
+                streamed.run(layer, [states])
+                kept.save("states", layer + 1, states.hidden)
+                bar.update()
+            kept.save("gradients", n_layers, passed.head(states.hidden, seed))
+        elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
+            passed.head(kept.load("states", n_layers), seed)
+        last = min(i for i in range(n_layers + 1) if kept.has("gradients", i))
+        gradients = kept.load("gradients", last)
+        bar.update(2 * n_layers - last - bar.n)
+        for layer in reversed(range(last)):
+            before = kept.load("states", layer) if layer else streamed.begin(chosen).hidden
+            gradients = passed.layer(layer, before, gradients)
+            kept.save("gradients", layer, gradients)
             bar.update()
     bar.close()
     passed.embedding(chosen, gradients)
 
 
-def _file(folder: str, layer: int) -> Path:
-    return Path(folder) / f"{layer}.npy"
+@dataclass(frozen=True)
+class _Kept:
+    """What a pass has come to, on disk, layer by layer."""
+
+    folder: Path
+    chosen: Sequence[Sequence[Document]]
+
+    def has(self, what: str, layer: int) -> bool:
+        return self._path(what, layer).exists()
+
+    def save(self, what: str, layer: int, values: Batches) -> None:
+        """Whole, or not at all."""
+        path = self._path(what, layer)
+        part = path.with_name(f"{path.stem}.part.npy")
+        np.save(part, torch.cat([batch.flatten(0, 1) for batch in values]).numpy())
+        part.replace(path)
+
+    def load(self, what: str, layer: int) -> Batches:
+        flat = torch.from_numpy(np.load(self._path(what, layer)))
+        shapes = [(len(batch), len(batch[0].ids)) for batch in self.chosen]
+        pieces = torch.split(flat, [n * length for n, length in shapes])
+        return [p.view(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
+
+    def _path(self, what: str, layer: int) -> Path:
+        return self.folder / f"{what}-{layer}.npy"
 
 
 @dataclass

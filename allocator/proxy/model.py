@@ -158,6 +158,19 @@ def install(model: Any, config: Mapping[str, Any], group: Group, values: Floats)
     _fill(destination(model, config, group), values, group.name)
 
 
+def place(model: Any, group: Group, values: Floats) -> None:
+    """Makes a matrix's values a parameter of the model, which keeps no copy.
+
+    Raises:
+        CheckpointError: if the architecture has another shape there.
+    """
+    name = group.sources[0]
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    _check_shape(getattr(module, attribute), values, group.name)
+    setattr(module, attribute, nn.Parameter(torch.from_numpy(values), requires_grad=False))
+
+
 def install_experts(
     model: Any, config: Mapping[str, Any], group: Group, values: Floats, places: Sequence[int]
 ) -> None:
@@ -182,12 +195,16 @@ def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...
 
 
 def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
+    _check_shape(tensor, values, name)
+    tensor.copy_(torch.from_numpy(values))
+
+
+def _check_shape(tensor: torch.Tensor, values: Floats, name: str) -> None:
     if tensor.shape != values.shape:
         raise CheckpointError(
             f"{name} has shape {values.shape} in the checkpoint, but {tuple(tensor.shape)} in the "
             "model of its config.json; fetch both from one place"
         )
-    tensor.copy_(torch.from_numpy(values))
 
 
 def check_names(model: Any, layout: Layout) -> None:

@@ -5,7 +5,7 @@ Invariants: what `Scorer` computes, up to the order of float32 sums; in one pass
 layer is read from the checkpoint at most once, however many candidates there are; candidates that
 agree up to a layer are one computation up to there. In memory are hidden states (tokens x hidden of
 every different computation, twice while experts run), one layer without its routed experts, two
-routed experts (one is read ahead), and the logits of one batch.
+routed experts (one is read ahead), and the logits of some documents.
 
 A MoE block is a sum: what its routed experts give is added to the rest of its layer. So a layer
 runs in two steps. First everything else, batch by batch, as the architecture's own module computes
@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ from allocator.proxy.model import (
     install,
     install_kept,
     moe_block,
+    place,
     resize_router,
     set_experts_used,
     skeleton,
@@ -49,7 +51,8 @@ from allocator.proxy.scorer import DocumentLosses, Documents, Row, Scorer, compa
 from allocator.targets import Group, Kept, Layout
 
 _ROWS_BYTES = 128 << 20  # of the head, decoded at a time
-_LOGITS_BYTES = 256 << 20  # of one distribution, for the documents compared at a time
+_WHOLE_BYTES = 512 << 20  # a smaller embedding or head is read once for all candidates
+_LOGITS_BYTES = 512 << 20  # of all distributions of the documents compared at a time
 _PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -139,9 +142,13 @@ class Weights:
 
     def rows(self, candidate: Candidate, group: Group, start: int, stop: int) -> torch.Tensor:
         """Some rows of the embedding or the head."""
-        fmt = candidate.format_of[group.name]
+        fmt, whole = candidate.format_of[group.name], 4 * prod(group.shape) <= _WHOLE_BYTES
+        if fmt is None and whole:
+            return torch.from_numpy(self._original(group, None)[start:stop])
         if fmt is None:
             return torch.from_numpy(read_rows(self.layout.inventory, group.sources[0], start, stop))
+        if whole and not self._bank.has(group.name, fmt):
+            self._bank.put(group.name, fmt, None, self._original(group, None))
         encoded = self._bank.encoded(group.name, fmt)[start:stop]
         return torch.from_numpy(ggml.decode(encoded, format_named(fmt)))
 
@@ -231,6 +238,7 @@ class StreamedModel:
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
         self._taken: list[Routed] = []
+        self._kept_values: dict[str, Floats] = {}
         for layer in layout.layers:
             moe_block(self.model, layer).experts.forward = self._take
         self._groups: dict[int | None, list[Group]] = {}
@@ -275,6 +283,18 @@ class StreamedModel:
         """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
         return self.head(self.normed(hidden), candidate)
 
+    def all_logits(self, asked: Sequence[tuple[Candidate, torch.Tensor]]) -> list[torch.Tensor]:
+        """`logits` of several candidates' states; a head that some share is read once."""
+        found: dict[int, torch.Tensor] = {}
+        by_format: dict[str | None, list[int]] = {}
+        for i, (candidate, _) in enumerate(asked):
+            by_format.setdefault(candidate.format_of[self.output.name], []).append(i)
+        for places in by_format.values():
+            hidden = [asked[i][1] for i in places]
+            logits = self.logits(torch.cat(hidden), asked[places[0]][0])
+            found |= zip(places, torch.split(logits, [len(h) for h in hidden]), strict=True)
+        return [found[i] for i in range(len(asked))]
+
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of what the head multiplies."""
         found = torch.empty(len(normed), self.output.shape[0])
@@ -315,6 +335,7 @@ class StreamedModel:
     def leave(self, layer: int) -> None:
         """Frees the memory of a layer."""
         self.weights.forget()
+        self._kept_values.clear()
         empty(self.model.model.layers[layer])
 
     def install(self, layer: int, candidate: Candidate) -> None:
@@ -326,9 +347,17 @@ class StreamedModel:
         for group in self._groups[layer]:
             if not group.role.is_expert:
                 values = self.weights.of(candidate, group)
-                install(self.model, self.inventory.config, group, values)
+                if group.role in (Role.K_B, Role.V_B):  # halves of one matrix
+                    install(self.model, self.inventory.config, group, values)
+                else:
+                    place(self.model, group, values)
         for kept in self._kept[layer]:
-            install_kept(self.model, kept, read_tensor(self.inventory, kept.source), retained)
+            install_kept(self.model, kept, self._kept_of(kept), retained)
+
+    def _kept_of(self, kept: Kept) -> Floats:
+        if kept.source not in self._kept_values:
+            self._kept_values[kept.source] = read_tensor(self.inventory, kept.source)
+        return self._kept_values[kept.source]
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer as the architecture computes it, its routed experts giving zero."""
@@ -507,7 +536,7 @@ class StreamedScorer(Documents):
                 self._reference.update(zip(batch, hidden, strict=True))
         self._last = wanted[len(candidates) - 1], [h for batch in final[-1] for h in batch]
         rows: list[list[Row]] = [[] for _ in candidates]
-        for span in self._spans(start, stop):
+        for span in self._spans(start, stop, len(candidates) + 1):
             self._compare(span, start, wanted[: len(rows)], final, rows)
         return [losses_of(found) for found in rows]
 
@@ -535,6 +564,7 @@ class StreamedScorer(Documents):
             held.hidden = self.model.embed(
                 [[self.documents[i] for i in batch] for batch in chosen], held.candidate
             )
+        self.model.weights.forget()
         for layer in range(self.model.inventory.n_layers):
             states = self._split(layer, states, wanted)
             self.model.run(layer, states)
@@ -556,9 +586,9 @@ class StreamedScorer(Documents):
             found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
         return found
 
-    def _spans(self, start: int, stop: int) -> Iterator[range]:
-        """Documents whose logits fit in memory at once; at least one."""
-        most = max(1, _LOGITS_BYTES // (4 * int(self.model.inventory.config["vocab_size"])))
+    def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
+        """Documents of which `n` distributions fit in memory at once; at least one."""
+        most = max(1, _LOGITS_BYTES // (4 * n * int(self.model.inventory.config["vocab_size"])))
         first = start
         while first < stop:
             last, n_tokens = first + 1, len(self.documents[first].ids)
@@ -578,18 +608,19 @@ class StreamedScorer(Documents):
     ) -> None:
         """Appends the rows of some documents."""
         lengths = [len(self.documents[i].ids) for i in span]
-        reference = torch.cat([self._reference[i] for i in span])
-        original = torch.split(
-            torch.log_softmax(self.model.logits(reference, self.model.original), -1), lengths
-        )
-        tops = [log_probs.argmax(-1) for log_probs in original]
-        for candidate, hidden, found in zip(candidates, final, rows, strict=True):
+        asked = [(self.model.original, torch.cat([self._reference[i] for i in span]))]
+        for candidate, hidden in zip(candidates, final, strict=True):
             flat = [states for batch in hidden for states in batch]
-            mine = torch.cat([flat[i - start] for i in span])
-            logits = torch.split(self.model.logits(mine, candidate), lengths)
+            asked.append((candidate, torch.cat([flat[i - start] for i in span])))
+        reference, *others = self.model.all_logits(asked)
+        original = torch.split(torch.log_softmax(reference, -1), lengths)
+        tops = [log_probs.argmax(-1) for log_probs in original]
+        for logits, found in zip(others, rows, strict=True):
             found += [
                 compare(p_log, top1, q, self.documents[i].ids)
-                for p_log, top1, q, i in zip(original, tops, logits, span, strict=True)
+                for p_log, top1, q, i in zip(
+                    original, tops, torch.split(logits, lengths), span, strict=True
+                )
             ]
 
 

@@ -7,6 +7,7 @@ one does.
 
 import time
 from collections.abc import Callable
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,28 @@ from allocator.samplers.auto import AutoSampler, Look
 from allocator.samplers.evolution import LevelSwitchSampler
 from allocator.samplers.knapsack import KnapsackSampler
 from allocator.surrogate import Surrogate
-from allocator.trials import ABANDONED
+from allocator.trials import ABANDONED, DOUBLED, PROPOSAL, not_abandoned
 
 SAMPLERS = ("auto", "knapsack", "random", "tpe", "nsga2", "evolution")
 
 
 def proposal_number(study: Study, trial: FrozenTrial) -> int:
-    """How many proposals came before this trial, not counting abandoned ones."""
-    lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    number: int = trial.number
-    return number - sum(ABANDONED in t.user_attrs and t.number < number for t in lost)
+    """The least number that no other proposal has; abandoned trials free theirs.
+
+    Trials that are asked for at the same time, whose numbers are not known yet, take theirs in the
+    order of the trials.
+    """
+    others = [t for t in not_abandoned(study) if t.number != trial.number]
+    taken = {t.system_attrs[PROPOSAL] for t in others if PROPOSAL in t.system_attrs}
+    unknown = sum(PROPOSAL not in t.system_attrs and t.number < trial.number for t in others)
+    return next(islice((n for n in count() if n not in taken), unknown, None))
+
+
+def _doubled(study: Study, number: int) -> int:
+    """How often this proposal was given up because another worker was scoring the same."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    tried = (t for t in failed if t.user_attrs.get(ABANDONED) == DOUBLED)
+    return sum(t.system_attrs.get(PROPOSAL) == number for t in tried)
 
 
 class SeededSampler(BaseSampler):
@@ -44,7 +57,10 @@ class SeededSampler(BaseSampler):
         sampling_seconds: what the last proposal took, looks apart.
         looking_seconds: of the gradient before it.
         generational: the inner sampler asks the search to run generations.
+        on_trial: called with a trial's id before anything is proposed for it.
     """
+
+    on_trial: Callable[[int], None] | None = None
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make = make
@@ -55,17 +71,22 @@ class SeededSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Seeds the sampler for this trial; an enqueued one joins NSGA-II's generations too."""
-        entropy = np.random.SeedSequence([self._seed, proposal_number(study, trial)])
+        if self.on_trial is not None:
+            self.on_trial(trial._trial_id)
+        number = proposal_number(study, trial)
+        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, number)
+        tries = _doubled(study, number)
+        entropy = np.random.SeedSequence([self._seed, number, *([tries] if tries else [])])
         self._inner = self._make(int(entropy.generate_state(1)[0]))
         self._inner.before_trial(study, trial)
         if "fixed_params" in trial.system_attrs and isinstance(self._inner, NSGAIISampler):
             # Optuna does so while sampling, and what is enqueued whole is not sampled
             self._inner.get_trial_generation(study, trial)
 
-    def next_tokens(self, study: Study) -> int:
-        """Forward tokens that the next proposal itself costs."""
+    def next_tokens(self, study: Study, n: int = 1) -> int:
+        """The most forward tokens that the next `n` proposals themselves cost."""
         inner = self._inner
-        return inner.next_tokens(study) if isinstance(inner, AutoSampler) else 0
+        return inner.next_tokens(study, n) if isinstance(inner, AutoSampler) else 0
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

@@ -29,7 +29,14 @@ from allocator.posterior import Observation, Posterior, fit
 from allocator.samplers.knapsack import SolvingSampler
 from allocator.space import Params
 from allocator.surrogate import Around, Floats, Surrogate
-from allocator.trials import LOOKED, LOSSES, allocation_of, best_complete, not_abandoned
+from allocator.trials import (
+    LOOKED,
+    LOSSES,
+    PROPOSAL,
+    allocation_of,
+    best_complete,
+    not_abandoned,
+)
 
 ROUND = 5
 """Own proposals from one look to the next."""
@@ -37,6 +44,9 @@ NOISE = 2.0
 """Looks whose average is as much noise as signal: `n` looks get the share `n / (n + NOISE)`."""
 PLACES = ((1.0, 0.0), (0.7, 0.5), (1.3, 0.5), (0.7, 1.0), (1.0, 1.0))
 """By place in the round: a factor of that share, and of the posterior's spread."""
+
+LOOKED_AT = "auto:incumbent"
+"""System attribute of the trial before which a look was taken: the incumbent's `PROPOSAL`."""
 
 Look = Callable[[Allocation, int], Around]
 """An allocation, and which part of the documents to use, to what a gradient says around it."""
@@ -74,16 +84,22 @@ class AutoSampler(SolvingSampler):
         self._posterior: Posterior
         self._here: tuple[Params, list[Mapping[str, Floats]]] | None = None
 
-    def next_tokens(self, study: Study) -> int:
-        """Forward tokens of the look that the next proposal begins with."""
+    def next_tokens(self, study: Study, n: int = 1) -> int:
+        """Forward tokens of the looks that the next `n` proposals begin with."""
         done = not_abandoned(study)
-        begins = _own(done) % ROUND == 0 and bool(self._looks(done))
-        return self._look_tokens if begins else 0
+        own = _own(done)
+        rounds = sum(i % ROUND == 0 for i in range(own, own + n))
+        looks = self._around is not None and best_complete(done) is not None
+        return rounds * self._look_tokens if looks else 0
 
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
         done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
         self._global = self._surrogate
+        if not self._place:
+            incumbent = best_complete(done)
+            number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
+            study._storage.set_trial_system_attr(trial._trial_id, LOOKED_AT, number)
         if looks := self._looks(done):
             assert self._around is not None
             began = time.perf_counter()
@@ -113,11 +129,15 @@ class AutoSampler(SolvingSampler):
         return surrogate, multipliers
 
     def _looks(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
-        """The incumbent at the beginning of every round so far, this one's last."""
+        """The incumbent at the beginning of every round so far, this one's last.
+
+        What was the best then is noted with the trial that began the round: trials that ran beside
+        it may have ended since.
+        """
         if self._around is None:
             return []
-        ends = range(len(done) - _own(done), len(done) + 1, ROUND)
-        incumbents = [best_complete(done[:end]) for end in ends]
+        begins = range(len(done) - _own(done), len(done) + 1, ROUND)
+        incumbents = [_best_then(done, begin) for begin in begins]
         return [t for t in incumbents if t is not None and self._params(t)]
 
     def _params(self, trial: FrozenTrial) -> Params:
@@ -147,6 +167,16 @@ class AutoSampler(SolvingSampler):
                 max(ratio * float(incumbent.values[0]), 1e-9),
                 float(spread.var() / len(losses)),
             )
+
+
+def _best_then(done: list[FrozenTrial], begin: int) -> FrozenTrial | None:
+    """The incumbent when the trial at this place was asked for."""
+    if begin < len(done) and LOOKED_AT in done[begin].system_attrs:
+        number = done[begin].system_attrs[LOOKED_AT]
+        if number is None:
+            return None
+        return next((t for t in done if t.system_attrs.get(PROPOSAL) == number), None)
+    return best_complete(done[:begin])
 
 
 def _own(done: list[FrozenTrial]) -> int:

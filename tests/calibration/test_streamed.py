@@ -9,6 +9,7 @@ import torch
 from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.calibration.streamed import StreamedProfiler
+from allocator.codecs import ggml
 from allocator.inventory import read_inventory
 from allocator.targets import target_named
 
@@ -82,3 +83,25 @@ def test_sampled_rows_are_close_and_cheaper(inputs, whole, tmp_path, monkeypatch
     assert np.std(logs) < 0.4
     again = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path / "again").curvature
     assert again == prices
+
+
+def test_a_stopped_curvature_is_the_undisturbed_one(inputs, tmp_path, monkeypatch):
+    inputs = replace(inputs, sampled_rows=0.5)
+    whole = StreamedProfiler(inputs, tmp_path / "whole")
+    stopped = StreamedProfiler(inputs, tmp_path / "stopped")
+    _ = stopped.statistics
+    plain, calls = ggml.encode, []
+
+    def encode(*args, **options):
+        calls.append(args)
+        if len(calls) == 150:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("allocator.calibration.streamed.ggml.encode", encode)
+        with pytest.raises(KeyboardInterrupt):
+            _ = stopped.curvature
+    again = StreamedProfiler(inputs, tmp_path / "stopped")
+    assert again.curvature == whole.curvature
+    assert not (again.folder / "curvature").exists()

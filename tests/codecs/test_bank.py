@@ -199,7 +199,8 @@ def test_wide_matrices_take_little_memory(tmp_path, make):
     bank.encoded("head", "Q8_0")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 3 * bank_module._AT_ONCE  # bfloat16, float32, and encoded twice; as a whole 458
+    # float32, the next piece's with its bfloat16, and encoded three times; as a whole 458
+    assert peak < 4 * bank_module._AT_ONCE
 
 
 def test_given_weights_are_encoded_where_they_are_missing(tmp_path, layout, seen):

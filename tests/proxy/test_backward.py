@@ -1,5 +1,9 @@
 """The streamed backward pass against autograd through the whole model."""
 
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,11 +26,18 @@ def changes(layout, group):
     return (weights * 0.1 * rng.standard_normal(weights.shape)).astype(np.float32)
 
 
-def streamed_prices(layout, documents, tmp_path, rows_of, *, batch_tokens=40):
-    """Price of every group (of every expert) from the rows that `rows_of` names."""
+def streamed_prices(
+    layout, documents, tmp_path, rows_of, *, batch_tokens=40, place=None, stop=10**9
+):
+    """Price of every group (of every expert) from the rows that `rows_of` names.
+
+    What was priced until the `stop`th is returned.
+    """
     prices = {}
 
     def take(group, expert, curvature):
+        if len(prices) == stop:
+            raise KeyboardInterrupt
         change = changes(layout, group)
         change = change if expert is None else change[expert]
         rows = rows_of(group, len(change), curvature)
@@ -35,7 +46,10 @@ def streamed_prices(layout, documents, tmp_path, rows_of, *, batch_tokens=40):
         )
 
     streamed = StreamedModel(layout, Weights(layout, lambda: Bank(tmp_path / "bank", layout, {})))
-    measure_streamed(streamed, documents, take, scratch=tmp_path, batch_tokens=batch_tokens)
+    place = place or Path(tempfile.mkdtemp(dir=tmp_path))
+    place.mkdir(exist_ok=True)
+    with suppress(KeyboardInterrupt):
+        measure_streamed(streamed, documents, take, scratch=place, batch_tokens=batch_tokens)
     return prices
 
 
@@ -57,7 +71,6 @@ def test_prices_are_those_of_the_whole_model(layout, documents, tmp_path, batch_
             assert found.get((group.name, i), 0.0) == pytest.approx(value, rel=2e-3, abs=1e-12)
             compared += value > 0
     assert compared > len(layout.groups)
-    assert list(tmp_path.iterdir()) == [tmp_path / "bank"]  # the states are gone
 
 
 def test_some_rows_stand_for_all(layout, documents, tmp_path):
@@ -75,3 +88,42 @@ def test_some_rows_stand_for_all(layout, documents, tmp_path):
     logs = [np.log(some[k] / v) for k, v in whole.items() if v > 0]
     assert abs(np.mean(logs)) < 0.05
     assert 0 < np.std(logs) < 0.4
+
+
+@pytest.mark.parametrize("stop", [0, 1, 9, 25])
+def test_a_pass_that_was_stopped_goes_on_where_it_was(
+    layout, documents, tmp_path, stop, monkeypatch
+):
+    whole = streamed_prices(layout, documents, tmp_path, all_rows)
+    place = tmp_path / "pass"
+    before = streamed_prices(layout, documents, tmp_path, all_rows, place=place, stop=stop)
+    assert len(before) == stop
+    run, n_layers = [], layout.inventory.n_layers
+    plain = StreamedModel.run
+    monkeypatch.setattr(
+        StreamedModel,
+        "run",
+        lambda self, layer, *a, **k: (run.append(layer), plain(self, layer, *a, **k)),
+    )
+    after = streamed_prices(layout, documents, tmp_path, all_rows, place=place)
+    assert run == []  # forwards it was through
+    assert {**before, **after} == whole
+    assert len(before) + len(after) < len(whole) + len(whole) / n_layers + 3
+
+
+def test_a_forward_pass_that_was_stopped_goes_on(layout, documents, tmp_path, monkeypatch):
+    whole = streamed_prices(layout, documents, tmp_path, all_rows)
+    place = tmp_path / "pass"
+    run, plain = [], StreamedModel.run
+
+    def stopped(self, layer, *args, **options):
+        if layer == 1 and run.count(0) == 1 and 1 not in run:
+            run.append(1)
+            raise KeyboardInterrupt
+        run.append(layer)
+        plain(self, layer, *args, **options)
+
+    monkeypatch.setattr(StreamedModel, "run", stopped)
+    assert streamed_prices(layout, documents, tmp_path, all_rows, place=place) == {}
+    assert streamed_prices(layout, documents, tmp_path, all_rows, place=place) == whole
+    assert run == [0, 1, *range(1, layout.inventory.n_layers)]

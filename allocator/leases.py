@@ -1,0 +1,166 @@
+"""Who works on a trial: leases, for several workers on one study in any storage.
+
+In: the RUNNING trials of a study. Out: those whose worker is dead. A worker writes a lease into the
+trials that it has in hand and renews it from a thread; a trial whose lease has expired is closed as
+abandoned, and its proposal is made again by whoever asks next. Invariants: clocks of two machines
+are never compared; closing a trial is the claim, and the storage lets one process close it.
+
+A lease has expired when the watcher, by its own monotonic clock, has seen it unchanged for as long
+as it holds; a RUNNING trial without one (its worker died before it wrote it) likewise. A worker
+that was merely slow finds its trial closed when it tells, and drops the result.
+
+Optuna's own heartbeat covers `study.optimize` on a database, neither ask and tell nor journals.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+LEASE = "lease"
+"""User attribute of a trial: `owner`, `seconds` that it holds, `renewal` (counts up), and when it
+`expires` by the owner's wall clock, for people only."""
+SECONDS = 60.0
+"""How long a lease holds; it is renewed at a third of this."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A worker process: where it runs, on which study folder, and a token against reused pids."""
+
+    host: str
+    folder: str
+    pid: int
+    token: str
+
+    @classmethod
+    def here(cls, folder: Path) -> "Owner":
+        """This process."""
+        return cls(socket.gethostname(), str(folder.resolve()), os.getpid(), secrets.token_hex(4))
+
+    @property
+    def name(self) -> str:
+        """Tells workers apart."""
+        return f"{self.host}:{self.pid}:{self.token}"
+
+
+def left_here(trials: Iterable[FrozenTrial], folder: Path, *, pid: int = 0) -> list[FrozenTrial]:
+    """Trials whose lease is of a worker of this host and study folder.
+
+    Args:
+        trials: RUNNING ones.
+        folder: of the study.
+        pid: of this process alone; of any by default.
+    """
+    here: dict[str, Any] = {"host": socket.gethostname(), "folder": str(folder.resolve())}
+    if pid:
+        here["pid"] = pid
+    owners = ((t, t.user_attrs.get(LEASE, {}).get("owner", {})) for t in trials)
+    return [t for t, owner in owners if here.items() <= owner.items()]
+
+
+class Leases:
+    """One worker's: it renews its own in a thread and watches those of others.
+
+        with Leases(study, folder) as leases:
+            leases.take(trial_id)
+            ...                       # score it
+            leases.drop([trial_id])   # once it was told
+
+    Args:
+        study: the trials'.
+        folder: of the study.
+    """
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self.owner = Owner.here(folder)
+        self._study = study
+        self._seconds = SECONDS
+        self._held: dict[int, int] = {}  # trial id to renewals
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial id to a lease and since when
+        self._changing = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="leases", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def take(self, trial_id: int) -> None:
+        """Holds a trial from now on; nothing if it is held already."""
+        with self._changing:
+            if trial_id in self._held:
+                return
+            self._held[trial_id] = 0
+        self._write(trial_id, 0)
+
+    def drop(self, trial_ids: Iterable[int]) -> None:
+        """Renews them no more."""
+        with self._changing:
+            for trial_id in trial_ids:
+                self._held.pop(trial_id, None)
+
+    def others(self) -> list[FrozenTrial]:
+        """RUNNING trials that other workers have in hand, or had."""
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [t for t in running if t._trial_id not in self._held]
+
+    def expired(self) -> list[FrozenTrial]:
+        """Those of `others` whose worker is dead; call it often: what it sees starts the clock."""
+        now, others = time.monotonic(), self.others()
+        found = {t._trial_id: t.user_attrs.get(LEASE) for t in others}
+        self._seen = {
+            i: self._seen[i] if i in self._seen and self._seen[i][0] == lease else (lease, now)
+            for i, lease in found.items()
+        }
+        return [t for t in others if now - self._seen[t._trial_id][1] >= self._holds(t)]
+
+    def _holds(self, trial: FrozenTrial) -> float:
+        return float(trial.user_attrs.get(LEASE, {}).get("seconds", self._seconds))
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(self._seconds / 3):
+            with self._changing:
+                self._held = {i: n + 1 for i, n in self._held.items()}
+                held = list(self._held.items())
+            for trial_id, renewal in held:
+                try:
+                    self._write(trial_id, renewal)
+                except UpdateFinishedTrialError:
+                    pass  # taken over, or just told: its worker finds out
+                except Exception as error:  # whatever a storage raises: the next one may succeed
+                    why = (str(error).splitlines() or [type(error).__name__])[0]
+                    _log.warning("a lease could not be renewed: %s", why)
+        self._study._storage.remove_session()  # this thread's connection
+
+    def _write(self, trial_id: int, renewal: int) -> None:
+        lease = {
+            "owner": asdict(self.owner),
+            "seconds": self._seconds,
+            "renewal": renewal,
+            "expires": f"{datetime.now(UTC) + timedelta(seconds=self._seconds):%FT%TZ}",
+        }
+        self._study._storage.set_trial_user_attr(trial_id, LEASE, lease)
