@@ -23,6 +23,8 @@ _ENCODE_WEIGHTS_PER_SECOND = 7e5
 """All offered formats of one weight, one core (the sum over ggml's types, measured)."""
 _ENCODE_ONE_PER_SECOND = 4e6
 """One format, the median of them."""
+_TABLES_SECONDS = 12.0
+"""ggml's own tables for the smallest formats, made once by every process."""
 _PRICE_WEIGHTS_PER_SECOND = 6e6
 """The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
 
@@ -111,7 +113,7 @@ def _in_memory(workspace: Workspace) -> _Seconds:
     per_token = seconds_per_token(workspace, documents=16, threads=workspace.threads)
     weights = workspace.inventory.n_searched_weights
     pricing = weights / _PRICE_WEIGHTS_PER_SECOND
-    encoding = weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
+    encoding = weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + _TABLES_SECONDS
     passes = workspace.profiler.forward_tokens
     # watching every input of the statistics pass takes half as long as the pass itself
     tokens = sum(passes.values()) + passes["statistics"] / 2
@@ -137,7 +139,7 @@ def _streamed(workspace: Workspace) -> _Seconds:
     assert isinstance(workspace.profiler, StreamedProfiler)
     # statistics, curvature there and back
     n_passes = 3 + math.ceil(n_changes / workspace.profiler.side_by_side)
-    priced = spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + 12
+    priced = spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / workspace.threads + _TABLES_SECONDS
     anchors = 2 * weights / _ENCODE_ONE_PER_SECOND / workspace.threads
     return _Seconds(
         trial=(reading + computing + encoding) / together,

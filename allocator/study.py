@@ -328,8 +328,9 @@ class Search:
         if limits.tokens is None:
             return True
         running = [t for t in before if not t.state.is_finished()]
-        spent = self.forward_tokens() + self._promised(running)
-        return spent + n_tokens <= limits.tokens
+        mine = self.study._storage.get_trial(first.trial._trial_id)
+        spent = self.forward_tokens() - forward_tokens(mine) + self._promised(running)
+        return spent + n_tokens <= limits.tokens  # the look before `mine` is among these
 
     def _others(self) -> list[FrozenTrial]:
         return [] if self.leases is None else self.leases.others()

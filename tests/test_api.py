@@ -1,6 +1,7 @@
 """Every verb of the library on a tiny study: what it returns, writes, and leaves alone."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator import api, launch
+from allocator import api, estimate
 from allocator.allocation import Allocation
 from allocator.errors import (
     BudgetError,
@@ -126,9 +127,10 @@ def test_estimate_writes_nothing_and_brackets_the_budget(fresh, options):
 
 def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, monkeypatch):
     """At a second per token, and nothing for encoding: tokens by hand, changes from the profile."""
-    for name in ("_encoding_seconds", "_pricing_seconds"):
-        monkeypatch.setattr(launch, name, lambda workspace: 0.0)
-    monkeypatch.setattr(launch, "_seconds_per_token", lambda workspace: 1.0)
+    for name in ("_ENCODE_WEIGHTS_PER_SECOND", "_PRICE_WEIGHTS_PER_SECOND"):
+        monkeypatch.setattr(estimate, name, math.inf)
+    monkeypatch.setattr(estimate, "_TABLES_SECONDS", 0.0)
+    monkeypatch.setattr(estimate, "seconds_per_token", lambda *_, **__: 1.0)
     ready = api.estimate(fresh, **options)
     assert ready.profile_ready
     assert ready.profile_seconds == 0

@@ -19,8 +19,10 @@ from optuna.trial import TrialState
 
 from allocator import leases, study
 from allocator.leases import LEASE, Leases, left_here
+from allocator.samplers import SAMPLERS
 from allocator.samplers.evolution import Selection
 from allocator.study import VERDICTS, Limits, close_abandoned
+from allocator.surrogate import Around
 from allocator.trials import (
     ABANDONED,
     PROPOSAL,
@@ -409,6 +411,34 @@ def test_time_is_over_for_what_was_taken_over(joined):
     die(one)
     two.run(seconds=0)
     assert [t.state.name for t in two.study.get_trials()] == ["FAIL"]
+
+
+@pytest.mark.parametrize("limit", ["trials", "tokens"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_worker_alone_does_what_a_search_without_leases_does(joined, formula, sampler, limit):
+    def around(allocation, part):
+        prices = {}
+        for name, group in alone.space.layout.groups.items():
+            n = group.shape[0] if group.role.is_expert else 1
+            prices[name] = {f.name: [4.0**-f.bits / n] * n for f in group.offered()}
+        return Around(prices, prices, 77)
+
+    options = {"around": around, "look_tokens": 77}
+    alone = formula.search(InMemoryStorage(), sampler, **options)
+    worker = joined(InMemoryStorage(), sampler, **options)
+    for n in (8, 19):
+        limits = {"n_trials": n} if limit == "trials" else {"tokens": 130 * n}
+        for search in (alone, worker):
+            if search.selection is not None:
+                search.selection = Selection(8, ((2, 3), (6, 1)))
+            search.run(**limits)
+    told = [
+        [(t.state, t.params, t.values, t.system_attrs) for t in search.study.get_trials()]
+        for search in (alone, worker)
+    ]
+    assert told[0] == told[1]
+    assert len(told[0]) > 8
+    assert alone.forward_tokens() == worker.forward_tokens()
 
 
 # -- the queue

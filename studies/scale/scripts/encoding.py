@@ -4,7 +4,8 @@
 
 Written: `materialize` to GGUF from an empty bank: reading, encoding, the bank's files and the file
 itself, synced, with its sha256. Raw: `ggml_quantize_chunk` on the same float32 weights, in memory
-already, over the same threads; what builds ggml's tables is in neither. Two allocations: the committed
+already, over the same threads; what builds ggml's tables is in neither. Seconds of the clock, and of the
+processors (these other jobs of the machine hardly change). Two allocations: the committed
 one of studies/reference (2.25 effective bits), and Q2_K for a checkpoint with one MoE layer of
 `--experts` experts of DeepSeek-V3's shapes. Both are timed in turn, `--rounds` times.
 """
@@ -83,8 +84,8 @@ def matrices(layout, allocation):
 
 
 def raw_seconds(layout, allocation, importance):
-    """Of `ggml_quantize_chunk` alone."""
-    total = 0.0
+    """Of `ggml_quantize_chunk` alone: clock and processors."""
+    total = np.zeros(2)
     with ThreadPoolExecutor(THREADS) as pool:
         for name, expert, fmt, weights in matrices(layout, allocation):
             ggml.prepare(fmt)
@@ -111,20 +112,24 @@ def raw_seconds(layout, allocation, importance):
                     None if given is None else given[matrix].ctypes.data,
                 )
 
-            began = time.perf_counter()
+            began = now()
             list(pool.map(work, pieces))
-            total += time.perf_counter() - began
+            total += now() - began
     return total
 
 
+def now():
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def written_seconds(layout, allocation, importance, out):
-    """Of `materialize`, from an empty bank."""
+    """Of `materialize`, from an empty bank: clock and processors."""
     for name in ("encoding-bank", "encoding-written"):
         shutil.rmtree(out / name, ignore_errors=True)
     bank = Bank(out / "encoding-bank", layout, importance, threads=THREADS)
-    began = time.perf_counter()
+    began = now()
     materialize(allocation, bank, out / "encoding-written", container="gguf", importance="0" * 64)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def main():
@@ -155,12 +160,14 @@ def main():
         for _ in range(args.rounds):
             raw = raw_seconds(layout, allocation, importance)
             rows.append((raw, written_seconds(layout, allocation, importance, out)))
-        found[what] = {
-            "weights": weights,
-            "threads": THREADS,
-            "raw_seconds": [round(raw, 2) for raw, _ in rows],
-            "written_seconds": [round(written, 2) for _, written in rows],
-            "throughput_over_raw": [round(raw / written, 3) for raw, written in rows],
+        raw, written = (np.array(x) for x in zip(*rows, strict=True))
+        found[what] = {"weights": weights, "threads": THREADS} | {
+            name: {
+                "raw_seconds": raw[:, i].round(2).tolist(),
+                "written_seconds": written[:, i].round(2).tolist(),
+                "throughput_over_raw": round(float(raw[:, i].min() / written[:, i].min()), 3),
+            }
+            for i, name in enumerate(("clock", "processors"))
         }
         print(what, json.dumps(found[what]), flush=True)
         for name in ("encoding-bank", "encoding-written"):

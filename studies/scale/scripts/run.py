@@ -146,38 +146,39 @@ def workspace_of(out, kind):
 
 
 def candidates_of(workspace):
-    """Four of one front, as a search has them: they share most formats; the rest is in Q6_K."""
+    """Four as a search has them, alike in most groups: routed experts in Q3_K, the rest in Q6_K.
+
+    The second has a layer's experts in Q6_K, the third a layer's gates in Q2_K, the last those and
+    another layer's gates in IQ1_S.
+    """
     from allocator.allocation import Allocation
     from allocator.families import Role
     from allocator.formats import fallback
 
     layout = workspace.layout
-    layers = layout.layers
-    early, late = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    first, last = f"layers.{layout.layers[0]}", f"layers.{layout.layers[-1]}"
+    gate = Role.EXPERT_GATE
 
-    def candidate(rule):
-        formats = {
-            name: fallback(rule(g) if g.role.is_expert else "Q6_K", g.shape).name
-            for name, g in layout.groups.items()
-        }
+    def candidate(changed):
+        wanted = {n: "Q3_K" if g.role.is_expert else "Q6_K" for n, g in layout.groups.items()}
+        formats = {n: fallback(f, layout.groups[n].shape).name for n, f in wanted.items()}
         everyone = tuple(range(layout.inventory.n_experts))
         return Allocation.of(
             target="gguf",
-            retained=dict.fromkeys(layers, everyone),
-            formats=formats,
+            retained=dict.fromkeys(layout.layers, everyone),
+            formats=formats | changed,
             experts_used=layout.inventory.experts_used,
         )
 
-    def low(group, layers):
-        return group.role is Role.EXPERT_GATE and group.layer in layers
-
+    better = {
+        n: "Q6_K" for n, g in layout.groups.items() if g.role.is_expert and n.startswith(first)
+    }
+    late = {f"{last}.{gate}": "Q2_K"}
     return {
-        "Q6_K": candidate(lambda g: "Q6_K"),
-        "Q3_K": candidate(lambda g: "Q3_K"),
-        "Q3_K, late gates Q2_K": candidate(lambda g: "Q2_K" if low(g, late) else "Q3_K"),
-        "Q3_K, late gates Q2_K, early gates IQ1_S": candidate(
-            lambda g: "Q2_K" if low(g, late) else "IQ1_S" if low(g, early) else "Q3_K"
-        ),
+        "experts Q3_K": candidate({}),
+        f"{first}.experts Q6_K": candidate(better),
+        f"{last}.{gate} Q2_K": candidate(late),
+        f"and {first}.{gate} IQ1_S": candidate(late | {f"{first}.{gate}": "IQ1_S"}),
     }
 
 
