@@ -37,7 +37,8 @@ from allocator.memory import Budget
 from allocator.profile import Profile
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
-from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer, Weights
+from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
+from allocator.proxy.weights import Weights
 from allocator.records import AllocationRecord, read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.space import SearchSpace, Space, bind

@@ -33,7 +33,7 @@ from allocator.profile import Change, Profile, bundle_of
 from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
-from allocator.proxy.stream import Candidate
+from allocator.proxy.weights import Candidate
 from allocator.space import Experts, SearchSpace, Space, bind
 from allocator.surrogate import Around
 from allocator.targets import Group, Layout

@@ -27,7 +27,8 @@ from allocator.formats import FORMATS, Format, format_named
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import Curvature
 from allocator.proxy.scorer import mean
-from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
+from allocator.proxy.stream import StreamedModel, StreamedScorer
+from allocator.proxy.weights import Weights
 from allocator.targets import Group
 
 SIDE_BY_SIDE = 8

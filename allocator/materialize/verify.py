@@ -33,7 +33,8 @@ from allocator.materialize.gguf import read_gguf
 from allocator.materialize.load import load
 from allocator.materialize.source import BankSource
 from allocator.proxy.scorer import mean
-from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer, Weights
+from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
+from allocator.proxy.weights import Weights
 from allocator.targets import Layout, target_named
 from allocator.targets.safetensors import tensor_names
 

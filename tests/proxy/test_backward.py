@@ -14,7 +14,8 @@ from allocator.families import Role
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import measure
 from allocator.proxy.model import SwapModel
-from allocator.proxy.stream import StreamedModel, Weights
+from allocator.proxy.stream import StreamedModel
+from allocator.proxy.weights import Weights
 
 torch.set_num_threads(1)
 

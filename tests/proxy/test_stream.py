@@ -10,7 +10,8 @@ from allocator.codecs.bank import Bank
 from allocator.proxy import stream
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
-from allocator.proxy.stream import StreamedModel, StreamedScorer, Weights
+from allocator.proxy.stream import StreamedModel, StreamedScorer
+from allocator.proxy.weights import Weights
 
 torch.set_num_threads(1)
 FIELDS = ("kl", "top1", "overlap", "nll")
