@@ -28,6 +28,7 @@ Array = npt.NDArray[np.float64]
 Row = tuple[float, float, float, float]
 T = TypeVar("T")
 R = TypeVar("R")
+_ROWS = 32  # of logits, compared at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -289,14 +290,19 @@ def compare(
         logits: the candidate's.
         ids: the tokens.
     """
-    agreed = (logits.argmax(-1) == top1).double().mean()
-    q_log = torch.log_softmax(logits, -1)
     following = torch.tensor(ids[1:])
-    nll = -q_log[:-1].gather(1, following[:, None]).double().mean()
-    p = p_log.exp()
-    kl = torch.linalg.vecdot(p, p_log - q_log).double().mean()
-    overlap = 1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double().mean()
-    return float(kl), float(agreed), float(overlap), float(nll)
+    values: list[list[torch.Tensor]] = [[], [], [], []]
+    for start in range(0, len(logits), _ROWS):
+        rows = slice(start, start + _ROWS)
+        predicted = following[rows]
+        values[1].append(logits[rows].argmax(-1) == top1[rows])
+        q_log = torch.log_softmax(logits[rows], -1)
+        values[3].append(-q_log[: len(predicted)].gather(1, predicted[:, None])[:, 0])
+        p = p_log[rows].exp()
+        values[0].append(torch.linalg.vecdot(p, p_log[rows] - q_log))
+        values[2].append(1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double())
+    kl, agreed, overlap, nll = (float(torch.cat(v).double().mean()) for v in values)
+    return kl, agreed, overlap, nll
 
 
 def losses_of(rows: Sequence[Row]) -> DocumentLosses:

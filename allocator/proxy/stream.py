@@ -238,10 +238,14 @@ class StreamedModel:
         reached = sorted({e for routing in routings for e in routing.reached})
         candidates = [held.candidate for held in states]
         for expert in self.weights.in_turn(reached, groups, candidates):
-            for held, routing in zip(states, routings, strict=True):
-                if expert in routing.reached:
-                    weights = [self.weights.of(held.candidate, g, expert) for g in groups]
-                    routing.add(expert, weights, act, observe)
+            alike: dict[tuple[str | None, ...], list[int]] = {}
+            for i, candidate in enumerate(candidates):
+                if expert in routings[i].reached:
+                    formats = tuple(self.weights.format_of(candidate, g, expert) for g in groups)
+                    alike.setdefault(formats, []).append(i)
+            for members in alike.values():
+                weights = [self.weights.of(candidates[members[0]], g, expert) for g in groups]
+                add_expert([routings[i] for i in members], expert, weights, act, observe)
         for held, routing in zip(states, routings, strict=True):
             routing.add_to(held.hidden)
 
@@ -287,23 +291,37 @@ class Routing:
         places = self._order[self.reached[expert]]
         return places, places // self._k
 
-    def add(
-        self, expert: int, weights: Sequence[Floats], act: Any, observe: Observer | None
-    ) -> None:
-        """What one expert gives to its tokens, times their gates."""
-        gate, up, down = map(torch.from_numpy, weights)
-        places, tokens = self.places(expert)
-        x = self.inputs[tokens]
-        inner = act(x @ gate.T).mul_(x @ up.T)
-        outputs, gates = inner @ down.T, self.gates[places]
-        if observe is not None:
-            observe(expert, x, inner, outputs, gates)
-        self._sum.index_add_(0, tokens, outputs.mul_(gates[:, None]))
+    def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds to what the routed experts give to some tokens."""
+        self._sum.index_add_(0, tokens, values)
 
     def add_to(self, batches: Sequence[torch.Tensor]) -> None:
         """Adds the sum to a layer's outputs, `(documents, length, hidden)` by batch."""
         for hidden, mine in zip(batches, by_batch(self._sum, batches), strict=True):
             hidden += mine
+
+
+def add_expert(
+    routings: Sequence[Routing],
+    expert: int,
+    weights: Sequence[Floats],
+    act: Any,
+    observe: Observer | None,
+) -> None:
+    """What one expert gives to its tokens in several computations, times their gates."""
+    gate, up, down = map(torch.from_numpy, weights)
+    places = [routing.places(expert) for routing in routings]
+    chosen = list(zip(routings, places, strict=True))
+    x = torch.cat([routing.inputs[tokens] for routing, (_, tokens) in chosen])
+    gates = torch.cat([routing.gates[place] for routing, (place, _) in chosen])
+    inner = act(x @ gate.T).mul_(x @ up.T)
+    outputs = inner @ down.T
+    if observe is not None:
+        observe(expert, x, inner, outputs, gates)
+    outputs.mul_(gates[:, None])
+    parts = torch.split(outputs, [len(tokens) for _, tokens in places])
+    for (routing, (_, tokens)), values in zip(chosen, parts, strict=True):
+        routing.add(tokens, values)
 
 
 def by_batch(flat: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -96,7 +96,7 @@ class Weights:
 
     def of(self, candidate: Candidate, group: Group, expert: int | None = None) -> Floats:
         """A group, or one routed expert of it, float32; the original stays until `forget`."""
-        fmt = self._format(candidate, group, expert)
+        fmt = self.format_of(candidate, group, expert)
         if fmt is None:
             return self._original(group, expert)
         if not self._bank.has(group.name, fmt, expert):
@@ -148,10 +148,11 @@ class Weights:
     def _asks(self, candidate: Candidate, group: Group, expert: int | None) -> bool:
         if expert not in candidate.retained_experts[group.layer or 0]:
             return False
-        fmt = self._format(candidate, group, expert)
+        fmt = self.format_of(candidate, group, expert)
         return fmt is None or not self._bank.has(group.name, fmt, expert)
 
-    def _format(self, candidate: Candidate, group: Group, expert: int | None) -> str | None:
+    def format_of(self, candidate: Candidate, group: Group, expert: int | None) -> str | None:
+        """The format of a group, or of one routed expert of it; None for the original's weights."""
         text = candidate.format_of[group.name]
         if expert is None or text is None:
             return text

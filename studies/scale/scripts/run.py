@@ -310,11 +310,11 @@ def main():
                 command + ["--small"] * args.small, stdout=subprocess.PIPE, text=True, check=True,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
+            results = json.loads(path.read_text()) if path.exists() else {}  # others may run beside
             results[f"{kind} {name}"] = json.loads(done.stdout.splitlines()[-1])
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(json.dumps(results[f"{kind} {name}"]), flush=True)
-    sizes = {kind: checkpoint_bytes(out, kind) for kind in args.kinds}
-    print(table(results, sizes))
+    print(table(results, {kind: checkpoint_bytes(out, kind) for kind in KINDS}))
 
 
 if __name__ == "__main__":
