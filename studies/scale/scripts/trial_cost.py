@@ -57,13 +57,17 @@ def main():
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with tempfile.TemporaryDirectory(dir=given.study.parent) as place:
+    with tempfile.TemporaryDirectory() as place:
+        # where the paths of study.toml lead to the same files
+        root = given.study.resolve().parents[1]
+        Path(place, "search_spaces").symlink_to(root / "search_spaces")
+        folder = Path(place, "studies", given.study.name)
         ignored = shutil.ignore_patterns("journal*", "out", "search.*", "model", "generated")
-        folder = shutil.copytree(given.study, place, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(given.study, folder, ignore=ignored)
         for name in ("model", "generated"):
             if (given.study / name).exists():
-                Path(folder, name).symlink_to((given.study / name).resolve())
-        frame, plain, scorer = measured(Path(folder), given)
+                (folder / name).symlink_to((given.study / name).resolve())
+        frame, plain, scorer = measured(folder, given)
     if given.csv:
         frame.to_csv(given.csv, index=False)
     report(frame, plain, scorer)
