@@ -295,15 +295,9 @@ def test_dying_in_a_generation_and_resuming_is_undisturbed(formula, call, genera
     assert told(search.study) == told(undisturbed.study)
 
 
-@pytest.mark.parametrize("tells", range(8))
-def test_dying_between_tells_and_resuming_is_undisturbed(formula, monkeypatch, tells):
-    undisturbed = begun(formula, InMemoryStorage())
-    undisturbed.run(n_trials=1 + 3 * 8)
-    storage = InMemoryStorage()
-    search = begun(formula, storage)
-    search.run(n_trials=1 + 8)
-    left = [tells]
-    tell = optuna.Study.tell
+def die_after(tells, search, *, n_trials, monkeypatch):
+    """Runs a search that dies after so many tells."""
+    left, tell = [tells], optuna.Study.tell
 
     def killed(*args, **kwargs):
         if not left[0]:
@@ -314,7 +308,17 @@ def test_dying_between_tells_and_resuming_is_undisturbed(formula, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            search.run(n_trials=1 + 3 * 8)
+            search.run(n_trials=n_trials)
+
+
+@pytest.mark.parametrize("tells", range(8))
+def test_dying_between_tells_and_resuming_is_undisturbed(formula, monkeypatch, tells):
+    undisturbed = begun(formula, InMemoryStorage())
+    undisturbed.run(n_trials=1 + 3 * 8)
+    storage = InMemoryStorage()
+    search = begun(formula, storage)
+    search.run(n_trials=1 + 8)
+    die_after(tells, search, n_trials=1 + 3 * 8, monkeypatch=monkeypatch)
     search = begun(formula, storage)
     n_running = sum(t.state is TrialState.RUNNING for t in search.study.get_trials())
     assert n_running == 8 - tells
@@ -444,19 +448,7 @@ def test_dying_between_the_tells_of_a_batch_loses_none(formula, monkeypatch, tel
     storage = InMemoryStorage()
     search = wide(formula, storage)
     search.run(n_trials=4)
-    left = [tells]
-    tell = optuna.Study.tell
-
-    def killed(*args, **kwargs):
-        if not left[0]:
-            raise RuntimeError("killed")
-        left[0] -= 1
-        return tell(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(optuna.Study, "tell", killed)
-        with pytest.raises(RuntimeError, match="killed"):
-            search.run(n_trials=12)
+    die_after(tells, search, n_trials=12, monkeypatch=monkeypatch)
     search = wide(formula, storage)
     assert close_abandoned(search.study) == 0
     search.run(n_trials=12)

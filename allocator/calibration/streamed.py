@@ -139,10 +139,9 @@ class StreamedProfiler(Profiler):
         return max(SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
 
     def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
-        n = self.side_by_side
-        scorer = StreamedScorer(self.streamed, self._measured_documents, side_by_side=n)
-        for start in range(0, len(changes), n):
-            together = changes[start : start + n]
-            losses = scorer.score_many([self.candidate(change) for change in together])
-            for change, found in zip(together, losses, strict=True):
-                yield change, mean(found.kl, scorer.documents)
+        scorer = StreamedScorer(
+            self.streamed, self._measured_documents, side_by_side=self.side_by_side
+        )
+        losses = scorer.each(map(self.candidate, changes))
+        for change, found in zip(changes, losses, strict=True):
+            yield change, mean(found.kl, scorer.documents)
