@@ -1,4 +1,4 @@
-"""The decision: retained experts per layer, format per group, experts used, KV-cache format.
+"""The decision: retained experts per layer, format per group, and the runtime's settings.
 
 In: the choices. Out: a frozen, hashable value with a digest, its JSON, and its bytes in a layout.
 Invariant: `nbytes` is an integer equal to the bytes of the written file, per tensor and in total.
@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 
 from allocator.errors import FormatError, SpaceError
+from allocator.families import Role
 from allocator.formats import Parts, in_parts, parts
-from allocator.memory import FileBytes
+from allocator.memory import MICRO_BATCH, Budget, DeviceMemory, FileBytes, Settings, Workload
 from allocator.targets import Layout, Target, target_named
 
 KV_FORMAT = "f16"
-"""How the runtimes store keys and values unless told otherwise; nothing else is priced yet."""
+"""How the runtimes store keys and values unless told otherwise."""
 
 
 class _Json(msgspec.Struct, forbid_unknown_fields=True):
@@ -29,6 +30,7 @@ class _Json(msgspec.Struct, forbid_unknown_fields=True):
     kv_format: str
     retained: dict[int, list[int]]
     formats: dict[str, str]
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Allocation:
             which routed experts are stored (`formats.parts`).
         experts_used: routed experts per token.
         kv_format: how the runtime stores keys and values.
+        micro_batch: tokens that the runtime computes at once; None leaves it to the runtime.
     """
 
     target: str
@@ -49,6 +52,7 @@ class Allocation:
     formats: tuple[tuple[str, str], ...]
     experts_used: int
     kv_format: str = KV_FORMAT
+    micro_batch: int | None = None
 
     @classmethod
     def of(
@@ -59,6 +63,7 @@ class Allocation:
         formats: Mapping[str, str],
         experts_used: int,
         kv_format: str = KV_FORMAT,
+        micro_batch: int | None = None,
     ) -> "Allocation":
         """From mappings, in canonical order."""
         return cls(
@@ -67,7 +72,13 @@ class Allocation:
             formats=tuple(sorted(formats.items())),
             experts_used=experts_used,
             kv_format=kv_format,
+            micro_batch=micro_batch,
         )
+
+    @property
+    def settings(self) -> Settings:
+        """What the runtime is told."""
+        return Settings(self.experts_used, self.kv_format, self.micro_batch or MICRO_BATCH)
 
     @cached_property
     def retained_experts(self) -> dict[int, tuple[int, ...]]:
@@ -97,11 +108,11 @@ class Allocation:
         if set(self.format_of) != set(layout.groups):
             odd = min(set(self.format_of) ^ set(layout.groups))
             raise SpaceError(f"allocation: group {odd!r} is not in both allocation and checkpoint")
-        if self.kv_format != KV_FORMAT:
-            raise SpaceError(
-                f"allocation: kv_format {self.kv_format!r}, only {KV_FORMAT!r} is known"
-            )
         inventory = layout.inventory
+        target = target_named(self.target)
+        target.check_kv_format(inventory, self.kv_format)
+        if self.micro_batch is not None:
+            target.check_micro_batch(self.micro_batch)
         if tuple(self.retained_experts) != layout.layers:
             raise SpaceError(
                 f"allocation: retained experts for layers {tuple(self.retained_experts)}, "
@@ -131,7 +142,7 @@ class Allocation:
                     f"allocation: layer {layer} retains {dict(per_group)} by router group, "
                     f"needed as many in each of {inventory.expert_groups}"
                 )
-        if target_named(self.target).one_expert_count and len(set(self.counts.values())) > 1:
+        if target.one_expert_count and len(set(self.counts.values())) > 1:
             raise SpaceError(
                 f"allocation: target {self.target} knows one retained count, got {self.counts}"
             )
@@ -194,7 +205,64 @@ class Allocation:
             experts_used=self.experts_used,
         )
         padding = sum(target.padded(n) - n for n in (*encoded.values(), *kept))
-        return FileBytes(sum(encoded.values()), sum(kept), header + padding)
+        return FileBytes(sum(encoded.values()), sum(kept), padding, header)
+
+    def weight_bytes(self, layout: Layout) -> int:
+        """Bytes of its tensors in memory, each padded as in its file."""
+        target = target_named(self.target)
+        encoded = (self.group_bytes(layout, name) for name in layout.groups)
+        kept = (k.nbytes(self._count(k.layer)) for k in layout.kept)
+        return sum(map(target.padded, (*encoded, *kept)))
+
+    def device_memory(self, layout: Layout, workload: Workload) -> DeviceMemory:
+        """What its target's runtime occupies, itemised.
+
+        Raises:
+            TargetError: if nothing is known of that runtime.
+        """
+        return target_named(self.target).device_memory(
+            layout.inventory,
+            workload,
+            self.settings,
+            weights=self.weight_bytes(layout),
+            n_experts=max(self.counts.values()),
+        )
+
+    def token_bytes(self, layout: Layout, context: int) -> int:
+        """Bytes that decoding one token reads: used weights, and keys and values at `context`.
+
+        Of routed experts the share that is used, of an embedding that is no head one row.
+
+        Raises:
+            TargetError: if nothing is known of its target's runtime.
+        """
+        read = sum(
+            token_share(
+                layout, name, self.group_bytes(layout, name), self.experts_used, self.counts
+            )
+            for name in layout.groups
+        )
+        kept = sum(k.nbytes(self._count(k.layer)) for k in layout.kept)
+        target = target_named(self.target)
+        return read + kept + target.kv_bytes(layout.inventory, self.kv_format, context)
+
+    def used(self, layout: Layout, budget: Budget) -> int:
+        """The bytes that count against a budget.
+
+        Raises:
+            TargetError: if it is for a device, and nothing is known of the target's runtime.
+        """
+        if budget.bounds == "device":
+            assert budget.workload is not None
+            return self.device_memory(layout, budget.workload).total
+        size = self.nbytes(layout)
+        return size.file if budget.bounds == "file" else size.encoded
+
+    def fits(self, layout: Layout, budget: Budget) -> bool:
+        """Whether it holds the budget, in bytes and in what a token reads."""
+        limit = budget.token_bytes
+        fast = limit is None or self.token_bytes(layout, budget.context) <= limit
+        return fast and self.used(layout, budget) <= budget.nbytes
 
     def group_bytes(self, layout: Layout, name: str) -> int:
         """Encoded bytes of one group, all its parts."""
@@ -219,7 +287,7 @@ class Allocation:
             "kv_format": self.kv_format,
             "retained": {str(layer): list(experts) for layer, experts in self.retained},
             "formats": self.format_of,
-        }
+        } | ({} if self.micro_batch is None else {"micro_batch": self.micro_batch})
 
     @classmethod
     def from_json(cls, data: Any) -> "Allocation":
@@ -238,7 +306,28 @@ class Allocation:
             formats=raw.formats,
             experts_used=raw.experts_used,
             kv_format=raw.kv_format,
+            micro_batch=raw.micro_batch,
         )
+
+
+def token_share(
+    layout: Layout, name: str, nbytes: int, experts_used: int, counts: Mapping[int, int]
+) -> int:
+    """What decoding one token reads of a group that occupies `nbytes`, rounded up.
+
+    Args:
+        layout: of the group.
+        name: of the group.
+        nbytes: what it occupies.
+        experts_used: routed experts per token.
+        counts: retained experts by MoE layer.
+    """
+    group = layout.groups[name]
+    if group.role.is_expert and group.layer is not None:
+        return -(-nbytes * experts_used // counts[group.layer])
+    if group.role is Role.EMBEDDING and not layout.inventory.tied_embeddings:
+        return nbytes // group.shape[0]
+    return nbytes
 
 
 def _source_bytes(

@@ -27,11 +27,17 @@ from allocator.materialize.checkpoint import materialize as _materialize
 from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification
 from allocator.materialize.verify import verify as _verify
 from allocator.memory import Budget
+from allocator.plan import RUNTIME, Plan, write_first
+from allocator.plan import plan as _plan
+from allocator.planned import planned_inventory
+from allocator.priors import Prior, published, transferred
 from allocator.profile import Profile
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
-from allocator.space import canonical
+from allocator.space import SETTINGS, SearchSpace, bind, canonical
+from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, open_storage
+from allocator.surrogate import from_profile
 from allocator.targets import target_named
 from allocator.workspace import Workspace, check_same_checkpoint
 
@@ -50,6 +56,54 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
         for g in layout.groups.values()
     ]
     return pd.DataFrame(rows)
+
+
+def plan(
+    config: str | Path,
+    *,
+    device: DeviceSpec | None = None,
+    experts: Sequence[int] = (),
+    kv_format: str | None = None,
+    micro_batch: int | None = None,
+    profile: str | Path | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Plan:
+    """What a model would take, and a first allocation, from its `config.json` alone.
+
+    Args:
+        config: the file, or its directory; no weights are needed.
+        device: to fit in; without it there are sizes alone.
+        experts: retained counts to look at; all, three quarters and five eighths by default.
+        kv_format: of keys and values.
+        micro_batch: tokens computed at once.
+        profile: study of a smaller relative, whose losses are taken over; measured if need be.
+        out: folder for the allocations that fit.
+        options: of `Workspace`, for the profile.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong.
+    """
+    budget = None if device is None else device.budget(Path())
+    prior = published() if profile is None else _transferred(profile, **options)
+    found = _plan(
+        planned_inventory(Path(config)),
+        prior=prior,
+        budget=budget,
+        counts=experts,
+        kv_format=kv_format,
+        micro_batch=micro_batch,
+    )
+    if out is not None:
+        write_first(found, Path(out))
+    return found
+
+
+def _transferred(study: str | Path, **options: Any) -> Prior:
+    workspace = Workspace(study, target=RUNTIME, **options)
+    measured = workspace.profile
+    space = bind(SearchSpace(schema=1), workspace.layout, measured.saliency)
+    return transferred(from_profile(measured, space), str(study))
 
 
 def profile(study: str | Path, **options: Any) -> Profile:
@@ -97,7 +151,8 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     `predicted_loss` is of a small change there: the part by jumps goes with the square root of
     all changes, so the column adds up to the prediction less half of that part. Columns `up` and
     `down` name the neighbouring value, by bytes at the allocation's retained counts; `up_bytes`
-    and `up_loss` are what it adds.
+    and `up_loss` are what it adds. Bytes are of the searched matrices, or of the whole device where
+    study.toml's budget is one.
 
     Raises:
         SpaceError: if the study's space does not hold the allocation.
@@ -105,12 +160,16 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     workspace = Workspace(study, **options)
     decision = workspace.read_allocation(allocation)
     surrogate, space = workspace.surrogate, workspace.space
-    costs = space.costs(Budget(1 << 62, "weights"))
+    device = workspace.spec.budget.device
+    costs = space.costs(
+        Budget(1 << 62, "weights") if device is None else device.budget(workspace.folder)
+    )
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)
     loss, predicted = surrogate.around(params), surrogate.predict(params)
     rows = []
-    for name in (*(f"format.{g}" for g in space.formats), *space.count_params):
+    told = (name for name in space.distributions if name in SETTINGS)
+    for name in (*(f"format.{g}" for g in space.formats), *space.count_params, *told):
         value, values = params[name], list(space.choices[name])
         if name.startswith("format."):
             count = counts.get(space.layer_of[name.removeprefix("format.")], 0)
@@ -313,6 +372,6 @@ def reproduce(
 
 
 __all__ = [
-    "estimate", "evaluate", "explain", "front", "inspect", "materialize", "profile",
+    "estimate", "evaluate", "explain", "front", "inspect", "materialize", "plan", "profile",
     "reproduce", "score", "search", "trials_table", "verify",
 ]  # fmt: skip

@@ -41,6 +41,60 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    found = api.plan(
+        args.config,
+        device=_device(args),
+        experts=args.experts or (),
+        kv_format=args.kv_format,
+        micro_batch=args.micro_batch,
+        profile=args.profile,
+        out=args.out,
+        **_options(args),
+    )
+    s = found.summary
+    print(
+        f"{s.family}: {s.parameters:,} parameters, {s.active:,} active ({s.embedding:,} of them "
+        f"the embedding), {s.nextn:,} more of multi-token prediction left out; {s.layers} layers, "
+        f"{s.moe_layers} with {s.experts} routed experts, {s.experts_used} used\n"
+    )
+    _print_plan(found)
+    for note in found.notes:
+        print(f"note: {note}")
+    for c in found.candidates if args.out else ():
+        if c.name == "first":
+            print(f"wrote {args.out}/first-{c.experts}.json")
+
+
+def _print_plan(found: Any) -> None:
+    import pandas as pd
+
+    _print_table(pd.DataFrame(found.bounds), floor=",", ceiling=",")
+    print()
+    if not found.candidates:
+        return
+    names = [{"experts": c.experts, "allocation": c.name} for c in found.candidates]
+    items = ("weights", "kv_cache", "compute", "overhead", "reserve", "total")
+    memory = [
+        {what: getattr(c.memory, what) for what in items}
+        | {"spare": c.spare, "fits": "yes" if c.spare >= 0 else "no"}
+        for c in found.candidates
+    ]
+    losses = [
+        {"read per token": c.token_bytes, "tokens/s": c.tokens_per_second, "expected loss": c.loss}
+        for c in found.candidates
+    ]
+    for columns in (memory, losses):
+        _print_table(
+            pd.DataFrame([n | c for n, c in zip(names, columns, strict=True)]),
+            **dict.fromkeys((*items, "read per token"), ","),
+            spare="+,", **{"tokens/s": ".1f", "expected loss": ".4f"},
+        )  # fmt: skip
+        print()
+
+
 def _profile(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -62,6 +116,7 @@ def _search(args: argparse.Namespace) -> None:
     launch = {
         "budget": args.budget,
         "weights_budget": args.weights_budget,
+        "device": _device(args),
         "trials": args.trials,
         "sampler": args.sampler,
         "seed": args.seed,
@@ -86,10 +141,39 @@ def _search(args: argparse.Namespace) -> None:
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
 
 
+_DEVICE = {
+    "device": "preset",
+    "device_memory": "memory",
+    "context": "context",
+    "sequences": "sequences",
+    "reserve": "reserve",
+    "bandwidth": "bandwidth",
+    "min_tokens_per_second": "min_tokens_per_second",
+}
+
+
+def _device(args: argparse.Namespace) -> Any:
+    """What the command line says of a device; None if nothing."""
+    from allocator.specification import DeviceSpec
+
+    given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
+    if "preset" in given:
+        given["preset"] = str(Path(given["preset"]).resolve())
+    return DeviceSpec(**given) if given else None
+
+
+def _print_memory(memory: Any) -> None:
+    for what in ("weights", "kv_cache", "compute", "overhead", "reserve", "total"):
+        print(f"  {what:9s} {show_bytes(getattr(memory, what))}")
+
+
 def _print_estimate(e: Any) -> None:
     print(f"budget   {show_bytes(e.budget.nbytes)}, bounds the {e.budget.bounds}")
     print(f"floor    {show_bytes(e.floor)}")
     print(f"ceiling  {show_bytes(e.ceiling)}")
+    for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
+        print(f"{name}, itemised")
+        _print_memory(memory)
     print(f"groups   {e.groups} with a choice; retained experts {e.counts[0]}..{e.counts[-1]}")
     print(
         f"trial    {e.seconds_per_full_trial:.1f} s on the full search split; losers stop earlier"
@@ -258,6 +342,18 @@ def _study_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _device_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", type=Path, help="a preset, e.g. search_spaces/devices/....toml")
+    p.add_argument("--device-memory", help="bytes of everything on the device, e.g. 128GiB")
+    p.add_argument("--context", type=_positive, help="tokens of a sequence (default: 4096)")
+    p.add_argument("--sequences", type=_positive, help="held at once (default: 1)")
+    p.add_argument("--reserve", help="bytes for everything else, e.g. 4GiB (default: 0)")
+    p.add_argument("--bandwidth", help="bytes that memory gives in a second, e.g. 273GB")
+    p.add_argument(
+        "--min-tokens-per-second", type=float, help="that the bandwidth must allow when decoding"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allocator",
@@ -281,12 +377,24 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", type=Path, help="directory with safetensors and config.json")
     p.add_argument("--target", default="safetensors", help="gguf or safetensors (default)")
 
+    p = verb("plan", _plan, "what a model takes on a device, from its config.json alone")
+    p.add_argument("config", type=Path, help="config.json, or the directory that it lies in")
+    _device_options(p)
+    p.add_argument(
+        "--experts", type=_positive, nargs="+", metavar="N", help="retained counts to look at"
+    )
+    p.add_argument("--kv-format", help="of keys and values, e.g. q8_0 (default: f16)")
+    p.add_argument("--micro-batch", type=_positive, help="tokens computed at once (default: 512)")
+    p.add_argument("--profile", type=Path, help="study of a smaller relative, for its losses")
+    p.add_argument("--out", type=Path, help="folder for the first allocations")
+
     _study(verb("profile", _profile, "measure sensitivities; continues where it was stopped"))
 
     p = verb("search", _search, "launch or resume a study; pick on the selection split")
     _study(p)
     p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB")
     p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    _device_options(p)
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from allocator.calibration.streamed import StreamedProfiler
-from allocator.memory import Budget
+from allocator.memory import Budget, DeviceMemory
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import StreamedModel
 from allocator.samplers.auto import ROUND
+from allocator.specification import DeviceSpec
 from allocator.workspace import Workspace
 
 _ENCODE_WEIGHTS_PER_SECOND = 7e5
@@ -37,6 +38,7 @@ class SearchEstimate:
         floor: bytes of the smallest allocation, counted as the budget counts.
         ceiling: of the largest.
         budget: the limit.
+        memory: of both, itemised, where it is a device's.
         groups: number of groups with more than one format.
         counts: possible retained counts.
         seconds_per_full_trial: to score one allocation on the full search split.
@@ -49,6 +51,7 @@ class SearchEstimate:
     floor: int
     ceiling: int
     budget: Budget
+    memory: tuple[DeviceMemory, DeviceMemory] | None
     groups: int
     counts: tuple[int, ...]
     seconds_per_full_trial: float
@@ -69,6 +72,7 @@ def estimate(
     *,
     budget: str | None = None,
     weights_budget: str | None = None,
+    device: DeviceSpec | None = None,
     trials: int | None = None,
     sampler: str | None = None,
     seed: int | None = None,
@@ -76,7 +80,7 @@ def estimate(
 ) -> SearchEstimate:
     """Prices a launch without starting it: `search --dry-run`."""
     workspace = Workspace(study, **options)
-    limit = workspace.budget(file=budget, weights=weights_budget)
+    limit = workspace.budget(file=budget, weights=weights_budget, device=device)
     workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
     space = workspace.unranked_space
     seconds = _in_memory(workspace) if workspace.spec.streamed is None else _streamed(workspace)
@@ -84,10 +88,17 @@ def estimate(
     profile_seconds = 0.0 if ready else seconds.profile
     n_trials = trials or workspace.spec.trials
     looks = math.ceil(n_trials / ROUND) if (sampler or workspace.spec.sampler) == "auto" else 0
+    memory = None
+    if limit.workload is not None:
+        smallest, largest = (
+            a.device_memory(space.layout, limit.workload) for a in (space.smallest, space.largest)
+        )
+        memory = smallest, largest
     return SearchEstimate(
-        floor=limit.used(space.smallest.nbytes(space.layout)),
-        ceiling=limit.used(space.largest.nbytes(space.layout)),
+        floor=space.smallest.used(space.layout, limit),
+        ceiling=space.largest.used(space.layout, limit),
         budget=limit,
+        memory=memory,
         groups=sum(len(v) > 1 for v in space.formats.values()),
         counts=space.counts,
         seconds_per_full_trial=seconds.trial,

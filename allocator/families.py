@@ -4,8 +4,12 @@ In: a `config.json` as a mapping. Out: a `Family` that says, for every tensor na
 and expert, the name llama.cpp gives it, and where transformers keeps it. Invariant: a name that no
 rule matches is an error upstream, so nothing of a checkpoint is ever left behind unseen.
 
-Sources: transformers' `modeling_deepseek_v3` and `modeling_qwen3_moe`; llama.cpp's tensor names as
-in gguf-py's `constants.MODEL_TENSORS`.
+`FAMILIES` are read, searched and written. `PLANNED` has beside them those whose sizes are known,
+for `allocator plan`, and nothing more.
+
+Sources: transformers' `modeling_deepseek_v3`, `modeling_qwen3_moe`, `modeling_mixtral` (names on
+disk in its `conversion_mapping`) and `modeling_gpt_oss`; llama.cpp's tensor names as in gguf-py's
+`constants.MODEL_TENSORS`.
 """
 
 import re
@@ -46,6 +50,8 @@ class Role(StrEnum):
     KV_B = "attention.kv_b"
     K_B = "attention.k_b"
     V_B = "attention.v_b"
+    BIAS = "bias"
+    EXPERT_BIAS = "experts.bias"
     NEXTN = "nextn"
 
     @property
@@ -56,12 +62,12 @@ class Role(StrEnum):
     @property
     def is_router(self) -> bool:
         """A tensor with one row or value per routed expert."""
-        return self in (Role.ROUTER, Role.ROUTER_BIAS)
+        return self in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS)
 
     @property
     def is_encoded(self) -> bool:
-        """A matrix whose format is searched; routers and norms keep full precision."""
-        return not self.is_router and self not in (Role.NORM, Role.NEXTN)
+        """A matrix whose format is searched; routers, norms and biases keep full precision."""
+        return not self.is_router and self not in (Role.NORM, Role.BIAS, Role.NEXTN)
 
 
 @dataclass(frozen=True)
@@ -99,30 +105,42 @@ def _rules(*rows: tuple[str, Role, str]) -> tuple[Rule, ...]:
 
 
 _L = "model.layers.{layer}."
-_COMMON = _rules(
+_BASE = _rules(
     ("model.embed_tokens.weight", Role.EMBEDDING, "token_embd.weight"),
     ("lm_head.weight", Role.HEAD, "output.weight"),
     ("model.norm.weight", Role.NORM, "output_norm.weight"),
     (_L + "input_layernorm.weight", Role.NORM, "blk.{layer}.attn_norm.weight"),
-    (_L + "post_attention_layernorm.weight", Role.NORM, "blk.{layer}.ffn_norm.weight"),
     (_L + "self_attn.o_proj.weight", Role.O, "blk.{layer}.attn_output.weight"),
     (_L + "self_attn.q_proj.weight", Role.Q, "blk.{layer}.attn_q.weight"),
-    (_L + "mlp.gate.weight", Role.ROUTER, "blk.{layer}.ffn_gate_inp.weight"),
-    (_L + "mlp.gate_proj.weight", Role.MLP_GATE, "blk.{layer}.ffn_gate.weight"),
-    (_L + "mlp.up_proj.weight", Role.MLP_UP, "blk.{layer}.ffn_up.weight"),
-    (_L + "mlp.down_proj.weight", Role.MLP_DOWN, "blk.{layer}.ffn_down.weight"),
+)
+_KEYS_VALUES = _rules(
+    (_L + "self_attn.k_proj.weight", Role.K, "blk.{layer}.attn_k.weight"),
+    (_L + "self_attn.v_proj.weight", Role.V, "blk.{layer}.attn_v.weight"),
+)
+_FFN_NORM = _rules(
+    (_L + "post_attention_layernorm.weight", Role.NORM, "blk.{layer}.ffn_norm.weight"),
+)
+_KINDS = (("gate", Role.EXPERT_GATE), ("up", Role.EXPERT_UP), ("down", Role.EXPERT_DOWN))
+_EXPERTS = _rules(
     *(
         (
             _L + f"mlp.experts.{{expert}}.{kind}_proj.weight",
             role,
             f"blk.{{layer}}.ffn_{kind}_exps.weight",
         )
-        for kind, role in (
-            ("gate", Role.EXPERT_GATE),
-            ("up", Role.EXPERT_UP),
-            ("down", Role.EXPERT_DOWN),
-        )
-    ),
+        for kind, role in _KINDS
+    )
+)
+_COMMON = (
+    _BASE
+    + _FFN_NORM
+    + _rules(
+        (_L + "mlp.gate.weight", Role.ROUTER, "blk.{layer}.ffn_gate_inp.weight"),
+        (_L + "mlp.gate_proj.weight", Role.MLP_GATE, "blk.{layer}.ffn_gate.weight"),
+        (_L + "mlp.up_proj.weight", Role.MLP_UP, "blk.{layer}.ffn_up.weight"),
+        (_L + "mlp.down_proj.weight", Role.MLP_DOWN, "blk.{layer}.ffn_down.weight"),
+    )
+    + _EXPERTS
 )
 
 
@@ -255,9 +273,8 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     gguf_architecture="qwen3moe",
     rules=_COMMON
+    + _KEYS_VALUES
     + _rules(
-        (_L + "self_attn.k_proj.weight", Role.K, "blk.{layer}.attn_k.weight"),
-        (_L + "self_attn.v_proj.weight", Role.V, "blk.{layer}.attn_v.weight"),
         (_L + "self_attn.q_norm.weight", Role.NORM, "blk.{layer}.attn_q_norm.weight"),
         (_L + "self_attn.k_norm.weight", Role.NORM, "blk.{layer}.attn_k_norm.weight"),
     ),
@@ -268,20 +285,118 @@ QWEN3_MOE = Family(
     n_nextn_layers=0,
 )
 
+_W = {"gate": "w1", "up": "w3", "down": "w2"}
+_SPARSE = "block_sparse_moe."
+_GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    gguf_architecture="llama",
+    rules=_BASE
+    + _FFN_NORM
+    + _KEYS_VALUES
+    + _rules(
+        (_L + _SPARSE + "gate.weight", Role.ROUTER, "blk.{layer}.ffn_gate_inp.weight"),
+        *(
+            (
+                _L + _SPARSE + f"experts.{{expert}}.{_W[kind]}.weight",
+                role,
+                f"blk.{{layer}}.ffn_{kind}_exps.weight",
+            )
+            for kind, role in _KINDS
+        ),
+    ),
+    n_experts_keys=("num_local_experts",),
+    layers=_layers(
+        (_GQA,),
+        ((_SPARSE + "gate", *(f"{_SPARSE}experts.{{expert}}.{_W[kind]}" for kind, _ in _KINDS)),),
+    ),
+    n_nextn_layers=0,
+)
+
+_BIASED = tuple(zip(_GQA, ("q", "k", "v", "output"), strict=True))
+
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    gguf_architecture="gpt-oss",
+    rules=_BASE
+    + _KEYS_VALUES
+    + _rules(
+        (
+            _L + "post_attention_layernorm.weight",
+            Role.NORM,
+            "blk.{layer}.post_attention_norm.weight",
+        ),
+        *(
+            (_L + f"self_attn.{name}.bias", Role.BIAS, f"blk.{{layer}}.attn_{gguf}.bias")
+            for name, gguf in _BIASED
+        ),
+        (_L + "self_attn.sinks", Role.BIAS, "blk.{layer}.attn_sinks.weight"),
+        (_L + "mlp.router.weight", Role.ROUTER, "blk.{layer}.ffn_gate_inp.weight"),
+        (_L + "mlp.router.bias", Role.ROUTER_BIAS, "blk.{layer}.ffn_gate_inp.bias"),
+    )
+    # a checkpoint has the experts of a layer, gate and up, in one tensor; these are its parts
+    + _EXPERTS
+    + _rules(
+        *(
+            (
+                _L + f"mlp.experts.{kind}_proj_bias",
+                Role.EXPERT_BIAS,
+                f"blk.{{layer}}.ffn_{kind}_exps.bias",
+            )
+            for kind, _ in _KINDS
+        )
+    ),
+    n_experts_keys=("num_local_experts",),
+    layers=_layers(
+        ((*_GQA, *(f"{name}.bias" for name in _GQA), "sinks"),),
+        (
+            (
+                "mlp.router",
+                "mlp.router.bias",
+                *_ROUTED[1:],
+                *(f"mlp.experts.{kind}_proj_bias" for kind, _ in _KINDS),
+            ),
+        ),
+    ),
+    n_nextn_layers=0,
+)
+
 FAMILIES = {family.model_type: family for family in (DEEPSEEK_V3, QWEN3_MOE)}
+PLANNED = FAMILIES | {family.model_type: family for family in (MIXTRAL, GPT_OSS)}
+"""Whose tensors `allocator plan` knows; of those not in `FAMILIES`, no checkpoint is read."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a `config.json`.
 
     Raises:
+        CheckpointError: if its `model_type` is not one of those that are read.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type in PLANNED and model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}, whose sizes alone are known, needed one "
+            f"of {', '.join(FAMILIES)}; `allocator plan` is all that works with it"
+        )
+    return _named(config, FAMILIES)
+
+
+def planned_family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`, also of those that are planned only.
+
+    Raises:
         CheckpointError: if its `model_type` is not one of ours.
     """
+    return _named(config, PLANNED)
+
+
+def _named(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    family = families.get(str(model_type))
     if family is None:
         raise CheckpointError(
-            f"config.json: model_type is {model_type!r}, needed one of {', '.join(FAMILIES)}; "
+            f"config.json: model_type is {model_type!r}, needed one of {', '.join(families)}; "
             "another architecture needs a naming table in allocator/families.py"
         )
     return family

@@ -1,4 +1,4 @@
-"""Fronts: the non-dominated points in (bytes, loss), and baselines read off a lower hull.
+"""Fronts: the non-dominated points in (bytes, loss, read), and baselines read off a lower hull.
 
 In: points. Out: indices, or a loss at given bytes. Invariant: `front` equals the brute-force set of
 points that no other point beats in one objective without losing in the other.
@@ -14,18 +14,26 @@ from allocator.errors import BudgetError
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Something with a size and a loss."""
+    """Something with a size and a loss.
+
+    Attributes:
+        name: of it.
+        nbytes: its size.
+        loss: nats per token.
+        token_bytes: that decoding a token reads, where that is a third axis.
+    """
 
     name: str
     nbytes: int
     loss: float
+    token_bytes: int = 0
 
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The non-dominated points, by bytes; of equal ones the first."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.nbytes, p.loss)):
-        if not kept or point.loss < kept[-1].loss:
+    for point in sorted(points, key=lambda p: (p.nbytes, p.loss, p.token_bytes)):
+        if not any(k.loss <= point.loss and k.token_bytes <= point.token_bytes for k in kept):
             kept.append(point)
     return kept
 

@@ -435,7 +435,8 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
     family = family_of(config)
-    _check_config(path, config, family)
+    check_config(path, config, family)
+    _check_quantization(path, config.get("quantization_config"))
     n_layers = int(config["num_hidden_layers"])
     n_nextn = config.get("num_nextn_predict_layers")
     n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
@@ -458,7 +459,11 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     return inventory
 
 
-def _check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
+def check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
+    """Raises:
+    CheckpointError: if counts of layers or experts are missing, or make no sense.
+    """
+
     def check(key: str, least: int) -> int:
         value = config.get(key)
         if type(value) is not int or value < least:
@@ -479,7 +484,6 @@ def _check_config(path: Path, config: Mapping[str, Any], family: Family) -> None
             f"{path}/config.json: {config['num_experts_per_tok']} of {n_experts} experts used, in "
             f"{chosen} of {groups} groups; needed at most all, in equal groups"
         )
-    _check_quantization(path, config.get("quantization_config"))
 
 
 def _check_quantization(path: Path, quantization: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ from allocator.leases import Leases, left_here
 from allocator.memory import Budget
 from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
+from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, reaching, repair_storage, search_lock
 from allocator.study import (
     Search,
@@ -76,6 +77,7 @@ def search(
     *,
     budget: str | None = None,
     weights_budget: str | None = None,
+    device: DeviceSpec | None = None,
     trials: int | None = None,
     seconds: float | None = None,
     tokens: int | None = None,
@@ -95,6 +97,7 @@ def search(
         study: its folder.
         budget: of the whole file, e.g. `12MiB`; else study.toml's.
         weights_budget: of the searched matrices alone.
+        device: of everything in a device's memory, and what runs there.
         trials: proposals in the study in total; if none of this, `seconds` and `tokens` is given,
             study.toml's.
         seconds: stop after so long instead.
@@ -111,7 +114,7 @@ def search(
         AllocatorError: one line on whatever is wrong, before anything is written.
     """
     workspace = Workspace(study, **options)
-    limit = workspace.budget(file=budget, weights=weights_budget)
+    limit = workspace.budget(file=budget, weights=weights_budget, device=device)
     workspace.check_launch(sampler=sampler, seed=seed, trials=trials)
     journal_path(storage, workspace.folder)
     if tokens is not None:
@@ -135,6 +138,7 @@ def search(
                         "study": workspace.folder,
                         "budget": budget,
                         "weights_budget": weights_budget,
+                        "device": device,
                         "trials": wanted,
                         "deadline": deadline,
                         "tokens": tokens,
@@ -214,6 +218,7 @@ def work(
     *,
     budget: str | None,
     weights_budget: str | None,
+    device: DeviceSpec | None,
     trials: int | None,
     deadline: float | None,
     tokens: int | None,
@@ -228,6 +233,7 @@ def work(
         study: as of `search`, like all that is not named here.
         budget: of the whole file.
         weights_budget: of the searched matrices alone.
+        device: of everything in a device's memory.
         trials: proposals in the study in total.
         deadline: by this machine's monotonic clock, seconds.
         tokens: forward tokens of all trials and the profile.
@@ -240,7 +246,7 @@ def work(
         Seconds spent, by what they were spent on.
     """
     workspace = Workspace(study, **options)
-    limit = workspace.budget(file=budget, weights=weights_budget)
+    limit = workspace.budget(file=budget, weights=weights_budget, device=device)
     with search_lock(workspace.folder, join=True) as lock, reaching(storage):
         lock.ready()
         opened = workspace.study(limit, storage=storage, sampler=sampler, seed=seed)
@@ -380,6 +386,9 @@ def _record(
 ) -> Path:
     allocation = allocation_of(trial)
     size = allocation.nbytes(workspace.layout)
+    memory = None
+    if limit.workload is not None:
+        memory = allocation.device_memory(workspace.layout, limit.workload)
     path = workspace.folder / "allocations" / f"{name}.json"
     record = AllocationRecord(
         name=name,
@@ -395,13 +404,18 @@ def _record(
             "kept": size.kept,
             "overhead": size.overhead,
             "file": size.file,
-        },
+        }
+        | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / workspace.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},
         sha256=_known_digests(path, allocation),
     )
     write_whole(path, record.to_bytes())
     return path
+
+
+def _prefixed(prefix: str, sizes: dict[str, int]) -> dict[str, int]:
+    return {f"{prefix}_{name}": nbytes for name, nbytes in sizes.items()}
 
 
 def _known_digests(path: Path, allocation: Allocation) -> dict[str, str]:
@@ -418,6 +432,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
         if RESULT not in t.user_attrs or is_abandoned(t) or not t.state.is_finished():
             continue
         result = t.user_attrs[RESULT]
+        allocation = allocation_of(t)
         rows.append(
             {
                 "trial": t.number,
@@ -430,17 +445,35 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
                 "predicted": result["predicted"],
                 "tokens": result["tokens"],
                 "top1": result["top1"],
-                "experts": " ".join(str(n) for n in allocation_of(t).counts.values()),
+                "experts": " ".join(str(n) for n in allocation.counts.values()),
             }
+            | (_on_device(allocation, result) if "memory" in result else {})
         )
     return pd.DataFrame(rows)
 
 
+def _on_device(allocation: Allocation, result: dict[str, Any]) -> dict[str, Any]:
+    """What a trial under a device's budget has beside the other columns."""
+    return {
+        "memory_bytes": sum(result["memory"].values()),
+        "token_bytes": result["token_bytes"],
+        "tokens_per_second": result["tokens_per_second"],
+        **allocation.settings._asdict(),
+    }
+
+
 def write_front(workspace: Workspace, study: optuna.Study) -> pd.DataFrame:
-    """Writes `front.json`; returns the front's rows of `trials_table`."""
+    """Writes `front.json`; returns the front's rows of `trials_table`.
+
+    Under a device's budget it is in three axes: memory, loss, and bytes read per token.
+    """
     table = trials_table(study)
     done = table[table["state"] == "COMPLETE"] if len(table) else table
-    points = [Point(str(r.trial), int(r.bytes), float(r.loss)) for r in done.itertuples()]
+    size, read = ("memory_bytes", "token_bytes") if "memory_bytes" in done else ("bytes", None)
+    points = [
+        Point(str(r["trial"]), int(r[size]), float(r["loss"]), int(r[read]) if read else 0)
+        for r in done.to_dict("records")
+    ]
     chosen = [int(p.name) for p in front_of(points)]
     rows = done.set_index("trial").loc[chosen].reset_index() if chosen else done
     data = {

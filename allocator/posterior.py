@@ -17,7 +17,7 @@ from math import log
 import numpy as np
 import numpy.typing as npt
 
-from allocator.space import Params, Space
+from allocator.space import SETTINGS, Params, Space
 from allocator.surrogate import Surrogate
 
 Floats = npt.NDArray[np.float64]
@@ -73,11 +73,19 @@ class Posterior:
 def covariance(space: Space, names: Sequence[str]) -> Floats:
     """Prior covariance of the logarithmic multipliers, `names x names`."""
     groups = space.layout.groups
-    roles = np.array([str(groups[n].role) if n in groups else "count" for n in names])
-    layers = np.array(
-        [groups[n].layer if n in groups else int(n.removeprefix("experts.")) for n in names],
-        dtype=object,
-    )
+
+    def role(name: str) -> str:
+        if name in groups:
+            return str(groups[name].role)
+        return name if name in SETTINGS else "count"
+
+    def layer(name: str) -> int | str | None:
+        if name in groups:
+            return groups[name].layer
+        return name if name in SETTINGS else int(name.removeprefix("experts."))
+
+    roles = np.array([role(n) for n in names])
+    layers = np.array([layer(n) for n in names], dtype=object)
     same_role, same_layer = (v[:, None] == v[None, :] for v in (roles, layers))
     return np.asarray(
         COMMON**2 + ROLE**2 * same_role + LAYER**2 * same_layer + OWN**2 * np.eye(len(names))

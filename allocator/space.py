@@ -8,7 +8,8 @@ of every format at its layer's retained count); a repaired proposal is within th
 repairing it again changes nothing.
 
 Params: `experts.<layer>` (or `experts.all` where the target knows one count), `format.<group>`,
-`experts_used`. A choice with one possible value is fixed and has no param. Beside formats, a group
+`experts_used`, `kv_format`, `micro_batch`. A choice with one possible value is fixed and has no
+param. Beside formats, a group
 of routed experts may choose a mix: `IQ2_XXS*8+IQ1_S` stores the first 8 experts of the layer's
 ranking in IQ2_XXS, the other retained ones in IQ1_S.
 """
@@ -26,18 +27,21 @@ from typing import Any, TypeVar
 import msgspec
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation, token_share
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, format_named, in_parts, parts_text
-from allocator.memory import Budget
+from allocator.memory import MICRO_BATCH, Budget, Settings
 from allocator.profile import SALIENCIES
-from allocator.targets import Group, Layout, target_named
+from allocator.targets import Group, Layout, Target, target_named
 
 T = TypeVar("T")
 Params = dict[str, Any]
 Loss = Callable[[str, Any], float]
 """Predicted loss of one param's value, nats per token."""
 
+KV, BATCH = "kv_format", "micro_batch"
+SETTINGS = {"experts_used", KV, BATCH}
+"""Params of what a runtime is told; the others decide weights."""
 MIXED = ("Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S")
 """Formats that are mixed with their neighbour among those offered, by bits descending."""
 HEAD_SHARES = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
@@ -71,6 +75,8 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     formats: list[str] | None = None
     experts: Experts = Experts()
     experts_used: list[int] | None = None
+    kv_format: list[str] | None = None
+    micro_batch: list[int] | None = None
     pin: list[Pin] = []  # msgspec copies it
 
     @classmethod
@@ -118,6 +124,9 @@ class Space:
         tied: all layers retain the same count.
         rankings: expert indices by MoE layer, the ones to keep first.
         experts_used: possible numbers of routed experts per token.
+        kv_formats: possible formats of keys and values, largest first.
+        micro_batches: possible numbers of tokens computed at once, descending; None leaves it to
+            the runtime.
     """
 
     layout: Layout
@@ -126,6 +135,8 @@ class Space:
     tied: bool
     rankings: Mapping[int, tuple[int, ...]]
     experts_used: tuple[int, ...]
+    kv_formats: tuple[str, ...] = (KV_FORMAT,)
+    micro_batches: tuple[int | None, ...] = (None,)
 
     @cached_property
     def count_params(self) -> dict[str, tuple[int, ...]]:
@@ -151,10 +162,14 @@ class Space:
 
     @cached_property
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """Every decision and its possible values; counts ascending, formats largest first."""
+        """Every decision and its possible values; experts ascending, the others largest first."""
         table: dict[str, tuple[Any, ...]] = dict.fromkeys(self.count_params, self.counts)
         table |= {f"format.{name}": names for name, names in self.formats.items()}
         table["experts_used"] = self.experts_used
+        if len(self.kv_formats) > 1:
+            table[KV] = self.kv_formats
+        if len(self.micro_batches) > 1:
+            table[BATCH] = self.micro_batches
         return table
 
     @cached_property
@@ -164,7 +179,7 @@ class Space:
         for name, values in self.choices.items():
             if len(values) < 2:
                 continue
-            step = None if name.startswith("format.") else values[1] - values[0]
+            step = values[1] - values[0] if name.startswith("experts") else None
             if step is not None and values == tuple(range(values[0], values[-1] + 1, step)):
                 found[name] = IntDistribution(values[0], values[-1], step=step)
             else:
@@ -179,7 +194,8 @@ class Space:
         """
         if unknown := set(params) - set(self.choices):
             raise SpaceError(
-                f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used"
+                f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used, {KV}, "
+                f"{BATCH}"
             )
         full: Params = {}
         for name, values in self.choices.items():
@@ -207,6 +223,20 @@ class Space:
                 for group in self.formats
             },
             experts_used=full["experts_used"],
+            kv_format=full.get(KV, self.kv_formats[0]),
+            micro_batch=full.get(BATCH, self.micro_batches[0]),
+        )
+
+    @property
+    def first_settings(self) -> Params:
+        """The first value of every setting that may be chosen, and `experts_used`."""
+        return {name: values[0] for name, values in self.choices.items() if name in SETTINGS}
+
+    def settings(self, params: Params) -> Settings:
+        """What complete params tell the runtime."""
+        batch = params.get(BATCH, self.micro_batches[0])
+        return Settings(
+            params["experts_used"], params.get(KV, self.kv_formats[0]), batch or MICRO_BATCH
         )
 
     def layer_counts(self, params: Params) -> dict[int, int]:
@@ -224,8 +254,13 @@ class Space:
         }
         full |= {f"format.{name}": choice_of(text) for name, text in allocation.formats}
         full["experts_used"] = allocation.experts_used
+        settings = {KV: allocation.kv_format, BATCH: allocation.micro_batch}
+        full |= {name: value for name, value in settings.items() if name in self.choices}
         if self.allocation(full) != allocation:
-            raise SpaceError("the allocation retains other experts than this space's ranking")
+            raise SpaceError(
+                "the allocation retains other experts than this space's ranking, or is told "
+                "settings that it does not offer"
+            )
         return {name: full[name] for name in self.distributions}
 
     def retained(self, layer: int, count: int) -> tuple[int, ...]:
@@ -274,36 +309,79 @@ class Space:
     def smallest(self) -> Allocation:
         """Every group in its smallest format, as few experts as allowed."""
         return self.allocation(
-            {n: v[-1] if n.startswith("format.") else v[0] for n, v in self.choices.items()}
+            {n: v[-1] if largest_first(n) else v[0] for n, v in self.choices.items()}
         )
 
     @cached_property
     def largest(self) -> Allocation:
         """Every group in its largest format, all allowed experts."""
         return self.allocation(
-            {n: v[0] if n.startswith("format.") else v[-1] for n, v in self.choices.items()}
+            {n: v[0] if largest_first(n) else v[-1] for n, v in self.choices.items()}
         )
 
     def check_budget(self, budget: Budget) -> None:
         """Raises:
         BudgetError: if not even the smallest allocation fits, with what it is made of.
+        TargetError: if it is a device's, and nothing is known of the target's runtime.
         """
         budget.check_positive()
-        size = self.smallest.nbytes(self.layout)
-        if budget.used(size) > budget.nbytes:
+        smallest = self.smallest
+        used = smallest.used(self.layout, budget)
+        if used > budget.nbytes:
             biggest = sorted(
-                self.layout.groups, key=lambda n: -self.smallest.group_bytes(self.layout, n)
+                self.layout.groups, key=lambda n: -smallest.group_bytes(self.layout, n)
             )[:3]
             parts = ", ".join(
-                f"{n} {self.smallest.group_bytes(self.layout, n):,} as {self.smallest.format_of[n]}"
+                f"{n} {smallest.group_bytes(self.layout, n):,} as {smallest.format_of[n]}"
                 for n in biggest
             )
             raise BudgetError(
                 f"budget of {budget.nbytes:,} bytes ({budget.bounds}) is under the floor of "
-                f"{budget.used(size):,}: {size.encoded:,} encoded with {self.counts[0]} experts "
-                f"per layer (largest: {parts}), {size.kept:,} routers and norms, {size.overhead:,} "
-                "file overhead; raise the budget, lower [experts] minimum or loosen pins"
+                f"{used:,}: {_made_of(smallest, self.layout, budget)}; with {self.counts[0]} "
+                f"experts per layer (largest: {parts}); {_WAYS_OUT[budget.bounds]}"
             )
+        if budget.token_bytes is not None:
+            self._check_token_bytes(budget)
+
+    def _check_token_bytes(self, budget: Budget) -> None:
+        assert budget.token_bytes is not None
+        read = self.smallest.token_bytes(self.layout, budget.context)
+        if read > budget.token_bytes:
+            raise BudgetError(
+                f"a token may read {budget.token_bytes:,} bytes at most, the smallest allocation "
+                f"reads {read:,} ({self.experts_used[0]} experts used, keys and values in "
+                f"{self.kv_formats[-1]}); lower --min-tokens-per-second or --context, or offer "
+                "fewer experts_used"
+            )
+
+
+def _made_of(allocation: Allocation, layout: Layout, budget: Budget) -> str:
+    if budget.bounds != "device":
+        size = allocation.nbytes(layout)
+        return (
+            f"{size.encoded:,} encoded, {size.kept:,} routers and norms, {size.overhead:,} file "
+            "overhead"
+        )
+    assert budget.workload is not None
+    memory = allocation.device_memory(layout, budget.workload)
+    return (
+        f"{memory.weights:,} weights, {memory.kv_cache:,} keys and values, {memory.compute:,} "
+        f"compute buffers, {memory.overhead:,} overhead, {memory.reserve:,} reserve"
+    )
+
+
+_LESS_WEIGHT = "raise the budget, lower [experts] minimum or loosen pins"
+_WAYS_OUT = {
+    "file": _LESS_WEIGHT,
+    "weights": _LESS_WEIGHT,
+    "device": "raise the memory, lower --context, --sequences or --reserve, offer smaller "
+    "kv_format and micro_batch, lower [experts] minimum or loosen pins",
+}
+
+
+def largest_first(param: str) -> bool:
+    """Whether the values of a param are in descending order of bytes."""
+    return not param.startswith("experts")
 
 
 @cache
@@ -352,17 +430,18 @@ class Costs:
         self.space = space
         self.budget = budget
         self._target = target_named(space.layout.target)
-        self.whole_file = budget.bounds == "file"
+        self.padded = budget.bounds != "weights"
         self._overhead: dict[tuple[str, str], int] = {}
+        self._settings: dict[Settings, int] = {}
 
     def group(self, name: str, value: str, count: int) -> int:
         """Bytes of a group in a format or mix when its layer retains `count`."""
         group = self.space.layout.groups[name]
         parts = _part_bytes(group.shape_with(count), value)
-        if not self.whole_file:
+        if not self.padded:
             return sum(parts)
         nbytes = sum(self._target.padded(n) for n in parts)
-        if len(parts) == 1:
+        if len(parts) == 1 or self.budget.bounds != "file":
             return nbytes
         key = name, value
         if key not in self._overhead:
@@ -372,7 +451,7 @@ class Costs:
 
     def layer(self, layer: int, count: int) -> int:
         """Bytes of a layer's router when it retains `count`."""
-        if not self.whole_file:
+        if not self.padded:
             return 0
         kept = (k for k in self.space.layout.kept if k.layer == layer and k.role.is_router)
         return sum(self._target.padded(k.nbytes(count)) for k in kept)
@@ -380,24 +459,45 @@ class Costs:
     @cached_property
     def constant(self) -> int:
         """Bytes that no choice changes."""
-        if not self.whole_file:
+        if not self.padded:
             return 0
-        layout, largest = self.space.layout, self.space.largest
-        header = self._target.header_bytes(
-            layout,
+        layout = self.space.layout
+        norms = (k for k in layout.kept if not k.role.is_router)
+        return self._header + sum(self._target.padded(k.nbytes(0)) for k in norms)
+
+    @property
+    def _header(self) -> int:
+        if self.budget.bounds != "file":
+            return 0
+        largest = self.space.largest
+        return self._target.header_bytes(
+            self.space.layout,
             retained=largest.retained_experts,
             formats=largest.format_of,
             experts_used=largest.experts_used,
         )
-        norms = (k for k in layout.kept if not k.role.is_router)
-        return header + sum(self._target.padded(k.nbytes(0)) for k in norms)
+
+    def settings(self, settings: Settings) -> int:
+        """Bytes beside the weights: of a device, at most."""
+        if self.budget.bounds != "device":
+            return 0
+        if settings not in self._settings:
+            assert self.budget.workload is not None
+            self._settings[settings] = self._target.device_memory(
+                self.space.layout.inventory,
+                self.budget.workload,
+                settings,
+                weights=0,
+                n_experts=self.space.counts[-1],
+            ).total
+        return self._settings[settings]
 
     def total(self, params: Params) -> int:
         """Bytes of complete params; at least what is written."""
         return self.constant + self.affected(params, list(self.space.choices))
 
     def affected(self, params: Params, names: list[str]) -> int:
-        """Bytes of the groups and routers that these params decide."""
+        """Bytes of the groups, routers and settings that these params decide."""
         layers = [x for n in names for x in self.space.count_params.get(n, ())]
         groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
         groups |= {g for x in layers for g in self.space.expert_groups[x]}
@@ -406,7 +506,48 @@ class Costs:
             self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0))
             for g in groups
         )
-        return encoded + sum(self.layer(x, count[x]) for x in layers)
+        told = self.settings(self.space.settings(params)) if set(names) & SETTINGS else 0
+        return encoded + sum(self.layer(x, count[x]) for x in layers) + told
+
+    def reads(self, name: str, value: str, count: int, experts_used: int) -> int:
+        """Bytes of a group that decoding a token reads when its layer retains `count`."""
+        group = self.space.layout.groups[name]
+        nbytes = sum(_part_bytes(group.shape_with(count), value))
+        counts = {self.space.layer_of[name]: count}
+        return token_share(self.space.layout, name, nbytes, experts_used, counts)
+
+    def other_reads(self, count: int, kv_format: str) -> int:
+        """Bytes that decoding a token reads beside the groups, where layers retain `count`."""
+        layout = self.space.layout
+        kept = sum(k.nbytes(count) for k in layout.kept)
+        return kept + self._target.kv_bytes(layout.inventory, kv_format, self.budget.context)
+
+    def token_bytes(self, params: Params) -> int:
+        """Bytes that decoding a token reads, of complete params; at least what is read."""
+        return self.affected_reads(params, list(self.space.choices))
+
+    def affected_reads(self, params: Params, names: list[str]) -> int:
+        """Bytes that a token reads of what these params decide."""
+        counts, settings = self.space.layer_counts(params), self.space.settings(params)
+        groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
+        if "experts_used" in names:
+            groups = set(self.space.formats)
+        read = sum(
+            self.reads(
+                g, params[f"format.{g}"], counts.get(self.space.layer_of[g], 0),
+                settings.experts_used,
+            )
+            for g in groups
+        )  # fmt: skip
+        if all(n.startswith("format.") for n in names):
+            return read
+        return read + self.other_reads(max(counts.values()), settings.kv_format)
+
+    def hold(self, params: Params) -> bool:
+        """Whether complete params are within every limit."""
+        limit = self.budget.token_bytes
+        fast = limit is None or self.token_bytes(params) <= limit
+        return fast and self.total(params) <= self.budget.nbytes
 
 
 def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
@@ -419,11 +560,24 @@ def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) ->
         BudgetError: if not even the smallest allocation fits.
     """
     now = space.complete(params)
-    total = costs.total(now)
-    while total > costs.budget.nbytes:
+    now = _lowered(costs, now, loss, costs.affected, costs.budget.nbytes - costs.constant)
+    if costs.budget.token_bytes is not None:
+        now = _lowered(costs, now, loss, costs.affected_reads, costs.budget.token_bytes)
+    return now
+
+
+_Measure = Callable[[Params, list[str]], int]
+"""Bytes of what some of the params decide."""
+
+
+def _lowered(costs: Costs, params: Params, loss: Loss, measure: _Measure, limit: int) -> Params:
+    """Steps down until the bytes of all params are within a limit."""
+    now, space = dict(params), costs.space
+    total = measure(now, list(space.choices))
+    while total > limit:
         best: tuple[float, str, Any, int] | None = None
         for name, values in space.choices.items():
-            found = _step_down(costs, now, name, values)
+            found = _step_down(measure, now, name, values)
             if found is None:
                 continue
             step, saved = found
@@ -438,15 +592,13 @@ def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) ->
 
 
 def _step_down(
-    costs: Costs, now: Params, name: str, values: tuple[Any, ...]
+    measure: _Measure, now: Params, name: str, values: tuple[Any, ...]
 ) -> tuple[Any, int] | None:
     """The next smaller value that saves bytes (padding may hide a step), and how many it saves."""
-    if name == "experts_used":
-        return None
     at = values.index(now[name])
-    before = costs.affected(now, [name])
-    for value in values[at + 1 :] if name.startswith("format.") else values[:at][::-1]:
-        saved = before - costs.affected({**now, name: value}, [name])
+    before = measure(now, [name])
+    for value in values[at + 1 :] if largest_first(name) else values[:at][::-1]:
+        saved = before - measure({**now, name: value}, [name])
         if saved > 0:
             return value, saved
     return None
@@ -475,6 +627,11 @@ def bind(
     if any(not 1 <= n <= inventory.experts_used for n in used):
         raise SpaceError(f"experts_used {used}: needed 1..{inventory.experts_used}")
     target = target_named(layout.target)
+    kv_formats = tuple(spec.kv_format or (KV_FORMAT,))
+    for name in spec.kv_format or ():
+        target.check_kv_format(inventory, name)
+    for n in spec.micro_batch or ():
+        target.check_micro_batch(n)
     formats = {name: _formats(spec, group) for name, group in layout.groups.items()}
     counts = _counts(spec.experts, layout, max(used))
     if spec.experts.mixes and target.mixes_experts:
@@ -490,7 +647,17 @@ def bind(
         tied=spec.experts.same or target.one_expert_count,
         rankings=_rankings(spec.experts, layout, saliency),
         experts_used=tuple(sorted(set(used))),
+        kv_formats=_by_bytes(kv_formats, layout, target),
+        micro_batches=tuple(sorted(set(spec.micro_batch or ()), reverse=True)) or (None,),
     )
+
+
+def _by_bytes(kv_formats: tuple[str, ...], layout: Layout, target: Target) -> tuple[str, ...]:
+    """Largest first, each once."""
+    distinct = tuple(dict.fromkeys(kv_formats))
+    if len(distinct) == 1:
+        return distinct
+    return tuple(sorted(distinct, key=lambda f: -target.kv_bytes(layout.inventory, f, 1)))
 
 
 def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:

@@ -5,19 +5,76 @@ from typing import Literal
 
 import msgspec
 
+from allocator.devices import read_device
 from allocator.errors import AllocatorError, StudyError
-from allocator.memory import Budget
+from allocator.memory import Budget, Workload
 from allocator.samplers import check_sampler
 from allocator.space import read_toml
 from allocator.targets import target_named
 from allocator.units import parse_bytes
 
 
+class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole device as the limit, and what runs on it; sizes as `128GiB` or plain bytes.
+
+    Attributes:
+        preset: a file of `search_spaces/devices`, for `memory` and `bandwidth`.
+        memory: of the device.
+        context: tokens of a sequence; 4096 by default.
+        sequences: held at once; 1 by default.
+        reserve: for everything else on the device; nothing by default.
+        bandwidth: bytes read from memory in a second.
+        min_tokens_per_second: a limit on what the bandwidth allows.
+    """
+
+    preset: str | None = None
+    memory: str | int | None = None
+    context: int | None = None
+    sequences: int | None = None
+    reserve: str | int | None = None
+    bandwidth: str | int | None = None
+    min_tokens_per_second: float | None = None
+
+    def over(self, other: "DeviceSpec") -> "DeviceSpec":
+        """The other's values, where this has none."""
+        given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not None}
+        return msgspec.structs.replace(other, **given)
+
+    def budget(self, folder: Path) -> Budget:
+        """The limit.
+
+        Args:
+            folder: that `preset` is relative to.
+
+        Raises:
+            AllocatorError: if there is no memory, or a number makes no sense.
+        """
+        preset = None if self.preset is None else read_device(folder / self.preset)
+        memory, bandwidth = self.memory, self.bandwidth
+        if preset is not None:
+            memory = preset.memory if memory is None else memory
+            bandwidth = preset.bandwidth if bandwidth is None else bandwidth
+        if memory is None:
+            raise StudyError(
+                "a device budget without memory: give --device-memory SIZE, or --device FILE"
+            )
+        workload = Workload(
+            context=4096 if self.context is None else self.context,
+            sequences=1 if self.sequences is None else self.sequences,
+            reserve=0 if self.reserve is None else parse_bytes(self.reserve),
+            bandwidth=None if bandwidth is None else parse_bytes(bandwidth),
+            min_tokens_per_second=self.min_tokens_per_second,
+        )
+        workload.check()
+        return Budget(parse_bytes(memory), "device", workload)
+
+
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Exactly one of the two limits."""
+    """Exactly one of the three limits."""
 
     weights: str | int | None = None
     file: str | int | None = None
+    device: DeviceSpec | None = None
 
 
 class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,19 +259,42 @@ def _check_compare(path: Path, spec: CompareSpec) -> None:
             ) from None
 
 
-def chosen_budget(spec: BudgetSpec, *, file: str | None, weights: str | None) -> Budget:
+def chosen_budget(
+    spec: BudgetSpec,
+    folder: Path,
+    *,
+    file: str | None = None,
+    weights: str | None = None,
+    device: DeviceSpec | None = None,
+) -> Budget:
     """The budget of a launch: the command line's, else the study's.
+
+    Args:
+        spec: the study's.
+        folder: that its device preset is relative to.
+        file: instead, the whole file.
+        weights: instead, the searched matrices.
+        device: instead, or where the study has a device too, over its values.
 
     Raises:
         StudyError: if there is none, or two.
     """
-    given = BudgetSpec(weights=weights, file=file) if (file, weights) != (None, None) else spec
-    if (given.weights is None) == (given.file is None):
+    if device is not None and (file, weights) == (None, None):
+        known = spec.device or DeviceSpec()
+        if device.preset is not None:  # the study's own figures are of another device
+            known = msgspec.structs.replace(known, memory=None, bandwidth=None)
+        spec = BudgetSpec(device=device.over(known))
+    elif (file, weights) != (None, None):
+        spec = BudgetSpec(weights=weights, file=file, device=device)
+    if sum(limit is not None for limit in (spec.weights, spec.file, spec.device)) != 1:
         raise StudyError(
-            "needed one budget: --budget SIZE (the whole file) or --weights-budget SIZE "
-            "(the searched matrices), or [budget] in study.toml"
+            "needed one budget: --budget SIZE (the whole file), --weights-budget SIZE (the "
+            "searched matrices) or --device-memory SIZE (everything in memory), or [budget] in "
+            "study.toml"
         )
-    if given.file is not None:
-        return Budget(parse_bytes(given.file), "file")
-    assert given.weights is not None
-    return Budget(parse_bytes(given.weights), "weights")
+    if spec.device is not None:
+        return spec.device.budget(folder)
+    if spec.file is not None:
+        return Budget(parse_bytes(spec.file), "file")
+    assert spec.weights is not None
+    return Budget(parse_bytes(spec.weights), "weights")

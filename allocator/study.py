@@ -28,7 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from allocator.allocation import Allocation
 from allocator.errors import SpaceError, StudyError
 from allocator.leases import Leases
-from allocator.memory import Budget, FileBytes
+from allocator.memory import Budget, FileBytes, Workload
 from allocator.samplers.evolution import Selection
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
@@ -205,8 +205,7 @@ class Search:
             self.selection.check(self.scorer.n_documents)
         for queued in self.queue:
             self.space.params(queued.allocation)
-            used = self.budget.used(queued.allocation.nbytes(self.space.layout))
-            if used > self.budget.nbytes:
+            if not queued.allocation.fits(self.space.layout, self.budget):
                 raise StudyError(f"first trial {queued.kind} is over the budget")
 
     @property
@@ -436,12 +435,17 @@ class Search:
         )
         allocation = self.space.allocation(params)
         size = allocation.nbytes(self.space.layout)
-        used = self.budget.used(size)
+        used = allocation.used(self.space.layout, self.budget)
         assert used <= self.budget.nbytes, "repair keeps the budget"
         clock.lap("sampler")
         trial.set_user_attr(ALLOCATION, allocation.to_json())
         trial.set_user_attr(KIND, kind or "proposal")
         trial.set_constraint("budget", used - self.budget.nbytes)
+        if self.budget.token_bytes is not None:
+            read = allocation.token_bytes(self.space.layout, self.budget.context)
+            over = read - self.budget.token_bytes
+            assert over <= 0, "repair keeps the speed"
+            trial.set_constraint("token_bytes", over)
         clock.lap("storage")
         return _Candidate(trial, bool(_fixed(frozen)), kind, params, allocation, size, used)
 
@@ -522,6 +526,8 @@ class Search:
             "predicted": self.surrogate.predict(candidate.params),
             "repaired": candidate.params != self.space.complete(trial.params),
         }
+        if self.budget.workload is not None:
+            result |= self._on_device(candidate.allocation, self.budget.workload)
         trial.set_user_attr(LOSSES, [float(v) for v in candidate.losses.kl])
         trial.set_user_attr(RESULT, result)
         loss = float(result["loss"])
@@ -531,6 +537,15 @@ class Search:
         if lost:
             return TrialState.PRUNED.name, None
         return TrialState.COMPLETE.name, [loss, candidate.used]
+
+    def _on_device(self, allocation: Allocation, workload: Workload) -> dict[str, Any]:
+        layout = self.space.layout
+        read = allocation.token_bytes(layout, workload.context)
+        return {
+            "memory": asdict(allocation.device_memory(layout, workload)),
+            "token_bytes": read,
+            "tokens_per_second": workload.tokens_per_second(read),
+        }
 
 
 _TAKEN_OVER = (
@@ -688,10 +703,10 @@ def first_trials(
 
     for i in range(n_knapsack):
         share = 1 - i / max(1, n_knapsack)
-        target = Budget(floor + int(share * (budget.nbytes - floor)), budget.bounds)
+        target = replace(budget, nbytes=floor + int(share * (budget.nbytes - floor)))
         add("knapsack", space.allocation(surrogate.solve(target)))
     for name, allocation in baselines:
-        if _held(space, allocation) and costs.total(_full(space, allocation)) <= budget.nbytes:
+        if _held(space, allocation) and costs.hold(_full(space, allocation)):
             add(name, allocation)
     return list(queue.values())
 

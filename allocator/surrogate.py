@@ -34,7 +34,7 @@ from allocator.knapsack import Options, lp_bound, solve
 from allocator.memory import Budget
 from allocator.nested import Nested, solve_nested
 from allocator.profile import Profile, bundle_of
-from allocator.space import Costs, Loss, Params, Space, split
+from allocator.space import BATCH, KV, SETTINGS, Costs, Loss, Params, Space, split
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -58,6 +58,7 @@ class Around:
     forward_tokens: int
 
 
+_PRICES = 24  # halvings of the price of reading
 _ROUNDS = 8  # of solving under the noise of the last solution; two or three are needed
 
 
@@ -70,20 +71,25 @@ class Surrogate:
         smooth: by group, `counts x options` (one row where it is no routed expert).
         coupling: by group, `c`.
         counts: by MoE layer, one value per count of the space.
-        multipliers: of a group's losses, or (`experts.<layer>`) of a layer's counts; else 1.
+        settings: what the original loses by a setting alone: `experts_used`, `kv_format`; 0 for
+            what is not listed.
+        multipliers: of a group's losses, of a layer's counts (`experts.<layer>`), or of a
+            setting's; else 1.
     """
 
     space: Space
     smooth: Mapping[str, Floats]
     coupling: Mapping[str, float]
     counts: Mapping[int, Floats]
+    settings: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
     multipliers: Mapping[str, float] = field(default_factory=dict)
     _sizes: dict[str, "_Sizes"] = field(default_factory=dict)
 
     @cached_property
     def multiplied_names(self) -> tuple[str, ...]:
-        """What has a multiplier: every group, and every layer's counts."""
-        return (*self.space.formats, *(f"experts.{x}" for x in self.space.layout.layers))
+        """What has a multiplier: every group, every layer's counts, and settings."""
+        counts = (f"experts.{x}" for x in self.space.layout.layers)
+        return (*self.space.formats, *counts, *self.settings)
 
     def multiplied(self, multipliers: Mapping[str, float]) -> "Surrogate":
         """The same with these multipliers instead."""
@@ -135,6 +141,12 @@ class Surrogate:
                 x: self._counts_of(x) - self._counts_of(x)[self.space.counts.index(n)]
                 for x, n in counts.items()
             },
+            {
+                name: {
+                    v: self._setting(name, v) - self._setting(name, params[name]) for v in values
+                }
+                for name, values in self.settings.items()
+            },
             _sizes=self._sizes,
         )
 
@@ -146,6 +158,7 @@ class Surrogate:
             found.append(self.smooth[group][self._row(params, group), column])
         for layer, losses in self.counts.items():
             found.append(losses[self.space.counts.index(self._count(params, layer))])
+        found += [losses[params[name]] for name, losses in self.settings.items()]
         return np.array(found) * self._factors
 
     def predict(self, params: Params) -> float:
@@ -169,8 +182,8 @@ class Surrogate:
         noise = max(self.noise(self.losses(params)), 1e-12)
 
         def loss(param: str, value: Any) -> float:
-            if param == "experts_used":
-                return 0.0
+            if param in SETTINGS:
+                return self._setting(param, value)
             if param.startswith("format."):
                 group = param.removeprefix("format.")
                 column = self.space.formats[group].index(value)
@@ -213,20 +226,110 @@ class Surrogate:
         return best[1]
 
     def _solve_under(self, costs: Costs, noise: float) -> Params | None:
-        """The exact optimum of the losses that are independent under a noise."""
+        """The optimum of the losses that are independent under a noise, over all settings.
+
+        Settings are few: each is solved for by itself, those that lose least alone first, until
+        one loses more alone than the best in all. Micro-batches lose nothing: the solution takes
+        the largest for which it leaves room.
+        """
+        losses = {g: rows * self._weight(g, noise) for g, rows in self.smooth.items()}
+        space, best = self.space, None
+        least = self._least(losses)
+        for alone, used, kv in sorted(
+            (self._setting("experts_used", used) + self._setting(KV, kv), -used, kv)
+            for used in space.experts_used
+            for kv in space.kv_formats
+        ):
+            if best is not None and alone + least >= best[0]:
+                break
+            told = self._told(-used, kv, space.micro_batches[-1])
+            params = self._solve_settings(costs, losses, told)
+            if params is None:
+                continue
+            found = alone + self._independent(losses, params)
+            if best is None or found < best[0]:
+                best = found, params
+        if best is None:
+            return None
+        params = best[1]
+        for batch in space.micro_batches if BATCH in space.choices else ():
+            if costs.hold({**params, BATCH: batch}):
+                return {**params, BATCH: batch}
+        return params
+
+    def _told(self, experts_used: int, kv_format: str, micro_batch: int | None) -> Params:
+        told = {"experts_used": experts_used, KV: kv_format, BATCH: micro_batch}
+        return {name: value for name, value in told.items() if name in self.space.choices}
+
+    def _solve_settings(
+        self, costs: Costs, losses: Mapping[str, Floats], told: Params
+    ) -> Params | None:
+        """The optimum under some settings: exact, where what a token reads is no limit.
+
+        Where it is, reading has the least price (in loss per byte) at which the optimum holds the
+        limit (Everett, "Generalized Lagrange Multiplier Method", 1963): a solution that loses less
+        within both limits, if there is one, reads more than this and less than the limit.
+        """
         sizes = self._sizes.get(costs.budget.bounds)
         if sizes is None:
             sizes = self._sizes[costs.budget.bounds] = _Sizes(self.space, costs)
-        losses = {g: rows * self._weight(g, noise) for g, rows in self.smooth.items()}
-        capacity = costs.budget.nbytes - costs.constant
-        params = (
-            self._solve_tied(sizes, losses, capacity)
-            if self.space.tied
-            else self._solve_untied(sizes, losses, capacity)
+        full = {**self.space.first_settings, **told}
+        told_bytes = costs.settings(self.space.settings(full))
+        capacity = costs.budget.nbytes - costs.constant - told_bytes
+
+        def solved(priced: Mapping[str, Floats]) -> Params | None:
+            found = (
+                self._solve_tied(sizes, priced, capacity)
+                if self.space.tied
+                else self._solve_untied(sizes, priced, capacity)
+            )
+            return None if found is None else self.space.complete({**found, **told})
+
+        params, limit = solved(losses), costs.budget.token_bytes
+        if params is None or limit is None or costs.token_bytes(params) <= limit:
+            return params
+        reads = sizes.reads(costs, full["experts_used"])
+
+        def at(price: float) -> Params | None:
+            found = solved({g: rows + price * reads[g] for g, rows in losses.items()})
+            return found if found and costs.token_bytes(found) <= limit else None
+
+        scale = max(float(rows.max()) for rows in losses.values())
+        low, high, best = 0.0, scale / limit, None
+        for _ in range(_PRICES):  # up to where losses no longer count
+            if best := at(high):
+                break
+            low, high = high, high * 8
+        for _ in range(_PRICES if best else 0):
+            middle = (low + high) / 2
+            if found := at(middle):
+                best, high = found, middle
+            else:
+                low = middle
+        return best
+
+    def _independent(self, losses: Mapping[str, Floats], params: Params) -> float:
+        """The sum that is solved for, of complete params."""
+        groups = (
+            losses[g][self._row(params, g), names.index(params[f"format.{g}"])]
+            for g, names in self.space.formats.items()
         )
-        if params is None:
-            return None
-        return self.space.complete({**params, "experts_used": self.space.experts_used[-1]})
+        counts = (
+            self._counts_of(x)[self.space.counts.index(self._count(params, x))]
+            for x in self.space.layout.layers
+        )
+        return float(sum(groups) + sum(counts))
+
+    def _least(self, losses: Mapping[str, Floats]) -> float:
+        """No params lose less, settings apart."""
+        return float(
+            sum(rows.min() for rows in losses.values())
+            + sum(self._counts_of(x).min() for x in self.space.layout.layers)
+        )
+
+    def _setting(self, name: str, value: Any) -> float:
+        alone = self.settings.get(name, {}).get(value, 0.0)
+        return alone * self.multipliers.get(name, 1.0)
 
     def _solve_tied(
         self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: int
@@ -327,16 +430,42 @@ class _Sizes:
             x: np.array([costs.layer(x, n) for n in space.counts], np.int64)
             for x in space.layout.layers
         }
+        self._reads: dict[int, dict[str, Floats]] = {}
+
+    def reads(self, costs: Costs, experts_used: int) -> dict[str, Floats]:
+        """Bytes that a token reads of every choice, groups `counts x options`."""
+        if experts_used not in self._reads:
+            space = costs.space
+            self._reads[experts_used] = {
+                g: np.array(
+                    [
+                        [costs.reads(g, v, n, experts_used) for v in names]
+                        for n in (space.counts if len(self.groups[g]) > 1 else space.counts[:1])
+                    ],
+                    np.float64,
+                )
+                for g, names in space.formats.items()
+            }
+        return self._reads[experts_used]
 
 
-def from_profile(profile: Profile, space: Space) -> Surrogate:
-    """The surrogate that measurements give; the profile must be of the space's layout."""
+def from_profile(
+    profile: Profile, space: Space, settings: Mapping[str, Mapping[Any, float]] = {}
+) -> Surrogate:
+    """The surrogate that measurements give.
+
+    Args:
+        profile: of the space's layout.
+        space: what is priced.
+        settings: as of `Surrogate`.
+    """
     bundles = _couplings(profile)
     return Surrogate(
         space,
         _smooth(space, profile.curvature),
         {g: bundles[bundle_of(space.layout.groups[g])] for g in space.formats},
         {x: _count_losses(profile, x, space) for x in space.layout.layers},
+        settings,
     )
 
 

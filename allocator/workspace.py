@@ -42,7 +42,7 @@ from allocator.proxy.weights import Weights
 from allocator.records import AllocationRecord, read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.space import SearchSpace, Space, bind
-from allocator.specification import StudySpec, chosen_budget
+from allocator.specification import DeviceSpec, StudySpec, chosen_budget
 from allocator.storage import open_storage
 from allocator.study import open_study
 from allocator.surrogate import Surrogate, from_profile
@@ -117,9 +117,17 @@ class Workspace:
             return SearchSpace(schema=1)
         return SearchSpace.read(self.folder / self.spec.space)
 
-    def budget(self, *, file: str | None = None, weights: str | None = None) -> Budget:
+    def budget(
+        self,
+        *,
+        file: str | None = None,
+        weights: str | None = None,
+        device: DeviceSpec | None = None,
+    ) -> Budget:
         """The budget of a launch, checked against the floor."""
-        budget = chosen_budget(self.spec.budget, file=file, weights=weights)
+        budget = chosen_budget(
+            self.spec.budget, self.folder, file=file, weights=weights, device=device
+        )
         self.unranked_space.check_budget(budget)
         return budget
 
@@ -242,7 +250,7 @@ class Workspace:
     @cached_property
     def surrogate(self) -> Surrogate:
         """Predicted losses."""
-        return from_profile(self.profile, self.space)
+        return from_profile(self.profile, self.space, self.profiler.settings(self.space))
 
     def bank_for(self, importance: str, *, beside: Path | None = None) -> Bank:
         """The bank of the importance vectors with this digest.
@@ -407,7 +415,8 @@ class Workspace:
     @property
     def base_tokens(self) -> int:
         """Forward tokens before the first trial: the profile, and the original on the split."""
-        return sum(self.profiler.forward_tokens.values()) + self.scorer.n_tokens
+        settings = self.profiler.settings_tokens(self.unranked_space)
+        return sum(self.profiler.forward_tokens.values()) + settings + self.scorer.n_tokens
 
     def check_launch(
         self, *, sampler: str | None, seed: int | None, trials: int | None = None
@@ -439,7 +448,7 @@ class Workspace:
         return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,
-            "budget": f"{budget.nbytes} ({budget.bounds})",
+            "budget": str(budget),
             "sampler": sampler,
             "seed": seed,
             "space": hashlib.sha256((choices + protected).encode()).hexdigest(),

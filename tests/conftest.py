@@ -442,7 +442,7 @@ def formula_search(
     profile = synthetic_profile(layout)
     space = bind(SearchSpace(schema=1), layout, profile.saliency)
     surrogate = from_profile(profile, space)
-    low, high = (Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest))
+    low, high = (a.used(layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
     study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
     study.sampler = make_sampler(

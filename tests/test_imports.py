@@ -9,11 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "allocator"
 RINGS = [  # a module may import from its own ring or from an earlier one
-    {"errors", "units", "files", "digests"},
-    {"inventory", "families", "formats", "targets"},
-    {"allocation", "memory", "records"},
-    {"space", "front", "surrogate", "knapsack", "nested", "posterior", "profile", "baselines"},
-    {"samplers", "study", "storage", "leases", "specification", "tables", "trials"},
+    {"errors", "units", "files", "digests", "memory"},
+    {"inventory", "planned", "families", "formats", "targets"},
+    {"allocation", "records"},
+    {
+        "space", "front", "surrogate", "priors", "plan", "knapsack", "nested", "posterior",
+        "profile", "baselines",
+    },
+    {"samplers", "study", "storage", "leases", "specification", "devices", "tables", "trials"},
     {"codecs", "calibration", "proxy", "materialize", "evaluate"},  # torch lives only here
     {"workspace", "report", "estimate", "launch", "workers", "compare", "api"},
     {"cli", "__main__", "__init__"},

@@ -506,7 +506,7 @@ def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
     space = spaces[target]
     budget = Budget(1, bounds)
     params = draw(data, space)
-    used = budget.used(space.allocation(params).nbytes(space.layout))
+    used = space.allocation(params).used(space.layout, budget)
     cost = space.costs(budget).total(params)
     if target == "gguf" or bounds == "weights":
         assert cost == used
@@ -544,13 +544,13 @@ def test_costs_of_every_group_in_one_choice(spaces, value, count):
 def test_repair(spaces, target, bounds, data, share):
     space, loss = spaces[target], loss_of(spaces[target])
     layout = space.layout
-    low, high = (Budget(1, bounds).used(a.nbytes(layout)) for a in (space.smallest, space.largest))
+    low, high = (a.used(layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
     costs = space.costs(budget)
     params = draw(data, space)
     repaired = repair(space, costs, params, loss)
     allocation = space.allocation(repaired)
-    assert budget.used(allocation.nbytes(layout)) <= budget.nbytes
+    assert allocation.used(layout, budget) <= budget.nbytes
     assert repair(space, costs, repaired, loss) == repaired
     if costs.total(params) <= budget.nbytes:
         assert repaired == params
@@ -595,7 +595,7 @@ def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
 @pytest.mark.parametrize("target", TARGET_NAMES)
 def test_floor(spaces, target, bounds):
     space, loss = spaces[target], loss_of(spaces[target])
-    floor = Budget(1, bounds).used(space.smallest.nbytes(space.layout))
+    floor = space.smallest.used(space.layout, Budget(1, bounds))
     space.check_budget(Budget(floor, bounds))
     under = Budget(floor - 1, bounds)
     with pytest.raises(BudgetError) as caught:
@@ -607,7 +607,7 @@ def test_floor(spaces, target, bounds):
     with pytest.raises(BudgetError, match="is under the floor"):
         repair(space, space.costs(under), params, loss)
     at = repair(space, space.costs(Budget(floor, bounds)), params, loss)
-    assert Budget(floor, bounds).used(space.allocation(at).nbytes(space.layout)) <= floor
+    assert space.allocation(at).used(space.layout, Budget(floor, bounds)) <= floor
     with pytest.raises(BudgetError, match="needed a positive size"):
         space.check_budget(Budget(0, bounds))
 

@@ -531,7 +531,7 @@ def test_the_constraint_is_stored_and_kept(formula, bounds):
     search = formula.search(InMemoryStorage(), "tpe", bounds=bounds)
     search.run(n_trials=8)
     for trial in search.study.get_trials():
-        used = search.budget.used(allocation_of(trial).nbytes(search.space.layout))
+        used = allocation_of(trial).used(search.space.layout, search.budget)
         assert trial.constraints == {"budget": used - search.budget.nbytes}
         assert trial.constraints["budget"] <= 0
 
@@ -633,7 +633,7 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
     n_knapsack = kinds.count("knapsack")
     assert 1 < n_knapsack <= 3
     assert kinds[:n_knapsack] == ["knapsack"] * n_knapsack
-    sizes = [budget.used(q.allocation.nbytes(space.layout)) for q in queue]
+    sizes = [q.allocation.used(space.layout, budget) for q in queue]
     assert max(sizes) <= budget.nbytes
     assert sizes[:n_knapsack] == sorted(sizes[:n_knapsack], reverse=True)
     assert queue[0].allocation == space.allocation(search.surrogate.solve(budget))
@@ -641,7 +641,7 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
     fitting = [
         name
         for name, a in known
-        if budget.used(a.nbytes(space.layout)) <= budget.nbytes
+        if a.used(space.layout, budget) <= budget.nbytes
         and all(f in space.formats[g] for g, f in a.formats)
     ]
     assert 0 < len(set(fitting)) < len(known)
@@ -649,7 +649,7 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
     slack = len(space.layout.groups) * 4  # a safetensors header's bound
     assert set(fitting) - set(kinds) <= {
         n for n, a in known
-        if budget.used(a.nbytes(space.layout)) + slack > budget.nbytes
+        if a.used(space.layout, budget) + slack > budget.nbytes
         or a.digest in {q.allocation.digest for q in queue}
     }  # fmt: skip
 

@@ -443,7 +443,7 @@ def test_solved_is_near_the_optimum_of_the_whole(monkeypatch, tables, target, sa
         budget = Budget(int(np.quantile(sizes, share)), bounds)
         met.clear()
         found = surrogate.solve(budget)
-        assert budget.used(space.allocation(found).nbytes(space.layout)) <= budget.nbytes
+        assert space.allocation(found).used(space.layout, budget) <= budget.nbytes
         assert found["experts_used"] == 4
         least = total[sizes <= budget.nbytes].min()
         assert least * (1 - 1e-12) <= surrogate.predict(found) <= 1.005 * least
@@ -460,16 +460,14 @@ def test_solved_is_near_the_optimum_of_the_whole(monkeypatch, tables, target, sa
 def test_never_over_the_budget(surrogates, target, bounds):
     surrogate = surrogates[target]
     space = surrogate.space
-    low, high = (
-        Budget(1, bounds).used(a.nbytes(space.layout)) for a in (space.smallest, space.largest)
-    )
+    low, high = (a.used(space.layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
     before = math.inf
     for share in (0, 0.001, 0.1, 0.5, 1, 1.5):
         budget = Budget(low + int(share * (high - low)), bounds)
         found = surrogate.solve(budget)
         allocation = space.allocation(found)
         allocation.check(space.layout)
-        assert budget.used(allocation.nbytes(space.layout)) <= budget.nbytes
+        assert allocation.used(space.layout, budget) <= budget.nbytes
         assert surrogate.predict(found) <= before
         before = surrogate.predict(found)
     with pytest.raises(BudgetError, match=f"{low - 1:,} bytes"):

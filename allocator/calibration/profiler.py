@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
@@ -34,7 +34,7 @@ from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, 
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
 from allocator.proxy.weights import Candidate
-from allocator.space import Experts, SearchSpace, Space, bind
+from allocator.space import KV, Experts, SearchSpace, Space, bind
 from allocator.surrogate import Around
 from allocator.targets import Group, Layout
 
@@ -48,8 +48,16 @@ PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Each layer's loss is measured at these shares of its experts."""
 
 
-Measured = Change | tuple[int, int]
-"""What is measured: a bundle in some formats, or `(layer, retained count)`."""
+@dataclass(frozen=True)
+class Setting:
+    """The original with one setting changed: `experts_used` or `kv_format`."""
+
+    name: str
+    value: Any
+
+
+Measured = Change | tuple[int, int] | Setting
+"""What is measured: a bundle in some formats, `(layer, retained count)`, or a setting."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +390,8 @@ class Profiler:
         return _nearest(group, bits)
 
     def _first_layer(self, change: Measured) -> int | None:
+        if isinstance(change, Setting):
+            return None
         if isinstance(change, tuple):
             return change[0]
         return self.layout.groups[next(iter(change.formats))].layer
@@ -404,7 +414,7 @@ class Profiler:
             bar.update()
         bar.close()
         measured = [
-            Change(c.bundle, c.formats, done[_line(c)]) for c in changes if not isinstance(c, tuple)
+            Change(c.bundle, c.formats, done[_line(c)]) for c in changes if isinstance(c, Change)
         ]
         pruned: dict[int, dict[int, float]] = {}
         for change in changes:
@@ -424,14 +434,38 @@ class Profiler:
                 formats=dict(candidate.format_of),
                 retained=dict(candidate.retained_experts),
                 experts_used=candidate.experts_used,
+                kv_format=candidate.kv_format,
             )
             first = self._first_layer(change)
             losses = scorer.score_installed() if first is None else scorer.score_from(first)
             yield change, mean(losses.kl, scorer.documents)
 
+    def settings(self, space: Space) -> dict[str, dict[Any, float]]:
+        """What the original loses by every setting of a space alone, nats per token; kept."""
+        wanted = settings_of(space)
+        with locked(self.folder / "settings"):
+            lines = Lines(self.folder / "settings.jsonl")
+            done = {row["change"]: row["kl"] for row in lines.rows}
+            for setting, kl in self._measured([s for s in wanted if _line(s) not in done]):
+                done[_line(setting)] = kl
+                lines.append({"change": _line(setting), "kl": kl})
+        found: dict[str, dict[Any, float]] = {}
+        for setting in wanted:
+            found.setdefault(setting.name, {})[setting.value] = done[_line(setting)]
+        originals = {"experts_used": self.layout.inventory.experts_used, KV: KV_FORMAT}
+        return {name: {originals[name]: 0.0} | losses for name, losses in found.items()}
+
+    def settings_tokens(self, space: Space) -> int:
+        """Forward tokens that `settings` costs, measured or not."""
+        wanted = settings_of(space)
+        reference = 1 if wanted else 0
+        return (len(wanted) + reference) * self._tokens(self.inputs.n_measured)
+
     def candidate(self, change: Measured) -> Candidate:
         """The original with a change."""
         original = Candidate.original(self.layout)
+        if isinstance(change, Setting):
+            return replace(original, **{change.name: change.value})
         if not isinstance(change, tuple):
             return replace(original, format_of={**original.format_of, **change.formats})
         space = self.space(SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency)))
@@ -449,8 +483,22 @@ def _completed(original: list[float], held: list[float], experts: tuple[int, ...
     return found
 
 
+def settings_of(space: Space) -> list[Setting]:
+    """Every setting of a space that is not the original's, where there is a choice."""
+    choices = {name: space.choices[name] for name in ("experts_used", KV) if name in space.choices}
+    original = {"experts_used": space.layout.inventory.experts_used, KV: KV_FORMAT}
+    return [
+        Setting(name, value)
+        for name, values in choices.items()
+        for value in values
+        if len(values) > 1 and value != original[name]
+    ]
+
+
 def _line(change: Measured) -> str:
     """The name of a change in `losses.jsonl`."""
+    if isinstance(change, Setting):
+        return f"{change.name} {change.value}"
     if isinstance(change, tuple):
         return f"layers.{change[0]} retains {change[1]}"
     return f"{change.bundle}: " + " ".join(f"{g}={f}" for g, f in change.formats.items())

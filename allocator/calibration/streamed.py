@@ -139,6 +139,8 @@ class StreamedProfiler(Profiler):
         return max(SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
 
     def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
+        if not changes:
+            return
         scorer = StreamedScorer(
             self.streamed, self._measured_documents, side_by_side=self.side_by_side
         )

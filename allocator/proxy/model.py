@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation
 from allocator.codecs.source import Floats, group_weights, read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role
 from allocator.formats import parts
 from allocator.inventory import Inventory
 from allocator.proxy.experts import use_sorted_experts
+from allocator.proxy.keys_values import KeysValues, attach, keys_values
 from allocator.targets import Group, Kept, Layout
 from allocator.units import show_bytes
 
@@ -268,6 +269,7 @@ class SwapModel:
         model: the transformers model, float32.
         retained: experts by MoE layer that it holds now.
         experts_used: routed experts per token now.
+        kv_format: of keys and values now.
         state: what each group holds now: `(format or parts, retained experts)`; "" for the
             original's.
     """
@@ -292,6 +294,9 @@ class SwapModel:
         use_sorted_experts(self.model, self.inventory.moe_layers)
         self.retained: dict[int, tuple[int, ...]] = {}
         self.experts_used = self.inventory.experts_used
+        self.kv_format = KV_FORMAT
+        self._keys_values: KeysValues | None = None
+        attach(self.model, lambda: self._keys_values)
         self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
         self._kept = {k.source: read_tensor(self.inventory, k.source) for k in layout.kept}
         self._all = tuple(range(self.inventory.n_experts))
@@ -301,7 +306,7 @@ class SwapModel:
         self.reset()
 
     def reset(self) -> None:
-        """The original's weights, all experts, its own number of experts used."""
+        """The original's weights, all experts, its own number of experts used, exact keys."""
         self.put(
             formats=dict.fromkeys(self.layout.groups),
             retained=dict.fromkeys(self.layout.layers, self._all),
@@ -313,11 +318,14 @@ class SwapModel:
         """The model as the original; what it held before is put back afterwards."""
         formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
         retained, experts_used = dict(self.retained), self.experts_used
+        kv_format = self.kv_format
         self.reset()
         try:
             yield self.model
         finally:
-            self.put(formats=formats, retained=retained, experts_used=experts_used)
+            self.put(
+                formats=formats, retained=retained, experts_used=experts_used, kv_format=kv_format
+            )
 
     def put_allocation(self, allocation: Allocation) -> None:
         """Makes the model what an allocation's file computes."""
@@ -325,6 +333,7 @@ class SwapModel:
             formats=dict(allocation.formats),
             retained=allocation.retained_experts,
             experts_used=allocation.experts_used,
+            kv_format=allocation.kv_format,
         )
 
     def put(
@@ -333,6 +342,7 @@ class SwapModel:
         formats: dict[str, str | None],
         retained: dict[int, tuple[int, ...]],
         experts_used: int,
+        kv_format: str = KV_FORMAT,
     ) -> None:
         """Makes the model the candidate; decodes only what changes.
 
@@ -340,6 +350,7 @@ class SwapModel:
             formats: format or parts by group, None for the original's own weights; all groups.
             retained: experts by MoE layer; all layers.
             experts_used: routed experts per token.
+            kv_format: of keys and values.
         """
         for layer, experts in retained.items():
             if self.retained.get(layer) != experts:
@@ -365,6 +376,9 @@ class SwapModel:
             self.state[name] = wanted
         set_experts_used(self.model, self.layout.layers, experts_used)
         self.experts_used = experts_used
+        if kv_format != self.kv_format:
+            self._keys_values = keys_values(self.inventory, kv_format)
+            self.kv_format = kv_format
 
     def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:
         """Decodes the experts of a projection that are not held in their format already."""

@@ -30,6 +30,7 @@ from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats, read_tensor
 from allocator.families import Role
 from allocator.proxy.experts import Observer
+from allocator.proxy.keys_values import KeysValues, attach, keys_values
 from allocator.proxy.model import (
     check_names,
     empty,
@@ -85,6 +86,9 @@ class StreamedModel:
         self.model = skeleton(self.inventory.path)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
+        self._keys_values: dict[str, KeysValues | None] = {}
+        self._kept_as: KeysValues | None = None
+        attach(self.model, lambda: self._kept_as)
         self._taken: list[Routed] = []
         self._kept_values: dict[str, Floats] = {}
         for layer in layout.layers:
@@ -101,7 +105,8 @@ class StreamedModel:
         if layer is None:
             return candidate.format_of[str(Role.EMBEDDING)]
         formats = tuple(candidate.format_of[g.name] for g in self._groups[layer])
-        return formats, candidate.retained_experts.get(layer), candidate.experts_used
+        told = candidate.experts_used, candidate.kv_format
+        return formats, candidate.retained_experts.get(layer), told
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """The original's states before the first layer, for documents by batch."""
@@ -188,6 +193,10 @@ class StreamedModel:
 
     def install(self, layer: int, candidate: Candidate) -> None:
         """Everything of a layer but its routed experts."""
+        if candidate.kv_format not in self._keys_values:
+            made = keys_values(self.inventory, candidate.kv_format)
+            self._keys_values[candidate.kv_format] = made
+        self._kept_as = self._keys_values[candidate.kv_format]
         retained = candidate.retained_experts.get(layer)
         if retained is not None:
             resize_router(self.model, layer, len(retained))

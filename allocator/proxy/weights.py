@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation
 from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes
 from allocator.codecs.source import Floats, group_weights, read_rows, read_tensor
@@ -33,16 +33,23 @@ class Candidate:
         format_of: format or parts by group; None for the original's weights.
         retained_experts: by MoE layer.
         experts_used: routed experts per token.
+        kv_format: of keys and values.
     """
 
     format_of: Mapping[str, str | None]
     retained_experts: Mapping[int, tuple[int, ...]]
     experts_used: int
+    kv_format: str = KV_FORMAT
 
     @classmethod
     def of(cls, allocation: Allocation) -> "Candidate":
         """What an allocation's file computes."""
-        return cls(allocation.format_of, allocation.retained_experts, allocation.experts_used)
+        return cls(
+            allocation.format_of,
+            allocation.retained_experts,
+            allocation.experts_used,
+            allocation.kv_format,
+        )
 
     @classmethod
     def original(cls, layout: Layout) -> "Candidate":

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial
 
 from allocator.errors import StudyError
 from allocator.samplers.base import WholeSampler
-from allocator.space import Costs, Params
+from allocator.space import Costs, Params, largest_first
 from allocator.trials import best_complete, key_of, proposed
 
 _SWITCHES = 3  # drawn twice from 1.._SWITCHES, the lesser taken: 1 is likeliest
@@ -118,7 +118,7 @@ def random_start(costs: Costs, rng: np.random.Generator) -> Params:
     """The largest of everything, random units lowered until the budget holds."""
     space = costs.space
     walk = _Walk(costs, space.complete(space.params(space.largest)), rng)
-    while walk.left < 0 and walk.lower():
+    while (walk.left < 0 or not costs.hold(walk.params)) and walk.lower():
         pass
     return walk.params
 
@@ -135,7 +135,8 @@ def offspring(costs: Costs, parent: Params, rng: np.random.Generator) -> Params 
         pay = walk.lower if walk.left < 0 else walk.raise_within
         if not pay(least=walk.debt / walk.changes_left):
             return None
-    return walk.params if walk.debt <= 0 and walk.params != parent else None
+    held = walk.debt <= 0 and walk.params != parent and costs.hold(walk.params)
+    return walk.params if held else None
 
 
 @dataclass
@@ -200,8 +201,7 @@ class _Walk:
         """The next level of more (or fewer) bytes, and the change in bytes."""
         values = self.costs.space.choices[name]
         at = values.index(self.params[name])
-        largest_first = name.startswith("format.")
-        ahead = values[:at][::-1] if largest_first == (direction > 0) else values[at + 1 :]
+        ahead = values[:at][::-1] if largest_first(name) == (direction > 0) else values[at + 1 :]
         before = self.costs.affected(self.params, [name])
         for value in ahead:
             change = self.costs.affected({**self.params, name: value}, [name]) - before
@@ -213,4 +213,8 @@ class _Walk:
         values = self.costs.space.choices[name]
         at = values.index(self.params[name])
         beside = [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
-        return (beside[self.rng.integers(len(beside))], 0) if beside else None
+        if not beside:
+            return None
+        value = beside[self.rng.integers(len(beside))]
+        before = self.costs.affected(self.params, [name])
+        return value, self.costs.affected({**self.params, name: value}, [name]) - before

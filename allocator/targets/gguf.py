@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role
 from allocator.inventory import Inventory, TensorInfo
+from allocator.memory import DeviceMemory, Settings, Workload
+from allocator.targets.gguf_memory import OVERHEAD_BYTES, compute_bytes, kv_cache_bytes
 from allocator.targets.gguf_metadata import metadata, metadata_bytes
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
@@ -66,6 +68,50 @@ class GgufTarget(Target):
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
         return self.padded(_HEADER + metadata_bytes(fields) + table)
+
+    def check_kv_format(self, inventory: Inventory, kv_format: str) -> None:
+        """Raises:
+        TargetError: if llama.cpp has no such format, or its blocks do not fit the rows.
+        """
+        kv_cache_bytes(inventory, kv_format=kv_format, context=1, sequences=1)
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """Raises:
+        TargetError: if it is no positive number.
+        """
+        if micro_batch < 1:
+            raise TargetError(f"gguf: micro_batch {micro_batch}, needed 1 or more")
+
+    def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
+        """Bytes of the keys and values of one sequence."""
+        return kv_cache_bytes(inventory, kv_format=kv_format, context=context, sequences=1)
+
+    def device_memory(
+        self,
+        inventory: Inventory,
+        workload: Workload,
+        settings: Settings,
+        *,
+        weights: int,
+        n_experts: int,
+    ) -> DeviceMemory:
+        """What llama.cpp occupies, as it reports it when it loads the file."""
+        held = {"context": workload.context, "sequences": workload.sequences}
+        compute = compute_bytes(
+            inventory,
+            kv_format=settings.kv_format,
+            micro_batch=settings.micro_batch,
+            n_experts=n_experts,
+            experts_used=settings.experts_used,
+            **held,
+        )
+        return DeviceMemory(
+            weights=weights,
+            kv_cache=kv_cache_bytes(inventory, kv_format=settings.kv_format, **held),
+            compute=compute,
+            overhead=OVERHEAD_BYTES,
+            reserve=workload.reserve,
+        )
 
 
 def _check(inventory: Inventory) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from allocator.errors import TargetError
 from allocator.families import Role
 from allocator.formats import Format, offered
 from allocator.inventory import DTYPE_BYTES, Inventory
+from allocator.memory import DeviceMemory, Settings, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,63 @@ class Target(ABC):
         """At most what the header grows by when a group is stored in parts of these formats."""
         assert self.mixes_experts, f"{self.name}: {group.name} in parts {names}"
         return 0
+
+    def check_kv_format(self, inventory: Inventory, kv_format: str) -> None:
+        """Raises:
+        TargetError: if the runtime does not store keys and values so.
+        """
+        if kv_format != "f16":
+            raise TargetError(
+                f"kv_format {kv_format!r}: our loader of target {self.name} keeps keys and values "
+                "as they are; needed 'f16', or target gguf"
+            )
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """Raises:
+        TargetError: if the runtime cannot be told so.
+        """
+        raise TargetError(
+            f"micro_batch {micro_batch}: our loader of target {self.name} knows none; leave it "
+            "out, or use target gguf"
+        )
+
+    def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
+        """Bytes of the keys and values of one sequence.
+
+        Raises:
+            TargetError: if nothing is known of the runtime.
+        """
+        raise TargetError(self._unknown_memory)
+
+    def device_memory(
+        self,
+        inventory: Inventory,
+        workload: Workload,
+        settings: Settings,
+        *,
+        weights: int,
+        n_experts: int,
+    ) -> DeviceMemory:
+        """What the runtime occupies, itemised.
+
+        Args:
+            inventory: the checkpoint.
+            workload: what runs.
+            settings: what the runtime is told.
+            weights: bytes of tensor data.
+            n_experts: the most that a layer retains.
+
+        Raises:
+            TargetError: if nothing is known of the runtime.
+        """
+        raise TargetError(self._unknown_memory)
+
+    @property
+    def _unknown_memory(self) -> str:
+        return (
+            f"target {self.name}: our loader decodes weights to float32, so its memory is not "
+            "budgeted; use target gguf"
+        )
 
     def padded(self, nbytes: int) -> int:
         """Bytes that tensor data of `nbytes` occupies in the file."""

@@ -153,7 +153,7 @@ def test_proposals_are_feasible_and_within_their_target(
     search.run(n_trials=N_TRIALS)
     own = search.study.get_trials()[N_FIRST:]
     assert len(targets) == len(own)
-    low = Budget(1, bounds).used(search.space.smallest.nbytes(search.space.layout))
+    low = search.space.smallest.used(search.space.layout, Budget(1, bounds))
     below = 0
     for trial, budget in zip(own, targets, strict=True):
         assert set(trial.params) == set(search.space.distributions)
@@ -161,7 +161,7 @@ def test_proposals_are_feasible_and_within_their_target(
         assert search.space.allocation(trial.params) == allocation
         assert not trial.user_attrs["result"]["repaired"]
         allocation.check(search.space.layout)
-        used = budget.used(allocation.nbytes(search.space.layout))
+        used = allocation.used(search.space.layout, budget)
         assert low <= used <= budget.nbytes <= search.budget.nbytes
         assert set(trial.system_attrs[MULTIPLIERS]) == set(search.surrogate.multiplied_names)
         below += budget.nbytes < search.budget.nbytes
@@ -173,7 +173,7 @@ def test_most_proposals_are_at_the_cap_and_few_are_made_twice(undisturbed):
     trials = search.study.get_trials()
     digests = [allocation_of(t).digest for t in trials]
     assert len(set(digests)) > 0.8 * len(digests)
-    sizes = [search.budget.used(allocation_of(t).nbytes(search.space.layout)) for t in trials]
+    sizes = [allocation_of(t).used(search.space.layout, search.budget) for t in trials]
     near = sum(n > 0.95 * search.budget.nbytes for n in sizes[N_FIRST:])
     assert near > 0.7 * (len(trials) - N_FIRST)
 

@@ -24,7 +24,7 @@ STEPS = Selection(8, ((2, 3), (6, 1)))
 
 
 def used(space, budget, params):
-    return budget.used(space.allocation(params).nbytes(space.layout))
+    return space.allocation(params).used(space.layout, budget)
 
 
 def bytes_of(space, name, params):
@@ -60,7 +60,7 @@ def small(formula):
 def test_offspring_are_within_the_budget_and_near_the_parent(small, target, bounds, share, seed):
     space = small(target)
     ends = (space.smallest, space.largest)
-    low, high = (Budget(1, bounds).used(a.nbytes(space.layout)) for a in ends)
+    low, high = (a.used(space.layout, Budget(1, bounds)) for a in ends)
     slack = 200 if bounds == "file" else 0  # a header's bound
     budget = Budget(low + slack + share * (high - low) // 1000, bounds)
     rng = np.random.default_rng(seed)
