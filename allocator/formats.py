@@ -87,14 +87,14 @@ FORMATS = {
 }
 
 GAUSSIAN_ERROR = {
-    "F32": 0.0, "F16": 4.3e-8, "BF16": 0.0, "Q8_0": 2.87e-5, "Q6_K": 3.00e-4, "Q5_K": 1.26e-3,
+    "F32": 0.0, "F16": 0.0, "BF16": 0.0, "Q8_0": 2.87e-5, "Q6_K": 3.00e-4, "Q5_K": 1.26e-3,
     "Q4_K": 5.04e-3, "Q3_K": 2.09e-2, "Q2_K": 7.21e-2, "Q5_1": 1.15e-3, "Q5_0": 1.64e-3,
     "Q4_1": 4.91e-3, "Q4_0": 6.68e-3, "IQ4_NL": 5.62e-3, "IQ4_XS": 5.73e-3, "IQ3_S": 1.89e-2,
     "IQ3_XXS": 3.32e-2, "IQ2_S": 6.22e-2, "IQ2_XS": 9.00e-2, "IQ2_XXS": 1.18e-1, "IQ1_M": 2.05e-1,
     "IQ1_S": 2.36e-1,
 }  # fmt: skip
 """Squared error over squared weights: ggml's own codecs on 64 rows of 2048 normal bfloat16 weights
-(so that `BF16` loses nothing), the same importance everywhere (tests/codecs/test_ggml.py)."""
+(so that 16 bits lose nothing), the same importance everywhere (tests/codecs/test_ggml.py)."""
 
 _SUPERBLOCK = (  # offered for rows of whole 256-blocks
     "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS",

@@ -152,6 +152,10 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [parse_bytes(w) for w in self.weights]
 
 
+MOST_CANDIDATES = 256
+"""In one pass: a batch that was begun is finished, whatever the limit on trials."""
+
+
 class StreamedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model that does not fit in memory is read: layer by layer, from the checkpoint.
 
@@ -226,10 +230,10 @@ def _check_names(spec: StudySpec) -> None:
 
 
 def _check_streamed(path: Path, spec: StreamedSpec) -> None:
-    if spec.candidates < 1 or not 0 < spec.rows <= 1:
+    if not 1 <= spec.candidates <= MOST_CANDIDATES or not 0 < spec.rows <= 1:
         raise StudyError(
-            f"{path}: [streamed] candidates = {spec.candidates}, rows = {spec.rows:g}; needed a "
-            "positive number, and a share above 0 and up to 1"
+            f"{path}: [streamed] candidates = {spec.candidates}, rows = {spec.rows:g}; needed 1 to "
+            f"{MOST_CANDIDATES}, and a share above 0 and up to 1"
         )
 
 

@@ -6,12 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.errors import CheckpointError
-from allocator.families import DEEPSEEK_V3, FAMILIES, QWEN3_MOE, Role, family_of
+from allocator.families import (
+    DEEPSEEK_V3,
+    FAMILIES,
+    GPT_OSS,
+    MIXTRAL,
+    PLANNED,
+    QWEN3_MOE,
+    Role,
+    family_of,
+    planned_family_of,
+)
 
-ARCHITECTURES = {"deepseek2": MODEL_ARCH.DEEPSEEK2, "qwen3moe": MODEL_ARCH.QWEN3MOE}
+ARCHITECTURES = {
+    "deepseek2": MODEL_ARCH.DEEPSEEK2,
+    "qwen3moe": MODEL_ARCH.QWEN3MOE,
+    "llama": MODEL_ARCH.LLAMA,
+    "gpt-oss": MODEL_ARCH.GPT_OSS,
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
+@pytest.mark.parametrize("family", PLANNED.values(), ids=lambda f: f.model_type)
 def test_gguf_names_are_llama_cpps(family):
     known = MODEL_TENSORS[ARCHITECTURES[family.gguf_architecture]]
     names = {TENSOR_NAMES[kind].replace("{bid}", "{layer}") for kind in known}
@@ -21,7 +36,7 @@ def test_gguf_names_are_llama_cpps(family):
         assert stem in names or rule.role in (Role.Q, Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
+@pytest.mark.parametrize("family", PLANNED.values(), ids=lambda f: f.model_type)
 @given(layer=st.integers(0, 999_999), expert=st.integers(0, 999_999))
 def test_a_pattern_matches_what_it_makes(family, layer, expert):
     for rule in family.rules:
@@ -53,9 +68,9 @@ def test_foreign_names_match_nothing(name):
 
 def test_roles():
     assert [r for r in Role if r.is_expert] == ["experts.gate", "experts.up", "experts.down"]
-    assert [r for r in Role if r.is_router] == ["router", "router_bias"]
+    assert [r for r in Role if r.is_router] == ["router", "router_bias", "experts.bias"]
     kept = [r for r in Role if not r.is_encoded]
-    assert kept == ["norm", "router", "router_bias", "nextn"]
+    assert kept == ["norm", "router", "router_bias", "bias", "experts.bias", "nextn"]
 
 
 def test_family_of():
@@ -65,6 +80,17 @@ def test_family_of():
             family_of(config)
     with pytest.raises(CheckpointError, match="needed one of"):
         family_of({"model_type": ["qwen3_moe"]})
+
+
+def test_planned_families_are_for_planning_alone():
+    assert set(PLANNED) - set(FAMILIES) == {"mixtral", "gpt_oss"}
+    for family in (MIXTRAL, GPT_OSS):
+        config = {"model_type": family.model_type}
+        assert planned_family_of(config) is family
+        with pytest.raises(CheckpointError, match="`allocator plan` is all that works with it"):
+            family_of(config)
+    with pytest.raises(CheckpointError, match="deepseek_v3, qwen3_moe, mixtral, gpt_oss"):
+        planned_family_of({"model_type": "llama"})
 
 
 def test_number_of_experts():

@@ -6,15 +6,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from allocator.calibration.profiler import importance_digest
+from allocator.devices import read_device
 from allocator.inventory import read_inventory
 from allocator.records import AllocationRecord
 from allocator.space import SearchSpace
 from allocator.specification import StudySpec
 from allocator.targets import TARGETS
+from allocator.units import parse_bytes
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "studies/reference"
 RECORDS = sorted([*REFERENCE.glob("allocations/*.json"), *REFERENCE.glob("budgets/*.json")])
+DEVICES = sorted(ROOT.glob("search_spaces/devices/*"))
 IMPORTANCE = sorted(REFERENCE.glob("*/importance-*.safetensors"))
 
 
@@ -27,6 +30,14 @@ def reference_layouts():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("search_spaces/*.toml")), ids=lambda p: p.name)
 def test_search_spaces(path):
     assert SearchSpace.read(path).schema == 1
+
+
+@pytest.mark.parametrize("path", DEVICES, ids=lambda p: p.name)
+def test_devices(path):
+    device = read_device(path)
+    assert "https://" in device.source
+    assert 8e9 <= parse_bytes(device.memory) <= 2e11
+    assert 1e10 <= parse_bytes(device.bandwidth) <= 2e12
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*/study.toml")), ids=lambda p: str(p))
@@ -57,3 +68,4 @@ def test_importance(path):
 def test_something_is_shipped():
     assert len(RECORDS) >= 22
     assert len(IMPORTANCE) == 3
+    assert len(DEVICES) >= 6

@@ -56,7 +56,7 @@ def read_tensor(inventory: Inventory, name: str) -> Floats:
     """One tensor of the checkpoint as float32; exact for every dtype it may have.
 
     Raises:
-        CheckpointError: if its file ends early, or an FP8 matrix has values that are no numbers.
+        CheckpointError: if its file ends early, or it has values that are no numbers.
     """
     return _read(inventory, inventory.tensors[name])
 
@@ -103,6 +103,13 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
         values = np.left_shift(bits, 16, out=bits).view(np.float32)
     else:
         values = raw.view({"F32": np.float32, "F16": np.float16}[info.dtype]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(values.sum()) or np.isfinite(values).all()  # a sum is cheaper
+    if not finite:
+        raise CheckpointError(
+            f"{info.file}: {info.name} holds a NaN or an infinity; needed finite weights: fetch "
+            "the checkpoint again"
+        )
     return values.reshape(info.shape)
 
 

@@ -1,4 +1,4 @@
-"""Stock llama.cpp as a runtime: logits, greedy text and its tokenizer, through ctypes.
+"""Stock llama.cpp as a runtime: logits, greedy text, its tokenizer, its buffers; through ctypes.
 
 In: a GGUF file. Out: what llama.cpp computes from it. The library is the one inside the `xllamacpp`
 wheel; nothing of torch is imported. Its parameter structs change between builds: they are taken by
@@ -12,9 +12,11 @@ Judge a file from an unknown source in a process of its own.
 
 import ctypes
 import os
+import platform
 from collections import deque
-from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -25,16 +27,30 @@ import numpy.typing as npt
 
 from allocator.codecs import ggml
 from allocator.errors import VerifyError
+from allocator.targets.gguf_memory import kv_parts
 
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _F32, _F16 = 0, 1  # ggml_type
+_GGML_TYPES = {"f16": _F16, "q4_0": 2, "q8_0": 8}
 _NO_VOCAB = 0  # LLAMA_VOCAB_TYPE_NONE
 _LogCallback = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 _errors: deque[str] = deque(maxlen=8)
+_sizes: deque[str] = deque(maxlen=64)
 
 
 class _ModelParams(ctypes.Structure):
-    _fields_ = (("opaque", c_int8 * 1024),)
+    _fields_ = (
+        ("opaque", c_int8 * 72),
+        ("vocab_only_check_tensors", c_bool * 2),
+        ("use_extra_bufts", c_bool),
+        ("no_host_no_alloc_load_mtp", c_bool * 3),
+        ("rest", c_int8 * 1024),
+    )
+
+    def has_known_layout(self) -> bool:
+        """Whether these defaults are where the builds of llama.cpp that we know have them."""
+        before, after = self.vocab_only_check_tensors, self.no_host_no_alloc_load_mtp
+        return [*before, self.use_extra_bufts, *after] == [False] * 2 + [True] + [False] * 3
 
 
 class _ContextParams(ctypes.Structure):
@@ -42,7 +58,8 @@ class _ContextParams(ctypes.Structure):
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
         ("n_ubatch", c_uint32),
-        ("sequences_and_outputs", c_uint32 * 4),
+        ("n_seq_max", c_uint32),
+        ("states_and_outputs", c_uint32 * 3),
         ("threads", c_int32 * 2),
         ("context_type", c_int32),
         ("rope_pooling_attention_type", c_int32 * 3),
@@ -79,6 +96,54 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _Node(ctypes.Structure):  # of a std::map of libstdc++, with llama_memory_breakdown_data
+    pass
+
+
+_Node._fields_ = (
+    ("color", c_int32),
+    ("parent", POINTER(_Node)),
+    ("left", POINTER(_Node)),
+    ("right", POINTER(_Node)),
+    ("buffer_type", c_void_p),
+    ("model", c_size_t),
+    ("context", c_size_t),
+    ("compute", c_size_t),
+)
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (
+        ("compare", c_void_p),
+        ("color", c_void_p),
+        ("root", POINTER(_Node)),
+        ("ends", c_void_p * 2),
+        ("count", c_size_t),
+    )
+
+
+_BREAKDOWN = "_Z26llama_get_memory_breakdownPK13llama_context"  # llama-ext.h; C++, so not stable
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """What llama.cpp has allocated, in bytes.
+
+    Attributes:
+        weights: tensors as in the file.
+        repacked: second copies of weights, in the order that this CPU computes fastest in.
+        kv_cache: keys and values.
+        compute: activations.
+        log: its own lines, of which `output buffer size` (logits) has no exact counterpart.
+    """
+
+    weights: int
+    repacked: int
+    kv_cache: int
+    compute: int
+    log: tuple[str, ...]
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
     "llama_log_set": (None, (_LogCallback, c_void_p)),
@@ -93,6 +158,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
     "llama_vocab_type": (c_int32, (c_void_p,)),
     "llama_vocab_is_eog": (c_bool, (c_void_p, c_int32)),
+    "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
     "llama_decode": (c_int32, (c_void_p, _Batch)),
@@ -112,6 +178,8 @@ def _keep_errors(level: int, text: bytes | None, _: Any) -> None:
     line = (text or b"").decode(errors="replace").strip()
     if level == _ERROR_LEVEL and line:
         _errors.append(line)
+    elif "buffer size =" in line:
+        _sizes.append(line)
 
 
 _log_callback = _LogCallback(_keep_errors)  # alive as long as the library may call it
@@ -133,6 +201,21 @@ def _library() -> ctypes.CDLL:
     return found
 
 
+def _check_layout(params: _ModelParams | _ContextParams) -> None:
+    if not params.has_known_layout():
+        raise VerifyError(
+            f"llama.cpp: this build has other {type(params).__name__.strip('_')}; "
+            "install the xllamacpp of constraints.txt"
+        )
+
+
+def _in_order(node: Any) -> Iterator[Any]:
+    if node:
+        yield from _in_order(node.contents.left)
+        yield node.contents
+        yield from _in_order(node.contents.right)
+
+
 class LlamaCpp:
     """A model loaded in llama.cpp; a context manager, since it holds the model's memory.
 
@@ -143,47 +226,104 @@ class LlamaCpp:
         exact: keys and values in F32 and no flash attention, so that nothing but the file is
             judged; False takes llama.cpp's own defaults (F16, flash attention), whose rounding can
             turn an expert choice: mean KL 2e-4 on the reference model, against 3e-12.
+        kv_format: how keys and values are stored, e.g. `f16` or `q8_0/q4_0`, with flash attention;
+            None leaves it to `exact`.
+        micro_batch: tokens computed at once; a whole context by default.
+        sequences: room in the cache for so many, each of `context` tokens.
+        repack: let llama.cpp keep a second copy of weights that its CPU can compute faster with
+            (most of Q4_0, IQ4_NL and some others), as it does by default.
 
     Raises:
         FormatError: if xllamacpp is not installed.
+        TargetError: if `kv_format` is unknown.
         VerifyError: if llama.cpp does not load the file; the message ends with its own reason.
     """
 
     def __init__(
-        self, path: str | Path, *, context: int = 256, threads: int = 2, exact: bool = True
+        self,
+        path: str | Path,
+        *,
+        context: int = 256,
+        threads: int = 2,
+        exact: bool = True,
+        kv_format: str | None = None,
+        micro_batch: int | None = None,
+        sequences: int = 1,
+        repack: bool = True,
     ) -> None:
         self._model = self._context = None
         self._lib = _library()
         self.path = Path(path)
+        params = self._context_params(context * sequences, exact=exact)
+        params.n_seq_max = sequences
+        if kv_format is not None:
+            params.type_k, params.type_v = (_GGML_TYPES[name] for name in kv_parts(kv_format))
+            params.flash_attn_type = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if micro_batch is not None:
+            params.n_ubatch = micro_batch
         _errors.clear()
+        _sizes.clear()
         self._model = self._lib.llama_model_load_from_file(
-            os.fsencode(self.path), self._lib.llama_model_default_params()
+            os.fsencode(self.path), self._model_params(repack=repack)
         )
         if not self._model:
             raise self._failure("llama.cpp does not load it")
-        params = self._context_params(context, exact=exact)
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
             raise self._failure("llama.cpp makes no context for it")
         self._lib.llama_set_n_threads(self._context, threads, threads)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._log = tuple(_sizes)
         self.context = context
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
+    def _model_params(self, *, repack: bool) -> _ModelParams:
+        params: _ModelParams = self._lib.llama_model_default_params()
+        if not repack:
+            _check_layout(params)
+            params.use_extra_bufts = False
+        return params
+
     def _context_params(self, context: int, *, exact: bool) -> _ContextParams:
         params: _ContextParams = self._lib.llama_context_default_params()
-        if not params.has_known_layout():
-            self.close()
-            raise VerifyError(
-                "llama.cpp: this build has another llama_context_params; "
-                "install the xllamacpp of constraints.txt"
-            )
+        _check_layout(params)
         params.n_ctx = params.n_batch = params.n_ubatch = context
         if exact:
             params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = _F32
         return params
+
+    def buffers(self) -> Buffers:
+        """What is allocated now; to the byte, from `llama_get_memory_breakdown`.
+
+        Its `std::map` is read as libstdc++ lays it out (and its few nodes are not given back), so
+        only on x86-64; the log has the same sizes in hundredths of a MiB.
+
+        Raises:
+            VerifyError: on another processor, or if this build has no such function.
+        """
+        function = getattr(self._lib, _BREAKDOWN, None)
+        if function is None or platform.machine() not in ("x86_64", "AMD64"):
+            raise VerifyError(
+                f"llama.cpp: no sizes in bytes from this build on {platform.machine()}; install "
+                "the xllamacpp of constraints.txt on x86-64"
+            )
+        function.restype, function.argtypes = None, (c_void_p, c_void_p)
+        found = _Map()
+        function(ctypes.byref(found), self._context)
+        nodes = list(_in_order(found.root))
+        assert len(nodes) == found.count
+        repacked = [
+            self._lib.ggml_backend_buft_name(n.buffer_type).endswith(b"_REPACK") for n in nodes
+        ]
+        return Buffers(
+            weights=sum(n.model for n, copy in zip(nodes, repacked, strict=True) if not copy),
+            repacked=sum(n.model for n, copy in zip(nodes, repacked, strict=True) if copy),
+            kv_cache=sum(n.context for n in nodes),
+            compute=sum(n.compute for n in nodes),
+            log=self._log,
+        )
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after every token of one sequence, tokens x vocabulary.

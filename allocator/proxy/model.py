@@ -109,18 +109,11 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
     Raises:
         CheckpointError: if the architecture has none of that name.
     """
-    module_name, _, attribute = name.rpartition(".")
-    try:
-        module = model.get_submodule(module_name)
-        tensor: torch.Tensor = getattr(module, attribute)
-    except AttributeError:
-        raise CheckpointError(
-            f"{name} is in the checkpoint, but not in the model of its config.json; "
-            "fetch both from one place"
-        ) from None
+    tensor = _existing(model, name)
     if tensor.is_meta:
+        module_name, _, attribute = name.rpartition(".")
         tensor = nn.Parameter(_memory(tuple(tensor.shape)), requires_grad=False)
-        setattr(module, attribute, tensor)
+        setattr(model.get_submodule(module_name), attribute, tensor)
         if name == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
             model.lm_head.weight = tensor
     return tensor
@@ -168,7 +161,7 @@ def place(model: Any, group: Group, values: Floats) -> None:
     name = group.sources[0]
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
-    _check_shape(getattr(module, attribute), values, group.name)
+    _check_shape(tuple(getattr(module, attribute).shape), values.shape, group.name)
     setattr(module, attribute, nn.Parameter(torch.from_numpy(values), requires_grad=False))
 
 
@@ -196,15 +189,15 @@ def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...
 
 
 def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
-    _check_shape(tensor, values, name)
+    _check_shape(tuple(tensor.shape), values.shape, name)
     tensor.copy_(torch.from_numpy(values))
 
 
-def _check_shape(tensor: torch.Tensor, values: Floats, name: str) -> None:
-    if tensor.shape != values.shape:
+def _check_shape(known: tuple[int, ...], found: tuple[int, ...], name: str) -> None:
+    if known != found:
         raise CheckpointError(
-            f"{name} has shape {values.shape} in the checkpoint, but {tuple(tensor.shape)} in the "
-            "model of its config.json; fetch both from one place"
+            f"{name} has shape {found} in the checkpoint, but {known} in the model of its "
+            "config.json; fetch both from one place"
         )
 
 
@@ -212,7 +205,8 @@ def check_names(model: Any, layout: Layout) -> None:
     """Holds a checkpoint's tensors against the architecture of its config.json.
 
     Raises:
-        CheckpointError: if a layer is of another kind there, or a tensor is missing.
+        CheckpointError: if a layer is of another kind there, or a tensor is missing, or of another
+            shape.
     """
     where = layout.inventory.path
     there = {kept.source for kept in layout.kept}
@@ -237,6 +231,34 @@ def check_names(model: Any, layout: Layout) -> None:
                 f"{where}: no {name} in the checkpoint, which the model of its config.json has; "
                 "fetch both again, from one place"
             )
+    for group in layout.groups.values():
+        try:
+            held = view_of(lambda name: _existing(model, name), layout.inventory.config, group)
+            shape = tuple(held.shape)
+        except RuntimeError:  # of another size altogether
+            shape = tuple(_existing(model, group.sources[0]).shape)
+        _check_shape(shape, group.shape, f"{where}: {group.name}")
+    for kept in layout.kept:
+        _check_shape(
+            tuple(_existing(model, kept.source).shape), kept.shape, f"{where}: {kept.source}"
+        )
+
+
+def _existing(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer, on the meta device or not.
+
+    Raises:
+        CheckpointError: if the architecture has none of that name.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        tensor: torch.Tensor = getattr(model.get_submodule(module_name), attribute)
+    except AttributeError:
+        raise CheckpointError(
+            f"{name} is in the checkpoint, but not in the model of its config.json; "
+            "fetch both from one place"
+        ) from None
+    return tensor
 
 
 def _check_memory(inventory: Inventory) -> None:

@@ -26,7 +26,13 @@ KV_FORMATS = {
 """Values that are stored together, and their bytes, by llama.cpp's name of the format."""
 
 OVERHEAD_BYTES = 64 << 20
-"""What a process grows by beyond the buffers that are listed here; see `overhead`."""
+"""About what `overhead_bytes` is for a model with 64k tokens; for callers that need a constant."""
+
+PROCESS_BYTES = 24 << 20
+"""The library itself: 17 MiB of code and tables, half a MiB for each of 14 threads."""
+
+TOKEN_BYTES = 512
+"""One token of a tokenizer: its text, its merge, its places in tables (470 measured)."""
 
 _CELLS = 256  # a stream of the cache is a multiple of it
 _LEAST_ROTATION = 64
@@ -158,6 +164,63 @@ def compute_bytes(
         n_experts,
         experts_used,
     )
+
+
+def work_bytes(
+    inventory: Inventory,
+    *,
+    context: int,
+    sequences: int,
+    micro_batch: int,
+    n_experts: int,
+    experts_used: int,
+) -> int:
+    """Bytes that ggml's CPU multiplications need beside the compute buffer, which do not show there.
+
+    The largest operand, encoded for the product (`ggml_graph_plan`): 292 bytes per 256 values for
+    the K and IQ formats, fewer for the others but BF16 and F16 (2 per value, not counted); and for
+    routed experts a table of experts x experts used x tokens rows.
+    """
+    d = _dims(inventory)
+    tokens = min(micro_batch, context * sequences)
+    if d.rank:
+        attention = max(d.heads * max(d.nope, d.rank, d.value), d.q_rank)
+    else:
+        attention = d.heads * d.head
+    widest = max(attention, d.hidden, d.shared, d.dense if d.first_moe else 0)
+    routed = _product_bytes(d.expert * experts_used * tokens)
+    routed += n_experts * (8 * experts_used * tokens + 8 + 64)  # rows, their count, a cache line
+    return max(_product_bytes(widest * tokens), routed)
+
+
+def _product_bytes(values: int) -> int:
+    return -(-values // 256) * (256 + 256 // 16 * 2 + 4)  # bytes, sums of 16 and a scale: Q8_K
+
+
+def overhead_bytes(
+    inventory: Inventory,
+    *,
+    context: int,
+    sequences: int,
+    micro_batch: int,
+    n_experts: int,
+    experts_used: int,
+) -> int:
+    """Bytes that a process grows by beyond weights, cache, compute buffer and logits, on a CPU.
+
+    Measured: 17 MiB for code and tables and half a MiB per thread; up to 470 bytes per token of a
+    tokenizer; and `work_bytes`. Not counted: second copies of weights (`LlamaCpp(repack=False)`
+    makes none) and 43 bytes per cell of the cache.
+    """
+    work = work_bytes(
+        inventory,
+        context=context,
+        sequences=sequences,
+        micro_batch=micro_batch,
+        n_experts=n_experts,
+        experts_used=experts_used,
+    )
+    return PROCESS_BYTES + TOKEN_BYTES * _dims(inventory).vocab + work
 
 
 def rotation(fmt: str, width: int, *, values: bool) -> int:

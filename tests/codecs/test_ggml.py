@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from allocator.codecs.ggml import decode, encode
 from allocator.errors import FormatError
-from allocator.formats import FORMATS, OFFERED
+from allocator.formats import FORMATS, GAUSSIAN_ERROR, OFFERED
 
 NEEDY = [f.name for f in FORMATS.values() if f.needs_importance]
 
@@ -145,3 +145,11 @@ def test_decode_into_given_memory():
     out = np.full((2, 4, 256), np.nan, np.float32)
     decode(data[[2, 0]], FORMATS["Q6_K"], out=out)
     np.testing.assert_array_equal(out, decode(data, FORMATS["Q6_K"])[[2, 0]])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_table_of_gaussian_errors(name):
+    weights = torch.from_numpy(normal(64, 2048)).bfloat16().float().numpy()
+    decoded = decode(encode(weights, FORMATS[name], np.ones(2048, np.float32)), FORMATS[name])
+    found = np.square(decoded - weights).sum() / np.square(weights).sum()
+    assert found == pytest.approx(GAUSSIAN_ERROR[name], rel=0.02, abs=1e-8)

@@ -1,0 +1,409 @@
+"""What is predicted from `config.json`, against what llama.cpp allocates for a file of zeros."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from allocator.allocation import Allocation
+from allocator.errors import TargetError, VerifyError
+from allocator.evaluate.llamacpp import LlamaCpp
+from allocator.formats import FORMATS
+from allocator.inventory import read_inventory
+from allocator.materialize.gguf import write_gguf
+from allocator.targets import GGUF
+from allocator.targets.ggml_graph import Graph
+from allocator.targets.gguf_memory import (
+    compute_bytes,
+    kv_cache_bytes,
+    kv_parts,
+    output_bytes,
+    overhead_bytes,
+    padded_context,
+    rotation,
+)
+
+COMMON = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "moe_intermediate_size": 384,
+    "vocab_size": 3000,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+}
+GROUPED = COMMON | {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 16,
+}
+LATENT = COMMON | {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 8,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 96,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 160,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
+MODELS = {  # config, retained experts, format
+    "grouped": (GROUPED, 16, "Q8_0"),
+    "grouped, heads of 64": (GROUPED | {"head_dim": 64, "num_key_value_heads": 4}, 12, "F16"),
+    "grouped, heads of 96": (GROUPED | {"head_dim": 96, "vocab_size": 300}, 16, "Q8_0"),
+    "grouped, one expert": (GROUPED | {"num_experts_per_tok": 1, "vocab_size": 64}, 16, "Q5_0"),
+    "grouped, many experts": (GROUPED | {"num_experts": 64, "num_experts_per_tok": 16}, 48, "Q8_0"),
+    "latent": (LATENT, 16, "Q8_0"),
+    "latent, router groups": (LATENT | {"n_group": 4, "topk_group": 2}, 12, "F16"),
+    "latent, tied, wide": (
+        LATENT | {"num_attention_heads": 24, "vocab_size": 128, "tie_word_embeddings": True},
+        10,
+        "Q5_0",
+    ),
+    "latent, dense layers": (
+        LATENT | {"first_k_dense_replace": 3, "intermediate_size": 6144, "vocab_size": 500},
+        16,
+        "Q8_0",
+    ),
+    "latent, plain gates": (
+        LATENT | {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2},
+        16,
+        "Q8_0",
+    ),
+}
+CASES = [  # model, kv_format, context, sequences, micro_batch
+    ("grouped", "f16", 256, 1, 256),
+    ("grouped", "q8_0", 2048, 1, 512),
+    ("grouped", "q8_0/q4_0", 4096, 2, 128),
+    ("grouped", "f16/q8_0", 300, 3, 64),
+    ("grouped, heads of 64", "q4_0", 700, 1, 512),
+    ("grouped, heads of 64", "q4_0/f16", 512, 4, 2),
+    ("grouped, heads of 96", "q8_0", 1000, 2, 100),
+    ("grouped, one expert", "f16", 8192, 1, 32),
+    ("grouped, many experts", "q4_0", 1024, 1, 512),
+    ("latent", "f16", 256, 1, 256),
+    ("latent", "q8_0", 4096, 1, 512),
+    ("latent", "q4_0", 100, 5, 77),
+    ("latent, router groups", "q8_0", 600, 2, 200),
+    ("latent, router groups", "f16", 512, 1, 1),
+    ("latent, tied, wide", "q4_0", 8192, 2, 512),
+    ("latent, tied, wide", "f16", 1024, 3, 2),
+    ("latent, dense layers", "q8_0/q8_0", 512, 1, 512),
+    ("latent, plain gates", "q4_0", 2048, 4, 64),
+]
+
+
+def attention(at, c):
+    """Name to shape, as transformers names them."""
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    if "kv_lora_rank" not in c:
+        head, kv = c["head_dim"], c["num_key_value_heads"]
+        return {
+            f"{at}.q_proj.weight": (heads * head, hidden),
+            f"{at}.k_proj.weight": (kv * head, hidden),
+            f"{at}.v_proj.weight": (kv * head, hidden),
+            f"{at}.o_proj.weight": (hidden, heads * head),
+            f"{at}.q_norm.weight": (head,),
+            f"{at}.k_norm.weight": (head,),
+        }
+    rank, nope, rope = (c[k] for k in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"))
+    return {
+        f"{at}.q_a_proj.weight": (c["q_lora_rank"], hidden),
+        f"{at}.q_a_layernorm.weight": (c["q_lora_rank"],),
+        f"{at}.q_b_proj.weight": (heads * (nope + rope), c["q_lora_rank"]),
+        f"{at}.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
+        f"{at}.kv_a_layernorm.weight": (rank,),
+        f"{at}.kv_b_proj.weight": (heads * (nope + c["v_head_dim"]), rank),
+        f"{at}.o_proj.weight": (hidden, heads * c["v_head_dim"]),
+    }
+
+
+def mlp(at, hidden, inner):
+    return {
+        f"{at}.gate_proj.weight": (inner, hidden),
+        f"{at}.up_proj.weight": (inner, hidden),
+        f"{at}.down_proj.weight": (hidden, inner),
+    }
+
+
+def shapes(c):
+    hidden, inner = c["hidden_size"], c["moe_intermediate_size"]
+    found = {
+        "model.embed_tokens.weight": (c["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not c.get("tie_word_embeddings"):
+        found["lm_head.weight"] = (c["vocab_size"], hidden)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        found |= {f"{at}.{k}_layernorm.weight": (hidden,) for k in ("input", "post_attention")}
+        found |= attention(f"{at}.self_attn", c)
+        if layer < c.get("first_k_dense_replace", 0):
+            found |= mlp(f"{at}.mlp", hidden, c["intermediate_size"])
+            continue
+        n = c.get("num_experts") or c["n_routed_experts"]
+        found[f"{at}.mlp.gate.weight"] = (n, hidden)
+        for expert in range(n):
+            found |= mlp(f"{at}.mlp.experts.{expert}", hidden, inner)
+        if "kv_lora_rank" in c:
+            found[f"{at}.mlp.gate.e_score_correction_bias"] = (n,)
+            found |= mlp(f"{at}.mlp.shared_experts", hidden, inner * c["n_shared_experts"])
+    return found
+
+
+class Zeros:
+    """A source of zeros for `write_gguf`."""
+
+    def __init__(self, layout, allocation):
+        self.layout, self.allocation = layout, allocation
+
+    def encoded(self, name):
+        group = self.layout.groups[name]
+        shape = group.shape_with(self.allocation.counts.get(group.layer, 0))
+        return np.zeros(FORMATS[self.allocation.format_of[name]].nbytes(shape), np.uint8)
+
+    def kept(self, kept):
+        return np.zeros(kept.shape_with(self.allocation.counts.get(kept.layer, 0)), np.float32)
+
+
+def write(folder, make, config, n_experts, fmt):
+    made = make.zeros(folder, tensors=shapes(config), **dict.fromkeys(["num_experts"]) | config)
+    inventory = read_inventory(made)
+    layout = GGUF.layout(inventory)
+    size = inventory.n_experts // inventory.expert_groups
+    kept = n_experts // inventory.expert_groups
+    retained = tuple(i for i in range(inventory.n_experts) if i % size < kept)
+    allocation = Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, retained),
+        formats=dict.fromkeys(layout.groups, fmt),
+        experts_used=inventory.experts_used,
+    )
+    write_gguf(folder / "model.gguf", layout, allocation, Zeros(layout, allocation))
+    return SimpleNamespace(
+        path=folder / "model.gguf",
+        inventory=inventory,
+        experts={"n_experts": len(retained), "experts_used": inventory.experts_used},
+        # by hand: every tensor of the file from a multiple of 32 bytes on
+        weights=sum(
+            -(-n // 32) * 32
+            for n in (
+                *(FORMATS[fmt].nbytes(g.shape_with(len(retained))) for g in layout.groups.values()),
+                *(k.nbytes(len(retained)) for k in layout.kept),
+            )
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make):
+    """By name, each made when it is first asked for."""
+    made = {}
+
+    def model(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("memory")
+            made[name] = write(folder, make, *MODELS[name])
+        return made[name]
+
+    return model
+
+
+def logged(buffers, kind):
+    """MiB of a kind of buffer, as llama.cpp prints them."""
+    line = next(line for line in buffers.log if f"{kind} buffer size" in line)
+    return line.split("=")[1].split()[0]
+
+
+@pytest.mark.parametrize(("name", "kv_format", "context", "sequences", "micro_batch"), CASES)
+def test_llama_cpp_allocates_what_is_predicted(
+    models, name, kv_format, context, sequences, micro_batch
+):
+    model = models(name)
+    held = {"kv_format": kv_format, "context": context, "sequences": sequences}
+    with LlamaCpp(model.path, micro_batch=micro_batch, **held) as runtime:
+        found = runtime.buffers()
+    assert found.weights == model.weights
+    assert kv_cache_bytes(model.inventory, **held) == found.kv_cache
+    compute = compute_bytes(model.inventory, micro_batch=micro_batch, **held, **model.experts)
+    assert compute == found.compute
+    logits = output_bytes(model.inventory, outputs=sequences)
+    for kind, nbytes in (("KV", found.kv_cache), ("compute", compute), ("output", logits)):
+        assert logged(found, kind) == f"{nbytes / 2**20:.2f}"
+
+
+def test_the_predictions_are_not_all_of_one_part(models):
+    """The cases differ in what fills the buffer: logits, attention, experts, masks."""
+    parts = set()
+    for name, kv_format, context, sequences, micro_batch in CASES:
+        model = models(name)
+        held = {"kv_format": kv_format, "context": context, "sequences": sequences}
+        tokens = min(micro_batch, context * sequences)
+        compute = compute_bytes(model.inventory, micro_batch=micro_batch, **held, **model.experts)
+        logits = 4 * model.inventory.config["vocab_size"] * tokens
+        mask = 2 * padded_context(context) * tokens
+        parts |= {("logits", logits > compute / 2), ("mask", mask > compute / 2)}
+    assert len(parts) == 4
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+def test_fewer_outputs_need_a_smaller_buffer(models, outputs):
+    """As llama-server asks for; n_outputs_max is the second of three numbers."""
+
+    class FewOutputs(LlamaCpp):
+        def _context_params(self, context, *, exact):
+            params = super()._context_params(context, exact=exact)
+            params.states_and_outputs[1] = outputs
+            return params
+
+    model = models("grouped")
+    held = {"kv_format": "f16", "context": 256, "sequences": 1, "micro_batch": 128}
+    with FewOutputs(model.path, **held) as runtime:
+        found = runtime.buffers().compute
+    args = (model.inventory,)
+    assert compute_bytes(*args, **held, **model.experts, outputs=outputs) == found
+    assert found < compute_bytes(*args, **held, **model.experts)
+
+
+def test_a_full_context_needs_no_more(models):
+    model = models("latent")
+    with LlamaCpp(model.path, context=512, micro_batch=64, kv_format="q8_0") as runtime:
+        before = runtime.buffers()
+        runtime.logits([1, 2] * 256)
+        assert runtime.buffers() == before
+
+
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_each_format_computes_about_the_same(saved, tmp_path, name):
+    """Random weights; the cache in use is the one that was asked for."""
+    folder = tmp_path / "model.gguf"
+    layout = GGUF.layout(read_inventory(saved["qwen" if name == "grouped" else "deepseek"]))
+    allocation = Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts))),
+        formats=dict.fromkeys(layout.groups, "F32"),
+        experts_used=layout.inventory.experts_used,
+    )
+
+    class Random(Zeros):
+        def encoded(self, group):
+            shape = self.layout.groups[group].shape
+            rng = np.random.default_rng(len(group))
+            weights = rng.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
+            return weights.view(np.uint8)
+
+        def kept(self, kept):
+            return np.ones(kept.shape, np.float32)
+
+    write_gguf(folder, layout, allocation, Random(layout, allocation))
+    ids = np.random.default_rng(0).integers(0, 512, 100).tolist()
+    found = {}
+    head = {"grouped": 16, "latent": 256 + 16}[name]
+    for kv_format in ("f16", "q8_0", "q4_0"):
+        if head % 32 and kv_format != "f16":  # rows are whole blocks or nothing
+            with pytest.raises(VerifyError, match=f"{kv_format} with block size 32"):
+                LlamaCpp(folder, kv_format=kv_format)
+            with pytest.raises(TargetError, match="choose f16"):
+                kv_cache_bytes(layout.inventory, kv_format=kv_format, context=1, sequences=1)
+            continue
+        with LlamaCpp(folder, kv_format=kv_format, micro_batch=32) as runtime:
+            found[kv_format] = runtime.logits(ids)
+    with LlamaCpp(folder) as runtime:
+        exact = runtime.logits(ids)
+    errors = [np.abs(logits - exact).mean() for logits in found.values()]
+    assert errors == sorted(errors)
+    assert 0 < errors[0] < 0.05 * np.abs(exact).mean()
+
+
+def test_latent_attention_has_one_row_and_one_format(models):
+    model = models("latent")
+    with pytest.raises(TargetError, match="needed one format; choose q8_0 or q4_0"):
+        kv_cache_bytes(model.inventory, kv_format="q8_0/q4_0", context=1, sequences=1)
+    with pytest.raises(VerifyError, match=r"different K \(q8_0\) and V \(q4_0\)"):
+        LlamaCpp(model.path, kv_format="q8_0/q4_0")
+
+
+@pytest.mark.parametrize(
+    "kv_format", ["", "q4_1", "f32", "q8_0/", "/q8_0", "q8_0/q8_0/q8_0", "F16"]
+)
+def test_unknown_formats_are_refused_in_one_line(models, kv_format):
+    with pytest.raises(TargetError, match="needed one of f16, q8_0, q4_0") as caught:
+        kv_parts(kv_format)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TargetError):
+        LlamaCpp(models("latent").path, kv_format=kv_format)
+
+
+def test_second_copies_of_weights_can_be_refused(tmp_path, make):
+    model = write(tmp_path, make, GROUPED, 16, "Q4_0")
+    with LlamaCpp(model.path, repack=False) as runtime:
+        plain = runtime.buffers()
+    with LlamaCpp(model.path) as runtime:
+        assert runtime.buffers().weights == plain.weights == model.weights
+    assert plain.repacked == 0
+
+
+RESIDENT = """
+import re, sys
+from pathlib import Path
+from allocator.evaluate.llamacpp import LlamaCpp
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = resident()
+with LlamaCpp(sys.argv[1], context=512, micro_batch=256, kv_format="q8_0", threads=2) as runtime:
+    runtime._decode([1, 2] * 256, 0)
+    print(resident() - before)
+"""
+
+
+def test_a_process_grows_by_what_is_predicted(models):
+    model = models("latent, tied, wide")
+    held = {"context": 512, "sequences": 1}
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, model.path], capture_output=True, text=True, check=True
+    )
+    settings = {**held, "micro_batch": 256, **model.experts}
+    buffers = (
+        model.weights
+        + kv_cache_bytes(model.inventory, kv_format="q8_0", **held)
+        + compute_bytes(model.inventory, kv_format="q8_0", **settings)
+        + output_bytes(model.inventory, outputs=512)
+    )
+    overhead = overhead_bytes(model.inventory, **settings)
+    assert buffers < int(done.stdout) < buffers + overhead
+
+
+def test_rotation():
+    """Sizes as llama.cpp logs them (n_rot_k, n_rot_v) for heads of these widths."""
+    for width, keys, values in ((32, 0, 0), (64, 64, 64), (96, 0, 0), (128, 128, 64), (160, 0, 0),
+                                (192, 64, 64), (256, 256, 64), (512, 512, 64)):  # fmt: skip
+        for fmt in ("q8_0", "q4_0"):
+            assert rotation(fmt, width, values=False) == keys
+            assert rotation(fmt, width, values=True) == values
+        assert rotation("f16", width, values=False) == 0
+
+
+def test_a_chain_in_place_needs_one_result():
+    """By hand: two inputs of 1024 bytes; the sum lies in neither (an input is used again)."""
+    graph = Graph()
+    a, b = graph.input(256), graph.input(256)
+    total = graph.add(a, b)
+    graph.expand(graph.add(graph.add(total), a))
+    assert graph.nbytes() == 2 * 1024  # total takes b's place, which is needed no more
