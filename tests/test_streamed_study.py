@@ -116,7 +116,9 @@ def test_another_number_of_candidates_is_another_study(study):
         api.search(folder, **options)
 
 
-@pytest.mark.parametrize("wrong", ["candidates = 0", "rows = 0.0", "rows = 1.5"])
+@pytest.mark.parametrize(
+    "wrong", ["candidates = 0", "candidates = 1000000", "rows = 0.0", "rows = 1.5"]
+)
 def test_wrong_settings_are_refused(fresh_study, tmp_path, wrong):
     folder = shutil.copytree(fresh_study, tmp_path / "study")
     with (folder / "study.toml").open("a") as file:
@@ -146,4 +148,32 @@ def test_a_missing_tensor_is_said_before_the_pass(
     with (folder / "study.toml").open("a") as file:
         file.write("\n[streamed]\n")
     with pytest.raises(CheckpointError, match=r"no model\.layers\.0\.self_attn"):
+        api.profile(folder, cache=tmp_path / "cache", threads=1)
+
+
+def _narrow_experts(tensors):
+    for name in list(tensors):
+        if ".experts." in name:
+            axis = 1 if "down_proj" in name else 0
+            tensors[name] = tensors[name].narrow(axis, 0, tensors[name].shape[axis] // 2)
+
+
+def _one_nan(tensors):
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 5] = float("nan")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [(_narrow_experts, r"experts\.\w+ has shape"), (_one_nan, r"experts\.2\.up_proj.* a NaN")],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    checkpoints, change_checkpoint, write_study, tmp_path, edit, said, streamed
+):
+    path = change_checkpoint(checkpoints["qwen3"], edit)
+    folder = write_study(tmp_path / "study", path)
+    if streamed:
+        with (folder / "study.toml").open("a") as file:
+            file.write("\n[streamed]\n")
+    with pytest.raises(CheckpointError, match=said):
         api.profile(folder, cache=tmp_path / "cache", threads=1)

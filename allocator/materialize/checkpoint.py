@@ -21,7 +21,7 @@ import numpy as np
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
 from allocator.errors import TargetError, VerifyError
-from allocator.materialize.gguf import tensor_type_file, write_gguf
+from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
 from allocator.materialize.source import BankSource
 from allocator.targets import Layout, target_named
 from allocator.targets.safetensors import entries, header
@@ -115,6 +115,8 @@ def materialize(
         if container == "gguf":
             write_gguf(place / FILE["gguf"], layout, allocation, source)
             (place / "tensor-types.txt").write_text(tensor_type_file(layout, allocation))
+            if told := llama_cpp_options(allocation):
+                (place / "llama-cpp-options.txt").write_text(told + "\n")
         else:
             _write_safetensors(place / FILE["safetensors"], layout, allocation, source)
             _write_config(place, layout, allocation)

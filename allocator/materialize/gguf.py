@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation
 from allocator.errors import FormatError, VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.targets import Kept, Layout
+from allocator.targets.gguf_memory import kv_parts
 from allocator.targets.gguf_metadata import metadata
 
 Bytes = npt.NDArray[np.uint8]
@@ -262,6 +263,20 @@ def _tensors(
 
 
 # -- llama-quantize's --tensor-type-file
+
+
+def llama_cpp_options(allocation: Allocation) -> str:
+    """What llama.cpp's programs must be told, the file not saying it; empty for their defaults.
+
+    `--no-repack` where memory was budgeted: else a CPU keeps second copies of some weights.
+    """
+    keys, values = kv_parts(allocation.kv_format)
+    told = []
+    if (keys, values) != (KV_FORMAT, KV_FORMAT):
+        told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
+    if allocation.micro_batch is not None:
+        told.append(f"--ubatch-size {allocation.micro_batch} --no-repack")
+    return " ".join(told)
 
 
 def tensor_type_file(layout: Layout, allocation: Allocation) -> str:

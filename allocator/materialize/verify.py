@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from allocator.allocation import Allocation
+from allocator.allocation import KV_FORMAT, Allocation
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import Floats, decode
 from allocator.errors import VerifyError
@@ -278,7 +278,11 @@ def _run(
         return loss, runtime_loss, abs(runtime_loss - loss)
     divergence, runtime = [], []
     longest = max(len(d.ids) for d in scorer.documents)
-    with LlamaCpp(folder / manifest.file, context=longest, exact=False) as llama:
+    told = stored.allocation.kv_format
+    kv_format = None if told == KV_FORMAT else told  # else llama.cpp's own defaults
+    with LlamaCpp(
+        folder / manifest.file, context=longest, exact=False, kv_format=kv_format
+    ) as llama:
         shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
         for index, document in enumerate(shown):
             logits = llama.logits(document.ids)

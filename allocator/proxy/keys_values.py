@@ -2,12 +2,12 @@
 
 In: a `kv_format` of target gguf. Out: what stands in a transformers model where it has its cache.
 Invariant: attention sees what llama.cpp's attention reads from its cache. A row of grouped-query
-attention is all heads of a token; a row of multi-head latent attention is the rotated key and then
-the latent, from which both keys and values are computed.
+attention is all heads of a token; a row of multi-head latent attention is the latent, from which
+keys and values are computed, and then the key's part with a position.
 
-llama.cpp encodes rotated rows where it can (`rotation`): blocks of a head are multiplied by a
-normalised Hadamard matrix, queries are rotated alike, so what attention computes is that of rows
-decoded and rotated back.
+llama.cpp encodes rotated heads where it can (`gguf_memory.rotation`): blocks of a head are multiplied
+by a normalised Hadamard matrix, queries are rotated alike, so what attention computes is that of
+rows decoded and rotated back.
 
 F16 is taken as exact: on the reference model its rounding costs less than 1e-6 nats per token.
 """
@@ -21,7 +21,7 @@ import torch
 from allocator.codecs import ggml
 from allocator.formats import format_named
 from allocator.inventory import Inventory
-from allocator.targets.gguf_memory import kv_parts
+from allocator.targets.gguf_memory import kv_parts, rotation
 
 _FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0"}
 
@@ -38,22 +38,6 @@ def _rotated(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation).flatten(-2)
 
 
-def rotation(inventory: Inventory, kv_format: str) -> tuple[int | None, int | None]:
-    """Orders of the Hadamard matrices that keys and values are multiplied by; None where none is.
-
-    Encoded heads of a multiple of 64 are rotated: keys by the largest power of two that divides the
-    head, values by 64 (llama.cpp's `llama-kv-cache.cpp`).
-    """
-    config = inventory.config
-    if inventory.family.model_type == "deepseek_v3":
-        return None, None
-    head = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    if head % 64:
-        return None, None
-    keys, values = kv_parts(kv_format)
-    return (None if keys == "f16" else head & -head), (None if values == "f16" else 64)
-
-
 class KeysValues:
     """Stands where a transformers model has its cache, and keeps nothing.
 
@@ -67,30 +51,34 @@ class KeysValues:
         self._keys, self._values = kv_parts(kv_format)
         self._config: Mapping[str, Any] = inventory.config
         self._latent = inventory.family.model_type == "deepseek_v3"
-        found = rotation(inventory, kv_format)
-        self._rotations = [None if n is None else hadamard(n) for n in found]
+        orders = (
+            rotation(self._keys, _head_size(inventory), values=False),
+            rotation(self._values, _head_size(inventory), values=True),
+        )
+        self._rotations = [hadamard(n) if n and not self._latent else None for n in orders]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a cache would give back, of one layer's `(documents, heads, tokens, head size)`.
 
-        Of latent attention `keys` are the latents and `values` the rotated keys, of one head each.
+        Of latent attention `keys` are the latents and `values` the keys with a position, one head.
         """
         if not self._latent:
             return (
                 _kept(keys, self._keys, self._rotations[0]),
                 _kept(values, self._values, self._rotations[1]),
             )
-        latent, rotated = keys, values
-        half = rotated.shape[-1] // 2
-        if self._config.get("rope_interleave", True):  # transformers has pulled the pairs apart
-            rotated = rotated.view(*rotated.shape[:-1], 2, half).transpose(-1, -2).flatten(-2)
-        row = _kept(torch.cat([rotated, latent], -1), self._keys, self._rotations[0])
-        rotated, latent = row[..., : 2 * half], row[..., 2 * half :]
-        if self._config.get("rope_interleave", True):
-            rotated = rotated.reshape(*rotated.shape[:-1], half, 2).transpose(-1, -2).flatten(-2)
-        return latent, rotated
+        latent, placed = keys, values
+        apart = self._config.get("rope_interleave", True)  # transformers pulls the pairs apart
+        half = placed.shape[-1] // 2
+        if apart:
+            placed = placed.reshape(*placed.shape[:-1], 2, half).transpose(-1, -2).flatten(-2)
+        row = _kept(torch.cat([latent, placed], -1), self._keys, None)
+        latent, placed = row[..., : latent.shape[-1]], row[..., latent.shape[-1] :]
+        if apart:
+            placed = placed.reshape(*placed.shape[:-1], half, 2).transpose(-1, -2).flatten(-2)
+        return latent, placed
 
     # -- what a model asks of a cache that has seen nothing
 
@@ -105,6 +93,11 @@ class KeysValues:
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As many keys as queries, none earlier."""
         return query_length, 0
+
+
+def _head_size(inventory: Inventory) -> int:
+    config = inventory.config
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def keys_values(inventory: Inventory, kv_format: str) -> KeysValues | None:

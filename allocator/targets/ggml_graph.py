@@ -1,10 +1,10 @@
-"""The graph that llama.cpp builds for a micro-batch, in shapes alone, and what ggml allocates for it.
+"""The graph that llama.cpp builds for a micro-batch, in shapes, and what ggml allocates for it.
 
 In: operations on shapes, in llama.cpp's words. Out: the bytes of the compute buffer. Invariant: the
 order of the nodes is that of `ggml_build_forward_expand` (depth first, operands left to right), and
 memory is given out as by `ggml_gallocr_reserve` (ggml-alloc.c): inputs first; a result takes over
 the memory of an operand that it alone still needs, where the operation may work in place; else it
-goes into the smallest free gap that holds it, or to the end; an operand is freed after its last use.
+goes into the smallest gap that holds it, or to the end; an operand is freed after its last use.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,6 @@ class Tensor:
         sources: operands, in ggml's order.
         view: the tensor in whose memory it lies; itself, if in memory that is not the graph's.
         in_place: its operation may overwrite an operand (ggml_op_can_inplace).
-        is_output: keeps its memory to the end.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +37,6 @@ class Tensor:
     sources: tuple["Tensor", ...] = ()
     view: "Tensor | None" = None
     in_place: bool = False
-    is_output: bool = False
     # the allocator's state
     children: int = 0
     views: int = 0
@@ -57,11 +55,9 @@ class Graph:
         """What the host fills in before the graph runs; `width` bytes per value."""
         return Tensor(shape, prod(shape) * width)
 
-    def op(
-        self, shape: tuple[int, ...], *sources: Tensor, in_place: bool = False, output: bool = False
-    ) -> Tensor:
+    def op(self, shape: tuple[int, ...], *sources: Tensor, in_place: bool = False) -> Tensor:
         """A result of 4 bytes per value (F32, or indices I32)."""
-        return Tensor(shape, prod(shape) * 4, sources, in_place=in_place, is_output=output)
+        return Tensor(shape, prod(shape) * 4, sources, in_place=in_place)
 
     def view(self, source: Tensor, *shape: int) -> Tensor:
         """The memory of another tensor, or a part of it, under another shape."""
@@ -73,10 +69,9 @@ class Graph:
         tensor.view = into or tensor
         return tensor
 
-    def norm(self, x: Tensor, *, output: bool = False) -> Tensor:
+    def norm(self, x: Tensor) -> Tensor:
         """Root-mean-square norm, times its weight."""
-        normed = self.op(x.shape, x, in_place=True)
-        return self.op(x.shape, normed, in_place=True, output=output)
+        return self.add(self.add(x))
 
     def add(self, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Also any other operation by values; `b` is None for a weight."""
@@ -114,7 +109,7 @@ class Graph:
 def _place(node: Tensor, memory: "_Memory") -> None:
     for parent in node.sources if node.in_place else ():
         taken = parent.offset is not None and parent.shape == node.shape
-        if taken and not parent.is_output and (parent.children, parent.views) == (1, 0):
+        if taken and (parent.children, parent.views) == (1, 0):
             node.offset, parent.offset = parent.offset, None
             return
     node.offset = memory.take(node.nbytes)
@@ -126,13 +121,13 @@ def _free(tensor: Tensor, memory: "_Memory") -> None:
         tensor, whole = tensor.view, tensor
         if tensor is whole or tensor.children or tensor.views:
             return
-    if tensor.offset is not None and not tensor.is_output:
+    if tensor.offset is not None:
         memory.give(tensor.offset, tensor.nbytes)
         tensor.offset = None
 
 
 class _Memory:
-    """`ggml_dyn_tallocr`: one buffer; gaps of (offset, bytes) in it by offset, the end not listed."""
+    """`ggml_dyn_tallocr`: one buffer; its gaps, (offset, bytes) by offset; what follows is free."""
 
     def __init__(self) -> None:
         self.gaps: list[tuple[int, int]] = []

@@ -12,7 +12,12 @@ from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role
 from allocator.inventory import Inventory, TensorInfo
 from allocator.memory import DeviceMemory, Settings, Workload
-from allocator.targets.gguf_memory import OVERHEAD_BYTES, compute_bytes, kv_cache_bytes
+from allocator.targets.gguf_memory import (
+    compute_bytes,
+    kv_cache_bytes,
+    output_bytes,
+    overhead_bytes,
+)
 from allocator.targets.gguf_metadata import metadata, metadata_bytes
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
@@ -97,19 +102,17 @@ class GgufTarget(Target):
     ) -> DeviceMemory:
         """What llama.cpp occupies, as it reports it when it loads the file."""
         held = {"context": workload.context, "sequences": workload.sequences}
-        compute = compute_bytes(
-            inventory,
-            kv_format=settings.kv_format,
-            micro_batch=settings.micro_batch,
-            n_experts=n_experts,
-            experts_used=settings.experts_used,
-            **held,
-        )
+        told = {
+            "micro_batch": settings.micro_batch,
+            "n_experts": n_experts,
+            "experts_used": settings.experts_used,
+        }
+        compute = compute_bytes(inventory, kv_format=settings.kv_format, **held, **told)
         return DeviceMemory(
             weights=weights,
             kv_cache=kv_cache_bytes(inventory, kv_format=settings.kv_format, **held),
-            compute=compute,
-            overhead=OVERHEAD_BYTES,
+            compute=compute + output_bytes(inventory, outputs=workload.sequences),
+            overhead=overhead_bytes(inventory, **held, **told),
             reserve=workload.reserve,
         )
 

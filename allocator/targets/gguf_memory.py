@@ -6,7 +6,7 @@ these are the bytes that llama.cpp itself reports for the same file and context,
 
 A context for `sequences` sequences of `context` tokens is opened with n_ctx = context x sequences,
 n_seq_max = sequences, kv_unified = false (the library's default) and flash attention (its default;
-required for quantized values). Each sequence then has a stream of its own in the cache, of `context`
+required for quantized values). Each sequence then has a stream of its own in the cache, `context`
 rounded up to 256 cells (llama-context.cpp: `n_ctx_seq = GGML_PAD(n_ctx / n_seq_max, 256)`).
 """
 
@@ -25,15 +25,13 @@ KV_FORMATS = {
 }
 """Values that are stored together, and their bytes, by llama.cpp's name of the format."""
 
-OVERHEAD_BYTES = 64 << 20
-"""About what `overhead_bytes` is for a model with 64k tokens; for callers that need a constant."""
-
 PROCESS_BYTES = 24 << 20
 """The library itself: 17 MiB of code and tables, half a MiB for each of 14 threads."""
 
 TOKEN_BYTES = 512
 """One token of a tokenizer: its text, its merge, its places in tables (470 measured)."""
 
+_MODELLED = ("deepseek2", "qwen3moe")
 _CELLS = 256  # a stream of the cache is a multiple of it
 _LEAST_ROTATION = 64
 
@@ -175,7 +173,7 @@ def work_bytes(
     n_experts: int,
     experts_used: int,
 ) -> int:
-    """Bytes that ggml's CPU multiplications need beside the compute buffer, which do not show there.
+    """Bytes that ggml's multiplications on a CPU need beside the compute buffer.
 
     The largest operand, encoded for the product (`ggml_graph_plan`): 292 bytes per 256 values for
     the K and IQ formats, fewer for the others but BF16 and F16 (2 per value, not counted); and for
@@ -263,6 +261,11 @@ class _Dims:
 
 def _dims(inventory: Inventory) -> _Dims:
     config = inventory.config
+    if inventory.family.gguf_architecture not in _MODELLED:
+        raise TargetError(
+            f"gguf: what llama.cpp allocates for {inventory.family.gguf_architecture} is not known "
+            f"here, only for {' and '.join(_MODELLED)}; budget the weights alone"
+        )
     mla = inventory.family.gguf_architecture == "deepseek2"
     heads = int(config["num_attention_heads"])
     head = config.get("head_dim") or int(config["hidden_size"]) // heads
@@ -332,8 +335,7 @@ def _compute_bytes(
         else:
             x = _experts(graph, x, d, n_experts, used)
         x = graph.add(x, residual)
-    normed = graph.norm(x, output=True)
-    graph.expand(graph.op((d.vocab, outputs), normed, output=True))
+    graph.expand(graph.op((d.vocab, outputs), graph.norm(x)))
     return graph.nbytes()
 
 

@@ -62,14 +62,30 @@ LATENT = COMMON | {
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 0,
 }
+NARROW = {  # so that the router needs most
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "vocab_size": 64,
+    "num_attention_heads": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
 MODELS = {  # config, retained experts, format
-    "grouped": (GROUPED, 16, "Q8_0"),
+    "grouped": (GROUPED | {"vocab_size": 20000}, 16, "Q8_0"),
     "grouped, heads of 64": (GROUPED | {"head_dim": 64, "num_key_value_heads": 4}, 12, "F16"),
     "grouped, heads of 96": (GROUPED | {"head_dim": 96, "vocab_size": 300}, 16, "Q8_0"),
     "grouped, one expert": (GROUPED | {"num_experts_per_tok": 1, "vocab_size": 64}, 16, "Q5_0"),
     "grouped, many experts": (GROUPED | {"num_experts": 64, "num_experts_per_tok": 16}, 48, "Q8_0"),
     "latent": (LATENT, 16, "Q8_0"),
-    "latent, router groups": (LATENT | {"n_group": 4, "topk_group": 2}, 12, "F16"),
+    "latent, router groups": (
+        LATENT | NARROW | {"n_routed_experts": 128, "n_group": 8, "topk_group": 4},
+        96,
+        "F16",
+    ),
     "latent, tied, wide": (
         LATENT | {"num_attention_heads": 24, "vocab_size": 128, "tie_word_embeddings": True},
         10,
@@ -94,7 +110,7 @@ CASES = [  # model, kv_format, context, sequences, micro_batch
     ("grouped, heads of 64", "q4_0", 700, 1, 512),
     ("grouped, heads of 64", "q4_0/f16", 512, 4, 2),
     ("grouped, heads of 96", "q8_0", 1000, 2, 100),
-    ("grouped, one expert", "f16", 8192, 1, 32),
+    ("grouped, one expert", "q8_0", 32768, 1, 32),
     ("grouped, many experts", "q4_0", 1024, 1, 512),
     ("latent", "f16", 256, 1, 256),
     ("latent", "q8_0", 4096, 1, 512),
@@ -195,18 +211,15 @@ def write(folder, make, config, n_experts, fmt):
         experts_used=inventory.experts_used,
     )
     write_gguf(folder / "model.gguf", layout, allocation, Zeros(layout, allocation))
+    n = len(retained)
+    sizes = [FORMATS[fmt].nbytes(group.shape_with(n)) for group in layout.groups.values()]
+    sizes += [kept.nbytes(n) for kept in layout.kept]
     return SimpleNamespace(
         path=folder / "model.gguf",
         inventory=inventory,
-        experts={"n_experts": len(retained), "experts_used": inventory.experts_used},
-        # by hand: every tensor of the file from a multiple of 32 bytes on
-        weights=sum(
-            -(-n // 32) * 32
-            for n in (
-                *(FORMATS[fmt].nbytes(g.shape_with(len(retained))) for g in layout.groups.values()),
-                *(k.nbytes(len(retained)) for k in layout.kept),
-            )
-        ),
+        experts={"n_experts": n, "experts_used": inventory.experts_used},
+        # each tensor starts at a multiple of 32 bytes; what is mapped ends with the last one
+        weights=sum(-(-nbytes // 32) * 32 for nbytes in sizes[:-1]) + sizes[-1],
     )
 
 
