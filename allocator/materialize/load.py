@@ -25,6 +25,7 @@ from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.inventory import read_json
 from allocator.materialize.checkpoint import FILE, QUANT_METHOD
+from allocator.proxy.keys_values import attach, keys_values
 from allocator.proxy.model import destination, resize_experts, set_experts_used, skeleton
 from allocator.targets import Group
 from allocator.targets.safetensors import tensor_names
@@ -71,6 +72,9 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
     set_experts_used(model, layers, allocation.experts_used)
+    stored = keys_values(config, allocation.kv_format)
+    if stored is not None:
+        attach(model, lambda: stored)
     try:
         parts = _parts(folder, config, allocation, model)
     except (AttributeError, IndexError, KeyError, ValueError) as error:

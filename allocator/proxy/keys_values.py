@@ -5,9 +5,9 @@ Invariant: attention sees what llama.cpp's attention reads from its cache. A row
 attention is all heads of a token; a row of multi-head latent attention is the latent, from which
 keys and values are computed, and then the key's part with a position.
 
-llama.cpp encodes rotated heads where it can (`gguf_memory.rotation`): blocks of a head are multiplied
-by a normalised Hadamard matrix, queries are rotated alike, so what attention computes is that of
-rows decoded and rotated back.
+llama.cpp encodes rotated heads where it can (`gguf_memory.rotation`): blocks of a head are
+multiplied by a normalised Hadamard matrix, queries are rotated alike, so what attention computes is
+that of rows decoded and rotated back.
 
 F16 is taken as exact: on the reference model its rounding costs less than 1e-6 nats per token.
 """
@@ -20,7 +20,6 @@ import torch
 
 from allocator.codecs import ggml
 from allocator.formats import format_named
-from allocator.inventory import Inventory
 from allocator.targets.gguf_memory import kv_parts, rotation
 
 _FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -42,18 +41,18 @@ class KeysValues:
     """Stands where a transformers model has its cache, and keeps nothing.
 
     Args:
-        inventory: the checkpoint.
+        config: the checkpoint's.
         kv_format: of keys and values.
     """
 
-    def __init__(self, inventory: Inventory, kv_format: str) -> None:
+    def __init__(self, config: Mapping[str, Any], kv_format: str) -> None:
         self.kv_format = kv_format
         self._keys, self._values = kv_parts(kv_format)
-        self._config: Mapping[str, Any] = inventory.config
-        self._latent = inventory.family.model_type == "deepseek_v3"
+        self._config = config
+        self._latent = "kv_lora_rank" in config
         orders = (
-            rotation(self._keys, _head_size(inventory), values=False),
-            rotation(self._values, _head_size(inventory), values=True),
+            rotation(self._keys, _head_size(config), values=False),
+            rotation(self._values, _head_size(config), values=True),
         )
         self._rotations = [hadamard(n) if n and not self._latent else None for n in orders]
 
@@ -95,14 +94,13 @@ class KeysValues:
         return query_length, 0
 
 
-def _head_size(inventory: Inventory) -> int:
-    config = inventory.config
+def _head_size(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def keys_values(inventory: Inventory, kv_format: str) -> KeysValues | None:
+def keys_values(config: Mapping[str, Any], kv_format: str) -> KeysValues | None:
     """What `attach` takes; None for `f16`, as which models compute already."""
-    return None if kv_parts(kv_format) == ("f16", "f16") else KeysValues(inventory, kv_format)
+    return None if kv_parts(kv_format) == ("f16", "f16") else KeysValues(config, kv_format)
 
 
 def attach(model: Any, held: Callable[[], KeysValues | None]) -> None:

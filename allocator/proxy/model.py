@@ -399,7 +399,7 @@ class SwapModel:
         set_experts_used(self.model, self.layout.layers, experts_used)
         self.experts_used = experts_used
         if kv_format != self.kv_format:
-            self._keys_values = keys_values(self.inventory, kv_format)
+            self._keys_values = keys_values(self.inventory.config, kv_format)
             self.kv_format = kv_format
 
     def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:

@@ -194,7 +194,7 @@ class StreamedModel:
     def install(self, layer: int, candidate: Candidate) -> None:
         """Everything of a layer but its routed experts."""
         if candidate.kv_format not in self._keys_values:
-            made = keys_values(self.inventory, candidate.kv_format)
+            made = keys_values(self.inventory.config, candidate.kv_format)
             self._keys_values[candidate.kv_format] = made
         self._kept_as = self._keys_values[candidate.kv_format]
         retained = candidate.retained_experts.get(layer)

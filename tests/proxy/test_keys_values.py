@@ -1,5 +1,7 @@
 """Keys and values in the scoring forward, against llama.cpp's own cache."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from allocator.codecs.bank import Bank
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.inventory import read_inventory
 from allocator.materialize.checkpoint import materialize
+from allocator.materialize.load import load
 from allocator.materialize.verify import _divergence
 from allocator.proxy.keys_values import KeysValues, hadamard, keys_values
 from allocator.proxy.model import SwapModel
@@ -122,17 +125,33 @@ def test_hadamard_is_its_own_inverse(n):
 
 
 def test_gradients_pass_as_if_nothing_had_happened(opened):
-    inventory = opened("head 64")[0].inventory
+    config = opened("head 64")[0].inventory.config
     keys = torch.randn(1, 2, 5, 64, requires_grad=True)
-    found, values = KeysValues(inventory, "q4_0/q8_0").update(keys, keys, 0)
+    found, values = KeysValues(config, "q4_0/q8_0").update(keys, keys, 0)
     wide, narrow = (float((x - keys).detach().abs().max()) for x in (values, found))
     assert 0 < wide < narrow
-    assert float((found - keys).abs().max()) > 1e-3
     found.sum().backward()
     assert torch.equal(keys.grad, torch.ones_like(keys))
 
 
 def test_f16_is_what_models_compute_already(opened):
-    inventory = opened("head 64")[0].inventory
-    assert keys_values(inventory, "f16") is None
-    assert keys_values(inventory, "f16/q8_0") is not None
+    config = opened("head 64")[0].inventory.config
+    assert keys_values(config, "f16") is None
+    assert keys_values(config, "f16/q8_0") is not None
+
+
+@pytest.mark.parametrize("name", ["latent", "head 64"])
+def test_a_written_checkpoint_is_loaded_with_them(opened, tmp_path, name):
+    layout, bank, whole, _, documents = opened(name)
+    allocation = replace(whole, kv_format="q4_0")
+    materialize(
+        allocation,
+        bank,
+        tmp_path / "out",
+        container="safetensors",
+        importance=importance_digest({}),
+    )
+    scorer = Scorer(SwapModel(layout, bank.decoded), documents, threads=1)
+    found = scorer.score(allocation).kl
+    assert found.mean() > 1e-3
+    np.testing.assert_allclose(scorer.score_model(load(tmp_path / "out")).kl, found, atol=1e-5)
