@@ -1,0 +1,181 @@
+"""A study whose budget is a whole device: every verb, on a tiny model, in memory and streamed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from allocator import api
+from allocator.errors import StudyError
+from allocator.evaluate.llamacpp import LlamaCpp
+from allocator.records import AllocationRecord
+from allocator.specification import DeviceSpec
+from allocator.trials import RESULT, allocation_of
+from allocator.workspace import Workspace
+
+torch.set_num_threads(1)
+SPACE = """schema = 1
+experts_used = [1, 2]
+kv_format = ["f16", "q8_0", "q4_0"]
+micro_batch = [64, 16]
+"""
+DEVICE = """[budget.device]
+memory = {memory}
+context = 512
+sequences = 4
+reserve = "1MiB"
+bandwidth = "1GB"
+"""
+
+
+@pytest.fixture(scope="module")
+def made(make_checkpoint, write_study, tmp_path_factory):
+    """A study folder under a device's budget, never launched, and options."""
+    root = tmp_path_factory.mktemp("device")
+    checkpoint = make_checkpoint(root / "checkpoint", "qwen3", head_dim=32)
+    folder = write_study(root / "study", checkpoint)
+    (folder / "space.toml").write_text(SPACE)
+    toml = folder / "study.toml"
+    head, _, tail = toml.read_text().partition("[budget]\n")
+    tail = tail.partition("\n")[2]
+    toml.write_text(head + DEVICE.format(memory=1 << 40) + tail)
+    options = {"cache": root / "cache", "threads": 1}
+    workspace = Workspace(folder, **options)
+    workload = workspace.budget().workload
+    low, high = (
+        a.device_memory(workspace.layout, workload).total
+        for a in (workspace.unranked_space.smallest, workspace.unranked_space.largest)
+    )
+    toml.write_text(head + DEVICE.format(memory=low + (high - low) // 3) + tail)
+    return folder, options
+
+
+@pytest.fixture(scope="module")
+def searched(made, tmp_path_factory):
+    folder, options = made
+    study = shutil.copytree(folder, tmp_path_factory.mktemp("searched") / "study")
+    return study, api.search(study, **options), options
+
+
+def test_what_trials_say_of_the_device(searched):
+    folder, result, options = searched
+    workspace = Workspace(folder, **options)
+    budget = workspace.budget()
+    trials = result.study.get_trials()
+    assert len(trials) == 8
+    for trial in trials:
+        allocation, found = allocation_of(trial), trial.user_attrs[RESULT]
+        memory = allocation.device_memory(workspace.layout, budget.workload)
+        assert sum(found["memory"].values()) == memory.total <= budget.nbytes
+        assert found["token_bytes"] == allocation.token_bytes(workspace.layout, 512)
+        assert found["tokens_per_second"] == pytest.approx(1e9 / found["token_bytes"])
+        if trial.values:
+            assert trial.values[1] == memory.total
+    record = AllocationRecord.read(result.pick)
+    assert record.bytes["device_total"] <= record.bytes["budget"] == budget.nbytes
+    assert record.bytes["device_kv_cache"] > 0
+
+
+def test_the_front_is_in_three_axes(searched):
+    folder, result, options = searched
+    table = api.front(folder, **options)
+    columns = ["memory_bytes", "token_bytes", "tokens_per_second", "experts_used", "kv_format"]
+    assert set(columns) <= set(table)
+    points = table[["memory_bytes", "loss", "token_bytes"]].to_numpy()
+    done = [t for t in result.study.get_trials() if t.values]
+    every = [(t.values[1], t.values[0], t.user_attrs[RESULT]["token_bytes"]) for t in done]
+    for point in every:
+        beaten = any(all(a <= b for a, b in zip(p, point, strict=True)) for p in points)
+        assert beaten or list(point) in points.tolist()
+    plain = json.loads((folder / "front.json").read_text())
+    assert plain["front"][0]["micro_batch"] in (64, 16)
+
+
+def test_settings_are_priced_and_explained(searched):
+    folder, result, options = searched
+    workspace = Workspace(folder, **options)
+    settings = workspace.surrogate.settings
+    assert settings["experts_used"][2] == settings["kv_format"]["f16"] == 0
+    assert settings["experts_used"][1] > 0.01
+    assert 0 < settings["kv_format"]["q8_0"] < settings["kv_format"]["q4_0"]
+    explained = api.explain(folder, result.pick, **options).set_index("decision")
+    assert {"experts_used", "kv_format", "micro_batch"} <= set(explained.index)
+    saved = explained.loc["micro_batch", "down_bytes"]
+    assert saved < 0 or explained.loc["micro_batch", "value"] == 16
+
+
+def test_it_is_written_with_what_llama_cpp_must_be_told(searched, tmp_path):
+    folder, result, options = searched
+    record = json.loads(result.pick.read_text())
+    record["allocation"] |= {"kv_format": "q8_0", "micro_batch": 16, "experts_used": 1}
+    changed = AllocationRecord.read(result.pick).decision.from_json(record["allocation"])
+    path = folder / "allocations" / "told.json"
+    path.write_text(json.dumps(record | {"digest": changed.digest, "sha256": {}, "loss": {}}))
+    written = api.materialize(folder, path, tmp_path / "out", **options)
+    told = (tmp_path / "out" / "llama-cpp-options.txt").read_text()
+    assert told == (
+        "--cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on --ubatch-size 16 --no-repack\n"
+    )
+    found = api.verify(folder, tmp_path / "out", tolerance=1.0, **options)
+    assert found.loss > 0.01
+    workspace = Workspace(folder, **options)
+    memory = changed.device_memory(workspace.layout, workspace.budget().workload)
+    with LlamaCpp(
+        written.folder / written.manifest.file, context=512, sequences=4, kv_format="q8_0",
+        micro_batch=16, repack=False, exact=False,
+    ) as llama:  # fmt: skip
+        held = llama.buffers()
+    assert memory.kv_cache == held.kv_cache
+    assert abs(memory.weights - held.weights) < 32
+    logits = 4 * 4 * 512
+    assert memory.compute == held.compute + logits
+    path.unlink()
+
+
+def test_stopped_and_resumed_is_undisturbed(made, searched, tmp_path):
+    folder, options = made
+    study = shutil.copytree(folder, tmp_path / "study")
+    api.search(study, trials=3, **options)
+    again = api.search(study, trials=8, **options).study.get_trials()
+    for one, other in zip(again, searched[1].study.get_trials(), strict=True):
+        assert allocation_of(one) == allocation_of(other)
+        assert one.values == other.values
+
+
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "evolution", "nsga2"])
+def test_a_limit_on_speed_is_held_by_every_sampler(made, searched, tmp_path, sampler):
+    folder, options = made
+    study = shutil.copytree(folder, tmp_path / "study")
+    reads = [t.user_attrs[RESULT]["token_bytes"] for t in searched[1].study.get_trials()]
+    limit = int(0.9 * min(reads))
+    device = DeviceSpec(min_tokens_per_second=1e9 / limit)
+    found = api.search(study, device=device, sampler=sampler, trials=6, **options)
+    scored = [t for t in found.study.get_trials() if RESULT in t.user_attrs]
+    assert len(scored) >= 6
+    for trial in scored:
+        assert trial.user_attrs[RESULT]["token_bytes"] <= limit
+    with pytest.raises(StudyError, match="launched with budget"):
+        api.search(study, sampler=sampler, trials=7, **options)
+
+
+def test_streamed_prices_settings_alike(made, searched, tmp_path):
+    folder, options = made
+    study = shutil.copytree(folder, tmp_path / "study")
+    with (study / "study.toml").open("a") as file:
+        file.write("\n[streamed]\ncandidates = 3\nrows = 1.0\n")
+    streamed = Workspace(study, **options)
+    ours = streamed.profiler.settings(streamed.space)
+    theirs = Workspace(folder, **options).surrogate.settings
+    for name, losses in theirs.items():
+        assert ours[name] == pytest.approx(losses, abs=1e-6)
+
+
+def test_the_estimate_is_itemised(made):
+    folder, options = made
+    found = api.estimate(folder, device=DeviceSpec(memory="1GiB", sequences=1), **options)
+    smallest, largest = found.memory
+    assert found.budget.nbytes == 1 << 30
+    assert smallest.total == found.floor < found.ceiling == largest.total
+    assert smallest.reserve == largest.reserve == 1 << 20
+    assert smallest.kv_cache < largest.kv_cache
