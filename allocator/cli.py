@@ -139,6 +139,9 @@ def _search(args: argparse.Namespace) -> None:
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
+    if result.memory is not None:
+        print("the pick on the device")
+        _print_memory(result.memory)
 
 
 _DEVICE = {
@@ -190,6 +193,7 @@ def _front(args: argparse.Namespace) -> None:
     _print_table(
         table.drop(columns=["state", "tokens"]),
         bytes=",", file_bytes=",", effective_bits=".3f", loss=".5f", predicted=".5f", top1=".4f",
+        memory_bytes=",", token_bytes=",", tokens_per_second=".1f",
     )  # fmt: skip
 
 

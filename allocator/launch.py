@@ -29,7 +29,7 @@ from allocator.files import write_whole
 from allocator.front import Point
 from allocator.front import front as front_of
 from allocator.leases import Leases, left_here
-from allocator.memory import Budget
+from allocator.memory import Budget, DeviceMemory
 from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
 from allocator.specification import DeviceSpec
@@ -62,6 +62,7 @@ class SearchResult:
         seconds: spent in this run on scoring, sampler and storage.
         trials: trials by state.
         messages: repairs made on the way, for showing.
+        memory: of the pick, itemised, where the budget is a device's.
     """
 
     study: optuna.Study
@@ -70,6 +71,7 @@ class SearchResult:
     seconds: dict[str, float]
     trials: dict[str, int]
     messages: tuple[str, ...]
+    memory: DeviceMemory | None = None
 
 
 def search(
@@ -151,6 +153,10 @@ def search(
         if before and running.n_proposals() == before:
             messages.append(f"no new trial: {before} were made before, which is what was asked for")
         pick, knapsack = _conclude(workspace, running)
+    memory = None
+    if limit.workload is not None:
+        decision = AllocationRecord.read(pick).decision
+        memory = decision.device_memory(workspace.layout, limit.workload)
     return SearchResult(
         study=running.study,
         pick=pick,
@@ -158,6 +164,7 @@ def search(
         seconds=dict(running.seconds),
         trials=trial_counts(running.study),
         messages=tuple(messages),
+        memory=memory,
     )
 
 

@@ -13,8 +13,16 @@ RINGS = [  # a module may import from its own ring or from an earlier one
     {"inventory", "planned", "families", "formats", "targets"},
     {"allocation", "records"},
     {
-        "space", "front", "surrogate", "priors", "plan", "knapsack", "nested", "posterior",
-        "profile", "baselines",
+        "space",
+        "front",
+        "surrogate",
+        "priors",
+        "plan",
+        "knapsack",
+        "nested",
+        "posterior",
+        "profile",
+        "baselines",
     },
     {"samplers", "study", "storage", "leases", "specification", "devices", "tables", "trials"},
     {"codecs", "calibration", "proxy", "materialize", "evaluate"},  # torch lives only here
