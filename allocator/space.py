@@ -432,7 +432,7 @@ class Costs:
         self._target = target_named(space.layout.target)
         self.padded = budget.bounds != "weights"
         self._overhead: dict[tuple[str, str], int] = {}
-        self._settings: dict[Settings, int] = {}
+        self._settings: dict[tuple[Settings, int], int] = {}
 
     def group(self, name: str, value: str, count: int) -> int:
         """Bytes of a group in a format or mix when its layer retains `count`."""
@@ -477,27 +477,28 @@ class Costs:
             experts_used=largest.experts_used,
         )
 
-    def settings(self, settings: Settings) -> int:
-        """Bytes beside the weights: of a device, at most."""
+    def settings(self, settings: Settings, n_experts: int) -> int:
+        """Bytes of a device beside the weights, where a layer retains at most `n_experts`."""
         if self.budget.bounds != "device":
             return 0
-        if settings not in self._settings:
+        key = settings, n_experts
+        if key not in self._settings:
             assert self.budget.workload is not None
-            self._settings[settings] = self._target.device_memory(
+            self._settings[key] = self._target.device_memory(
                 self.space.layout.inventory,
                 self.budget.workload,
                 settings,
                 weights=0,
-                n_experts=self.space.counts[-1],
+                n_experts=n_experts,
             ).total
-        return self._settings[settings]
+        return self._settings[key]
 
     def total(self, params: Params) -> int:
         """Bytes of complete params; at least what is written."""
         return self.constant + self.affected(params, list(self.space.choices))
 
     def affected(self, params: Params, names: list[str]) -> int:
-        """Bytes of the groups, routers and settings that these params decide."""
+        """Bytes of the groups, routers and what is beside weights that these params decide."""
         layers = [x for n in names for x in self.space.count_params.get(n, ())]
         groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
         groups |= {g for x in layers for g in self.space.expert_groups[x]}
@@ -506,7 +507,9 @@ class Costs:
             self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0))
             for g in groups
         )
-        told = self.settings(self.space.settings(params)) if set(names) & SETTINGS else 0
+        told = 0
+        if layers or set(names) & SETTINGS:
+            told = self.settings(self.space.settings(params), max(count.values()))
         return encoded + sum(self.layer(x, count[x]) for x in layers) + told
 
     def reads(self, name: str, value: str, count: int, experts_used: int) -> int:

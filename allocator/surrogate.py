@@ -24,7 +24,7 @@ count in proportion to what is left, the tokens of the others being routed to th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ class Around:
     forward_tokens: int
 
 
-_PRICES = 24  # halvings of the price of reading
+_PRICES = 16  # of reading that are tried, each 8 times the last
+_PRICE_TOLERANCE = 0.01
 _ROUNDS = 8  # of solving under the noise of the last solution; two or three are needed
 
 
@@ -243,7 +244,8 @@ class Surrogate:
             if best is not None and alone + least >= best[0]:
                 break
             told = self._told(-used, kv, space.micro_batches[-1])
-            params = self._solve_settings(costs, losses, told)
+            under = inf if best is None else best[0] - alone
+            params = self._solve_settings(costs, losses, told, under)
             if params is None:
                 continue
             found = alone + self._independent(losses, params)
@@ -262,31 +264,34 @@ class Surrogate:
         return {name: value for name, value in told.items() if name in self.space.choices}
 
     def _solve_settings(
-        self, costs: Costs, losses: Mapping[str, Floats], told: Params
+        self, costs: Costs, losses: Mapping[str, Floats], told: Params, under: float
     ) -> Params | None:
         """The optimum under some settings: exact, where what a token reads is no limit.
 
-        Where it is, reading has the least price (in loss per byte) at which the optimum holds the
-        limit (Everett, "Generalized Lagrange Multiplier Method", 1963): a solution that loses less
-        within both limits, if there is one, reads more than this and less than the limit.
+        Where it is, reading has the least price (in loss per byte, to a percent) at which the
+        optimum holds the limit (Everett, "Generalized Lagrange Multiplier Method", 1963): a
+        solution that loses less within both limits, if there is one, reads more than this and less
+        than the limit. None where not even without that limit the loss is below `under`.
         """
         sizes = self._sizes.get(costs.budget.bounds)
         if sizes is None:
             sizes = self._sizes[costs.budget.bounds] = _Sizes(self.space, costs)
         full = {**self.space.first_settings, **told}
-        told_bytes = costs.settings(self.space.settings(full))
-        capacity = costs.budget.nbytes - costs.constant - told_bytes
+        beside = [costs.settings(self.space.settings(full), n) for n in self.space.counts]
+        capacity = costs.budget.nbytes - costs.constant - np.array(beside, np.int64)
 
         def solved(priced: Mapping[str, Floats]) -> Params | None:
             found = (
                 self._solve_tied(sizes, priced, capacity)
                 if self.space.tied
-                else self._solve_untied(sizes, priced, capacity)
+                else self._solve_untied(sizes, priced, int(capacity[-1]))
             )
             return None if found is None else self.space.complete({**found, **told})
 
         params, limit = solved(losses), costs.budget.token_bytes
-        if params is None or limit is None or costs.token_bytes(params) <= limit:
+        if params is None or self._independent(losses, params) >= under:
+            return None
+        if limit is None or costs.token_bytes(params) <= limit:
             return params
         reads = sizes.reads(costs, full["experts_used"])
 
@@ -300,7 +305,7 @@ class Surrogate:
             if best := at(high):
                 break
             low, high = high, high * 8
-        for _ in range(_PRICES if best else 0):
+        while best and high - low > _PRICE_TOLERANCE * high:
             middle = (low + high) / 2
             if found := at(middle):
                 best, high = found, middle
@@ -332,8 +337,9 @@ class Surrogate:
         return alone * self.multipliers.get(name, 1.0)
 
     def _solve_tied(
-        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: int
+        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: Ints
     ) -> Params | None:
+        """The optimum under a capacity for every count."""
         best: tuple[float, Params] | None = None
         total = np.sum([self._counts_of(x) for x in self.space.layout.layers], axis=0)
         for row in range(len(self.space.counts))[::-1]:
@@ -342,7 +348,7 @@ class Surrogate:
                 for g, v in losses.items()
             ]
             routers = sum(int(sizes.layers[x][row]) for x in self.space.layout.layers)
-            room = capacity - routers
+            room = int(capacity[row]) - routers
             if best is not None and lp_bound(classes, room) + total[row] >= best[0]:
                 continue
             found = solve(classes, room)

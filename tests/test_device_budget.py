@@ -98,8 +98,8 @@ def test_the_solution_is_brute_force_over_weights_and_settings(surrogate, table,
     linear = smooth + squared / (2 * noise)
     here = params.index(found)
     assert memory[here] <= budget.nbytes
-    # sizes are priced with the buffers of all experts: a little above those of fewer
-    best = linear[[costs.total(p) <= budget.nbytes for p in params]].min()
+    assert costs.total(found) == memory[here]
+    best = linear[memory <= budget.nbytes].min()
     assert linear[here] == pytest.approx(best, rel=1e-12)
 
 
