@@ -60,6 +60,7 @@ class Around:
 
 _PRICES = 16  # of reading that are tried, each 8 times the last
 _PRICE_TOLERANCE = 0.01
+_PRICED_STATES = 2000  # of a knapsack whose losses are nearly linear in bytes: kept short
 _ROUNDS = 8  # of solving under the noise of the last solution; two or three are needed
 
 
@@ -280,11 +281,11 @@ class Surrogate:
         beside = [costs.settings(self.space.settings(full), n) for n in self.space.counts]
         capacity = costs.budget.nbytes - costs.constant - np.array(beside, np.int64)
 
-        def solved(priced: Mapping[str, Floats]) -> Params | None:
+        def solved(priced: Mapping[str, Floats], **options: int) -> Params | None:
             found = (
-                self._solve_tied(sizes, priced, capacity)
+                self._solve_tied(sizes, priced, capacity, **options)
                 if self.space.tied
-                else self._solve_untied(sizes, priced, int(capacity[-1]))
+                else self._solve_untied(sizes, priced, int(capacity[-1]), **options)
             )
             return None if found is None else self.space.complete({**found, **told})
 
@@ -296,7 +297,8 @@ class Surrogate:
         reads = sizes.reads(costs, full["experts_used"])
 
         def at(price: float) -> Params | None:
-            found = solved({g: rows + price * reads[g] for g, rows in losses.items()})
+            priced = {g: rows + price * reads[g] for g, rows in losses.items()}
+            found = solved(priced, max_states=_PRICED_STATES)
             return found if found and costs.token_bytes(found) <= limit else None
 
         scale = max(float(rows.max()) for rows in losses.values())
@@ -337,7 +339,7 @@ class Surrogate:
         return alone * self.multipliers.get(name, 1.0)
 
     def _solve_tied(
-        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: Ints
+        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: Ints, **options: int
     ) -> Params | None:
         """The optimum under a capacity for every count."""
         best: tuple[float, Params] | None = None
@@ -351,7 +353,7 @@ class Surrogate:
             room = int(capacity[row]) - routers
             if best is not None and lp_bound(classes, room) + total[row] >= best[0]:
                 continue
-            found = solve(classes, room)
+            found = solve(classes, room, **options)
             if found is None:
                 continue
             loss = found.loss + float(total[row])
@@ -366,7 +368,7 @@ class Surrogate:
         return None if best is None else best[1]
 
     def _solve_untied(
-        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: int
+        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: int, **options: int
     ) -> Params | None:
         inside = {g for groups in self.space.expert_groups.values() for g in groups}
         plain = [g for g in losses if g not in inside]
@@ -383,6 +385,7 @@ class Surrogate:
                 for x in layers
             ],
             capacity,
+            **options,
         )
         if found is None:
             return None
