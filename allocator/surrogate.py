@@ -281,9 +281,11 @@ class Surrogate:
         beside = [costs.settings(self.space.settings(full), n) for n in self.space.counts]
         capacity = costs.budget.nbytes - costs.constant - np.array(beside, np.int64)
 
-        def solved(priced: Mapping[str, Floats], **options: int) -> Params | None:
+        def solved(
+            priced: Mapping[str, Floats], first_row: int = 0, **options: int
+        ) -> Params | None:
             found = (
-                self._solve_tied(sizes, priced, capacity, **options)
+                self._solve_tied(sizes, priced, capacity, first_row, **options)
                 if self.space.tied
                 else self._solve_untied(sizes, priced, int(capacity[-1]), **options)
             )
@@ -295,10 +297,13 @@ class Surrogate:
         if limit is None or costs.token_bytes(params) <= limit:
             return params
         reads = sizes.reads(costs, full["experts_used"])
+        first_row = 0  # smaller formats leave room for more experts, never for fewer
+        if self.space.tied:
+            first_row = self.space.counts.index(params["experts.all"])
 
         def at(price: float) -> Params | None:
             priced = {g: rows + price * reads[g] for g, rows in losses.items()}
-            found = solved(priced, max_states=_PRICED_STATES)
+            found = solved(priced, first_row, max_states=_PRICED_STATES)
             return found if found and costs.token_bytes(found) <= limit else None
 
         scale = max(float(rows.max()) for rows in losses.values())
@@ -339,12 +344,17 @@ class Surrogate:
         return alone * self.multipliers.get(name, 1.0)
 
     def _solve_tied(
-        self, sizes: "_Sizes", losses: Mapping[str, Floats], capacity: Ints, **options: int
+        self,
+        sizes: "_Sizes",
+        losses: Mapping[str, Floats],
+        capacity: Ints,
+        first_row: int = 0,
+        **options: int,
     ) -> Params | None:
-        """The optimum under a capacity for every count."""
+        """The optimum under a capacity for every count, among the counts from `first_row` on."""
         best: tuple[float, Params] | None = None
         total = np.sum([self._counts_of(x) for x in self.space.layout.layers], axis=0)
-        for row in range(len(self.space.counts))[::-1]:
+        for row in range(first_row, len(self.space.counts))[::-1]:
             classes = [
                 Options(sizes.groups[g][min(row, len(v) - 1)], v[min(row, len(v) - 1)])
                 for g, v in losses.items()
