@@ -152,7 +152,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     all changes, so the column adds up to the prediction less half of that part. Columns `up` and
     `down` name the neighbouring value, by bytes at the allocation's retained counts; `up_bytes`
     and `up_loss` are what it adds. Bytes are of the searched matrices, or of the whole device where
-    study.toml's budget is one.
+    study.toml's budget is one; of a setting, what it takes beyond its smallest choice.
 
     Raises:
         SpaceError: if the study's space does not hold the allocation.
@@ -175,19 +175,22 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
             count = counts.get(space.layer_of[name.removeprefix("format.")], 0)
             values = [v for v in values if canonical(v, count) == v]
         values.sort(key=lambda v: costs.affected({**params, name: v}, [name]))
+        before = costs.affected(params, [name])
         row = {
             "decision": name,
             "value": value,
-            "bytes": costs.affected(params, [name]),
+            "bytes": before,
             "predicted_loss": loss(name, value),
         }
+        if name in SETTINGS:  # beyond what cannot be saved
+            row["bytes"] -= costs.affected({**params, name: values[0]}, [name])
         at = values.index(value)
         for label, index in (("up", at + 1), ("down", at - 1)):
             inside = 0 <= index < len(values)
             other = values[index] if inside else None
             row[label] = other
             row[f"{label}_bytes"] = (
-                costs.affected({**params, name: other}, [name]) - row["bytes"] if inside else None
+                costs.affected({**params, name: other}, [name]) - before if inside else None
             )
             row[f"{label}_loss"] = (
                 surrogate.predict({**params, name: other}) - predicted if inside else None
@@ -222,7 +225,12 @@ def materialize(
     bank = workspace.bank_for(wanted.importance)
     container = container or workspace.spec.target
     written = _materialize(
-        wanted.decision, bank, Path(out), container=container, importance=wanted.importance
+        wanted.decision,
+        bank,
+        Path(out),
+        container=container,
+        importance=wanted.importance,
+        workload=wanted.workload,
     )
     if record:
         digests = wanted.sha256 | {container: written.manifest.sha256[written.manifest.file]}

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from allocator.errors import AllocatorError
 from allocator.units import parse_bytes, parse_seconds, show_bytes
@@ -79,7 +79,7 @@ def _print_plan(found: Any) -> None:
     items = ("weights", "kv_cache", "compute", "overhead", "reserve", "total")
     memory = [
         {what: getattr(c.memory, what) for what in items}
-        | {"spare": c.spare, "fits": "yes" if c.spare >= 0 else "no"}
+        | {"spare": c.spare, "fits": "yes" if c.fits else "no"}
         for c in found.candidates
     ]
     losses = [
@@ -358,8 +358,14 @@ def _device_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other refusal."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="allocator",
         description="Search how many experts each layer of an MoE model keeps and which format "
         "every tensor gets, inside a memory budget; write and verify the checkpoint.",

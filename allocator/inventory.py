@@ -24,7 +24,15 @@ from allocator.families import SCALE_SUFFIX, Family, Role, family_of
 
 FP8 = "F8_E4M3"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
-_COUNTS = ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size")
+_COUNTS = ("num_experts_per_tok", "hidden_size", "vocab_size")
+_LISTED = ("num_hidden_layers",)
+_WIDTHS = (
+    "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace", "topk_group",
+    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+_MOST_WIDE = 1 << 28
+_MOST_LISTED = 1 << 14  # layers, experts
 _VECTORS = (Role.NORM, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
@@ -464,19 +472,29 @@ def check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
     CheckpointError: if counts of layers or experts are missing, or make no sense.
     """
 
-    def check(key: str, least: int) -> int:
+    def check(key: str, least: int, most: int = _MOST_WIDE) -> int:
         value = config.get(key)
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value <= most:
             raise CheckpointError(
-                f"{path}/config.json: {key} is {value!r}, needed a number from {least}"
+                f"{path}/config.json: {key} is {value!r}, needed a number from {least} to {most}"
             )
         return value
 
     for key in _COUNTS:
         check(key, 1)
-    n_experts = check(family.n_experts_key(config), 1)
+    for key in _LISTED:
+        check(key, 1, _MOST_LISTED)
+    for key in _WIDTHS:
+        if config.get(key) is not None:
+            check(key, 0)
+    scale = config.get("routed_scaling_factor")
+    if scale is not None and type(scale) not in (int, float):
+        raise CheckpointError(
+            f"{path}/config.json: routed_scaling_factor is {scale!r}, needed a number"
+        )
+    n_experts = check(family.n_experts_key(config), 1, _MOST_LISTED)
     if config.get("num_nextn_predict_layers") is not None:
-        check("num_nextn_predict_layers", 0)
+        check("num_nextn_predict_layers", 0, _MOST_LISTED)
     groups = check("n_group", 1) if config.get("n_group") is not None else 1
     chosen = check("topk_group", 1) if groups > 1 else 1
     if config["num_experts_per_tok"] > n_experts or n_experts % groups or chosen > groups:

@@ -416,6 +416,9 @@ def _record(
         effective_bits=size.encoded * 8 / workspace.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},
         sha256=_known_digests(path, allocation),
+        workload={}
+        if limit.workload is None
+        else {n: getattr(limit.workload, n) for n in ("context", "sequences", "reserve")},
     )
     write_whole(path, record.to_bytes())
     return path

@@ -13,6 +13,11 @@ MICRO_BATCH = 512
 """Tokens that llama.cpp computes at once unless told otherwise."""
 
 
+MOST_CELLS = 2**31 - 1
+"""Tokens of all sequences: llama.cpp counts them in 32 bits."""
+MOST_BYTES = 2**60
+
+
 class Settings(NamedTuple):
     """What a runtime is told beside the weights.
 
@@ -50,18 +55,20 @@ class Workload:
         """Raises:
         BudgetError: if a number makes no sense.
         """
-        if self.context < 1 or self.sequences < 1 or self.reserve < 0:
+        if self.context < 1 or self.sequences < 1 or self.context * self.sequences > MOST_CELLS:
             raise BudgetError(
-                f"context {self.context}, sequences {self.sequences}, reserve {self.reserve}: "
-                "needed positive numbers, and a reserve of 0 bytes or more"
+                f"context {self.context}, sequences {self.sequences}: needed positive numbers, and "
+                f"at most {MOST_CELLS} tokens in all"
             )
-        if self.bandwidth is not None and self.bandwidth < 1:
+        if not 0 <= self.reserve <= MOST_BYTES:
+            raise BudgetError(f"reserve {self.reserve}: needed 0 to {MOST_BYTES} bytes")
+        if self.bandwidth is not None and not 1 <= self.bandwidth <= MOST_BYTES:
             raise BudgetError(f"bandwidth {self.bandwidth}: needed bytes per second, e.g. 100GB")
         if self.min_tokens_per_second is None:
             return
-        if self.min_tokens_per_second <= 0:
+        if not 1e-9 <= self.min_tokens_per_second <= 1e9:
             raise BudgetError(
-                f"{self.min_tokens_per_second} tokens per second: needed a positive number"
+                f"{self.min_tokens_per_second} tokens per second: needed a positive number to 1e9"
             )
         if self.bandwidth is None:
             raise BudgetError(
@@ -73,7 +80,7 @@ class Workload:
         """Bytes that a decoded token may read; None for no limit."""
         if self.bandwidth is None or self.min_tokens_per_second is None:
             return None
-        return int(self.bandwidth / self.min_tokens_per_second)
+        return max(1, int(self.bandwidth / self.min_tokens_per_second))
 
     def tokens_per_second(self, token_bytes: int) -> float | None:
         """At most so many, where a token reads so many bytes; None if the bandwidth is unknown."""
@@ -152,12 +159,16 @@ class Budget:
     workload: Workload | None = None
 
     def __str__(self) -> str:
-        text = f"{self.nbytes} ({self.bounds})"
-        if self.workload is None:
-            return text
-        w = self.workload
-        text += f", context {w.context}, sequences {w.sequences}, reserve {w.reserve}"
-        return text if self.token_bytes is None else f"{text}, {self.token_bytes} read per token"
+        return f"{self.nbytes} ({self.bounds})"
+
+    @property
+    def lock(self) -> dict[str, object]:
+        """What makes another limit another study."""
+        found: dict[str, object] = {"budget": str(self)}
+        if self.workload is not None:
+            found |= {n: getattr(self.workload, n) for n in ("context", "sequences", "reserve")}
+            found["bytes read per token"] = self.token_bytes
+        return found
 
     @property
     def token_bytes(self) -> int | None:
@@ -174,5 +185,7 @@ class Budget:
         """Raises:
         BudgetError: if the limit is no positive number.
         """
-        if self.nbytes <= 0:
-            raise BudgetError(f"budget of {self.nbytes} bytes: needed a positive size, e.g. 12MiB")
+        if not 0 < self.nbytes <= MOST_BYTES:
+            raise BudgetError(
+                f"budget of {self.nbytes} bytes: needed a positive size to {MOST_BYTES}, e.g. 12MiB"
+            )

@@ -88,6 +88,7 @@ class Candidate:
         experts: retained, in every MoE layer.
         memory: what it occupies.
         spare: bytes that the budget leaves; negative where it does not fit.
+        fits: in memory, and in what a token may read.
         token_bytes: that a decoded token reads at full context.
         tokens_per_second: that the bandwidth allows at most; None where it is unknown.
         loss: expected, nats per token; None where the prior's space does not hold the allocation.
@@ -98,6 +99,7 @@ class Candidate:
     experts: int
     memory: DeviceMemory
     spare: int
+    fits: bool
     token_bytes: int
     tokens_per_second: float | None
     loss: float | None
@@ -213,8 +215,9 @@ def write_first(found: Plan, folder: Path) -> tuple[Path, ...]:
     first = [c for c in found.candidates if c.name == "first"]
     if not first:
         raise BudgetError(
-            "no allocation to write: none of the counts fits the device, or no device was given; "
-            "give --device-memory, or fewer --experts"
+            "no allocation to write: none of the counts fits the device, none was given, or its "
+            "runtime's buffers are not known for this architecture (see the notes); give "
+            "--device-memory, or fewer --experts"
         )
     paths = tuple(folder / f"first-{c.experts}.json" for c in first)
     for path, candidate in zip(paths, first, strict=True):
@@ -314,7 +317,8 @@ def _first(surrogate: Surrogate, budget: Budget, *, name: str = "first") -> Cand
 
 
 def _against(candidate: Candidate, budget: Budget) -> Candidate:
-    return replace(candidate, spare=budget.nbytes - candidate.memory.total)
+    spare = budget.nbytes - candidate.memory.total
+    return replace(candidate, spare=spare, fits=candidate.fits and spare >= 0)
 
 
 def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Allocation) -> Candidate:
@@ -332,6 +336,7 @@ def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Alloc
         experts=max(allocation.counts.values()),
         memory=memory,
         spare=budget.nbytes - memory.total,
+        fits=allocation.fits(layout, budget),
         token_bytes=read,
         tokens_per_second=workload.tokens_per_second(read),
         loss=loss,

@@ -48,7 +48,12 @@ def planned_inventory(config: Path | Mapping[str, Any]) -> Inventory:
             *_nextn(family, content, shapes),
         )
     }
-    return Inventory(where, content, family, tensors)
+    found = Inventory(where, content, family, tensors)
+    if not found.moe_layers:
+        raise CheckpointError(
+            f"{where}/config.json: no layer routes to experts; needed a MoE model's config.json"
+        )
+    return found
 
 
 def _read(config: Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -126,7 +131,10 @@ def _is_dense(family: Family, config: Mapping[str, Any], layer: int) -> bool:
         return layer < _int(config, "first_k_dense_replace", 0)
     if family.model_type == "qwen3_moe":
         every = _int(config, "decoder_sparse_step", 1, default=1)
-        return layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % every != 0
+        dense = config.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, needed a list")
+        return layer in dense or (layer + 1) % every != 0
     return False
 
 

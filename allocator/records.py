@@ -34,6 +34,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         effective_bits: encoded bits over the searched weights.
         loss: proxy loss per split, nats per token.
         sha256: of the materialized weights' file, per container.
+        workload: `context`, `sequences` and `reserve`, where the budget was a whole device's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss: dict[str, float]
     sha256: dict[str, str] = {}  # msgspec copies it
     schema: int = 1
+    workload: dict[str, int] = {}  # msgspec copies it
 
     @property
     def decision(self) -> Allocation:

@@ -94,6 +94,9 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{path}: [experts] saliency {space.experts.saliency!r}, needed one of "
                 f"{', '.join(SALIENCIES)}"
             )
+        for name in ("formats", "experts_used", "kv_format", "micro_batch"):
+            if getattr(space, name) == []:
+                raise SpaceError(f"{path}: {name} is empty; name at least one, or leave it out")
         for name in (
             *(space.formats or ()),
             *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f),

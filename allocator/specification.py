@@ -66,7 +66,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             min_tokens_per_second=self.min_tokens_per_second,
         )
         workload.check()
-        return Budget(parse_bytes(memory), "device", workload)
+        budget = Budget(parse_bytes(memory), "device", workload)
+        budget.check_positive()
+        return budget
 
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -448,7 +448,7 @@ class Workspace:
         return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,
-            "budget": str(budget),
+            **budget.lock,
             "sampler": sampler,
             "seed": seed,
             "space": hashlib.sha256((choices + protected).encode()).hexdigest(),

@@ -115,7 +115,8 @@ def test_it_is_written_with_what_llama_cpp_must_be_told(searched, tmp_path):
     written = api.materialize(folder, path, tmp_path / "out", **options)
     told = (tmp_path / "out" / "llama-cpp-options.txt").read_text()
     assert told == (
-        "--cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on --ubatch-size 16 --no-repack\n"
+        "--cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on --ubatch-size 16 "
+        "--ctx-size 2048 --parallel 4 --no-repack\n"
     )
     found = api.verify(folder, tmp_path / "out", tolerance=1.0, **options)
     assert found.loss > 0.01
@@ -155,7 +156,7 @@ def test_a_limit_on_speed_is_held_by_every_sampler(made, searched, tmp_path, sam
     assert len(scored) >= 6
     for trial in scored:
         assert trial.user_attrs[RESULT]["token_bytes"] <= limit
-    with pytest.raises(StudyError, match="launched with budget"):
+    with pytest.raises(StudyError, match="launched with bytes read per token = "):
         api.search(study, sampler=sampler, trials=7, **options)
 
 

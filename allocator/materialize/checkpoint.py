@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,13 @@ class Written:
 
 
 def materialize(
-    allocation: Allocation, bank: Bank, folder: Path, *, container: str, importance: str
+    allocation: Allocation,
+    bank: Bank,
+    folder: Path,
+    *,
+    container: str,
+    importance: str,
+    workload: Mapping[str, int] | None = None,
 ) -> Written:
     """Writes a checkpoint directory; an earlier one of the same allocation is replaced.
 
@@ -96,6 +102,7 @@ def materialize(
         folder: where; its parent must exist.
         container: `gguf` or `safetensors`.
         importance: digest of the bank's importance vectors, for the manifest.
+        workload: what a device's memory was budgeted for, as in `AllocationRecord`.
 
     Raises:
         TargetError: if the container's runtime cannot express the allocation.
@@ -115,7 +122,7 @@ def materialize(
         if container == "gguf":
             write_gguf(place / FILE["gguf"], layout, allocation, source)
             (place / "tensor-types.txt").write_text(tensor_type_file(layout, allocation))
-            if told := llama_cpp_options(allocation):
+            if told := llama_cpp_options(allocation, workload or {}):
                 (place / "llama-cpp-options.txt").write_text(told + "\n")
         else:
             _write_safetensors(place / FILE["safetensors"], layout, allocation, source)

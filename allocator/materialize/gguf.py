@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -265,17 +265,23 @@ def _tensors(
 # -- llama-quantize's --tensor-type-file
 
 
-def llama_cpp_options(allocation: Allocation) -> str:
+def llama_cpp_options(allocation: Allocation, workload: Mapping[str, int]) -> str:
     """What llama.cpp's programs must be told, the file not saying it; empty for their defaults.
 
-    `--no-repack` where memory was budgeted: else a CPU keeps second copies of some weights.
+    Args:
+        allocation: what the file holds.
+        workload: `context` and `sequences`, where a whole device was budgeted; then without second
+            copies of weights, which a CPU keeps otherwise.
     """
     keys, values = kv_parts(allocation.kv_format)
     told = []
     if (keys, values) != (KV_FORMAT, KV_FORMAT):
         told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
-    if allocation.micro_batch is not None:
-        told.append(f"--ubatch-size {allocation.micro_batch} --no-repack")
+    if workload or allocation.micro_batch is not None:
+        told.append(f"--ubatch-size {allocation.settings.micro_batch}")
+    if workload:
+        n = workload["sequences"]
+        told.append(f"--ctx-size {workload['context'] * n} --parallel {n} --no-repack")
     return " ".join(told)
 
 

@@ -21,6 +21,7 @@ from allocator.targets.gguf_memory import (
 from allocator.targets.gguf_metadata import metadata, metadata_bytes
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
+_MOST_AT_ONCE = 1 << 20  # tokens of a micro-batch: beyond any buffer
 _HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
 _MLA_LAYERS_WITHOUT_Q_LORA = (26, 27)  # llama.cpp tells the old models apart by these
 
@@ -84,8 +85,8 @@ class GgufTarget(Target):
         """Raises:
         TargetError: if it is no positive number.
         """
-        if micro_batch < 1:
-            raise TargetError(f"gguf: micro_batch {micro_batch}, needed 1 or more")
+        if not 1 <= micro_batch <= _MOST_AT_ONCE:
+            raise TargetError(f"gguf: micro_batch {micro_batch}, needed 1 to {_MOST_AT_ONCE}")
 
     def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
         """Bytes of the keys and values of one sequence."""

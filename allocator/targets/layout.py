@@ -144,8 +144,8 @@ class Target(ABC):
         """
         if kv_format != "f16":
             raise TargetError(
-                f"kv_format {kv_format!r}: our loader of target {self.name} keeps keys and values "
-                "as they are; needed 'f16', or target gguf"
+                f"kv_format {kv_format!r} with target {self.name}: it is chosen for llama.cpp's "
+                "cache; needed 'f16', or target gguf"
             )
 
     def check_micro_batch(self, micro_batch: int) -> None:
