@@ -22,7 +22,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
 BUILD = HERE.parents[1] / "studies/scale/scripts/build_checkpoint.py"
-CONTEXT, MICRO_BATCH = 512, 64
+CONTEXT, MICRO_BATCH = 256, 64
 N_TOKENS = 24
 CASES = {  # formats of routed experts and of the rest, retained, used, keys and values
     "Q8_0": ("Q8_0", "Q8_0", 16, 8, "f16"),
@@ -32,8 +32,6 @@ CASES = {  # formats of routed experts and of the rest, retained, used, keys and
     "Q6_K": ("Q6_K", "Q6_K", 16, 8, "f16"),
     "Q4_0": ("Q4_0", "Q4_0", 16, 8, "f16"),
     "Q3_K / Q8_0": ("Q3_K", "Q8_0", 16, 8, "f16"),
-    "Q3_K": ("Q3_K", "Q3_K", 16, 8, "f16"),
-    "Q3_K, 4 used": ("Q3_K", "Q3_K", 16, 4, "f16"),
 }
 
 
