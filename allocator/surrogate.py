@@ -306,7 +306,7 @@ class Surrogate:
             found = solved(priced, first_row, max_states=_PRICED_STATES)
             return found if found and costs.token_bytes(found) <= limit else None
 
-        scale = max(float(rows.max()) for rows in losses.values())
+        scale = max(1e-12, *(float(rows.max()) for rows in losses.values()))
         low, high, best = 0.0, scale / limit, None
         for _ in range(_PRICES):  # up to where losses no longer count
             if best := at(high):
