@@ -232,7 +232,10 @@ def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
     loss = SimpleNamespace(
         around=lambda params: lambda name, value: 0.0, predict=lambda params: 0.0
     )
-    stub = SimpleNamespace(space=space, surrogate=loss, read_allocation=lambda path: decision)
+    spec = SimpleNamespace(budget=SimpleNamespace(device=None))
+    stub = SimpleNamespace(
+        space=space, surrogate=loss, read_allocation=lambda path: decision, spec=spec
+    )
     monkeypatch.setattr(api, "Workspace", lambda folder: stub)
     table = api.explain("study", "allocation").set_index("decision")
     row = table.loc[f"format.{group}"]

@@ -15,6 +15,7 @@ from allocator.memory import DeviceMemory, Settings, Workload
 from allocator.targets.gguf_memory import (
     compute_bytes,
     kv_cache_bytes,
+    kv_parts,
     output_bytes,
     overhead_bytes,
 )
@@ -79,7 +80,8 @@ class GgufTarget(Target):
         """Raises:
         TargetError: if llama.cpp has no such format, or its blocks do not fit the rows.
         """
-        kv_cache_bytes(inventory, kv_format=kv_format, context=1, sequences=1)
+        if set(kv_parts(kv_format)) != {"f16"}:  # which fits any row
+            kv_cache_bytes(inventory, kv_format=kv_format, context=1, sequences=1)
 
     def check_micro_batch(self, micro_batch: int) -> None:
         """Raises:
