@@ -157,8 +157,8 @@ def test_loses_is_a_paired_comparison():
     assert not loses([9.0], [1.0])
     error = np.std([0.0, 1.0, 2.0, 3.0], ddof=1) / 2
     shift = np.array([0.0, 1.0, 2.0, 3.0]) - 1.5
-    assert loses(rival + shift + 2.01 * error, rival)
-    assert not loses(rival + shift + 1.99 * error, rival)
+    assert loses(rival + shift + 1.01 * error, rival)
+    assert not loses(rival + shift + 0.99 * error, rival)
     assert not loses(rival + shift + 2.99 * error, rival, z=3)
 
 
