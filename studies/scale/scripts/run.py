@@ -146,39 +146,15 @@ def workspace_of(out, kind):
 
 
 def candidates_of(workspace):
-    """Four as a search has them, alike in most groups: routed experts in Q3_K, the rest in Q6_K.
-
-    The second has a layer's experts in Q6_K, the third a layer's gates in Q2_K, the last those and
-    another layer's gates in IQ1_S.
-    """
-    from allocator.allocation import Allocation
-    from allocator.families import Role
-    from allocator.formats import fallback
+    """Four that have no format in common: every matrix in one, as llama-quantize would store it."""
+    from allocator.baselines import mixed
 
     layout = workspace.layout
-    first, last = f"layers.{layout.layers[0]}", f"layers.{layout.layers[-1]}"
-    gate = Role.EXPERT_GATE
-
-    def candidate(changed):
-        wanted = {n: "Q3_K" if g.role.is_expert else "Q6_K" for n, g in layout.groups.items()}
-        formats = {n: fallback(f, layout.groups[n].shape).name for n, f in wanted.items()}
-        everyone = tuple(range(layout.inventory.n_experts))
-        return Allocation.of(
-            target="gguf",
-            retained=dict.fromkeys(layout.layers, everyone),
-            formats=formats | changed,
-            experts_used=layout.inventory.experts_used,
-        )
-
-    better = {
-        n: "Q6_K" for n, g in layout.groups.items() if g.role.is_expert and n.startswith(first)
-    }
-    late = {f"{last}.{gate}": "Q2_K"}
+    n_experts = layout.inventory.n_experts
+    everyone = dict.fromkeys(layout.layers, tuple(range(n_experts)))
     return {
-        "experts Q3_K": candidate({}),
-        f"{first}.experts Q6_K": candidate(better),
-        f"{last}.{gate} Q2_K": candidate(late),
-        f"and {first}.{gate} IQ1_S": candidate(late | {f"{first}.{gate}": "IQ1_S"}),
+        fmt: mixed(layout, everyone, experts=fmt, rest=fmt, count=n_experts)
+        for fmt in ("Q6_K", "Q2_K", "IQ1_S", "Q3_K")
     }
 
 
