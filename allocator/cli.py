@@ -19,7 +19,10 @@ _EPILOG = (
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"cache": args.cache, "threads": args.threads, "progress": not args.quiet}
+    options = {"cache": args.cache, "threads": args.threads, "progress": not args.quiet}
+    if "torch_device" in args:
+        options["torch_device"] = args.torch_device
+    return options
 
 
 def _print_table(table: "pd.DataFrame", **formats: str) -> None:
@@ -346,6 +349,15 @@ def _study_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _runs_forward(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--torch-device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where forward passes run, e.g. cuda (default: cpu)",
+    )
+
+
 def _device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", type=Path, help="a preset, e.g. search_spaces/devices/....toml")
     p.add_argument("--device-memory", help="bytes of everything on the device, e.g. 128GiB")
@@ -398,7 +410,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", type=Path, help="study of a smaller relative, for its losses")
     p.add_argument("--out", type=Path, help="folder for the first allocations")
 
-    _study(verb("profile", _profile, "measure sensitivities; continues where it was stopped"))
+    p = verb("profile", _profile, "measure sensitivities; continues where it was stopped")
+    _study(p)
+    _runs_forward(p)
 
     p = verb("search", _search, "launch or resume a study; pick on the selection split")
     _study(p)
@@ -428,6 +442,7 @@ def _parser() -> argparse.ArgumentParser:
         help="work beside a search that runs on this machine; other machines need only --storage",
     )
     p.add_argument("--dry-run", action="store_true", help="print floor, ceiling and estimates only")
+    _runs_forward(p)
 
     p = verb("front", _front, "list the non-dominated trials; writes front.json")
     _study(p)
@@ -441,6 +456,7 @@ def _parser() -> argparse.ArgumentParser:
     _allocation(p)
     _study_option(p)
     p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
+    _runs_forward(p)
 
     p = verb("materialize", _materialize, "write the checkpoint of an allocation")
     _allocation(p)
@@ -454,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
     p.add_argument("--documents", type=_positive, help="to score (default: those of a trial)")
     p.add_argument("--tolerance", type=float, help="how far the runtime may be off, nats per token")
+    _runs_forward(p)
 
     p = verb(
         "evaluate", _evaluate, "held-out KL and perplexity beside uniform formats and role mixes"
@@ -467,6 +484,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--domains", action="store_true", help="KL and perplexity per domain as well")
     p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
     p.add_argument("--csv", type=Path, help="write the table there too")
+    _runs_forward(p)
 
     p = verb("compare", _compare, "searchers side by side at equal forward tokens; resumable")
     _study(p)

@@ -165,13 +165,13 @@ def _one_expert(workspace: Workspace) -> tuple[float, float]:
     assert isinstance(model, StreamedModel)
     groups = model.projections(workspace.layout.layers[0])
     began = time.perf_counter()
-    weights = [torch.from_numpy(model.weights.of(model.original, g, 0)) for g in groups]
+    weights = [model.expert(model.original, g, 0) for g in groups]
     n_read = sum(w.numel() for w in weights)
     reading = (time.perf_counter() - began) / n_read
     model.weights.forget()
     began = time.perf_counter()
     for w in weights:
-        _ = torch.ones(_TIMED_TOKENS, w.shape[1]) @ w.T
+        _ = float((torch.ones(_TIMED_TOKENS, w.shape[1], device=w.device) @ w.T)[0, 0])
     computing = (time.perf_counter() - began) / n_read / _TIMED_TOKENS
     idle = 1 - inventory.experts_used / inventory.n_experts
     experts = sum(math.prod(g.shape) for g in workspace.layout.groups.values() if g.role.is_expert)

@@ -35,7 +35,7 @@ from allocator.inventory import Inventory, read_inventory
 from allocator.materialize.gguf import parse_tensor_type_file
 from allocator.memory import Budget
 from allocator.profile import Profile
-from allocator.proxy.model import SwapModel
+from allocator.proxy.model import SwapModel, check_device
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
@@ -77,6 +77,7 @@ class Workspace:
         threads: for torch and for encoding; all cores by default.
         progress: shows bars for whatever takes longer than two seconds.
         target: instead of study.toml's.
+        torch_device: where forward passes run, e.g. `cuda`; encoding is for the cores anyway.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Workspace:
         threads: int | None = None,
         progress: bool = False,
         target: str | None = None,
+        torch_device: str = "cpu",
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -97,6 +99,9 @@ class Workspace:
         self.bank_cap = bank_cap()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.progress = progress
+        self.torch_device = torch_device
+        if torch_device != "cpu":
+            check_device(torch_device)
 
     # -- what is given
 
@@ -230,6 +235,7 @@ class Workspace:
             threads=self.threads,
             progress=self.progress,
             bank_cap=self.bank_cap,
+            torch_device=self.torch_device,
         )
 
     @cached_property
@@ -303,8 +309,9 @@ class Workspace:
     def model_with(self, bank: Bank) -> SwapModel | StreamedModel:
         """The same with other encoded weights."""
         if self.spec.streamed is None:
-            return SwapModel(self.layout, bank.decoded)
-        return StreamedModel(self.layout, Weights(self.layout, lambda: bank))
+            return SwapModel(self.layout, bank.decoded, device=self.torch_device)
+        weights = Weights(self.layout, lambda: bank)
+        return StreamedModel(self.layout, weights, device=self.torch_device)
 
     def scorer_on(
         self,

@@ -142,6 +142,7 @@ class Profiler:
         threads: for encoding.
         progress: shows bars.
         bank_cap: bytes that the bank may occupy, if limited.
+        torch_device: where forward passes run.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Profiler:
         threads: int = 1,
         progress: bool = False,
         bank_cap: int | None = None,
+        torch_device: str = "cpu",
     ) -> None:
         self.inputs = inputs
         self.layout = inputs.layout
@@ -160,6 +162,7 @@ class Profiler:
         self.threads = threads
         self.progress = progress
         self.bank_cap = bank_cap
+        self.torch_device = torch_device
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -196,7 +199,7 @@ class Profiler:
     @cached_property
     def swap(self) -> SwapModel:
         """The model that candidates are put into; the bank is opened when one needs it."""
-        return SwapModel(self.layout, self._decoded)
+        return SwapModel(self.layout, self._decoded, device=self.torch_device)
 
     def _decoded(self, name: str, fmt: str, experts: tuple[int, ...] | None) -> Floats:
         self.bank.release()  # the model holds a copy of what it asked for before
@@ -277,7 +280,7 @@ class Profiler:
             experts = allocation.retained_experts[group.layer or 0] if group.role.is_expert else ()
             weights = group_weights(self.layout, group)
             weights = weights[list(experts)] if experts else weights
-            held = destination(self.swap.model, config, group).numpy()
+            held = destination(self.swap.model, config, group).cpu().numpy()
             curvature[name], moves[name] = {}, {}
             self.bank.release()
             for fmt in group.offered():

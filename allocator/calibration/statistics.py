@@ -23,6 +23,7 @@ from allocator.codecs.source import Floats
 from allocator.families import Role
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
+from allocator.proxy.model import token_ids
 from allocator.proxy.stream import StreamedModel
 from allocator.targets import Group, Layout
 
@@ -60,7 +61,7 @@ class _MeanSquare:
 
     def mean(self) -> Floats:
         assert isinstance(self.total, torch.Tensor)
-        return (self.total / self.n).float().numpy()
+        return (self.total / self.n).float().cpu().numpy()
 
 
 class _Experts:
@@ -82,8 +83,8 @@ class _Experts:
     ) -> None:
         norms = outputs.norm(dim=-1).double()
         self.counts[e] += len(gates)
-        self.inputs[e] += inputs.double().square().sum(0)
-        self.inner[e] += inner.double().square().sum(0)
+        self.inputs[e] += inputs.double().square().sum(0).cpu()
+        self.inner[e] += inner.double().square().sum(0).cpu()
         self.norms[e] += float(norms.sum())
         self.gates[e] += float(gates.double().sum())
         self.products[e] += float((norms * gates).sum())
@@ -167,7 +168,7 @@ def collect(
     try:
         bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
         for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
-            ids = torch.tensor([documents[i].ids for i in batch])
+            ids = token_ids(model, [documents[i] for i in batch])
             model(input_ids=ids, use_cache=False)
             bar.update(len(batch))
         bar.close()

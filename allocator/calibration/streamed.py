@@ -45,7 +45,8 @@ class StreamedProfiler(Profiler):
     @cached_property
     def streamed(self) -> StreamedModel:
         """The original, layer by layer."""
-        return StreamedModel(self.layout, Weights(self.layout, lambda: self.bank))
+        weights = Weights(self.layout, lambda: self.bank)
+        return StreamedModel(self.layout, weights, device=self.torch_device)
 
     def _collect(self) -> Statistics:
         return collect_streamed(self.streamed, self.inputs.documents, progress=self.progress)

@@ -270,7 +270,8 @@ def _run(
     loss = mean(losses.kl, scorer.documents)
     if manifest.container == "safetensors":
         if isinstance(scorer, StreamedScorer):
-            model = StreamedModel(stored.layout, Weights(stored.layout, lambda: stored))
+            weights, device = Weights(stored.layout, lambda: stored), str(scorer.model.device)
+            model = StreamedModel(stored.layout, weights, device=device)
             again = StreamedScorer(model, scorer.documents).score(stored.allocation)
         else:
             again = scorer.score_model(load(folder))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from allocator.calibration.documents import Document, batches
 from allocator.families import Role
-from allocator.proxy.curvature import Curvature, product_name, watch_products
+from allocator.proxy.curvature import Curvature, drawn, product_name, watch_products
 from allocator.proxy.model import moe_block
 from allocator.proxy.stream import Routing, StreamedModel
 from allocator.targets import Group
@@ -65,7 +65,7 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    kept = _Kept(scratch, chosen)
+    kept = _Kept(scratch, chosen, streamed.device)
     with torch.inference_mode(False), torch.no_grad():
         if not kept.has("gradients", n_layers):
             first = max((i for i in range(n_layers + 1) if kept.has("states", i)), default=0)
@@ -98,6 +98,7 @@ class _Kept:
 
     folder: Path
     chosen: Sequence[Sequence[Document]]
+    device: torch.device
 
     def has(self, what: str, layer: int) -> bool:
         return self._path(what, layer).exists()
@@ -106,11 +107,11 @@ class _Kept:
         """Whole, or not at all."""
         path = self._path(what, layer)
         part = path.with_name(f"{path.stem}.part.npy")
-        np.save(part, torch.cat([batch.flatten(0, 1) for batch in values]).numpy())
+        np.save(part, torch.cat([batch.flatten(0, 1) for batch in values]).cpu().numpy())
         part.replace(path)
 
     def load(self, what: str, layer: int) -> Batches:
-        flat = torch.from_numpy(np.load(self._path(what, layer)))
+        flat = torch.from_numpy(np.load(self._path(what, layer))).to(self.device)
         shapes = [(len(batch), len(batch[0].ids)) for batch in self.chosen]
         pieces = torch.split(flat, [n * length for n, length in shapes])
         return [p.view(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
@@ -139,8 +140,9 @@ class _Pass:
                 normed = streamed.normed(leaf)
             x = normed.detach()
             probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
-            labels = torch.multinomial(probabilities, 1, generator=generator)
-            gradient = probabilities.neg_().scatter_add_(1, labels, torch.ones(len(labels), 1))
+            labels = drawn(probabilities, generator)
+            ones = torch.ones(len(labels), 1, device=labels.device)
+            gradient = probabilities.neg_().scatter_add_(1, labels, ones)
             product.add(x, gradient)
             (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
             gradients.append(mine.view(hidden.shape))
@@ -194,9 +196,7 @@ class _Pass:
         for expert in streamed.weights.in_turn(
             sorted(routing.reached), groups, [streamed.original]
         ):
-            gate, up, down = (
-                torch.from_numpy(streamed.weights.of(streamed.original, g, expert)) for g in groups
-            )
+            gate, up, down = (streamed.expert(streamed.original, g, expert) for g in groups)
             places, tokens = routing.places(expert)
             x = routing.inputs[tokens]
             before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()

@@ -32,7 +32,7 @@ from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats, Ints
 from allocator.families import Role
 from allocator.proxy.experts import use_sorted_experts, use_watcher
-from allocator.proxy.model import SwapModel, view_of
+from allocator.proxy.model import SwapModel, token_ids, view_of
 from allocator.targets import Group, Layout
 
 FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
@@ -65,7 +65,8 @@ class Product:
         if not isinstance(self.rows, torch.Tensor):
             return 0.0  # no token reached it
         share = self._shares[rows].float()
-        forms = torch.zeros(len(change))
+        change = change.to(share.device)
+        forms = torch.zeros(len(change), device=share.device)
         if isinstance(self._inputs, torch.Tensor):
             forms += ((change @ self._inputs) * change).sum(-1)
         for weighted in self._few:
@@ -111,7 +112,8 @@ class Curvature:
 
     def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """Embedding rows that were looked up, and the gradients of what they gave."""
-        self._looked_up.append((ids.reshape(-1), gradient.reshape(len(ids.reshape(-1)), -1)))
+        flat = ids.reshape(-1).cpu()
+        self._looked_up.append((flat, gradient.reshape(len(flat), -1)))
 
     def take_slopes(self, parameters: dict[str, Any]) -> None:
         """Keeps the gradients of parameters."""
@@ -141,7 +143,10 @@ class Curvature:
 
     def _lookups(self, values: torch.Tensor, rows: torch.Tensor) -> float:
         squares = (
-            (gradient * values[torch.searchsorted(rows, ids)]).sum(-1).square().sum()
+            (gradient * values[torch.searchsorted(rows, ids)].to(gradient.device))
+            .sum(-1)
+            .square()
+            .sum()
             for ids, gradient in self._looked_up
         )
         return 0.5 * float(sum(squares))
@@ -185,7 +190,7 @@ class Curvature:
             change: new less held weights, in the shape that the model held.
         """
         held = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
-        products = held * torch.from_numpy(np.ascontiguousarray(change))
+        products = held * torch.from_numpy(np.ascontiguousarray(change)).to(held.device)
         values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
         return [float(v) / self.n_tokens for v in values]
 
@@ -236,14 +241,14 @@ def measure(
         model.requires_grad_(reference is not None)
         for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
             with torch.inference_mode(False), torch.enable_grad():
-                ids = torch.tensor([documents[i].ids for i in batch])
+                ids = token_ids(model, [documents[i] for i in batch])
                 embedded = model.model.embed_tokens(ids)
                 if reference is None:
                     embedded = embedded.detach().clone().requires_grad_()
                 hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
                 log_probs = torch.log_softmax(model.lm_head(hidden), -1)
                 flat = log_probs.flatten(0, 1)
-                labels = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+                labels = drawn(flat.detach().exp(), generator)
                 (gradient,) = torch.autograd.grad(
                     flat.gather(1, labels).sum(), embedded, retain_graph=reference is not None
                 )
@@ -263,6 +268,12 @@ def measure(
             handle.remove()
         use_sorted_experts(model, layout.layers)
     return found
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label `(tokens, 1)` per row, the same on every device."""
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+    return labels.to(probabilities.device)
 
 
 def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The routed experts' forward on a CPU: tokens sorted by expert, one matrix product per projection.
+"""The routed experts' forward: tokens sorted by expert, one matrix product per projection.
 
 Computes what transformers' `eager` experts compute (a test holds both against each other). Sorting
 replaces the scatter-add over tokens, which dominates the eager forward, and makes the sum over a
@@ -55,7 +55,7 @@ def routed_experts(
             observe(expert, inputs[rows], inner, outputs[rows], sorted_gates[rows])
     outputs.mul_(sorted_gates[:, None])
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
+    inverse[order] = torch.arange(len(order), device=order.device)
     return outputs[inverse].view(n_tokens, k, -1).sum(1)
 
 
@@ -112,7 +112,7 @@ def differentiable_experts(
         watch(expert, "down", inner, outputs[-1])
     weighted = torch.cat(outputs) * gates.reshape(-1)[order].to(hidden.dtype)[:, None]
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
+    inverse[order] = torch.arange(len(order), device=order.device)
     return weighted[inverse].view(n_tokens, k, -1).sum(1)
 
 

@@ -118,10 +118,14 @@ def _kept(rows: torch.Tensor, name: str, rotation: torch.Tensor | None) -> torch
         return rows
     turned = rows.detach()
     if rotation is not None:
+        rotation = rotation.to(rows.device)
         turned = _rotated(turned, rotation)
     fmt = format_named(_FORMATS[name])
-    flat = np.ascontiguousarray(turned.numpy(), dtype=np.float32).reshape(-1, turned.shape[-1])
-    found = torch.from_numpy(ggml.decode(ggml.encode(flat, fmt), fmt)).view(turned.shape)
+    flat = np.ascontiguousarray(turned.cpu().numpy(), dtype=np.float32).reshape(
+        -1, turned.shape[-1]
+    )
+    found = torch.from_numpy(ggml.decode(ggml.encode(flat, fmt), fmt)).to(rows.device)
+    found = found.view(turned.shape)
     if rotation is not None:
         found = _rotated(found, rotation)
     return rows + (found - rows.detach()) if rows.requires_grad else found

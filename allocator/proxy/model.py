@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from allocator.allocation import KV_FORMAT, Allocation
+from allocator.calibration.documents import Document
 from allocator.codecs.source import Floats, group_weights, read_tensor
-from allocator.errors import CheckpointError
+from allocator.errors import AllocatorError, CheckpointError
 from allocator.families import Role
 from allocator.formats import parts
 from allocator.inventory import Inventory
@@ -28,10 +29,14 @@ from allocator.targets import Group, Kept, Layout
 from allocator.units import show_bytes
 
 
-def skeleton(path: Path) -> Any:
+def skeleton(path: Path, device: str = "cpu") -> Any:
     """The architecture of a checkpoint in float32, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
+
+    Args:
+        path: of the checkpoint.
+        device: torch's, where buffers are, and parameters will be.
 
     Raises:
         CheckpointError: if transformers does not accept its config.
@@ -50,7 +55,36 @@ def skeleton(path: Path) -> Any:
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: transformers refuses its config.json: {error}") from None
     model.set_experts_implementation("eager")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model.eval().requires_grad_(False)
+
+
+def check_device(name: str) -> None:
+    """Raises:
+    AllocatorError: if torch cannot compute there.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise AllocatorError(
+            f"torch device {name!r}: {reason} (torch {torch.__version__} is built for {built}); "
+            "needed cpu, or a device of this machine that this torch knows, e.g. cuda"
+        ) from None
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: its buffers are never on the meta device."""
+    found: torch.device = next(model.buffers()).device
+    return found
+
+
+def token_ids(model: Any, documents: Sequence[Document]) -> torch.Tensor:
+    """Ids of documents of one length, `(documents, length)`, where a model computes."""
+    return torch.tensor([d.ids for d in documents]).to(device_of(model))
 
 
 def moe_block(model: Any, layer: int) -> Any:
@@ -63,22 +97,22 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
     resize_router(model, layer, n_experts)
     experts = moe_block(model, layer).experts
     experts.num_experts = n_experts
-    _resize(experts, ("gate_up_proj", "down_proj"), n_experts)
+    _resize(experts, ("gate_up_proj", "down_proj"), n_experts, device_of(model))
 
 
 def resize_router(model: Any, layer: int, n_experts: int) -> None:
     """Gives a layer's router room for `n_experts`; its values are undefined then."""
     gate = moe_block(model, layer).gate
     gate.num_experts = n_experts
-    _resize(gate, ("weight", "e_score_correction_bias"), n_experts)
+    _resize(gate, ("weight", "e_score_correction_bias"), n_experts, device_of(model))
 
 
-def _resize(module: Any, names: tuple[str, ...], n_experts: int) -> None:
+def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.device) -> None:
     for name in names:
         old = getattr(module, name, None)
         if old is None:
             continue
-        new = _memory((n_experts, *old.shape[1:]))
+        new = _memory((n_experts, *old.shape[1:]), device)
         if isinstance(old, nn.Parameter):
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         else:
@@ -98,9 +132,9 @@ def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> 
         moe_block(model, layer).gate.top_k = experts_used
 
 
-def _memory(shape: tuple[int, ...]) -> torch.Tensor:
+def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # else nothing could be put in outside of inference mode
-        return torch.empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def parameter_of(model: Any, name: str) -> torch.Tensor:
@@ -112,7 +146,8 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
     tensor = _existing(model, name)
     if tensor.is_meta:
         module_name, _, attribute = name.rpartition(".")
-        tensor = nn.Parameter(_memory(tuple(tensor.shape)), requires_grad=False)
+        memory = _memory(tuple(tensor.shape), device_of(model))
+        tensor = nn.Parameter(memory, requires_grad=False)
         setattr(model.get_submodule(module_name), attribute, tensor)
         if name == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
             model.lm_head.weight = tensor
@@ -162,7 +197,8 @@ def place(model: Any, group: Group, values: Floats) -> None:
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     _check_shape(tuple(getattr(module, attribute).shape), values.shape, group.name)
-    setattr(module, attribute, nn.Parameter(torch.from_numpy(values), requires_grad=False))
+    there = torch.from_numpy(values).to(device_of(model))
+    setattr(module, attribute, nn.Parameter(there, requires_grad=False))
 
 
 def install_experts(
@@ -261,13 +297,14 @@ def _existing(model: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def _check_memory(inventory: Inventory) -> None:
+def _check_memory(inventory: Inventory, device: str) -> None:
     """Raises:
-    CheckpointError: if the model is larger than the memory that this machine has free.
+    CheckpointError: if the model is larger than the memory that the device has free.
     """
     tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
     needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
-    free = _free_memory()
+    on_gpu = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
     if needed > free:
         raise CheckpointError(
             f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
@@ -297,19 +334,24 @@ class SwapModel:
     """
 
     def __init__(
-        self, layout: Layout, decoded: Callable[[str, str, tuple[int, ...] | None], Floats]
+        self,
+        layout: Layout,
+        decoded: Callable[[str, str, tuple[int, ...] | None], Floats],
+        *,
+        device: str = "cpu",
     ) -> None:
         """Loads the original.
 
         Args:
             layout: groups of the target.
             decoded: group name, format, experts to decoded values.
+            device: torch's, that holds the model.
         """
         self.layout = layout
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
-        _check_memory(self.inventory)
-        self.model = skeleton(self.inventory.path)
+        _check_memory(self.inventory, device)
+        self.model = skeleton(self.inventory.path, device)
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
             self.model.config.tie_word_embeddings = False
         check_names(self.model, layout)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, batches
-from allocator.proxy.model import SwapModel
+from allocator.proxy.model import SwapModel, device_of, token_ids
 
 Array = npt.NDArray[np.float64]
 Row = tuple[float, float, float, float]
@@ -97,7 +97,8 @@ class Scorer(Documents):
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
-        threads: batches that run at once, each on one core; results do not depend on it.
+        threads: batches that run at once, each on one core; results do not depend on it. A GPU
+            runs them one by one.
         progress: shows a bar with this text over documents.
     """
 
@@ -112,7 +113,7 @@ class Scorer(Documents):
         progress: str | None = None,
     ) -> None:
         super().__init__(documents)
-        self._threads = threads
+        self._threads = threads if device_of(swap.model).type == "cpu" else 1
         self._progress = progress
         self.swap = swap
         self.batch_tokens = batch_tokens
@@ -228,7 +229,7 @@ class Scorer(Documents):
         """Logits `(tokens, vocabulary)` of what the model holds now, on one document."""
         model = self.swap.model
         logits: torch.Tensor = model.lm_head(_hidden_states(model, [self.documents[index]])[0])
-        return logits.numpy()
+        return logits.cpu().numpy()
 
     @torch.inference_mode()
     def ensure_reference(self, stop: int) -> None:
@@ -270,6 +271,7 @@ class Scorer(Documents):
         p_log = self._reference(index)
         if index not in self._top1:
             self._top1[index] = p_log.argmax(-1)
+        logits = logits.to(p_log.device)
         return compare(p_log, self._top1[index], logits, self.documents[index].ids)
 
     def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
@@ -290,7 +292,7 @@ def compare(
         logits: the candidate's.
         ids: the tokens.
     """
-    following = torch.tensor(ids[1:])
+    following = torch.tensor(ids[1:]).to(logits.device)
     values: list[list[torch.Tensor]] = [[], [], [], []]
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -329,7 +331,7 @@ def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterato
 
 
 def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
-    ids = torch.tensor([d.ids for d in documents])
+    ids = token_ids(model, documents)
     hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
 

@@ -77,13 +77,15 @@ class StreamedModel:
     Args:
         layout: the groups.
         weights: where their values come from.
+        device: torch's, that computes, and holds the layer and all states.
     """
 
-    def __init__(self, layout: Layout, weights: Weights) -> None:
+    def __init__(self, layout: Layout, weights: Weights, *, device: str = "cpu") -> None:
         self.layout = layout
         self.inventory = layout.inventory
         self.weights = weights
-        self.model = skeleton(self.inventory.path)
+        self.model = skeleton(self.inventory.path, device)
+        self.device = torch.device(device)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
         self._keys_values: dict[str, KeysValues | None] = {}
@@ -123,7 +125,7 @@ class StreamedModel:
             for batch, values in zip(ids, found, strict=True):
                 here = (batch >= start) & (batch < start + len(rows))
                 values[here] = rows[batch[here] - start]
-        return found
+        return [values.to(self.device) for values in found]
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head multiplies, from the last layer's output."""
@@ -150,16 +152,16 @@ class StreamedModel:
 
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of what the head multiplies."""
-        found = torch.empty(len(normed), self.output.shape[0])
+        found = torch.empty(len(normed), self.output.shape[0], device=self.device)
         for start, rows in self._chunks(self.output, candidate):
-            torch.mm(normed, rows.T, out=found[:, start : start + len(rows)])
+            torch.mm(normed, rows.to(self.device).T, out=found[:, start : start + len(rows)])
         return found
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient `(tokens, hidden)` of what the original's head multiplies."""
-        found = torch.zeros(len(gradient), self.output.shape[-1])
+        found = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
         for start, rows in self._chunks(self.output, self.original):
-            found += gradient[:, start : start + len(rows)] @ rows
+            found += gradient[:, start : start + len(rows)] @ rows.to(self.device)
         return found
 
     @property
@@ -253,10 +255,14 @@ class StreamedModel:
                     formats = tuple(self.weights.format_of(candidate, g, expert) for g in groups)
                     alike.setdefault(formats, []).append(i)
             for members in alike.values():
-                weights = [self.weights.of(candidates[members[0]], g, expert) for g in groups]
+                weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
                 add_expert([routings[i] for i in members], expert, weights, act, observe)
         for held, routing in zip(states, routings, strict=True):
             routing.add_to(held.hidden)
+
+    def expert(self, candidate: Candidate, group: Group, expert: int) -> torch.Tensor:
+        """One routed expert's matrix of a projection, where the model computes."""
+        return torch.from_numpy(self.weights.of(candidate, group, expert)).to(self.device)
 
     def groups(self, layer: int | None) -> list[Group]:
         """Groups of a layer; of none: embedding and head."""
@@ -313,12 +319,12 @@ class Routing:
 def add_expert(
     routings: Sequence[Routing],
     expert: int,
-    weights: Sequence[Floats],
+    weights: Sequence[torch.Tensor],
     act: Any,
     observe: Observer | None,
 ) -> None:
     """What one expert gives to its tokens in several computations, times their gates."""
-    gate, up, down = map(torch.from_numpy, weights)
+    gate, up, down = weights
     places = [routing.places(expert) for routing in routings]
     chosen = list(zip(routings, places, strict=True))
     x = torch.cat([routing.inputs[tokens] for routing, (_, tokens) in chosen])
@@ -419,7 +425,8 @@ class StreamedScorer(Documents):
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
         """Logits `(tokens, vocabulary)` of the last candidate of the last pass, on a document."""
         candidate, states = self._last
-        found: npt.NDArray[np.float32] = self.model.logits(states[index], candidate).numpy()
+        logits = self.model.logits(states[index], candidate)
+        found: npt.NDArray[np.float32] = logits.cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -427,7 +434,7 @@ class StreamedScorer(Documents):
         """KL, top-1, overlap and nll of a document of the last pass, from a runtime's logits."""
         states = self._reference[index]
         p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
-        found = torch.from_numpy(logits)
+        found = torch.from_numpy(logits).to(p_log.device)
         return compare(p_log, p_log.argmax(-1), found, self.documents[index].ids)
 
     def _final_states(
