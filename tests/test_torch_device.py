@@ -190,11 +190,11 @@ def test_keys_and_values_are_encoded_on_the_host(documents, make_checkpoint, tmp
     np.testing.assert_allclose(there.kl, here.kl, rtol=1e-2)
 
 
-def test_statistics(layout, documents, bank):
+def test_statistics(layout, documents, bank, tmp_path):
     here = collect(SwapModel(layout, bank.decoded).model, layout, documents)
     swapped = collect(SwapModel(layout, bank.decoded, device=NAME).model, layout, documents)
     streamed = StreamedModel(layout, Weights(layout, lambda: bank), device=NAME)
-    for there in (swapped, collect_streamed(streamed, documents)):
+    for there in (swapped, collect_streamed(streamed, documents, scratch=tmp_path)):
         assert there.counts == here.counts
         for name, values in here.importance.items():
             np.testing.assert_allclose(there.importance[name], values, rtol=1e-4, err_msg=name)

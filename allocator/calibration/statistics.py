@@ -10,8 +10,10 @@ arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens;
 (the seed paper's code).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,10 @@ from tqdm import tqdm
 from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats
 from allocator.families import Role
+from allocator.files import write_whole
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
+from allocator.proxy.kept import Kept
 from allocator.proxy.model import token_ids
 from allocator.proxy.stream import StreamedModel
 from allocator.targets import Group, Layout
@@ -184,6 +188,7 @@ def collect_streamed(
     streamed: StreamedModel,
     documents: Sequence[Document],
     *,
+    scratch: Path,
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> Statistics:
@@ -192,26 +197,79 @@ def collect_streamed(
     Args:
         streamed: of the layout whose groups get importance.
         documents: tokens to run.
+        scratch: an existing folder, where a layer's states and the sums so far wait; a pass over
+            the same documents goes on from there.
         batch_tokens: tokens per forward pass of a layer.
         progress: shows a bar over layers.
     """
     layout = streamed.layout
     sums: dict[str, _MeanSquare] = {}
     experts = _of_layers(layout)
-    chosen = batches(documents, 0, len(documents), n_tokens=batch_tokens)
-    states = streamed.begin([[documents[i] for i in batch] for batch in chosen])
+    chosen = [
+        [documents[i] for i in batch]
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
+    ]
+    n_layers, kept = layout.inventory.n_layers, Kept(scratch, chosen, streamed.device)
+    states, first = streamed.begin(chosen), kept.last("states", n_layers)
     handles = _watch(streamed.model, layout, sums)
     try:
-        layers = range(layout.inventory.n_layers)
-        for layer in tqdm(layers, desc="calibration", unit="layer", disable=not progress):
+        for layer in range(first):
+            _layer_sums(layout, layer, sums, experts).load(scratch)
+        if first:
+            states.hidden = kept.load("states", first)
+        layers = tqdm(
+            range(first, n_layers), desc="calibration", unit="layer", disable=not progress,
+            initial=first, total=n_layers,
+        )  # fmt: skip
+        for layer in layers:
             observe = experts[layer].observe if layer in experts else None
             streamed.run(layer, [states], observe=observe)
+            _layer_sums(layout, layer, sums, experts).save(scratch)
+            kept.save("states", layer + 1, states.hidden)
+            kept.drop("states", layer)
     finally:
         for handle in handles:
             handle.remove()
     for hidden in states.hidden:
         sums[streamed.output.name].add(streamed.normed(hidden))
     return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+@dataclass(frozen=True)
+class _LayerSums:
+    """What a pass has summed in one layer, to and from a file."""
+
+    layer: int
+    products: Mapping[str, _MeanSquare]
+    experts: _Experts | None
+
+    def save(self, folder: Path) -> None:
+        found: dict[str, Any] = {}
+        for name, sums in self.products.items():
+            found[name] = torch.as_tensor(sums.total).cpu().numpy()
+            found[f"n {name}"] = np.array(sums.n)
+        if self.experts is not None:
+            found |= {name: np.asarray(values) for name, values in vars(self.experts).items()}
+        stream = BytesIO()
+        np.savez(stream, **found)
+        write_whole(self._path(folder), stream.getbuffer())
+
+    def load(self, folder: Path) -> None:
+        with np.load(self._path(folder)) as found:
+            for name, sums in self.products.items():
+                sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
+            for name, values in () if self.experts is None else vars(self.experts).items():
+                torch.as_tensor(values)[:] = torch.from_numpy(found[name])
+
+    def _path(self, folder: Path) -> Path:
+        return folder / f"sums-{self.layer}.npz"
+
+
+def _layer_sums(
+    layout: Layout, layer: int, sums: Mapping[str, _MeanSquare], experts: Mapping[int, _Experts]
+) -> _LayerSums:
+    mine = {name: s for name, s in sums.items() if layout.groups[name].layer == layer}
+    return _LayerSums(layer, mine, experts.get(layer))
 
 
 def _of_layers(layout: Layout) -> dict[int, _Experts]:

@@ -17,22 +17,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from allocator.calibration.documents import Document, batches
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, drawn, product_name, watch_products
+from allocator.proxy.kept import Batches, Kept
 from allocator.proxy.model import moe_block
 from allocator.proxy.stream import Routing, StreamedModel
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
 """Gets a group, its expert (None where it has none), and what prices it; keeps nothing of that."""
-
-Batches = list[torch.Tensor]
-"""`(documents, length, hidden)` each."""
 
 
 def measure_streamed(
@@ -65,10 +62,10 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    kept = _Kept(scratch, chosen, streamed.device)
+    kept = Kept(scratch, chosen, streamed.device)
     with torch.inference_mode(False), torch.no_grad():
         if not kept.has("gradients", n_layers):
-            first = max((i for i in range(n_layers + 1) if kept.has("states", i)), default=0)
+            first = kept.last("states", n_layers)
             states = streamed.begin(chosen)
             if first:
                 states.hidden = kept.load("states", first)
@@ -90,34 +87,6 @@ def measure_streamed(
             bar.update()
     bar.close()
     passed.embedding(chosen, gradients)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a pass has come to, on disk, layer by layer."""
-
-    folder: Path
-    chosen: Sequence[Sequence[Document]]
-    device: torch.device
-
-    def has(self, what: str, layer: int) -> bool:
-        return self._path(what, layer).exists()
-
-    def save(self, what: str, layer: int, values: Batches) -> None:
-        """Whole, or not at all."""
-        path = self._path(what, layer)
-        part = path.with_name(f"{path.stem}.part.npy")
-        np.save(part, torch.cat([batch.flatten(0, 1) for batch in values]).cpu().numpy())
-        part.replace(path)
-
-    def load(self, what: str, layer: int) -> Batches:
-        flat = torch.from_numpy(np.load(self._path(what, layer))).to(self.device)
-        shapes = [(len(batch), len(batch[0].ids)) for batch in self.chosen]
-        pieces = torch.split(flat, [n * length for n, length in shapes])
-        return [p.view(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
-
-    def _path(self, what: str, layer: int) -> Path:
-        return self.folder / f"{what}-{layer}.npy"
 
 
 @dataclass

@@ -11,6 +11,7 @@ from allocator.calibration.profiler import ProfileInputs, Profiler, importance_d
 from allocator.calibration.streamed import StreamedProfiler
 from allocator.codecs import ggml
 from allocator.inventory import read_inventory
+from allocator.proxy.stream import StreamedModel
 from allocator.targets import target_named
 
 torch.set_num_threads(1)
@@ -105,3 +106,31 @@ def test_a_stopped_curvature_is_the_undisturbed_one(inputs, tmp_path, monkeypatc
     again = StreamedProfiler(inputs, tmp_path / "stopped")
     assert again.curvature == whole.curvature
     assert not (again.folder / "curvature").exists()
+
+
+def stopped_at(layer, ran):
+    """`StreamedModel.run` that notes layers, and is stopped in this one for the first time."""
+    plain = StreamedModel.run
+
+    def run(self, at, *args, **options):
+        ran.append(at)
+        if at == layer and ran.count(at) == 1:
+            raise KeyboardInterrupt
+        plain(self, at, *args, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_stopped_statistics_are_the_undisturbed_ones(inputs, tmp_path, monkeypatch, layer):
+    whole = StreamedProfiler(inputs, tmp_path / "whole").statistics
+    ran = []
+    monkeypatch.setattr(StreamedModel, "run", stopped_at(layer, ran))
+    with pytest.raises(KeyboardInterrupt):
+        _ = StreamedProfiler(inputs, tmp_path / "stopped").statistics
+    again = StreamedProfiler(inputs, tmp_path / "stopped")
+    assert importance_digest(again.statistics.importance) == importance_digest(whole.importance)
+    assert again.statistics.saliency == whole.saliency
+    assert again.statistics.counts == whole.counts
+    assert ran == [*range(layer + 1), *range(layer, inputs.layout.inventory.n_layers)]
+    assert not (again.folder / "statistics").exists()

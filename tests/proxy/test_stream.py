@@ -121,7 +121,7 @@ def test_statistics_are_those_of_the_model_in_memory(layout, documents, tmp_path
     swap = SwapModel(layout, Bank(tmp_path, layout, {}).decoded)
     whole = collect(swap.model, layout, documents)
     weights = Weights(layout, lambda: Bank(tmp_path, layout, {}))
-    found = collect_streamed(StreamedModel(layout, weights), documents)
+    found = collect_streamed(StreamedModel(layout, weights), documents, scratch=tmp_path)
     assert found.counts == whole.counts
     assert found.unreached == whole.unreached
     assert found.importance.keys() == whole.importance.keys()
