@@ -121,15 +121,21 @@ def bank(layout, tmp_path):
 
 
 def candidates(layout):
-    def candidate(fmt, first, **told):
+    def candidate(fmt, first, *, experts_used=2, **changes):
         return Allocation.of(
             target="gguf",
             retained=dict.fromkeys(layout.layers, tuple(range(first, 8))),
-            formats=dict.fromkeys(layout.groups, fmt),
-            **{"experts_used": 2, **told},
+            formats=dict.fromkeys(layout.groups, fmt) | changes,
+            experts_used=experts_used,
         )
 
-    return [candidate("Q8_0", 0), candidate("Q4_0", 2), candidate("Q5_0", 1, experts_used=1)]
+    late = {f"layers.{max(layout.layers)}.attention.o": "Q4_0"}
+    return [
+        candidate("Q8_0", 0),
+        candidate("Q8_0", 0, **late),
+        candidate("Q4_0", 2),
+        candidate("Q5_0", 1, experts_used=1),
+    ]
 
 
 def same(a, b, tolerance=1e-6):
@@ -156,8 +162,6 @@ def test_losses_in_memory(layout, documents, bank):
     assert there.swap.model.lm_head.weight.device.type == NAME
     there.ensure_reference(len(documents))
     assert there.reference(0).device.type == NAME
-    there.swap.reset()
-    same(there.score_from(1), here.score_original())
 
 
 def test_losses_layer_by_layer(layout, documents, bank):

@@ -429,19 +429,13 @@ class Profiler:
         """Measures changes, as they are asked for."""
         if not changes:
             return
-        scorer = Scorer(self.swap, self._measured_documents, threads=self.threads)
+        scorer = Scorer(  # a change begins where the original's states enter its layer
+            self.swap, self._measured_documents, threads=self.threads, boundary_bytes=math.inf
+        )
         scorer.ensure_reference(len(scorer.documents))
         for change in changes:
-            candidate = self.candidate(change)
-            scorer.swap.put(
-                formats=dict(candidate.format_of),
-                retained=dict(candidate.retained_experts),
-                experts_used=candidate.experts_used,
-                kv_format=candidate.kv_format,
-            )
-            first = self._first_layer(change)
-            losses = scorer.score_installed() if first is None else scorer.score_from(first)
-            yield change, mean(losses.kl, scorer.documents)
+            scorer.swap.put(self.candidate(change))
+            yield change, mean(scorer.score_installed(keep=False).kl, scorer.documents)
 
     def settings(self, space: Space) -> dict[str, dict[Any, float]]:
         """What the original loses by every setting of a space alone, nats per token; kept."""

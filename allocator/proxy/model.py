@@ -25,6 +25,7 @@ from allocator.formats import parts
 from allocator.inventory import Inventory
 from allocator.proxy.experts import use_sorted_experts
 from allocator.proxy.keys_values import KeysValues, attach, keys_values
+from allocator.proxy.weights import Candidate
 from allocator.targets import Group, Kept, Layout
 from allocator.units import show_bytes
 
@@ -369,57 +370,37 @@ class SwapModel:
                 install_kept(self.model, kept, self._kept[kept.source], None)
         self.reset()
 
+    @property
+    def held(self) -> Candidate:
+        """What it computes now."""
+        formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
+        return Candidate(formats, dict(self.retained), self.experts_used, self.kv_format)
+
     def reset(self) -> None:
         """The original's weights, all experts, its own number of experts used, exact keys."""
-        self.put(
-            formats=dict.fromkeys(self.layout.groups),
-            retained=dict.fromkeys(self.layout.layers, self._all),
-            experts_used=self.inventory.experts_used,
-        )
+        self.put(Candidate.original(self.layout))
 
     @contextmanager
     def original(self) -> Iterator[Any]:
         """The model as the original; what it held before is put back afterwards."""
-        formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
-        retained, experts_used = dict(self.retained), self.experts_used
-        kv_format = self.kv_format
+        before = self.held
         self.reset()
         try:
             yield self.model
         finally:
-            self.put(
-                formats=formats, retained=retained, experts_used=experts_used, kv_format=kv_format
-            )
+            self.put(before)
 
     def put_allocation(self, allocation: Allocation) -> None:
         """Makes the model what an allocation's file computes."""
-        self.put(
-            formats=dict(allocation.formats),
-            retained=allocation.retained_experts,
-            experts_used=allocation.experts_used,
-            kv_format=allocation.kv_format,
-        )
+        self.put(Candidate.of(allocation))
 
-    def put(
-        self,
-        *,
-        formats: dict[str, str | None],
-        retained: dict[int, tuple[int, ...]],
-        experts_used: int,
-        kv_format: str = KV_FORMAT,
-    ) -> None:
-        """Makes the model the candidate; decodes only what changes.
-
-        Args:
-            formats: format or parts by group, None for the original's own weights; all groups.
-            retained: experts by MoE layer; all layers.
-            experts_used: routed experts per token.
-            kv_format: of keys and values.
-        """
+    def put(self, candidate: Candidate) -> None:
+        """Makes the model the candidate; decodes only what changes."""
+        retained = candidate.retained_experts
         for layer, experts in retained.items():
             if self.retained.get(layer) != experts:
                 self._retain(layer, experts)
-        for name, fmt in formats.items():
+        for name, fmt in candidate.format_of.items():
             group = self.layout.groups[name]
             held = None
             if group.role.is_expert and group.layer is not None:
@@ -438,11 +419,11 @@ class SwapModel:
             else:
                 self._put_experts(group, before, fmt, held)
             self.state[name] = wanted
-        set_experts_used(self.model, self.layout.layers, experts_used)
-        self.experts_used = experts_used
-        if kv_format != self.kv_format:
-            self._keys_values = keys_values(self.inventory.config, kv_format)
-            self.kv_format = kv_format
+        self.experts_used = candidate.experts_used
+        set_experts_used(self.model, self.layout.layers, self.experts_used)
+        if candidate.kv_format != self.kv_format:
+            self._keys_values = keys_values(self.inventory.config, candidate.kv_format)
+            self.kv_format = candidate.kv_format
 
     def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:
         """Decodes the experts of a projection that are not held in their format already."""

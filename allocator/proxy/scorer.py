@@ -11,7 +11,7 @@ too while they fit in `cache_bytes`; beyond that the head runs again for them.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, batches
+from allocator.proxy.boundaries import Boundaries, Choices, Entering, starting_at
 from allocator.proxy.model import SwapModel, device_of, token_ids
 
 Array = npt.NDArray[np.float64]
@@ -97,6 +98,7 @@ class Scorer(Documents):
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
+        boundary_bytes: memory for what entered layers before, see `Boundaries`.
         threads: batches that run at once, each on one core; results do not depend on it. A GPU
             runs them one by one.
         progress: shows a bar with this text over documents.
@@ -109,6 +111,7 @@ class Scorer(Documents):
         *,
         batch_tokens: int = 2048,
         cache_bytes: int = 2 << 30,
+        boundary_bytes: float = 512 << 20,
         threads: int = 1,
         progress: str | None = None,
     ) -> None:
@@ -122,7 +125,8 @@ class Scorer(Documents):
         self._log_probs: dict[int, torch.Tensor] = {}
         self._head: torch.Tensor | None = None
         self._top1: dict[int, torch.Tensor] = {}
-        self._boundaries: list[list[torch.Tensor]] = []
+        self._choices = Choices(swap.layout)
+        self._boundaries = Boundaries(boundary_bytes)
 
     @torch.inference_mode()
     def score(
@@ -145,44 +149,63 @@ class Scorer(Documents):
         return self.score_installed()
 
     @torch.inference_mode()
-    def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:
-        """Losses of what the model holds now."""
-        return self.score_model(self.swap.model, start, stop)
+    def score_installed(
+        self, start: int = 0, stop: int | None = None, *, keep: bool = True
+    ) -> DocumentLosses:
+        """Losses of what the model holds now; begins in the first layer that is a new one.
+
+        Args:
+            start: first document.
+            stop: behind the last one.
+            keep: what enters its layers may serve candidates that come later.
+        """
+        stop = len(self.documents) if stop is None else stop
+        self.ensure_reference(stop)
+        chosen = list(self._batches(start, stop))
+        model = self.swap.model
+
+        def work(batch: list[int], hidden: torch.Tensor) -> list[Row]:
+            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
+
+        with self._forward(chosen, keep=keep) as states_of:
+            return self._losses(lambda b: work(b, states_of(b)), chosen, self._threads)
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
         """Losses of any transformers model with this vocabulary, e.g. a re-opened checkpoint."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
-        chosen = list(self._batches(start, stop))
 
         def work(batch: list[int]) -> list[Row]:
             hidden = _hidden_states(model, [self.documents[i] for i in batch])
             return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
 
-        # another model may decode its weights inside the forward: one batch at a time
-        threads = self._threads if model is self.swap.model else 1
-        return self._losses(work, chosen, threads)
+        # it may decode its weights inside the forward: one batch at a time
+        return self._losses(work, list(self._batches(start, stop)), 1)
 
-    @torch.inference_mode()
-    def score_from(self, layer: int) -> DocumentLosses:
-        """Losses of what the model holds now, where everything before `layer` is the original's.
+    @contextmanager
+    def _forward(
+        self, chosen: Sequence[list[int]], *, keep: bool
+    ) -> Iterator[Callable[[list[int]], torch.Tensor]]:
+        """The last layer's output of what the model holds, by batch, from several threads."""
+        model, before = self.swap.model, self._choices.before(self.swap.held)
+        first = self._boundaries.deepest(before, chosen)
+        begin = {i[0]: self._boundaries.get(before[first], i) for i in chosen} if first else {}
+        entering = Entering()
 
-        Starts at the original's hidden states there, so it computes what `score_installed` does
-        with that share of the layers; those states stay in memory: tokens x hidden per layer.
-        """
-        self._ensure_boundaries()
-        model = self.swap.model
-        states = {batch[0]: held for batch, held in zip(self._all(), self._boundaries, strict=True)}
+        def states(batch: list[int]) -> torch.Tensor:
+            entering.states = []
+            if first:
+                given = {"inputs_embeds": begin[batch[0]]}
+            else:
+                given = {"input_ids": token_ids(model, [self.documents[i] for i in batch])}
+            found: torch.Tensor = model.model(**given, use_cache=False).last_hidden_state
+            for layer, entered in enumerate(entering.states, first):
+                self._boundaries.keep(before[layer], batch, entered)
+            return found
 
-        def work(batch: list[int]) -> list[Row]:
-            hidden = model.model(
-                inputs_embeds=states[batch[0]][layer], use_cache=False
-            ).last_hidden_state
-            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
-
-        with _starting_at(model, layer):
-            return self._losses(work, self._all(), self._threads)
+        with starting_at(model, first), entering.noting(model) if keep else nullcontext():
+            yield states
 
     def _losses(
         self, work: Callable[[list[int]], list[Row]], batches: list[list[int]], threads: int
@@ -198,25 +221,6 @@ class Scorer(Documents):
                 rows += found
                 bar.update(len(found))
         return losses_of(rows)
-
-    def _ensure_boundaries(self) -> None:
-        """Collects the original's hidden states before every layer, batch by batch."""
-        self.ensure_reference(len(self.documents))
-        if self._boundaries:
-            return
-        with self.swap.original() as model:
-            for batch in self._all():
-                states: list[torch.Tensor] = []
-                handles = [
-                    block.register_forward_pre_hook(
-                        lambda _, args, states=states: states.append(args[0].clone())
-                    )
-                    for block in model.model.layers
-                ]
-                _hidden_states(model, [self.documents[i] for i in batch])
-                for handle in handles:
-                    handle.remove()
-                self._boundaries.append(states)
 
     @torch.inference_mode()
     def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
@@ -245,11 +249,10 @@ class Scorer(Documents):
                 self._head = model.lm_head.weight.clone()
             missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
 
-            def work(batch: list[int]) -> torch.Tensor:
-                return _hidden_states(model, [self.documents[i] for i in batch]).clone()
-
-            for batch, states in zip(missing, _mapped(work, missing, self._threads), strict=True):
-                self._hidden.update(zip(batch, states, strict=True))
+            with self._forward(missing, keep=True) as states_of:
+                found = _mapped(lambda b: states_of(b).clone(), missing, self._threads)
+                for batch, states in zip(missing, found, strict=True):
+                    self._hidden.update(zip(batch, states, strict=True))
 
     @torch.inference_mode()
     def reference(self, index: int) -> torch.Tensor:
@@ -334,17 +337,6 @@ def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
     ids = token_ids(model, documents)
     hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
-
-
-@contextmanager
-def _starting_at(model: Any, layer: int) -> Iterator[None]:
-    """The model without the layers before `layer`; it then takes their output as embeddings."""
-    whole = model.model.layers
-    model.model.layers = whole[layer:]
-    try:
-        yield
-    finally:
-        model.model.layers = whole
 
 
 def mean(values: Array, documents: Sequence[Document]) -> float:

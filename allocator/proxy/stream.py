@@ -29,6 +29,7 @@ from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats, read_tensor
 from allocator.families import Role
+from allocator.proxy.boundaries import Choices
 from allocator.proxy.experts import Observer
 from allocator.proxy.keys_values import KeysValues, attach, keys_values
 from allocator.proxy.model import (
@@ -88,6 +89,7 @@ class StreamedModel:
         self.device = torch.device(device)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
+        self.choices = Choices(layout)
         self._keys_values: dict[str, KeysValues | None] = {}
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
@@ -101,14 +103,6 @@ class StreamedModel:
         self._kept: dict[int | None, list[Kept]] = {}
         for kept in layout.kept:
             self._kept.setdefault(kept.layer, []).append(kept)
-
-    def choices(self, layer: int | None, candidate: Candidate) -> Any:
-        """What a candidate decides in a layer (None: the embedding); equals compute alike."""
-        if layer is None:
-            return candidate.format_of[str(Role.EMBEDDING)]
-        formats = tuple(candidate.format_of[g.name] for g in self._groups[layer])
-        told = candidate.experts_used, candidate.kv_format
-        return formats, candidate.retained_experts.get(layer), told
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """The original's states before the first layer, for documents by batch."""
@@ -464,7 +458,7 @@ class StreamedScorer(Documents):
         for held in states:
             members: dict[Any, list[int]] = {}
             for i in held.members:
-                members.setdefault(self.model.choices(layer, wanted[i]), []).append(i)
+                members.setdefault(self.model.choices.of(layer, wanted[i]), []).append(i)
             found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
         return found
 

@@ -23,6 +23,7 @@ from allocator.profile import SALIENCIES, Change, Profile
 from allocator.proxy.curvature import measure
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer
+from allocator.proxy.weights import Candidate
 from allocator.targets import GGUF, SAFETENSORS
 
 torch.set_num_threads(1)
@@ -224,14 +225,16 @@ def test_losses_are_of_one_change_each(inputs, finished):
         change = checked[name]
         assert isinstance(change, Change)
         formats = dict.fromkeys(layout.groups) | change.formats
-        swap.put(formats=formats, retained=everyone, experts_used=2)
+        swap.put(Candidate(format_of=formats, retained_experts=everyone, experts_used=2))
         expected = naive_kl(path, swap.model, few)
         assert change.kl == pytest.approx(expected, rel=1e-3, abs=1e-7), name
     best = np.argsort(np.negative(profile.saliency["fisher"][1]), kind="stable")[:4]
     swap.put(
-        formats=dict.fromkeys(layout.groups),
-        retained={**everyone, 1: tuple(sorted(best.tolist()))},
-        experts_used=2,
+        Candidate(
+            format_of=dict.fromkeys(layout.groups),
+            retained_experts={**everyone, 1: tuple(sorted(best.tolist()))},
+            experts_used=2,
+        )
     )
     assert profile.pruned[1][4] == pytest.approx(naive_kl(path, swap.model, few), rel=1e-3)
     assert profile.pruned[1][2] > profile.pruned[1][7] >= 0
@@ -381,9 +384,13 @@ def test_pruned_counts_suit_a_router_with_expert_groups(make_checkpoint, make_do
     assert counts == {12}  # six used of two chosen groups: three in each
     swap = SwapModel(layout, profiler.bank.decoded)
     swap.put(
-        formats=dict.fromkeys(layout.groups),
-        retained={layer: tuple(e for e in range(16) if e % 4 < 3) for layer in layout.layers},
-        experts_used=6,
+        Candidate(
+            format_of=dict.fromkeys(layout.groups),
+            retained_experts={
+                layer: tuple(e for e in range(16) if e % 4 < 3) for layer in layout.layers
+            },
+            experts_used=6,
+        )
     )
     with torch.inference_mode():
         assert swap.model(torch.tensor([[0, 1, 2]])).logits.isfinite().all()

@@ -31,7 +31,7 @@ def opened(request, case, written):
 def candidate_logits(made):
     allocation = made.allocation()
     swap = made.scorer.swap
-    swap.put(formats=dict(allocation.formats), retained=allocation.retained_experts, experts_used=2)
+    swap.put_allocation(allocation)
     with torch.inference_mode():
         return swap.model(IDS).logits
 
@@ -118,7 +118,7 @@ def test_tied_embeddings(checkpoints, tmp_path):
     bank = Bank(tmp_path / "bank", layout, {})
     materialize(allocation, bank, tmp_path / "out", container="safetensors", importance="i")
     swap = SwapModel(layout, bank.decoded)
-    swap.put(formats=dict(allocation.formats), retained=allocation.retained_experts, experts_used=2)
+    swap.put_allocation(allocation)
     with torch.inference_mode():
         expected = swap.model(IDS).logits
         for dense in (False, True):

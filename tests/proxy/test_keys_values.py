@@ -19,7 +19,7 @@ from allocator.proxy.keys_values import KeysValues, hadamard, keys_values
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import StreamedModel, StreamedScorer
-from allocator.proxy.weights import Weights
+from allocator.proxy.weights import Candidate, Weights
 from allocator.targets import GGUF
 
 torch.set_num_threads(1)
@@ -78,10 +78,7 @@ def test_a_candidate_computes_what_llama_cpp_does(opened, name, kv_format):
     scorer = Scorer(SwapModel(layout, bank.decoded), documents, threads=1)
     logits = {}
     for fmt in ("f16", kv_format):
-        scorer.swap.put(
-            formats=dict(whole.formats), retained=whole.retained_experts,
-            experts_used=whole.experts_used, kv_format=fmt,
-        )  # fmt: skip
+        scorer.swap.put(replace(Candidate.of(whole), kv_format=fmt))
         logits[fmt] = [scorer.candidate_logits(i) for i in range(N_DOCUMENTS)]
     with LlamaCpp(path, context=LENGTH, exact=False, kv_format=kv_format) as llama:
         theirs = [llama.logits(d.ids) for d in documents]
@@ -108,10 +105,7 @@ def test_streamed_and_in_memory_agree(opened):
 def test_the_original_is_scored_exact_beside_a_candidate(opened):
     layout, bank, whole, *_ = opened("head 64")
     swap = SwapModel(layout, bank.decoded)
-    swap.put(
-        formats=dict(whole.formats), retained=whole.retained_experts,
-        experts_used=whole.experts_used, kv_format="q4_0",
-    )  # fmt: skip
+    swap.put(replace(Candidate.of(whole), kv_format="q4_0"))
     with swap.original():
         assert swap.kv_format == "f16"
     assert swap.kv_format == "q4_0"

@@ -16,6 +16,7 @@ from allocator.codecs.bank import Bank
 from allocator.errors import CheckpointError
 from allocator.inventory import read_inventory
 from allocator.proxy.model import SwapModel
+from allocator.proxy.weights import Candidate
 from allocator.targets import GGUF, SAFETENSORS
 
 torch.set_num_threads(1)
@@ -55,9 +56,13 @@ def snapshot(model):
 def put(swap, fmt=None, retained=None, experts_used=2):
     layers = swap.layout.layers
     swap.put(
-        formats=dict.fromkeys(swap.layout.groups, fmt),
-        retained={layer: (retained or {}).get(layer, tuple(range(8))) for layer in layers},
-        experts_used=experts_used,
+        Candidate(
+            format_of=dict.fromkeys(swap.layout.groups, fmt),
+            retained_experts={
+                layer: (retained or {}).get(layer, tuple(range(8))) for layer in layers
+            },
+            experts_used=experts_used,
+        )
     )
 
 
@@ -102,7 +107,7 @@ def in_parts(swap, texts):
         for n, g in swap.layout.groups.items()
     }
     retained = dict.fromkeys(layers, (0, 2, 3, 5, 7))
-    swap.put(formats=formats, retained=retained, experts_used=2)
+    swap.put(Candidate(format_of=formats, retained_experts=retained, experts_used=2))
 
 
 FIRST = {"gate": "Q8_0:2,7+Q4_0:0,3,5", "up": "Q5_0", "down": "Q5_0:0,3+Q4_0:2,5,7"}
@@ -276,7 +281,7 @@ def test_a_group_changes_nothing_but_its_own_weights(checkpoints, tmp_path):
     before = snapshot(swap.model)
     formats = dict.fromkeys(swap.layout.groups)
     formats["layers.1.attention.v_b"] = "Q4_0"
-    swap.put(formats=formats, retained=swap.retained, experts_used=2)
+    swap.put(Candidate(format_of=formats, retained_experts=swap.retained, experts_used=2))
     after = snapshot(swap.model)
     assert {k for k in after if not torch.equal(after[k], before[k])} == {
         "model.layers.1.self_attn.kv_b_proj.weight"
@@ -340,9 +345,11 @@ def test_a_put_that_fails_does_not_spoil_the_next(checkpoints, name, tmp_path):
     before = snapshot(swap.model)
     with pytest.raises(KeyError):
         swap.put(
-            formats={"no such group": None},
-            retained=dict.fromkeys(swap.layout.layers, (0, 3, 4)),
-            experts_used=1,
+            Candidate(
+                format_of={"no such group": None},
+                retained_experts=dict.fromkeys(swap.layout.layers, (0, 3, 4)),
+                experts_used=1,
+            )
         )
     swap.reset()
     after = snapshot(swap.model)

@@ -1,6 +1,7 @@
 """The proxy loss against float64 formulas on transformers' own logits, and its bookkeeping."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from allocator.codecs.bank import Bank
 from allocator.inventory import read_inventory
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer, by_domain, mean, perplexity
+from allocator.proxy.weights import Candidate
 from allocator.targets import GGUF
 
 torch.set_num_threads(1)
@@ -188,16 +190,84 @@ def test_summary_is_of_the_first_documents(swap, documents):
     assert set(summary["kl_by_domain"]) == {"d0", "d1"}
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_starting_at_a_layer_is_the_whole_forward(swap, documents, layer):
+def layers_run(swap, scorer, chosen, *span, keep=True):
+    """Losses of a candidate, and how many documents every layer ran."""
+    ran = {}
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, layer=layer: ran.update({layer: ran.get(layer, 0) + len(args[0])})
+        )
+        for layer, block in enumerate(swap.model.model.layers)
+    ]
+    try:
+        swap.put(chosen)
+        return scorer.score_installed(*span, keep=keep), ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def changed(candidate, **formats):
+    return replace(candidate, format_of={**candidate.format_of, **formats})
+
+
+def test_a_candidate_begins_in_the_first_layer_where_it_is_new(swap, documents):
+    scorer, n = Scorer(swap, documents), len(documents)
+    n_layers = swap.layout.inventory.n_layers
+    one = Candidate.of(allocation(swap, "Q8_0"))
+    _, ran = layers_run(swap, scorer, one)
+    assert ran[0] == 2 * n  # the original's too
+    for layer in range(n_layers):
+        late = changed(one, **{f"layers.{layer}.attention.o": "Q4_0"})
+        found, ran = layers_run(swap, scorer, late, keep=False)
+        assert ran == dict.fromkeys(range(layer, n_layers), n)
+        fresh = Scorer(swap, documents, boundary_bytes=0)
+        whole, ran = layers_run(swap, fresh, late)
+        assert ran[layer] > n
+        identical(found, whole)
+        assert (found.kl != scorer.score(allocation(swap, "Q8_0")).kl).any()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"experts_used": 1}, {"retained_experts": 5}, {"format_of": "embedding"}],
+    ids=str,
+)
+def test_what_is_told_or_retained_begins_where_it_counts(swap, documents, told):
+    scorer, one = Scorer(swap, documents), Candidate.of(allocation(swap, "Q8_0"))
+    layers_run(swap, scorer, one)
+    if "retained_experts" in told:
+        last = max(swap.layout.layers)
+        told = {"retained_experts": {**one.retained_experts, last: tuple(range(5))}}
+    if "format_of" in told:
+        told = {"format_of": {**one.format_of, "embedding": "Q4_0"}}
+    other = replace(one, **told)
+    found, ran = layers_run(swap, scorer, other)
+    first = max(swap.layout.layers) if "retained_experts" in told else 0
+    assert min(ran) == first
+    identical(found, layers_run(swap, Scorer(swap, documents, boundary_bytes=0), other)[0])
+
+
+def test_other_batches_are_other_states(swap, documents):
+    """The last bit of a sum depends on the batch that it is part of."""
+    one = Candidate.of(allocation(swap, "Q8_0"))
+    scorer = Scorer(swap, documents, batch_tokens=40)
+    layers_run(swap, scorer, one)
+    _, ran = layers_run(swap, scorer, one, 0, 1)  # alone, not with the second
+    assert min(ran) == 0
+    _, ran = layers_run(swap, scorer, one, 0, 1)
+    assert min(ran) == swap.layout.inventory.n_layers - 1
+
+
+def test_a_settings_change_of_the_original_runs_its_own_layers_only(swap, documents):
     scorer = Scorer(swap, documents)
-    formats = dict.fromkeys(swap.layout.groups)
-    formats[f"layers.{layer}.attention.o"] = "Q4_0"
-    swap.reset()
-    swap.put(formats=formats, retained=dict(swap.retained), experts_used=2)
-    found = scorer.score_from(layer)
+    original = Candidate.original(swap.layout)
+    last = swap.layout.inventory.n_layers - 1
+    scorer.ensure_reference(len(documents))
+    late = changed(original, **{f"layers.{last}.attention.o": "Q4_0"})
+    found, ran = layers_run(swap, scorer, late, keep=False)
+    assert ran == {last: len(documents)}
     assert (found.kl > 1e-5).any()
-    same(found, scorer.score_installed())
 
 
 def test_threads_change_nothing(swap, documents):
@@ -206,4 +276,9 @@ def test_threads_change_nothing(swap, documents):
     one = Scorer(swap, documents, batch_tokens=40).score(chosen)
     scorer = Scorer(swap, documents, batch_tokens=40, threads=3)
     identical(scorer.score(chosen), one)
-    identical(scorer.score_from(0), Scorer(swap, documents, batch_tokens=40).score_from(0))
+    later = Scorer(swap, documents, batch_tokens=40, boundary_bytes=0)
+    last = f"layers.{swap.layout.inventory.n_layers - 1}.attention.o"
+    late = changed(Candidate.of(chosen), **{last: "Q8_0"})
+    begun, ran = layers_run(swap, scorer, late)
+    assert len(ran) == 1
+    identical(begun, layers_run(swap, later, late)[0])

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from allocator.proxy.weights import Candidate
 from allocator.profile import SALIENCIES
 from allocator.proxy.scorer import Scorer
 from allocator.workspace import Workspace
@@ -37,12 +38,9 @@ class Layers:
             n = self.layout.inventory.n_experts
             retained = dict.fromkeys(self.layout.layers, tuple(range(n))) | {layer: key[1]}
             self.scorer.ensure_reference(len(self.scorer.documents))
-            self.swap.put(
-                formats=dict.fromkeys(self.layout.groups),
-                retained=retained,
-                experts_used=self.layout.inventory.experts_used,
-            )
-            self.known[key] = float(self.scorer.score_from(layer).kl.mean())
+            original = Candidate.original(self.layout)
+            self.swap.put(replace(original, retained_experts=retained))
+            self.known[key] = float(self.scorer.score_installed(keep=False).kl.mean())
         return self.known[key]
 
 
