@@ -428,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="default: study.toml")
     p.add_argument(
         "--storage",
-        help="RDB URL or journal:PATH, shared or not (default: a journal in the folder)",
+        help="database URL, grpc://HOST:PORT or journal:PATH (default: a journal in the folder)",
     )
     p.add_argument(
         "--workers",

@@ -104,7 +104,8 @@ def search(
             study.toml's.
         seconds: stop after so long instead.
         tokens: stop within so many forward tokens instead, profile and pick included.
-        storage: an RDB URL, `journal:PATH`, or None for a journal in the folder.
+        storage: a database URL, `grpc://HOST:PORT` or `journal:PATH`; by default a journal in the
+            folder.
         sampler: instead of study.toml's.
         seed: instead of study.toml's.
         join: work beside a search that is running on this machine.

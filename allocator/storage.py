@@ -23,7 +23,9 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,12 +34,15 @@ from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from allocator.errors import StudyError
 
+_PROXY = "grpc://"
+_MOST_PORT = 65535
+_ANSWER_SECONDS = 20.0  # until a proxy must have answered
 _RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
 _BLOCK_BYTES = 1 << 16
 _POLL_SECONDS = 0.02
@@ -51,7 +56,7 @@ def journal_path(spec: str | None, study_dir: Path) -> Path | None:
     """The absolute path of the journal that `spec` names; None when it names a database.
 
     Raises:
-        StudyError: if `spec` is neither None, `journal:PATH` nor a database URL.
+        StudyError: if `spec` is neither None, `journal:PATH`, a database URL nor a proxy's.
     """
     if spec is None:
         return (study_dir / "journal").absolute()
@@ -60,8 +65,8 @@ def journal_path(spec: str | None, study_dir: Path) -> Path | None:
     if "://" in spec:
         return None
     raise StudyError(
-        f"storage: got {spec!r}, needed journal:PATH or a database URL such as "
-        "sqlite:///trials.db; leave it out to keep the trials in the study's own folder"
+        f"storage: got {spec!r}, needed journal:PATH, a database URL such as sqlite:///trials.db, "
+        "or grpc://HOST:PORT; leave it out to keep the trials in the study's own folder"
     )
 
 
@@ -69,7 +74,8 @@ def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
     """The Optuna storage of `spec`, created if it is not there yet.
 
     Args:
-        spec: None for `study_dir/journal`, `journal:PATH`, or a database URL (`sqlite:///...`).
+        spec: None for `study_dir/journal`, `journal:PATH`, a database URL (`sqlite:///...`), or
+            `grpc://HOST:PORT` of a running `optuna.storages.run_grpc_proxy_server`.
         study_dir: the study's folder.
 
     Raises:
@@ -80,7 +86,7 @@ def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
     if path is not None:
         return _open_journal(path)
     assert spec is not None
-    return _open_database(spec)
+    return _open_proxy(spec) if spec.startswith(_PROXY) else _open_database(spec)
 
 
 def repair_storage(spec: str | None, study_dir: Path) -> list[str]:
@@ -330,6 +336,31 @@ def _open_database(url: str) -> BaseStorage:
         ) from error
 
 
+def _open_proxy(spec: str) -> BaseStorage:
+    """Optuna's proxy, once it answers."""
+    host, _, port = spec.removeprefix(_PROXY).rstrip("/").rpartition(":")
+    if not host or not port.isdigit() or int(port) > _MOST_PORT:
+        raise StudyError(f"storage {spec}: needed grpc://HOST:PORT, e.g. grpc://server:13000")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            storage = GrpcStorageProxy(host=host, port=int(port))
+        storage.wait_server_ready(timeout=_ANSWER_SECONDS)
+    except ImportError as error:
+        raise StudyError(f"storage {spec}: {error}; pip install '.[grpc]'") from None
+    except ConnectionError as error:
+        raise StudyError(
+            f"storage {spec}: {error}; needed a machine where Optuna's run_grpc_proxy_server runs"
+        ) from None
+    return storage
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What storages raise where their database, or proxy, is gone."""
+    grpc = sys.modules.get("grpc")
+    return (StorageInternalError,) if grpc is None else (StorageInternalError, grpc.RpcError)
+
+
 def _begin_immediately(storage: RDBStorage) -> None:
     """Takes sqlite's write lock as a transaction begins.
 
@@ -358,8 +389,10 @@ def reaching(spec: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except StorageInternalError as error:
+    except _lost() as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if details := getattr(cause, "details", None):  # gRPC's
+            cause = StudyError(str(details()))
         raise StudyError(
             f"storage {_without_password(spec or '')}: {_first_line(cause)}; finished trials are "
             "kept: run the same command when the database can be reached"

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -592,6 +594,30 @@ def postgresql(postgresql_server, tmp_path):
     return f"postgresql+psycopg://postgres@/{name}?host={postgresql_server}"
 
 
+PROXY = """
+import sys
+from pathlib import Path
+from optuna.storages import run_grpc_proxy_server
+from allocator.storage import open_storage
+
+run_grpc_proxy_server(open_storage(sys.argv[1], Path()), host="localhost", port=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def grpc_server(tmp_path):
+    """Optuna's proxy before an empty sqlite file: its spec, and its process."""
+    pytest.importorskip("grpc", reason="no grpcio: pip install '.[grpc]'")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROXY, f"sqlite:///{tmp_path}/proxied.db", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    yield f"grpc://localhost:{port}", server
+    server.kill()
+    server.wait()
+
+
 @pytest.fixture
 def shared(request, tmp_path):
     """`shared(kind)`: the spec of an empty storage that several processes may use."""
@@ -599,6 +625,8 @@ def shared(request, tmp_path):
     def make(kind):
         if kind == "postgresql":
             return request.getfixturevalue("postgresql")
+        if kind == "grpc":
+            return request.getfixturevalue("grpc_server")[0]
         specs = {"journal": "journal:{}/shared", "sqlite": "sqlite:///{}/shared.db"}
         return specs[kind].format(tmp_path)
 
@@ -619,6 +647,8 @@ def opened(tmp_path):
     yield make
     for storage in made:
         storage.remove_session()
+        if hasattr(storage, "close"):
+            storage.close()
         for layer in (storage, getattr(storage, "_backend", None)):
             if hasattr(layer, "engine"):
                 layer.engine.dispose()

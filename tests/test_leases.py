@@ -33,7 +33,7 @@ from allocator.trials import (
     not_abandoned,
 )
 
-STORAGES = ["journal", "sqlite", "postgresql"]
+STORAGES = ["journal", "sqlite", "postgresql", "grpc"]
 
 
 @pytest.fixture(autouse=True)

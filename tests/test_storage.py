@@ -23,6 +23,7 @@ from allocator import storage
 from allocator.errors import StudyError
 from allocator.storage import (
     open_storage,
+    reaching,
     remove_stale_lock,
     repair_journal,
     repair_storage,
@@ -496,3 +497,30 @@ def test_disk_full_beside_a_living_search(written, tmp_path):
     study.add_trial(added(10.0))
     assert len(finished(stock(path))) == n_before + 2
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize(
+    "spec", ["grpc://", "grpc://host", "grpc://host:", "grpc://:13000", "grpc://host:99999999"]
+)
+def test_a_proxy_needs_host_and_port(tmp_path, spec):
+    with pytest.raises(StudyError, match=r"needed grpc://HOST:PORT"):
+        open_storage(spec, tmp_path)
+
+
+def test_a_proxy_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(storage, "_ANSWER_SECONDS", 0.2)
+    with pytest.raises(StudyError, match=r"localhost:9: .*run_grpc_proxy_server") as caught:
+        open_storage("grpc://localhost:9", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_proxy_that_dies_is_one_line(grpc_server, opened):
+    spec, server = grpc_server
+    study = optuna.create_study(storage=opened(spec), study_name="s")
+    study.add_trial(create_trial(value=1.0))
+    server.kill()
+    server.wait()
+    with pytest.raises(StudyError, match="finished trials are kept") as caught, reaching(spec):
+        study.add_trial(create_trial(value=2.0))
+    assert "\n" not in str(caught.value)

@@ -162,13 +162,8 @@ class Scorer(Documents):
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
         chosen = list(self._batches(start, stop))
-        model = self.swap.model
-
-        def work(batch: list[int], hidden: torch.Tensor) -> list[Row]:
-            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
-
         with self._forward(chosen, keep=keep) as states_of:
-            return self._losses(lambda b: work(b, states_of(b)), chosen, self._threads)
+            return self._losses(self.swap.model, states_of, chosen, self._threads)
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
@@ -176,12 +171,11 @@ class Scorer(Documents):
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
 
-        def work(batch: list[int]) -> list[Row]:
-            hidden = _hidden_states(model, [self.documents[i] for i in batch])
-            return [self._compare(i, model.lm_head(h)) for i, h in zip(batch, hidden, strict=True)]
+        def states_of(batch: list[int]) -> torch.Tensor:
+            return _hidden_states(model, [self.documents[i] for i in batch])
 
         # it may decode its weights inside the forward: one batch at a time
-        return self._losses(work, list(self._batches(start, stop)), 1)
+        return self._losses(model, states_of, list(self._batches(start, stop)), 1)
 
     @contextmanager
     def _forward(
@@ -208,8 +202,18 @@ class Scorer(Documents):
             yield states
 
     def _losses(
-        self, work: Callable[[list[int]], list[Row]], batches: list[list[int]], threads: int
+        self,
+        model: Any,
+        states_of: Callable[[list[int]], torch.Tensor],
+        batches: list[list[int]],
+        threads: int,
     ) -> DocumentLosses:
+        """Losses of a model whose last layer gives these states, by batch."""
+
+        def work(batch: list[int]) -> list[Row]:
+            pairs = zip(batch, states_of(batch), strict=True)
+            return [self._compare(i, model.lm_head(states)) for i, states in pairs]
+
         rows: list[Row] = []
         with tqdm(
             total=sum(map(len, batches)),
