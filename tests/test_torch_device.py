@@ -95,14 +95,10 @@ def run(op, *args, **kwargs):
         return found if to_host or into_host else pytree.tree_map(outside, found)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def device():
-    """Known to torch from here on; factories have no tensor to dispatch on."""
-    _setup_privateuseone_for_python_backend(NAME)
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(run, "PrivateUse1")
-    yield NAME
-    library._destroy()
+# as the module is imported: later, autograd has counted the devices
+_setup_privateuseone_for_python_backend(NAME)
+_factories = torch.library.Library("_", "IMPL")  # they have no tensor to dispatch on
+_factories.fallback(run, "PrivateUse1")
 
 
 @pytest.fixture(params=["deepseek", "qwen3"])
@@ -217,6 +213,8 @@ def test_curvature_and_slope(layout, documents, bank):
             experts = range(8) if group.role.is_expert else ()
             change = rng.standard_normal(group.shape).astype(np.float32) * 0.01
             rows[group.name] = found.price(group, change, experts) + found.slope(group, change)
+            tangent = found.tangent(group, change, experts)
+            rows[group.name] += tangent.steps(2 * change, found.price(group, 2 * change, experts))
         return rows
 
     there, here = priced(NAME), priced("cpu")

@@ -281,17 +281,13 @@ class Profiler:
             weights = group_weights(self.layout, group)
             weights = weights[list(experts)] if experts else weights
             held = destination(self.swap.model, config, group).cpu().numpy()
+            tangent = found.tangent(group, held - weights, experts)
             curvature[name], moves[name] = {}, {}
             self.bank.release()
             for fmt in group.offered():
-                decoded = self.bank.decoded(name, fmt.name, experts or None)
-                there = found.price(group, decoded - weights, experts)
-                pairs = zip(
-                    found.price(group, decoded - held, experts),
-                    found.slope(group, decoded - held),
-                    strict=True,
-                )
-                step = [a + b for a, b in pairs]
+                change = self.bank.decoded(name, fmt.name, experts or None) - weights
+                there = found.price(group, change, experts)
+                step = tangent.steps(change, there)
                 if experts:
                     there = _completed(self.curvature[name][fmt.name], there, experts)
                     everyone = dict(zip(experts, step, strict=True))

@@ -73,6 +73,19 @@ class Product:
             forms += (change @ weighted.T).square().sum(-1)
         return 0.5 * float(share @ forms)
 
+    def times(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """The gradient of `price`, in the shape of `change`."""
+        if not isinstance(self.rows, torch.Tensor):
+            return torch.zeros_like(change)
+        share = self._shares[rows].float()
+        change = change.to(share.device)
+        found = torch.zeros_like(change)
+        if isinstance(self._inputs, torch.Tensor):
+            found += change @ self._inputs
+        for weighted in self._few:
+            found += change @ weighted.T @ weighted
+        return found.mul_(share[:, None])
+
     def covered(self, rows: torch.Tensor) -> float:
         """How much of all rows' gradients some rows have."""
         if not isinstance(self.rows, torch.Tensor):
@@ -83,6 +96,36 @@ class Product:
     def _shares(self) -> torch.Tensor:
         assert isinstance(self.rows, torch.Tensor)
         return self.rows / self.rows.sum().clamp_min(1e-300)
+
+
+class Tangent:
+    """What going on from a change that was made costs, beyond the price of where one gets.
+
+    With the form `q`, the slope `s` and `h` what the model holds less the original, weights `e` off
+    the original cost `q(e - h) + <s, e - h>` from there: `q(e)`, and something linear in `e`. So a
+    format needs one product with the form, for both prices.
+
+    Args:
+        held: `h`, `(experts, out, in)`, or `(1, ...)` where there is one price.
+        linear: factor of `e`, in the shape of `held`.
+        constant: one per price.
+    """
+
+    def __init__(self, held: torch.Tensor, linear: torch.Tensor, constant: list[float]) -> None:
+        self._held, self._linear, self._constant = held, linear, constant
+
+    def steps(self, change: Floats, prices: Sequence[float]) -> list[float]:
+        """Nats per token of a step to weights so much off the original, of these `price`s."""
+        values = torch.from_numpy(np.ascontiguousarray(change)).to(self._held.device)
+        values = values.view_as(self._held)
+        stays = [torch.equal(a, b) for a, b in zip(values, self._held, strict=True)]
+        rows = zip(stays, prices, _inner(values, self._linear), self._constant, strict=True)
+        return [0.0 if stay else q + product + c for stay, q, product, c in rows]
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Sums of products over all axes but the first."""
+    return [float(x) for x in (a * b).flatten(1).sum(1, dtype=torch.float64)]
 
 
 class Curvature:
@@ -182,6 +225,42 @@ class Curvature:
                 found[0] += self._lookups(values, torch.arange(len(values)))
         return [value / self.n_tokens for value in found]
 
+    def tangent(self, group: Group, held: Floats, experts: Sequence[int]) -> Tangent:
+        """Prices steps from what the model held to formats.
+
+        Args:
+            group: of the layout.
+            held: what the model held less the original, in the group's shape; of routed experts,
+                `experts`.
+            experts: what the model held when this was measured, in order.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(held))
+        slope = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        values, apart = values.to(slope.device), len(experts) or 1
+        linear = slope - self._times(group, values, experts)
+        shape = (apart, -1, values.shape[-1])
+        linear, values = (linear / self.n_tokens).reshape(shape), values.reshape(shape)
+        slopes = _inner(values, slope.reshape(shape) / self.n_tokens)
+        there = self.price(group, held, experts)
+        return Tangent(values, linear, [q - s for q, s in zip(there, slopes, strict=True)])
+
+    def _times(self, group: Group, values: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """The gradient of the sum over tokens of what `price` says, in the shape of `values`."""
+        if group.role.is_expert:
+            rows = [self.product(group.name, i).times(values[i]) for i in range(len(experts))]
+            return torch.stack(rows)
+        if group.role in (Role.K_B, Role.V_B):
+            change, chosen, product = self._rows_of_half(group, values)
+            found = product.times(change.reshape(-1, change.shape[-1]), chosen).view(change.shape)
+            return found.transpose(1, 2) if group.role is Role.K_B else found
+        found = self.product(group.name).times(values)
+        if group.role is Role.EMBEDDING:
+            for ids, gradient in self._looked_up:
+                there = ids.to(gradient.device)
+                sums = (gradient * values[there]).sum(-1, keepdim=True)
+                found.index_add_(0, there, sums * gradient)
+        return found
+
     def slope(self, group: Group, change: Floats) -> list[float]:
         """First-order nats per token of a change of what the model held, as `price`.
 
@@ -199,19 +278,25 @@ class Curvature:
 
         From some `heads` it is scaled up to all by their share of the half's squared gradients.
         """
-        config = self._layout.inventory.config
-        product = self.product(f"layers.{group.layer}.{Role.KV_B}")
-        if not isinstance(product.rows, torch.Tensor):
-            return 0.0
-        rows = torch.arange(len(product.rows)).view(int(config["num_attention_heads"]), -1)
-        first, nope = group.role is Role.K_B, int(config["qk_nope_head_dim"])
-        rows = rows[:, :nope] if first else rows[:, nope:]
-        chosen = (rows if heads is None else rows[heads]).reshape(-1)
-        change = values.transpose(1, 2) if first else values
+        change, rows, product = self._rows_of_half(group, values)
+        chosen = rows if heads is None else rows.view(-1, change.shape[1])[heads].reshape(-1)
         found = product.price(change.reshape(-1, change.shape[-1]), chosen)
         if heads is None:
             return found
-        return found * product.covered(rows.reshape(-1)) / product.covered(chosen)
+        return found * product.covered(rows) / product.covered(chosen)
+
+    def _rows_of_half(
+        self, group: Group, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Product]:
+        """A change by head, `(heads, rows, in)`, which rows of the whole all heads have, and it."""
+        config = self._layout.inventory.config
+        heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
+        n_rows = heads * (nope + int(config["v_head_dim"]))
+        rows = torch.arange(n_rows).view(heads, -1)
+        first = group.role is Role.K_B
+        rows = rows[:, :nope] if first else rows[:, nope:]
+        change = values.transpose(1, 2) if first else values
+        return change, rows.reshape(-1), self.product(f"layers.{group.layer}.{Role.KV_B}")
 
 
 def measure(

@@ -154,6 +154,8 @@ class Scorer(Documents):
     ) -> DocumentLosses:
         """Losses of what the model holds now; begins in the first layer that is a new one.
 
+        Weights that were not put there by `SwapModel.put` are not known to be new.
+
         Args:
             start: first document.
             stop: behind the last one.
