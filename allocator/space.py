@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from allocator.allocation import KV_FORMAT, Allocation, token_share
+from allocator.allocation import KV_FORMAT, Allocation, kept_share, token_share
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, format_named, in_parts, parts_text
 from allocator.memory import MICRO_BATCH, Budget, Settings
@@ -522,11 +522,11 @@ class Costs:
         counts = {self.space.layer_of[name]: count}
         return token_share(self.space.layout, name, nbytes, experts_used, counts)
 
-    def other_reads(self, count: int, kv_format: str) -> int:
+    def other_reads(self, count: int, settings: Settings) -> int:
         """Bytes that decoding a token reads beside the groups, where layers retain `count`."""
-        layout = self.space.layout
-        kept = sum(k.nbytes(count) for k in layout.kept)
-        return kept + self._target.kv_bytes(layout.inventory, kv_format, self.budget.context)
+        layout, context = self.space.layout, self.budget.context
+        kept = sum(kept_share(k, count, settings.experts_used) for k in layout.kept)
+        return kept + self._target.kv_bytes(layout.inventory, settings.kv_format, context)
 
     def token_bytes(self, params: Params) -> int:
         """Bytes that decoding a token reads, of complete params; at least what is read."""
@@ -547,7 +547,7 @@ class Costs:
         )  # fmt: skip
         if all(n.startswith("format.") for n in names):
             return read
-        return read + self.other_reads(max(counts.values()), settings.kv_format)
+        return read + self.other_reads(max(counts.values()), settings)
 
     def hold(self, params: Params) -> bool:
         """Whether complete params are within every limit."""

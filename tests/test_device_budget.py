@@ -13,7 +13,7 @@ from allocator.memory import Budget, DeviceMemory, Workload
 from allocator.space import Experts, SearchSpace, bind, repair
 from allocator.specification import BudgetSpec, DeviceSpec, chosen_budget
 from allocator.surrogate import from_profile
-from allocator.targets.gguf_memory import kv_cache_bytes
+from allocator.targets.gguf_memory import kv_read_bytes
 
 FREE = {  # group: formats left
     "layers.1.experts.down": ("Q6_K", "IQ3_S", "IQ1_S"),
@@ -138,7 +138,7 @@ def test_reading_is_counted_as_used(surrogate, layouts):
             nbytes = -(-nbytes * 3 // some.counts[group.layer])
         expected += nbytes  # the embedding is the head too
     expected += sum(k.nbytes(some.counts.get(k.layer, 0)) for k in layout.kept)
-    expected += kv_cache_bytes(layout.inventory, kv_format="q8_0", context=256, sequences=1)
+    expected += kv_read_bytes(layout.inventory, kv_format="q8_0", context=256)
     assert some.token_bytes(layout, 256) == expected
 
 
