@@ -17,6 +17,7 @@ from allocator.plan import plan, write_first
 from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, published, transferred
 from allocator.records import read_allocation
+from allocator.space import SearchSpace, bind
 from allocator.targets import GGUF
 
 CONFIGS = Path(__file__).parent / "data/configs"
@@ -200,15 +201,18 @@ def test_a_token_reads_what_it_uses_of_gpt_oss():
     """By hand: 4 of 128 experts with their biases, a row of the embedding, two kinds of cache."""
     inventory = planned_inventory(CONFIGS / "gpt-oss-120b.json")
     budget = device(300 * 10**9, context=8192)
-    space_for_all = plan(inventory, prior=published(), budget=budget, counts=(128,)).candidates[0]
-    assert set(space_for_all.allocation.format_of.values()) == {"BF16"}
+    everything = plan(inventory, prior=published(), budget=budget, counts=(128,)).candidates[0]
+    assert set(everything.allocation.format_of.values()) == {"BF16"}
     attention = 2 * 2880 * 64 * (64 + 8)  # q and o, k and v
     expert = 3 * 2880 * 2880
     bf16 = 36 * (attention + 4 * expert) + 201088 * 2880 + 2880  # the head, and a row
     biases = 64 * (64 + 8 + 8) + 2880 + 64 + 4 * 3 * 2880  # q, k, v; o; sinks; experts
     f32 = 36 * (2 * 2880 + biases + 128 * 2881) + 2880
     cache = 18 * (8192 + 128) * 2 * 8 * 128
-    assert space_for_all.token_bytes == 2 * bf16 + 4 * f32 + cache
+    assert everything.token_bytes == 2 * bf16 + 4 * f32 + cache
+    space = bind(SearchSpace(schema=1), GGUF.layout(inventory), None)
+    params = space.complete(space.params(everything.allocation))
+    assert space.costs(budget).token_bytes(params) == everything.token_bytes
 
 
 def test_the_verb(capsys, tmp_path):

@@ -275,31 +275,6 @@ def rotation(fmt: str, width: int, *, values: bool) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """What an architecture's graph has; where `config.json` decides, `_dims` asks it.
-
-    Attributes:
-        latent: multi-head latent attention.
-        qk_norms: queries and keys are normed, each head by itself.
-        biases: attention, router and experts have them; gates are a softmax over the chosen alone.
-        windows: every other layer, from the first on, has a sliding window.
-    """
-
-    latent: bool = False
-    qk_norms: bool = False
-    biases: bool = False
-    windows: bool = False
-
-
-_KINDS = {
-    "deepseek2": _Kind(latent=True),
-    "qwen3moe": _Kind(qk_norms=True),
-    "llama": _Kind(),
-    "gpt-oss": _Kind(biases=True, windows=True),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class _Dims:
     """The widths that the graph depends on; `rank` and `window` are 0 where there is none."""
 
@@ -321,10 +296,9 @@ class _Dims:
     shared: int
     groups: int
     groups_used: int
-    has_qk_norms: bool
-    has_biases: bool
-    has_selection_bias: bool
+    has_bias: bool
     has_norm: bool
+    has_late_softmax: bool
     has_scale: bool
 
     def slides(self, layer: int) -> bool:
@@ -333,8 +307,8 @@ class _Dims:
 
 
 def _dims(inventory: Inventory) -> _Dims:
-    config, kind = inventory.config, _KINDS[inventory.family.gguf_architecture]
-    mla = kind.latent
+    config, architecture = inventory.config, inventory.family.gguf_architecture
+    mla, windows = architecture == "deepseek2", architecture == "gpt-oss"
     heads = int(config["num_attention_heads"])
     head = config.get("head_dim") or int(config["hidden_size"]) // heads
     expert = inventory.of_role(Role.EXPERT_UP, inventory.moe_layers[0])[0].shape[0]
@@ -346,7 +320,7 @@ def _dims(inventory: Inventory) -> _Dims:
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head=int(head),
-        window=_window(config) if kind.windows else 0,
+        window=_window(config) if windows else 0,
         q_rank=int(config.get("q_lora_rank") or 0) if mla else 0,
         rank=int(config["kv_lora_rank"]) if mla else 0,
         nope=int(config["qk_nope_head_dim"]) if mla else 0,
@@ -358,16 +332,11 @@ def _dims(inventory: Inventory) -> _Dims:
         shared=expert * int(config.get("n_shared_experts") or 0) if mla else 0,
         groups=inventory.expert_groups,
         groups_used=int(config.get("topk_group") or 1),
-        has_qk_norms=kind.qk_norms,
-        has_biases=kind.biases,
-        has_selection_bias=mla and _has_router_bias(inventory),
-        has_norm=not kind.biases and bool(config.get("norm_topk_prob", True)),
+        has_bias=mla and bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0])),
+        has_norm=bool(config.get("norm_topk_prob", True)),
+        has_late_softmax=windows,
         has_scale=scale not in (0, 1),
     )
-
-
-def _has_router_bias(inventory: Inventory) -> bool:
-    return bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0]))
 
 
 def _window(config: Mapping[str, Any]) -> int:
@@ -383,7 +352,8 @@ def _window(config: Mapping[str, Any]) -> int:
 
 
 # -- the graph, line by line: llama-graph.cpp and, in models/, deepseek2.cpp, qwen3moe.cpp,
-# llama.cpp and openai-moe.cpp
+# llama.cpp and openai-moe.cpp; without what always takes the memory of its operand (biases), or
+# hands on to the next what it takes (norms of heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,11 +430,8 @@ def _grouped_attention(
     graph: Graph, x: Tensor, d: _Dims, inputs: _Inputs, tokens: int, sequences: int
 ) -> Tensor:
     def project(heads: int) -> Tensor:
-        flat = biased(graph.op((heads * d.head, tokens), x))
+        flat = graph.op((heads * d.head, tokens), x)
         return graph.view(flat, d.head, heads, tokens)
-
-    def biased(x: Tensor) -> Tensor:
-        return graph.add(x) if d.has_biases else x
 
     def rotated(by: Tensor | None, x: Tensor, *shape: int) -> Tensor:
         if by is None:
@@ -477,8 +444,7 @@ def _grouped_attention(
         return shape[1] if len(shape) == 3 else shape[0] // d.head
 
     def placed(x: Tensor) -> Tensor:
-        normed = graph.norm(x) if d.has_qk_norms else x
-        return graph.op(normed.shape, normed, inputs.positions, in_place=True)
+        return graph.op(x.shape, x, inputs.positions, in_place=True)
 
     q_shape, kv_shape = (d.head, d.heads, tokens), (d.head, d.kv_heads, tokens)
     q = rotated(inputs.k_rotation, placed(project(d.heads)), *q_shape)
@@ -491,7 +457,7 @@ def _grouped_attention(
     flat = graph.view(attended, d.head * d.heads, tokens)
     graph.expand(flat)
     flat = rotated(inputs.v_rotation, flat, *flat.shape)
-    return biased(graph.op((d.hidden, tokens), flat))
+    return graph.op((d.hidden, tokens), flat)
 
 
 def _latent_attention(
@@ -538,22 +504,18 @@ def _mlp(graph: Graph, x: Tensor, hidden: int, inner: int) -> Tensor:
 
 
 def _experts(graph: Graph, x: Tensor, d: _Dims, n_experts: int, used: int) -> Tensor:
-    def product(width: int, x: Tensor) -> Tensor:
-        found = graph.op((width, used, tokens), x, chosen)
-        return graph.add(found, chosen) if d.has_biases else found
-
     tokens = x.shape[1]
-    probs = graph.add(graph.op((n_experts, tokens), x))  # by a softmax, a sigmoid or a bias
-    selection = graph.add(probs) if d.has_selection_bias else probs
+    probs = graph.add(graph.op((n_experts, tokens), x))
+    selection = graph.add(probs) if d.has_bias else probs
     if d.groups > 1:
         selection = _best_groups(graph, selection, d, n_experts)
     chosen = graph.view(graph.op((n_experts, tokens), selection), used, tokens)
     weights = _gates(graph, graph.view(probs, 1, n_experts, tokens), chosen, d)
     graph.expand(weights)
     each = graph.view(x, d.hidden, 1, tokens)
-    up, gate = (product(d.expert, each) for _ in range(2))
+    up, gate = (graph.op((d.expert, used, tokens), each, chosen) for _ in range(2))
     inner = graph.op(gate.shape, gate, up)
-    out = graph.add(product(d.hidden, inner), weights)
+    out = graph.add(graph.op((d.hidden, used, tokens), inner, chosen), weights)
     graph.expand(out)
     parts = [graph.view(out, d.hidden, tokens) for _ in range(used)]
     graph.expand(*parts)
@@ -570,10 +532,9 @@ def _gates(graph: Graph, probs: Tensor, chosen: Tensor, d: _Dims) -> Tensor:
     """What the outputs of the chosen experts are multiplied by."""
     used, tokens = chosen.shape
     weights = graph.op((1, used, tokens), probs, chosen)
-    if d.has_biases:
-        weights = graph.add(graph.view(weights, used, tokens))  # a softmax
-        weights = graph.view(weights, 1, used, tokens)
-    if d.has_norm:
+    if d.has_late_softmax:
+        weights = graph.view(graph.add(graph.view(weights, used, tokens)), 1, used, tokens)
+    elif d.has_norm:
         weights = graph.view(weights, used, tokens)
         total = graph.add(graph.op((1, tokens), weights))
         weights = graph.view(graph.add(weights, total), 1, used, tokens)

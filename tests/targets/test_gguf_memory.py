@@ -130,6 +130,23 @@ MODELS = {  # config, retained experts, format
     "windows": (WINDOWED, 16, "Q8_0"),
     "windows, wide": (WINDOWED | {"sliding_window": 1000, "intermediate_size": 320}, 12, "Q4_0"),
     "windows, heads of 32": (WINDOWED | {"head_dim": 32, "vocab_size": 64}, 16, "Q8_0"),
+    "windows, wide attention": (
+        WINDOWED | {"num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 32},
+        16,
+        "Q8_0",
+    ),
+    "windows, many experts": (
+        WINDOWED
+        | NARROW
+        | {"num_key_value_heads": 1, "num_local_experts": 128, "num_experts_per_tok": 1},
+        128,
+        "Q8_0",
+    ),
+    "windows, narrow": (
+        WINDOWED | NARROW | {"num_key_value_heads": 1, "hidden_size": 32},
+        16,
+        "Q8_0",
+    ),
     "windows, odd layers": (WINDOWED | {"num_hidden_layers": 3, "vocab_size": 20000}, 9, "Q5_0"),
 }
 CASES = [  # model, kv_format, context, sequences, micro_batch
@@ -165,6 +182,9 @@ CASES = [  # model, kv_format, context, sequences, micro_batch
     ("windows, wide", "f16", 4096, 3, 77),
     ("windows, heads of 32", "q8_0", 32768, 1, 32),
     ("windows, odd layers", "q4_0", 1024, 4, 2),
+    ("windows, wide attention", "q8_0/f16", 256, 1, 32),
+    ("windows, many experts", "q8_0", 256, 2, 256),
+    ("windows, narrow", "f16", 256, 1, 256),
     ("windows, odd layers", "f16", 5000, 1, 512),
 ]
 
