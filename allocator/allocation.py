@@ -248,7 +248,7 @@ class Allocation:
         return read + kept + target.kv_bytes(layout.inventory, self.kv_format, context)
 
     def used(self, layout: Layout, budget: Budget) -> int:
-        """The bytes that count against a budget.
+        """The bytes that count against a budget, not against the one beside it.
 
         Raises:
             TargetError: if it is for a device, and nothing is known of the target's runtime.
@@ -260,10 +260,10 @@ class Allocation:
         return size.file if budget.bounds == "file" else size.encoded
 
     def fits(self, layout: Layout, budget: Budget) -> bool:
-        """Whether it holds the budget, in bytes and in what a token reads."""
+        """Whether it holds the budget and what is beside it, and what a token may read."""
         limit = budget.token_bytes
         fast = limit is None or self.token_bytes(layout, budget.context) <= limit
-        return fast and self.used(layout, budget) <= budget.nbytes
+        return fast and all(self.used(layout, x) <= x.nbytes for x in budget.limits)
 
     def group_bytes(self, layout: Layout, name: str) -> int:
         """Encoded bytes of one group, all its parts."""
