@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from allocator import api
+from allocator.cli import main
 from allocator.errors import StudyError
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.records import AllocationRecord
@@ -204,3 +205,13 @@ def test_the_estimate_is_itemised(made):
     assert smallest.total == found.floor < found.ceiling == largest.total
     assert smallest.reserve == largest.reserve == 1 << 20
     assert smallest.kv_cache < largest.kv_cache
+
+
+def test_both_limits_are_shown(made, capsys):
+    folder, options = made
+    flags = ["--cache", str(options["cache"]), "--threads", "1", "--dry-run", "--quiet"]
+    assert main(["search", str(folder), "--device-memory", "1GiB", "--budget", "9MiB", *flags]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "bounds" in line] == [
+        "budget   1,073,741,824 B (1.00 GiB), bounds the device",
+        "budget   9,437,184 B (9.00 MiB), bounds the file",
+    ]
