@@ -18,7 +18,7 @@ from allocator.errors import FormatError, SpaceError
 from allocator.families import Role
 from allocator.formats import Parts, in_parts, parts
 from allocator.memory import MICRO_BATCH, Budget, DeviceMemory, FileBytes, Settings, Workload
-from allocator.targets import Layout, Target, target_named
+from allocator.targets import Kept, Layout, Target, target_named
 
 KV_FORMAT = "f16"
 """How the runtimes store keys and values unless told otherwise."""
@@ -231,7 +231,8 @@ class Allocation:
     def token_bytes(self, layout: Layout, context: int) -> int:
         """Bytes that decoding one token reads: used weights, and keys and values at `context`.
 
-        Of routed experts the share that is used, of an embedding that is no head one row.
+        Of routed experts the share that is used, of an embedding that is no head one row, of keys
+        and values in layers with a sliding window that window.
 
         Raises:
             TargetError: if nothing is known of its target's runtime.
@@ -242,12 +243,12 @@ class Allocation:
             )
             for name in layout.groups
         )
-        kept = sum(k.nbytes(self._count(k.layer)) for k in layout.kept)
+        kept = sum(kept_share(k, self._count(k.layer), self.experts_used) for k in layout.kept)
         target = target_named(self.target)
         return read + kept + target.kv_bytes(layout.inventory, self.kv_format, context)
 
     def used(self, layout: Layout, budget: Budget) -> int:
-        """The bytes that count against a budget.
+        """The bytes that count against a budget, not against the one beside it.
 
         Raises:
             TargetError: if it is for a device, and nothing is known of the target's runtime.
@@ -259,10 +260,10 @@ class Allocation:
         return size.file if budget.bounds == "file" else size.encoded
 
     def fits(self, layout: Layout, budget: Budget) -> bool:
-        """Whether it holds the budget, in bytes and in what a token reads."""
+        """Whether it holds the budget and what is beside it, and what a token may read."""
         limit = budget.token_bytes
         fast = limit is None or self.token_bytes(layout, budget.context) <= limit
-        return fast and self.used(layout, budget) <= budget.nbytes
+        return fast and all(self.used(layout, x) <= x.nbytes for x in budget.limits)
 
     def group_bytes(self, layout: Layout, name: str) -> int:
         """Encoded bytes of one group, all its parts."""
@@ -328,6 +329,18 @@ def token_share(
     if group.role is Role.EMBEDDING and not layout.inventory.tied_embeddings:
         return nbytes // group.shape[0]
     return nbytes
+
+
+def kept_share(kept: Kept, count: int, experts_used: int) -> int:
+    """What decoding one token reads of a tensor in full precision, rounded up.
+
+    Args:
+        kept: the tensor.
+        count: experts that its layer retains.
+        experts_used: routed experts per token.
+    """
+    nbytes = kept.nbytes(count)
+    return -(-nbytes * experts_used // count) if kept.role is Role.EXPERT_BIAS else nbytes
 
 
 def _source_bytes(

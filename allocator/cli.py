@@ -174,7 +174,8 @@ def _print_memory(memory: Any) -> None:
 
 
 def _print_estimate(e: Any) -> None:
-    print(f"budget   {show_bytes(e.budget.nbytes)}, bounds the {e.budget.bounds}")
+    for limit in e.budget.limits:
+        print(f"budget   {show_bytes(limit.nbytes)}, bounds the {limit.bounds}")
     print(f"floor    {show_bytes(e.floor)}")
     print(f"ceiling  {show_bytes(e.ceiling)}")
     for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
@@ -416,8 +417,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("search", _search, "launch or resume a study; pick on the selection split")
     _study(p)
-    p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB")
-    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB; also beside a device")
+    p.add_argument("--weights-budget", help="of the searched matrices alone; also beside a device")
     _device_options(p)
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"

@@ -97,8 +97,8 @@ def search(
 
     Args:
         study: its folder.
-        budget: of the whole file, e.g. `12MiB`; else study.toml's.
-        weights_budget: of the searched matrices alone.
+        budget: of the whole file, e.g. `12MiB`; else study.toml's. With `device`, beside it.
+        weights_budget: of the searched matrices alone. With `device`, beside it.
         device: of everything in a device's memory, and what runs there.
         trials: proposals in the study in total; if none of this, `seconds` and `tokens` is given,
             study.toml's.
@@ -240,7 +240,7 @@ def work(
     Args:
         study: as of `search`, like all that is not named here.
         budget: of the whole file.
-        weights_budget: of the searched matrices alone.
+        weights_budget: of the searched matrices alone. With `device`, beside it.
         device: of everything in a device's memory.
         trials: proposals in the study in total.
         deadline: by this machine's monotonic clock, seconds.
@@ -413,6 +413,7 @@ def _record(
             "overhead": size.overhead,
             "file": size.file,
         }
+        | {f"budget_{x.bounds}": x.nbytes for x in limit.limits[1:]}
         | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / workspace.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},

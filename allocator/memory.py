@@ -152,14 +152,21 @@ class Budget:
         bounds: `file` (everything in the file), `weights` (the searched matrices alone, the
             measure of effective bits) or `device` (everything in memory).
         workload: what the device runs; with `device`.
+        beside: a second limit, on the file or the weights, as hard; with `device`.
     """
 
     nbytes: int
     bounds: Literal["file", "weights", "device"]
     workload: Workload | None = None
+    beside: "Budget | None" = None
 
     def __str__(self) -> str:
-        return f"{self.nbytes} ({self.bounds})"
+        return " and ".join(f"{limit.nbytes} ({limit.bounds})" for limit in self.limits)
+
+    @property
+    def limits(self) -> "tuple[Budget, ...]":
+        """Itself, and the one beside it."""
+        return (self,) if self.beside is None else (self, self.beside)
 
     @property
     def lock(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from allocator.allocation import Allocation
 from allocator.baselines import HAND_COUNTS, hand_rule
 from allocator.errors import BudgetError, SpaceError, TargetError
-from allocator.families import FAMILIES, Role
+from allocator.families import Role
 from allocator.files import write_whole
 from allocator.inventory import Inventory
 from allocator.memory import Budget, DeviceMemory
@@ -167,8 +167,6 @@ def plan(
     )
     if budget is None or RUNTIME not in layouts:
         return found
-    if inventory.family.model_type not in FAMILIES:
-        return replace(found, notes=(*found.notes, _weights_alone(found, budget, inventory)))
     spec = SearchSpace(
         schema=1,
         kv_format=None if kv_format is None else [kv_format],
@@ -215,8 +213,7 @@ def write_first(found: Plan, folder: Path) -> tuple[Path, ...]:
     first = [c for c in found.candidates if c.name == "first"]
     if not first:
         raise BudgetError(
-            "no allocation to write: none of the counts fits the device, none was given, or its "
-            "runtime's buffers are not known for this architecture (see the notes); give "
+            "no allocation to write: none of the counts fits the device, or none was given; give "
             "--device-memory, or fewer --experts"
         )
     paths = tuple(folder / f"first-{c.experts}.json" for c in first)
@@ -262,23 +259,6 @@ def _bounds(target: Target, layout: Layout, count: int) -> Bounds:
         for g in layout.groups.values()
     ]
     return Bounds(target.name, count, kept + sum(map(min, sizes)), kept + sum(map(max, sizes)))
-
-
-def _weights_alone(found: Plan, budget: Budget, inventory: Inventory) -> str:
-    """What can be said of a family whose runtime's buffers are not known."""
-    assert budget.workload is not None
-    room = budget.nbytes - budget.workload.reserve
-    rows = (b for b in found.bounds if b.target == RUNTIME)
-    fits = (
-        f"{b.experts} experts: {b.floor:,} bytes, "
-        + (f"{room - b.floor:,} to spare" if b.floor <= room else f"{b.floor - room:,} too many")
-        for b in rows
-    )
-    return (
-        f"what llama.cpp needs beside the weights of {inventory.family.model_type} is not known, "
-        f"so there are no candidates; against {room:,} bytes without the reserve, the smallest "
-        f"weights alone are, with {'; with '.join(fits)}"
-    )
 
 
 # -- candidates

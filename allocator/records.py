@@ -30,7 +30,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         checkpoint: digest of the source checkpoint.
         importance: digest of the importance vectors.
         codec: the quantizer that writes its bytes.
-        bytes: encoded, kept and file bytes in the target's container.
+        bytes: encoded, kept and file bytes in the target's container; of a device's budget, its
+            items and what was beside it.
         effective_bits: encoded bits over the searched weights.
         loss: proxy loss per split, nats per token.
         sha256: of the materialized weights' file, per container.

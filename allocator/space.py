@@ -17,7 +17,7 @@ ranking in IQ2_XXS, the other retained ones in IQ1_S.
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import pairwise
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from allocator.allocation import KV_FORMAT, Allocation, token_share
+from allocator.allocation import KV_FORMAT, Allocation, kept_share, token_share
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, format_named, in_parts, parts_text
 from allocator.memory import MICRO_BATCH, Budget, Settings
@@ -322,11 +322,27 @@ class Space:
             {n: v[0] if largest_first(n) else v[-1] for n, v in self.choices.items()}
         )
 
+    def between(self, budget: Budget, share: float) -> Budget:
+        """Every limit on bytes at a share of the way to it from the floor."""
+        floor = self.costs(budget).total(self.complete(self.params(self.smallest)))
+        low = min(floor, budget.nbytes)
+        return replace(
+            budget,
+            nbytes=low + int(share * (budget.nbytes - low)),
+            beside=None if budget.beside is None else self.between(budget.beside, share),
+        )
+
     def check_budget(self, budget: Budget) -> None:
         """Raises:
         BudgetError: if not even the smallest allocation fits, with what it is made of.
         TargetError: if it is a device's, and nothing is known of the target's runtime.
         """
+        for limit in budget.limits:
+            self._check_bytes(limit)
+        if budget.token_bytes is not None:
+            self._check_token_bytes(budget)
+
+    def _check_bytes(self, budget: Budget) -> None:
         budget.check_positive()
         smallest = self.smallest
         used = smallest.used(self.layout, budget)
@@ -343,8 +359,6 @@ class Space:
                 f"{used:,}: {_made_of(smallest, self.layout, budget)}; with {self.counts[0]} "
                 f"experts per layer (largest: {parts}); {_WAYS_OUT[budget.bounds]}"
             )
-        if budget.token_bytes is not None:
-            self._check_token_bytes(budget)
 
     def _check_token_bytes(self, budget: Budget) -> None:
         assert budget.token_bytes is not None
@@ -427,6 +441,7 @@ class Costs:
 
     The constant part, and what a mix adds to a header, are upper bounds where a header's length
     depends on the choices, so a sum of costs within the budget is an allocation within the budget.
+    What is beside the budget has `Costs` of its own; `each` are both.
     """
 
     def __init__(self, space: Space, budget: Budget) -> None:
@@ -434,6 +449,8 @@ class Costs:
         self.budget = budget
         self._target = target_named(space.layout.target)
         self.padded = budget.bounds != "weights"
+        self.beside = None if budget.beside is None else Costs(space, budget.beside)
+        self.each = (self,) if self.beside is None else (self, self.beside)
         self._overhead: dict[tuple[str, str], int] = {}
         self._settings: dict[tuple[Settings, int], int] = {}
 
@@ -496,6 +513,24 @@ class Costs:
             ).total
         return self._settings[key]
 
+    def room(self, settings: Settings, count: int) -> int:
+        """Bytes for groups and routers where every layer retains `count`, under each limit.
+
+        Beside the weights of a device nothing depends on their formats, so a second limit is a
+        smaller room. It may count less than groups and routers do here (no routers, no padding):
+        routers are given back, of padding up to 31 bytes a group stay unused.
+        """
+        room = self.budget.nbytes - self.constant - self.settings(settings, count)
+        if self.beside is None:
+            return room
+        layers = self.space.layout.layers
+        uncounted = sum(self.layer(x, count) - self.beside.layer(x, count) for x in layers)
+        return min(room, self.beside.room(settings, count) + uncounted)
+
+    def left(self, params: Params) -> int:
+        """Bytes that complete params leave of the limit that they leave least of."""
+        return min(c.budget.nbytes - c.total(params) for c in self.each)
+
     def total(self, params: Params) -> int:
         """Bytes of complete params; at least what is written."""
         return self.constant + self.affected(params, list(self.space.choices))
@@ -522,11 +557,11 @@ class Costs:
         counts = {self.space.layer_of[name]: count}
         return token_share(self.space.layout, name, nbytes, experts_used, counts)
 
-    def other_reads(self, count: int, kv_format: str) -> int:
+    def other_reads(self, count: int, settings: Settings) -> int:
         """Bytes that decoding a token reads beside the groups, where layers retain `count`."""
-        layout = self.space.layout
-        kept = sum(k.nbytes(count) for k in layout.kept)
-        return kept + self._target.kv_bytes(layout.inventory, kv_format, self.budget.context)
+        layout, context = self.space.layout, self.budget.context
+        kept = sum(kept_share(k, count, settings.experts_used) for k in layout.kept)
+        return kept + self._target.kv_bytes(layout.inventory, settings.kv_format, context)
 
     def token_bytes(self, params: Params) -> int:
         """Bytes that decoding a token reads, of complete params; at least what is read."""
@@ -547,13 +582,13 @@ class Costs:
         )  # fmt: skip
         if all(n.startswith("format.") for n in names):
             return read
-        return read + self.other_reads(max(counts.values()), settings.kv_format)
+        return read + self.other_reads(max(counts.values()), settings)
 
     def hold(self, params: Params) -> bool:
         """Whether complete params are within every limit."""
         limit = self.budget.token_bytes
         fast = limit is None or self.token_bytes(params) <= limit
-        return fast and self.total(params) <= self.budget.nbytes
+        return fast and self.left(params) >= 0
 
 
 def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
@@ -566,7 +601,8 @@ def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) ->
         BudgetError: if not even the smallest allocation fits.
     """
     now = space.complete(params)
-    now = _lowered(costs, now, loss, costs.affected, costs.budget.nbytes - costs.constant)
+    for each in costs.each[::-1]:  # what a device gives up raises no file's bytes
+        now = _lowered(each, now, loss, each.affected, each.budget.nbytes - each.constant)
     if costs.budget.token_bytes is not None:
         now = _lowered(costs, now, loss, costs.affected_reads, costs.budget.token_bytes)
     return now

@@ -1,5 +1,6 @@
 """`study.toml`: the question a study asks, parsed once into frozen typed values."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +73,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Exactly one of the three limits."""
+    """One of the three limits, or a device and one of the others beside it."""
 
     weights: str | int | None = None
     file: str | int | None = None
@@ -273,34 +274,35 @@ def chosen_budget(
     weights: str | None = None,
     device: DeviceSpec | None = None,
 ) -> Budget:
-    """The budget of a launch: the command line's, else the study's.
+    """The budget of a launch: what the command line names, else the study's.
 
     Args:
         spec: the study's.
         folder: that its device preset is relative to.
-        file: instead, the whole file.
-        weights: instead, the searched matrices.
+        file: instead, the whole file; with `device`, beside it.
+        weights: instead, the searched matrices; with `device`, beside it.
         device: instead, or where the study has a device too, over its values.
 
     Raises:
-        StudyError: if there is none, or two.
+        StudyError: if there is none, or both of `file` and `weights`.
     """
-    if device is not None and (file, weights) == (None, None):
+    if device is not None:
         known = spec.device or DeviceSpec()
         if device.preset is not None:  # the study's own figures are of another device
             known = msgspec.structs.replace(known, memory=None, bandwidth=None)
-        spec = BudgetSpec(device=device.over(known))
-    elif (file, weights) != (None, None):
+        device = device.over(known)
+    if (file, weights, device) != (None, None, None):
         spec = BudgetSpec(weights=weights, file=file, device=device)
-    if sum(limit is not None for limit in (spec.weights, spec.file, spec.device)) != 1:
+    plain = [
+        *(Budget(parse_bytes(size), "file") for size in (spec.file,) if size is not None),
+        *(Budget(parse_bytes(size), "weights") for size in (spec.weights,) if size is not None),
+    ]
+    if len(plain) > 1 or (not plain and spec.device is None):
         raise StudyError(
             "needed one budget: --budget SIZE (the whole file), --weights-budget SIZE (the "
-            "searched matrices) or --device-memory SIZE (everything in memory), or [budget] in "
-            "study.toml"
+            "searched matrices) or --device-memory SIZE (everything in memory; one of the others "
+            "may stand beside it), or [budget] in study.toml"
         )
-    if spec.device is not None:
-        return spec.device.budget(folder)
-    if spec.file is not None:
-        return Budget(parse_bytes(spec.file), "file")
-    assert spec.weights is not None
-    return Budget(parse_bytes(spec.weights), "weights")
+    if spec.device is None:
+        return plain[0]
+    return replace(spec.device.budget(folder), beside=plain[0] if plain else None)

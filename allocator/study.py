@@ -28,7 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -438,11 +438,13 @@ class Search:
         allocation = self.space.allocation(params)
         size = allocation.nbytes(self.space.layout)
         used = allocation.used(self.space.layout, self.budget)
-        assert used <= self.budget.nbytes, "repair keeps the budget"
         clock.lap("sampler")
         trial.set_user_attr(ALLOCATION, allocation.to_json())
         trial.set_user_attr(KIND, kind or "proposal")
-        trial.set_constraint("budget", used - self.budget.nbytes)
+        for limit, name in zip(self.budget.limits, ("budget", "beside"), strict=False):
+            over = allocation.used(self.space.layout, limit) - limit.nbytes
+            assert over <= 0, "repair keeps the budget"
+            trial.set_constraint(name, over)
         if self.budget.token_bytes is not None:
             read = allocation.token_bytes(self.space.layout, self.budget.context)
             over = read - self.budget.token_bytes
@@ -697,15 +699,13 @@ def first_trials(
     """
     space = surrogate.space
     costs = space.costs(budget)
-    floor = min(costs.total(space.complete(space.params(space.smallest))), budget.nbytes)
     queue: dict[str, Queued] = {}
 
     def add(kind: str, allocation: Allocation) -> None:
         queue.setdefault(allocation.digest, Queued(kind, allocation))
 
     for i in range(n_knapsack):
-        share = 1 - i / max(1, n_knapsack)
-        target = replace(budget, nbytes=floor + int(share * (budget.nbytes - floor)))
+        target = space.between(budget, 1 - i / max(1, n_knapsack))
         add("knapsack", space.allocation(surrogate.solve(target)))
     for name, allocation in baselines:
         if _held(space, allocation) and costs.hold(_full(space, allocation)):

@@ -278,8 +278,8 @@ class Surrogate:
         if sizes is None:
             sizes = self._sizes[costs.budget.bounds] = _Sizes(self.space, costs)
         full = {**self.space.first_settings, **told}
-        beside = [costs.settings(self.space.settings(full), n) for n in self.space.counts]
-        capacity = costs.budget.nbytes - costs.constant - np.array(beside, np.int64)
+        settings = self.space.settings(full)
+        capacity = np.array([costs.room(settings, n) for n in self.space.counts], np.int64)
 
         def solved(
             priced: Mapping[str, Floats], first_row: int = 0, **options: int

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from allocator.memory import Budget, DeviceMemory, Workload
 from allocator.space import Experts, SearchSpace, bind, repair
 from allocator.specification import BudgetSpec, DeviceSpec, chosen_budget
 from allocator.surrogate import from_profile
-from allocator.targets.gguf_memory import kv_cache_bytes
+from allocator.targets.gguf_memory import kv_read_bytes
 
 FREE = {  # group: formats left
     "layers.1.experts.down": ("Q6_K", "IQ3_S", "IQ1_S"),
@@ -138,8 +139,83 @@ def test_reading_is_counted_as_used(surrogate, layouts):
             nbytes = -(-nbytes * 3 // some.counts[group.layer])
         expected += nbytes  # the embedding is the head too
     expected += sum(k.nbytes(some.counts.get(k.layer, 0)) for k in layout.kept)
-    expected += kv_cache_bytes(layout.inventory, kv_format="q8_0", context=256, sequences=1)
+    expected += kv_read_bytes(layout.inventory, kv_format="q8_0", context=256)
     assert some.token_bytes(layout, 256) == expected
+
+
+@pytest.fixture(scope="module")
+def sizes(surrogate, table):
+    """Of every choice, what counts against a limit beside the device."""
+    space = surrogate.space
+    found = [space.allocation(p).nbytes(space.layout) for p in table[0]]
+    return {kind: np.array([getattr(s, of) for s in found])
+            for kind, of in (("file", "file"), ("weights", "encoded"))}  # fmt: skip
+
+
+@pytest.mark.parametrize("bounds", ["file", "weights"])
+@pytest.mark.parametrize(("share", "other"), [(0.5, 0), (0.5, 0.2), (0.2, 0.5), (1, 0.6), (0.3, 1)])
+def test_the_solution_is_brute_force_under_two_limits(
+    surrogate, table, sizes, bounds, share, other
+):
+    """The second may count no padding, none of which is in these groups."""
+    params, memory, _, smooth, squared = table
+    beside = Budget(int(np.quantile(sizes[bounds], other)), bounds)
+    budget = Budget(int(np.quantile(memory, share)), "device", WORK, beside)
+    costs = surrogate.space.costs(budget)
+    linear = smooth + squared / 0.2
+    both = (memory <= budget.nbytes) & (sizes[bounds] <= beside.nbytes)
+    here = params.index(surrogate._solve_under(costs, 0.1))
+    assert both[here]
+    assert linear[here] == pytest.approx(linear[both].min(), rel=1e-12)
+    assert costs.left(params[here]) == min(
+        budget.nbytes - memory[here], beside.nbytes - sizes[bounds][here]
+    )
+
+
+def test_either_limit_binds(surrogate, table, sizes):
+    params, memory, *_ = table
+    alone = Budget(int(np.quantile(memory, 0.5)), "device", WORK)
+    plain = params.index(surrogate.solve(alone))
+    for bounds, nbytes in sizes.items():
+        loose, tight = (Budget(int(nbytes[plain]) - less, bounds) for less in (0, 1))
+        assert surrogate.solve(replace(alone, beside=loose)) == params[plain]
+        here = params.index(surrogate.solve(replace(alone, beside=tight)))
+        assert nbytes[here] < nbytes[plain]
+
+
+@pytest.mark.parametrize("bounds", ["file", "weights"])
+@pytest.mark.parametrize("seed", range(2))
+def test_repair_holds_what_is_beside(surrogate, table, sizes, bounds, seed):
+    params, memory, *_ = table
+    space, rng = surrogate.space, np.random.default_rng(seed)
+    beside = Budget(int(np.quantile(sizes[bounds], 0.2)), bounds)
+    budget = Budget(int(np.quantile(memory, 0.4)), "device", WORK, beside)
+    costs = space.costs(budget)
+    for i in rng.integers(len(params), size=20):
+        loss = surrogate.around(params[i])
+        repaired = repair(space, costs, params[i], loss)
+        here = params.index(repaired)
+        assert memory[here] <= budget.nbytes
+        assert sizes[bounds][here] <= beside.nbytes
+        assert space.allocation(repaired).fits(space.layout, budget)
+        assert repair(space, costs, repaired, loss) == repaired
+        if memory[i] <= budget.nbytes and sizes[bounds][i] <= beside.nbytes:
+            assert repaired == params[i]
+
+
+def test_targets_lie_between_floor_and_both_limits(surrogate, table, sizes):
+    space, memory = surrogate.space, table[1]
+    least, most = int(sizes["weights"].min()), int(sizes["weights"].max())
+    beside = Budget(most, "weights")
+    budget = Budget(int(memory.max()), "device", WORK, beside)
+    assert space.between(budget, 1) == budget
+    half = space.between(budget, 0.5)
+    assert half.beside.nbytes == least + (most - least) // 2
+    assert half.nbytes == memory.min() + (memory.max() - memory.min()) // 2
+    assert str(half) == f"{half.nbytes} (device) and {half.beside.nbytes} (weights)"
+    space.check_budget(space.between(budget, 0))
+    with pytest.raises(BudgetError, match=rf"{least - 1:,} bytes \(weights\) is under the floor"):
+        space.check_budget(replace(budget, beside=Budget(least - 1, "weights")))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -214,6 +290,15 @@ def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
     budget = chosen_budget(known, tmp_path, device=DeviceSpec(preset="x.toml"))
     assert (budget.nbytes, budget.workload) == (1 << 30, Workload(512, bandwidth=10**10))
     assert chosen_budget(known, tmp_path, weights="5MB") == Budget(5_000_000, "weights")
+    # a limit beside the device: the command line's, or the study's
+    device = DeviceSpec(sequences=3)
+    for found in (
+        chosen_budget(known, tmp_path, device=device, file="5MB"),
+        chosen_budget(msgspec.structs.replace(known, file="5MB", device=device.over(known.device)),
+                      tmp_path),
+    ):  # fmt: skip
+        beside = Budget(5_000_000, "file")
+        assert found == Budget(2 << 30, "device", Workload(512, 3, 0, 10**9), beside)
 
 
 @pytest.mark.parametrize(
@@ -232,10 +317,11 @@ def test_what_makes_no_sense_of_a_device_is_said(tmp_path, spec, said):
         spec.budget(tmp_path)
 
 
-def test_two_budgets_are_refused(tmp_path):
+def test_file_and_weights_are_refused_together(tmp_path):
     device = DeviceSpec(memory="1GiB")
-    for given in ({"file": "1GB", "device": device}, {"file": "1GB", "weights": "1GB"}):
+    for beside in ({}, {"device": device}):
+        given = {"file": "1GB", "weights": "1GB", **beside}
         with pytest.raises(StudyError, match="needed one budget"):
             chosen_budget(BudgetSpec(), tmp_path, **given)
-    with pytest.raises(StudyError, match="needed one budget"):
-        chosen_budget(BudgetSpec(weights="1GB", device=device), tmp_path)
+        with pytest.raises(StudyError, match="needed one budget"):
+            chosen_budget(BudgetSpec(**given), tmp_path)

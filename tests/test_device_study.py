@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from allocator import api
+from allocator.cli import main
 from allocator.errors import StudyError
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.records import AllocationRecord
@@ -160,6 +161,30 @@ def test_a_limit_on_speed_is_held_by_every_sampler(made, searched, tmp_path, sam
         api.search(study, sampler=sampler, trials=7, **options)
 
 
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "evolution", "nsga2"])
+def test_a_limit_beside_the_device_is_held_by_every_sampler(made, searched, tmp_path, sampler):
+    folder, options = made
+    study = shutil.copytree(folder, tmp_path / "study")
+    done = searched[1].study.get_trials()
+    limit = int(0.9 * min(t.user_attrs[RESULT]["bytes"]["encoded"] for t in done))
+    toml = study / "study.toml"
+    told = f"[budget]\nweights = {limit}\n[budget.device]"
+    toml.write_text(toml.read_text().replace("[budget.device]", told))
+    found = api.search(study, sampler=sampler, trials=6, **options)
+    workspace = Workspace(study, **options)
+    device = workspace.budget()
+    scored = [t for t in found.study.get_trials() if RESULT in t.user_attrs]
+    assert len(scored) >= 6
+    for trial in scored:
+        size = allocation_of(trial).nbytes(workspace.layout)
+        over = sum(trial.user_attrs[RESULT]["memory"].values()) - device.nbytes
+        assert trial.constraints == {"budget": over, "beside": size.encoded - limit}
+        assert max(trial.constraints.values()) <= 0
+    assert AllocationRecord.read(found.pick).bytes["budget_weights"] == limit
+    with pytest.raises(StudyError, match="launched with budget = "):
+        api.search(study, device=DeviceSpec(), sampler=sampler, trials=7, **options)
+
+
 def test_streamed_prices_settings_alike(made, searched, tmp_path):
     folder, options = made
     study = shutil.copytree(folder, tmp_path / "study")
@@ -180,3 +205,13 @@ def test_the_estimate_is_itemised(made):
     assert smallest.total == found.floor < found.ceiling == largest.total
     assert smallest.reserve == largest.reserve == 1 << 20
     assert smallest.kv_cache < largest.kv_cache
+
+
+def test_both_limits_are_shown(made, capsys):
+    folder, options = made
+    flags = ["--cache", str(options["cache"]), "--threads", "1", "--dry-run", "--quiet"]
+    assert main(["search", str(folder), "--device-memory", "1GiB", "--budget", "9MiB", *flags]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "bounds" in line] == [
+        "budget   1,073,741,824 B (1.00 GiB), bounds the device",
+        "budget   9,437,184 B (9.00 MiB), bounds the file",
+    ]

@@ -17,6 +17,7 @@ from allocator.plan import plan, write_first
 from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, published, transferred
 from allocator.records import read_allocation
+from allocator.space import SearchSpace, bind
 from allocator.targets import GGUF
 
 CONFIGS = Path(__file__).parent / "data/configs"
@@ -174,13 +175,44 @@ def test_counts_that_no_router_serves(deepseek, count):
         plan(deepseek, prior=published(), counts=(count,))
 
 
-def test_families_without_a_known_runtime():
+@pytest.mark.parametrize(("name", "count"), [("gpt-oss-120b", 128), ("mixtral-8x7b", 8)])
+def test_families_that_are_planned_only(name, count, tmp_path):
+    inventory = planned_inventory(CONFIGS / f"{name}.json")
+    layout = GGUF.layout(inventory)
+    floor = next(b.floor for b in plan(inventory, prior=published()).bounds if b.experts == count)
+    budget = device(floor * 5 // 4, context=8192)
+    first = plan(inventory, prior=published(), budget=budget, counts=(count,)).candidates[0]
+    memory = first.memory
+    assert (first.name, memory.total + first.spare) == ("first", floor * 5 // 4)
+    assert 0 <= first.spare < floor // 100
+    encoded = sum(
+        ggml_bytes(g, first.allocation.format_of[n], count) for n, g in layout.groups.items()
+    )
+    kept = 4 * sum(prod(t.shape) for t in inventory.tensors.values() if not t.role.is_encoded)
+    assert memory.weights == pytest.approx(encoded + kept, abs=32 * len(layout.kept))
+    assert min(memory.kv_cache, memory.compute, memory.overhead) > 0
+    (path,) = write_first(
+        plan(inventory, prior=published(), budget=budget, counts=(count,)), tmp_path
+    )
+    read_allocation(path)[0].check(layout)
+
+
+def test_a_token_reads_what_it_uses_of_gpt_oss():
+    """By hand: 4 of 128 experts with their biases, a row of the embedding, two kinds of cache."""
     inventory = planned_inventory(CONFIGS / "gpt-oss-120b.json")
-    found = plan(inventory, prior=published(), budget=device(64 * 10**9, 8 * GIB))
-    assert found.candidates == ()
-    floor = next(b.floor for b in found.bounds if (b.target, b.experts) == ("gguf", 128))
-    too_many = floor - 64 * 10**9 + 8 * GIB
-    assert f"128 experts: {floor:,} bytes, {too_many:,} too many" in " ".join(found.notes)
+    budget = device(300 * 10**9, context=8192)
+    everything = plan(inventory, prior=published(), budget=budget, counts=(128,)).candidates[0]
+    assert set(everything.allocation.format_of.values()) == {"BF16"}
+    attention = 2 * 2880 * 64 * (64 + 8)  # q and o, k and v
+    expert = 3 * 2880 * 2880
+    bf16 = 36 * (attention + 4 * expert) + 201088 * 2880 + 2880  # the head, and a row
+    biases = 64 * (64 + 8 + 8) + 2880 + 64 + 4 * 3 * 2880  # q, k, v; o; sinks; experts
+    f32 = 36 * (2 * 2880 + biases + 128 * 2881) + 2880
+    cache = 18 * (8192 + 128) * 2 * 8 * 128
+    assert everything.token_bytes == 2 * bf16 + 4 * f32 + cache
+    space = bind(SearchSpace(schema=1), GGUF.layout(inventory), None)
+    params = space.complete(space.params(everything.allocation))
+    assert space.costs(budget).token_bytes(params) == everything.token_bytes
 
 
 def test_the_verb(capsys, tmp_path):

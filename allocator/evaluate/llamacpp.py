@@ -71,7 +71,11 @@ class _ContextParams(ctypes.Structure):
         ("evaluation_callback", c_void_p * 2),
         ("type_k", c_int32),
         ("type_v", c_int32),
-        ("opaque", c_int8 * 1024),
+        ("opaque", c_int8 * 24),
+        ("embeddings_offload_perf_ops", c_bool * 4),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
+        ("rest", c_int8 * 1024),
     )
 
     def has_known_layout(self) -> bool:
@@ -81,6 +85,8 @@ class _ContextParams(ctypes.Structure):
             and [*self.rope_pooling_attention_type, self.flash_attn_type] == [-1] * 4
             and [*self.yarn, self.defrag_threshold] == [-1.0] * 5
             and (self.type_k, self.type_v) == (_F16, _F16)
+            and [*self.embeddings_offload_perf_ops] == [False, True, True, True]
+            and (self.swa_full, self.kv_unified) == (True, False)
         )
 
 
@@ -289,6 +295,7 @@ class LlamaCpp:
         params: _ContextParams = self._lib.llama_context_default_params()
         _check_layout(params)
         params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.swa_full = False  # as llama-server and llama-cli have it
         if exact:
             params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = _F32

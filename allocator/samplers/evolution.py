@@ -153,7 +153,7 @@ class _Walk:
     _directions: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.left = self.costs.budget.nbytes - self.costs.total(self.params)
+        self.left = self.costs.left(self.params)
 
     @property
     def changes_left(self) -> int:

@@ -7,7 +7,6 @@ drawn target; so accepted factors correct the surrogate where measurements disag
 """
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,13 +71,8 @@ class SolvingSampler(WholeSampler):
         return proposal
 
     def _draw_target(self) -> Budget:
-        floor = self._space.costs(self._budget).total(self._smallest())
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
-        low = min(floor, self._budget.nbytes)
-        return replace(self._budget, nbytes=low + int(share * (self._budget.nbytes - low)))
-
-    def _smallest(self) -> Params:
-        return self._space.complete(self._space.params(self._space.smallest))
+        return self._space.between(self._budget, share)
 
 
 class KnapsackSampler(SolvingSampler):

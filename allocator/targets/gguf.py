@@ -16,6 +16,7 @@ from allocator.targets.gguf_memory import (
     compute_bytes,
     kv_cache_bytes,
     kv_parts,
+    kv_read_bytes,
     output_bytes,
     overhead_bytes,
 )
@@ -81,7 +82,7 @@ class GgufTarget(Target):
         TargetError: if llama.cpp has no such format, or its blocks do not fit the rows.
         """
         if set(kv_parts(kv_format)) != {"f16"}:  # which fits any row
-            kv_cache_bytes(inventory, kv_format=kv_format, context=1, sequences=1)
+            kv_read_bytes(inventory, kv_format=kv_format, context=1)
 
     def check_micro_batch(self, micro_batch: int) -> None:
         """Raises:
@@ -91,8 +92,8 @@ class GgufTarget(Target):
             raise TargetError(f"gguf: micro_batch {micro_batch}, needed 1 to {_MOST_AT_ONCE}")
 
     def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
-        """Bytes of the keys and values of one sequence."""
-        return kv_cache_bytes(inventory, kv_format=kv_format, context=context, sequences=1)
+        """Bytes of keys and values that decoding a token reads."""
+        return kv_read_bytes(inventory, kv_format=kv_format, context=context)
 
     def device_memory(
         self,
@@ -104,12 +105,12 @@ class GgufTarget(Target):
         n_experts: int,
     ) -> DeviceMemory:
         """What llama.cpp occupies, as it reports it when it loads the file."""
-        held = {"context": workload.context, "sequences": workload.sequences}
-        told = {
+        held = {
+            "context": workload.context,
+            "sequences": workload.sequences,
             "micro_batch": settings.micro_batch,
-            "n_experts": n_experts,
-            "experts_used": settings.experts_used,
         }
+        told = {"n_experts": n_experts, "experts_used": settings.experts_used}
         compute = compute_bytes(inventory, kv_format=settings.kv_format, **held, **told)
         return DeviceMemory(
             weights=weights,

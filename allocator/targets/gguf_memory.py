@@ -8,10 +8,16 @@ A context for `sequences` sequences of `context` tokens is opened with n_ctx = c
 n_seq_max = sequences, kv_unified = false (the library's default) and flash attention (its default;
 required for quantized values). Each sequence then has a stream of its own in the cache, `context`
 rounded up to 256 cells (llama-context.cpp: `n_ctx_seq = GGML_PAD(n_ctx / n_seq_max, 256)`).
+
+gpt-oss has a second cache, for the layers that look back no further than a sliding window. It is
+taken as with swa_full = false, the default of llama-server and llama-cli and what `LlamaCpp` asks
+for; the library's own default, true, would give it as many cells as the first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from allocator.errors import TargetError
 from allocator.families import Role
@@ -31,9 +37,9 @@ PROCESS_BYTES = 24 << 20
 TOKEN_BYTES = 512
 """One token of a tokenizer: its text, its merge, its places in tables (470 measured)."""
 
-_MODELLED = ("deepseek2", "qwen3moe")
 _CELLS = 256  # a stream of the cache is a multiple of it
 _LEAST_ROTATION = 64
+_ALTERNATING = ("sliding_attention", "full_attention")
 
 
 # -- the cache
@@ -55,7 +61,9 @@ def kv_parts(kv_format: str) -> tuple[str, str]:
     return parts
 
 
-def kv_cache_bytes(inventory: Inventory, *, kv_format: str, context: int, sequences: int) -> int:
+def kv_cache_bytes(
+    inventory: Inventory, *, kv_format: str, context: int, sequences: int, micro_batch: int
+) -> int:
     """Bytes of the KV cache.
 
     Per layer and cell, keys and values of `heads x head_dim` each; under multi-head latent
@@ -67,20 +75,54 @@ def kv_cache_bytes(inventory: Inventory, *, kv_format: str, context: int, sequen
         kv_format: as in `kv_parts`.
         context: tokens of one sequence.
         sequences: held at once.
+        micro_batch: tokens computed at once; a sliding window has room for them beside it.
 
     Raises:
         TargetError: if the format is unknown, or its blocks do not fit the rows or heads.
     """
     dims = _dims(inventory)
-    cells = padded_context(context) * sequences
-    rows = zip(kv_parts(kv_format), _rows(dims, kv_format), strict=True)
-    row_bytes = (_row_bytes(fmt, heads, width) for fmt, (heads, width) in rows)
-    return dims.n_layers * sum(padded(cells * n) for n in row_bytes)
+    whole = padded_context(context)
+    slid = _sliding_cells(dims, context, _n_tokens(micro_batch, context, sequences))
+    return sum(
+        padded((slid if dims.slides(layer) else whole) * sequences * nbytes)
+        for layer in range(dims.n_layers)
+        for nbytes in _kv_bytes(dims, kv_format)
+    )
+
+
+def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
+    """Bytes of keys and values that decoding a token reads of a full context.
+
+    Cells outside a sliding window are masked, and not read (ggml-cpu/ops.cpp, flash attention).
+
+    Raises:
+        TargetError: as `kv_cache_bytes`.
+    """
+    dims = _dims(inventory)
+    whole = padded_context(context)
+    cells = (min(whole, dims.window) if dims.slides(x) else whole for x in range(dims.n_layers))
+    return sum(cells) * sum(_kv_bytes(dims, kv_format))
 
 
 def padded_context(context: int) -> int:
     """Cells that a sequence of so many tokens is given."""
     return -(-context // _CELLS) * _CELLS
+
+
+def _sliding_cells(d: "_Dims", context: int, tokens: int) -> int:
+    """Cells of a sequence in layers with a window (llama-kv-cache-iswa.cpp: `size_swa`)."""
+    return padded_context(min(padded_context(context), d.window + tokens))
+
+
+def _n_tokens(micro_batch: int, context: int, sequences: int) -> int:
+    """Of a micro-batch, at most all there are."""
+    return min(micro_batch, context * sequences)
+
+
+def _kv_bytes(d: "_Dims", kv_format: str) -> tuple[int, ...]:
+    """Bytes of a cell in a layer, keys and values."""
+    rows = zip(kv_parts(kv_format), _rows(d, kv_format), strict=True)
+    return tuple(_row_bytes(fmt, heads, width) for fmt, (heads, width) in rows)
 
 
 def _rows(dims: "_Dims", kv_format: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -149,13 +191,12 @@ def compute_bytes(
         TargetError: if the cache cannot have this format.
     """
     dims = _dims(inventory)
-    for fmt, (heads, width) in zip(kv_parts(kv_format), _rows(dims, kv_format), strict=True):
-        _row_bytes(fmt, heads, width)
-    tokens = min(micro_batch, context * sequences)
+    _kv_bytes(dims, kv_format)
+    tokens = _n_tokens(micro_batch, context, sequences)
     return _compute_bytes(
         dims,
         kv_parts(kv_format),
-        padded_context(context),
+        (padded_context(context), _sliding_cells(dims, context, tokens)),
         sequences,
         -(-tokens // sequences) * sequences,  # as many of each sequence
         max(sequences, min(tokens, outputs or tokens)),
@@ -180,7 +221,7 @@ def work_bytes(
     routed experts a table of experts x experts used x tokens rows.
     """
     d = _dims(inventory)
-    tokens = min(micro_batch, context * sequences)
+    tokens = _n_tokens(micro_batch, context, sequences)
     if d.rank:
         attention = max(d.heads * max(d.nope, d.rank, d.value), d.q_rank)
     else:
@@ -235,7 +276,7 @@ def rotation(fmt: str, width: int, *, values: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Dims:
-    """The widths that the graph depends on; `rank` is 0 without multi-head latent attention."""
+    """The widths that the graph depends on; `rank` and `window` are 0 where there is none."""
 
     n_layers: int
     hidden: int
@@ -243,6 +284,7 @@ class _Dims:
     heads: int
     kv_heads: int
     head: int
+    window: int
     q_rank: int
     rank: int
     nope: int
@@ -256,20 +298,20 @@ class _Dims:
     groups_used: int
     has_bias: bool
     has_norm: bool
+    has_late_softmax: bool
     has_scale: bool
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer has the sliding window (llama-hparams.cpp, `set_swa_pattern(2)`)."""
+        return self.window > 0 and layer % 2 == 0
 
 
 def _dims(inventory: Inventory) -> _Dims:
-    config = inventory.config
-    if inventory.family.gguf_architecture not in _MODELLED:
-        raise TargetError(
-            f"gguf: what llama.cpp allocates for {inventory.family.gguf_architecture} is not known "
-            f"here, only for {' and '.join(_MODELLED)}; budget the weights alone"
-        )
-    mla = inventory.family.gguf_architecture == "deepseek2"
+    config, architecture = inventory.config, inventory.family.gguf_architecture
+    mla, windows = architecture == "deepseek2", architecture == "gpt-oss"
     heads = int(config["num_attention_heads"])
     head = config.get("head_dim") or int(config["hidden_size"]) // heads
-    expert = int(config["moe_intermediate_size"])
+    expert = inventory.of_role(Role.EXPERT_UP, inventory.moe_layers[0])[0].shape[0]
     scale = float(config.get("routed_scaling_factor") or 0) if mla else 0
     return _Dims(
         n_layers=inventory.n_layers,
@@ -278,6 +320,7 @@ def _dims(inventory: Inventory) -> _Dims:
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head=int(head),
+        window=_window(config) if windows else 0,
         q_rank=int(config.get("q_lora_rank") or 0) if mla else 0,
         rank=int(config["kv_lora_rank"]) if mla else 0,
         nope=int(config["qk_nope_head_dim"]) if mla else 0,
@@ -289,13 +332,28 @@ def _dims(inventory: Inventory) -> _Dims:
         shared=expert * int(config.get("n_shared_experts") or 0) if mla else 0,
         groups=inventory.expert_groups,
         groups_used=int(config.get("topk_group") or 1),
-        has_bias=bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0])),
+        has_bias=mla and bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0])),
         has_norm=bool(config.get("norm_topk_prob", True)),
+        has_late_softmax=windows,
         has_scale=scale not in (0, 1),
     )
 
 
-# -- the graph: llama-graph.cpp, models/deepseek2.cpp and models/qwen3moe.cpp, line by line
+def _window(config: Mapping[str, Any]) -> int:
+    window, kinds = config.get("sliding_window"), config.get("layer_types") or _ALTERNATING
+    if type(window) is not int or window < 1:
+        raise TargetError(f"gguf: sliding_window is {window!r}, needed a number from 1")
+    if any(kind != _ALTERNATING[layer % 2] for layer, kind in enumerate(kinds)):
+        raise TargetError(
+            "gguf: llama.cpp gives gpt-oss a sliding window in every other layer, from the first "
+            "on; config.json has other layer_types"
+        )
+    return window
+
+
+# -- the graph, line by line: llama-graph.cpp and, in models/, deepseek2.cpp, qwen3moe.cpp,
+# llama.cpp and openai-moe.cpp; without what always takes the memory of its operand (biases), or
+# hands on to the next what it takes (norms of heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +369,7 @@ class _Inputs:
 def _compute_bytes(
     d: _Dims,
     kv: tuple[str, str],
-    cells: int,
+    cells: tuple[int, int],
     sequences: int,
     tokens: int,
     outputs: int,
@@ -320,11 +378,13 @@ def _compute_bytes(
 ) -> int:
     graph = Graph()
     x = _embedding(graph, d.hidden, tokens)
-    inputs = _inputs(graph, d, kv, cells, sequences, tokens)
+    whole, slid = (_inputs(graph, d, kv, n, sequences, tokens) for n in cells)
+    slid = replace(slid, positions=whole.positions)
     chosen = graph.input(outputs)
     for layer in range(d.n_layers):
         before = x
         attend = _latent_attention if d.rank else _grouped_attention
+        inputs = slid if d.slides(layer) else whole
         x = attend(graph, graph.norm(x), d, inputs, tokens, sequences)
         if layer == d.n_layers - 1:  # only what is asked for goes on
             x, before = (graph.op((d.hidden, outputs), t, chosen) for t in (x, before))
@@ -384,14 +444,13 @@ def _grouped_attention(
         return shape[1] if len(shape) == 3 else shape[0] // d.head
 
     def placed(x: Tensor) -> Tensor:
-        normed = graph.norm(x)
-        return graph.op(normed.shape, normed, inputs.positions, in_place=True)
+        return graph.op(x.shape, x, inputs.positions, in_place=True)
 
     q_shape, kv_shape = (d.head, d.heads, tokens), (d.head, d.kv_heads, tokens)
     q = rotated(inputs.k_rotation, placed(project(d.heads)), *q_shape)
     k = rotated(inputs.k_rotation, placed(project(d.kv_heads)), *kv_shape)
     v = rotated(inputs.v_rotation, project(d.kv_heads), *kv_shape)
-    graph.expand(q, v, k)
+    graph.expand(*((q, k, v) if d.window else (q, v, k)))
     for tensor, at in zip((k, v), inputs.cells, strict=True):
         graph.expand(graph.store(graph.view(tensor, d.head * d.kv_heads, tokens), at))
     attended = _attend(graph, q, d.head, d, inputs, tokens, sequences)
@@ -451,14 +510,7 @@ def _experts(graph: Graph, x: Tensor, d: _Dims, n_experts: int, used: int) -> Te
     if d.groups > 1:
         selection = _best_groups(graph, selection, d, n_experts)
     chosen = graph.view(graph.op((n_experts, tokens), selection), used, tokens)
-    probs = graph.view(probs, 1, n_experts, tokens)
-    weights = graph.op((1, used, tokens), probs, chosen)
-    if d.has_norm:
-        weights = graph.view(weights, used, tokens)
-        total = graph.add(graph.op((1, tokens), weights))
-        weights = graph.view(graph.add(weights, total), 1, used, tokens)
-    if d.has_scale:
-        weights = graph.add(weights)
+    weights = _gates(graph, graph.view(probs, 1, n_experts, tokens), chosen, d)
     graph.expand(weights)
     each = graph.view(x, d.hidden, 1, tokens)
     up, gate = (graph.op((d.expert, used, tokens), each, chosen) for _ in range(2))
@@ -474,6 +526,19 @@ def _experts(graph: Graph, x: Tensor, d: _Dims, n_experts: int, used: int) -> Te
     if used == 1:
         total = graph.op(total.shape, total)
     return graph.add(total, _mlp(graph, x, d.hidden, d.shared)) if d.shared else total
+
+
+def _gates(graph: Graph, probs: Tensor, chosen: Tensor, d: _Dims) -> Tensor:
+    """What the outputs of the chosen experts are multiplied by."""
+    used, tokens = chosen.shape
+    weights = graph.op((1, used, tokens), probs, chosen)
+    if d.has_late_softmax:
+        weights = graph.view(graph.add(graph.view(weights, used, tokens)), 1, used, tokens)
+    elif d.has_norm:
+        weights = graph.view(weights, used, tokens)
+        total = graph.add(graph.op((1, tokens), weights))
+        weights = graph.view(graph.add(weights, total), 1, used, tokens)
+    return graph.add(weights) if d.has_scale else weights
 
 
 def _best_groups(graph: Graph, selection: Tensor, d: _Dims, n_experts: int) -> Tensor:

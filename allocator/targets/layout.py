@@ -158,7 +158,7 @@ class Target(ABC):
         )
 
     def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
-        """Bytes of the keys and values of one sequence.
+        """Bytes of keys and values that decoding a token reads of a full context.
 
         Raises:
             TargetError: if nothing is known of the runtime.

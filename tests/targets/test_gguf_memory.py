@@ -1,11 +1,16 @@
 """What is predicted from `config.json`, against what llama.cpp allocates for a file of zeros."""
 
+import ctypes
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from allocator.allocation import Allocation
 from allocator.errors import TargetError, VerifyError
@@ -13,18 +18,21 @@ from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.materialize.gguf import write_gguf
+from allocator.planned import planned_inventory
 from allocator.targets import GGUF
 from allocator.targets.ggml_graph import Graph
 from allocator.targets.gguf_memory import (
     compute_bytes,
     kv_cache_bytes,
     kv_parts,
+    kv_read_bytes,
     output_bytes,
     overhead_bytes,
     padded_context,
     rotation,
 )
 
+CONFIGS = Path(__file__).parents[1] / "data/configs"
 COMMON = {
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -61,6 +69,21 @@ LATENT = COMMON | {
     "v_head_dim": 160,
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 0,
+}
+MIXTRAL = COMMON | {
+    "model_type": "mixtral",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+WINDOWED = COMMON | {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_local_experts": 16,
+    "sliding_window": 128,
 }
 NARROW = {  # so that the router needs most
     "hidden_size": 64,
@@ -101,6 +124,30 @@ MODELS = {  # config, retained experts, format
         16,
         "Q8_0",
     ),
+    "mixtral": (MIXTRAL, 8, "Q8_0"),
+    "mixtral, heads of 128": (MIXTRAL | {"head_dim": 128, "vocab_size": 20000}, 5, "Q4_0"),
+    "mixtral, heads of 96": (MIXTRAL | {"head_dim": 96, "intermediate_size": 64}, 8, "F16"),
+    "windows": (WINDOWED, 16, "Q8_0"),
+    "windows, wide": (WINDOWED | {"sliding_window": 1000, "intermediate_size": 320}, 12, "Q4_0"),
+    "windows, heads of 32": (WINDOWED | {"head_dim": 32, "vocab_size": 64}, 16, "Q8_0"),
+    "windows, wide attention": (
+        WINDOWED | {"num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 32},
+        16,
+        "Q8_0",
+    ),
+    "windows, many experts": (
+        WINDOWED
+        | NARROW
+        | {"num_key_value_heads": 1, "num_local_experts": 128, "num_experts_per_tok": 1},
+        128,
+        "Q8_0",
+    ),
+    "windows, narrow": (
+        WINDOWED | NARROW | {"num_key_value_heads": 1, "hidden_size": 32},
+        16,
+        "Q8_0",
+    ),
+    "windows, odd layers": (WINDOWED | {"num_hidden_layers": 3, "vocab_size": 20000}, 9, "Q5_0"),
 }
 CASES = [  # model, kv_format, context, sequences, micro_batch
     ("grouped", "f16", 256, 1, 256),
@@ -121,6 +168,24 @@ CASES = [  # model, kv_format, context, sequences, micro_batch
     ("latent, tied, wide", "f16", 1024, 3, 2),
     ("latent, dense layers", "q8_0/q8_0", 512, 1, 512),
     ("latent, plain gates", "q4_0", 2048, 4, 64),
+    ("mixtral", "f16", 256, 1, 256),
+    ("mixtral", "q8_0/q4_0", 4096, 2, 128),
+    ("mixtral, heads of 128", "q4_0", 700, 3, 64),
+    ("mixtral, heads of 128", "q8_0", 2048, 1, 512),
+    ("mixtral, heads of 96", "q8_0", 1000, 2, 100),
+    ("mixtral, heads of 96", "f16", 512, 4, 2),
+    ("windows", "f16", 256, 1, 256),
+    ("windows", "q8_0", 2048, 1, 512),
+    ("windows", "q8_0/q4_0", 4096, 2, 128),
+    ("windows", "f16/q8_0", 300, 3, 64),
+    ("windows, wide", "q4_0", 700, 1, 512),
+    ("windows, wide", "f16", 4096, 3, 77),
+    ("windows, heads of 32", "q8_0", 32768, 1, 32),
+    ("windows, odd layers", "q4_0", 1024, 4, 2),
+    ("windows, wide attention", "q8_0/f16", 256, 1, 32),
+    ("windows, many experts", "q8_0", 256, 2, 256),
+    ("windows, narrow", "f16", 256, 1, 256),
+    ("windows, odd layers", "f16", 5000, 1, 512),
 ]
 
 
@@ -223,6 +288,59 @@ def write(folder, make, config, n_experts, fmt):
     )
 
 
+def hparams(writer, c, n_experts):
+    """What llama.cpp's loaders of `llama` and `gpt-oss` ask for, and no tokenizer."""
+    writer.add_vocab_size(c["vocab_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_expert_count(n_experts)
+    writer.add_expert_used_count(c["num_experts_per_tok"])
+    if c.get("sliding_window"):
+        writer.add_expert_feed_forward_length(c["intermediate_size"])
+        writer.add_sliding_window(c["sliding_window"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def write_planned(folder, config, n_experts, fmt):
+    """A file of a family that we only plan, by gguf-py; its zeros are a hole."""
+    path, inventory = folder / "model.gguf", planned_inventory(config)
+    layout = GGUF.layout(inventory)
+    writer = GGUFWriter(path, inventory.family.gguf_architecture)
+    hparams(writer, config, n_experts)
+    sizes, block = [], FORMATS[fmt]
+    for group in layout.groups.values():
+        *outer, inner = group.shape_with(n_experts)
+        sizes.append(block.nbytes((*outer, inner)))
+        rows, kind = (*outer, inner // block.block * block.block_bytes), GGMLQuantizationType[fmt]
+        writer.add_tensor_info(group.stored_as, rows, np.dtype(np.uint8), sizes[-1], raw_dtype=kind)
+    for kept in layout.kept:
+        sizes.append(kept.nbytes(n_experts))
+        shape = kept.shape_with(n_experts)
+        writer.add_tensor_info(kept.stored_as, shape, np.dtype(np.float32), sizes[-1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    start = writer.fout[0].tell()
+    writer.close()
+    ends = sum(-(-nbytes // 32) * 32 for nbytes in (start, *sizes))
+    os.truncate(path, ends)
+    return SimpleNamespace(
+        path=path,
+        inventory=inventory,
+        experts={"n_experts": n_experts, "experts_used": inventory.experts_used},
+        weights=sum(-(-nbytes // 32) * 32 for nbytes in sizes[:-1]) + sizes[-1],
+    )
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, make):
     """By name, each made when it is first asked for."""
@@ -231,7 +349,11 @@ def models(tmp_path_factory, make):
     def model(name):
         if name not in made:
             folder = tmp_path_factory.mktemp("memory")
-            made[name] = write(folder, make, *MODELS[name])
+            config, n_experts, fmt = MODELS[name]
+            if config["model_type"] in ("mixtral", "gpt_oss"):
+                made[name] = write_planned(folder, config, n_experts, fmt)
+            else:
+                made[name] = write(folder, make, config, n_experts, fmt)
         return made[name]
 
     return model
@@ -239,8 +361,8 @@ def models(tmp_path_factory, make):
 
 def logged(buffers, kind):
     """MiB of a kind of buffer, as llama.cpp prints them."""
-    line = next(line for line in buffers.log if f"{kind} buffer size" in line)
-    return line.split("=")[1].split()[0]
+    lines = [line for line in buffers.log if f"{kind} buffer size" in line]
+    return sum(float(line.split("=")[1].split()[0]) for line in lines)
 
 
 @pytest.mark.parametrize(("name", "kv_format", "context", "sequences", "micro_batch"), CASES)
@@ -252,12 +374,12 @@ def test_llama_cpp_allocates_what_is_predicted(
     with LlamaCpp(model.path, micro_batch=micro_batch, **held) as runtime:
         found = runtime.buffers()
     assert found.weights == model.weights
-    assert kv_cache_bytes(model.inventory, **held) == found.kv_cache
+    assert kv_cache_bytes(model.inventory, micro_batch=micro_batch, **held) == found.kv_cache
     compute = compute_bytes(model.inventory, micro_batch=micro_batch, **held, **model.experts)
     assert compute == found.compute
     logits = output_bytes(model.inventory, outputs=sequences)
     for kind, nbytes in (("KV", found.kv_cache), ("compute", compute), ("output", logits)):
-        assert logged(found, kind) == f"{nbytes / 2**20:.2f}"
+        assert logged(found, kind) == pytest.approx(nbytes / 2**20, abs=0.0101)
 
 
 def test_the_predictions_are_not_all_of_one_part(models):
@@ -293,8 +415,62 @@ def test_fewer_outputs_need_a_smaller_buffer(models, outputs):
     assert found < compute_bytes(*args, **held, **model.experts)
 
 
-def test_a_full_context_needs_no_more(models):
-    model = models("latent")
+class Simulated(LlamaCpp):
+    """Reads headers alone and allocates nothing, but counts (no_alloc; as `llama_params_fit`)."""
+
+    def _model_params(self, *, repack):
+        params = super()._model_params(repack=False)
+        load_mode = ctypes.c_int32.from_buffer(params, 24)
+        assert load_mode.value == -1
+        load_mode.value = 0  # LLAMA_LOAD_MODE_NONE: not mapped
+        params.no_host_no_alloc_load_mtp[1] = True
+        return params
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-120b"])
+def test_models_in_their_full_size(tmp_path, name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    model = write_planned(tmp_path, config, config["num_local_experts"], "Q4_0")
+    for kv_format, context, sequences, micro_batch in (
+        ("f16", 8192, 1, 512),
+        ("q8_0", 32768, 1, 512),
+        ("q8_0/q4_0", 8192, 4, 2048),
+        ("f16", 131072, 1, 64),
+    ):
+        held = {"kv_format": kv_format, "context": context, "sequences": sequences}
+        held["micro_batch"] = micro_batch
+        with Simulated(model.path, **held) as runtime:
+            found = runtime.buffers()
+        assert found.weights == model.weights > 20e9
+        assert found.kv_cache == kv_cache_bytes(model.inventory, **held)
+        assert found.compute == compute_bytes(model.inventory, **held, **model.experts)
+
+
+def test_a_window_is_read_alone():
+    """gpt-oss-120b: 36 layers, 18 of them over 128 cells; 8 heads of 64, keys and values."""
+    inventory = planned_inventory(CONFIGS / "gpt-oss-120b.json")
+    for fmt, head in (("f16", 128), ("q8_0", 64 + 4), ("q4_0", 32 + 4)):
+        read = kv_read_bytes(inventory, kv_format=fmt, context=8192)
+        assert read == 18 * (8192 + 128) * 2 * 8 * head
+    assert kv_read_bytes(inventory, kv_format="f16", context=20) == 18 * (256 + 128) * 2 * 8 * 128
+
+
+def test_windows_are_llama_cpps():
+    config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text())
+    for wrong, message in (
+        ({"layer_types": ["full_attention"] * 36}, "in every other layer, from the first on"),
+        ({"sliding_window": None}, "sliding_window is None, needed a number from 1"),
+    ):
+        with pytest.raises(TargetError, match=message) as caught:
+            kv_read_bytes(planned_inventory(config | wrong), kv_format="f16", context=1)
+        assert "\n" not in str(caught.value)
+    del config["layer_types"]
+    assert kv_read_bytes(planned_inventory(config), kv_format="f16", context=1)
+
+
+@pytest.mark.parametrize("name", ["latent", "mixtral", "windows"])
+def test_a_full_context_needs_no_more(models, name):
+    model = models(name)
     with LlamaCpp(model.path, context=512, micro_batch=64, kv_format="q8_0") as runtime:
         before = runtime.buffers()
         runtime.logits([1, 2] * 256)
@@ -332,7 +508,7 @@ def test_each_format_computes_about_the_same(saved, tmp_path, name):
             with pytest.raises(VerifyError, match=f"{kv_format} with block size 32"):
                 LlamaCpp(folder, kv_format=kv_format)
             with pytest.raises(TargetError, match="choose f16"):
-                kv_cache_bytes(layout.inventory, kv_format=kv_format, context=1, sequences=1)
+                kv_read_bytes(layout.inventory, kv_format=kv_format, context=1)
             continue
         with LlamaCpp(folder, kv_format=kv_format, micro_batch=32) as runtime:
             found[kv_format] = runtime.logits(ids)
@@ -346,7 +522,7 @@ def test_each_format_computes_about_the_same(saved, tmp_path, name):
 def test_latent_attention_has_one_row_and_one_format(models):
     model = models("latent")
     with pytest.raises(TargetError, match="needed one format; choose q8_0 or q4_0"):
-        kv_cache_bytes(model.inventory, kv_format="q8_0/q4_0", context=1, sequences=1)
+        kv_read_bytes(model.inventory, kv_format="q8_0/q4_0", context=1)
     with pytest.raises(VerifyError, match=r"different K \(q8_0\) and V \(q4_0\)"):
         LlamaCpp(model.path, kv_format="q8_0/q4_0")
 
@@ -386,8 +562,9 @@ with LlamaCpp(sys.argv[1], context=512, micro_batch=256, kv_format="q8_0", threa
 """
 
 
-def test_a_process_grows_by_what_is_predicted(models):
-    model = models("latent, tied, wide")
+@pytest.mark.parametrize("name", ["latent, tied, wide", "mixtral", "windows"])
+def test_a_process_grows_by_what_is_predicted(models, name):
+    model = models(name)
     held = {"context": 512, "sequences": 1}
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, model.path], capture_output=True, text=True, check=True
@@ -395,7 +572,7 @@ def test_a_process_grows_by_what_is_predicted(models):
     settings = {**held, "micro_batch": 256, **model.experts}
     buffers = (
         model.weights
-        + kv_cache_bytes(model.inventory, kv_format="q8_0", **held)
+        + kv_cache_bytes(model.inventory, kv_format="q8_0", micro_batch=256, **held)
         + compute_bytes(model.inventory, kv_format="q8_0", **settings)
         + output_bytes(model.inventory, outputs=512)
     )
