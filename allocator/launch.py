@@ -24,8 +24,10 @@ from tqdm import tqdm
 from allocator.allocation import Allocation
 from allocator.calibration import documents as calibration
 from allocator.calibration.profiler import importance_digest
+from allocator.closing import close_abandoned
 from allocator.errors import StudyError
 from allocator.files import write_whole
+from allocator.first_trials import first_trials
 from allocator.front import Point
 from allocator.front import front as front_of
 from allocator.leases import Leases, left_here
@@ -34,14 +36,16 @@ from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
 from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, reaching, repair_storage, search_lock
-from allocator.study import (
-    Search,
-    close_abandoned,
+from allocator.study import Search
+from allocator.trials import (
+    KIND,
+    RESULT,
+    allocation_of,
     complete_trials,
-    first_trials,
+    is_abandoned,
+    not_abandoned,
     trial_counts,
 )
-from allocator.trials import KIND, RESULT, allocation_of, is_abandoned, not_abandoned
 from allocator.workers import run_workers
 from allocator.workspace import Workspace
 

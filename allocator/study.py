@@ -39,14 +39,15 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.allocation import Allocation
-from allocator.errors import SpaceError, StudyError
+from allocator.closing import VERDICTS, Verdict, abandon, close, close_abandoned
+from allocator.errors import StudyError
+from allocator.first_trials import Queued
 from allocator.leases import Leases
 from allocator.memory import Budget, FileBytes, Workload
 from allocator.samplers.evolution import Selection
 from allocator.space import Costs, Params, Space, repair
 from allocator.surrogate import Surrogate
 from allocator.trials import (
-    ABANDONED,
     ALLOCATION,
     DOUBLED,
     KIND,
@@ -60,17 +61,12 @@ from allocator.trials import (
 )
 
 LOCK = "lock"
-VERDICTS = "verdicts"
-"""User attributes of a study begin so: how trials that ended together did, by number. One for each
-worker, of its last batch or generation."""
 RACE_Z = 1.0
 """Near-ties are worth little: against 2.0, on 18 journals of the benchmark, an eighth fewer tokens
 are scored (auto: 18 %), and the least search loss is .06 % higher, at most .9 %."""
 RACE_SLACK = 1e-3
 """Rivals may be larger by this share: a thousandth of the bytes is worth well under a percent of
 the loss, and proposals at one cap rarely have the same size to the byte."""
-Verdict = tuple[str, list[float] | None]
-"""A trial's state by name, and its values."""
 _POLL_SECONDS = 0.5  # while other workers finish
 _ATTEMPTS = 6  # proposals that another worker is scoring, before one is scored twice
 
@@ -119,14 +115,6 @@ class TrialScorer(Protocol):
 
     def summary(self, losses: Any) -> dict[str, Any]:
         """Means of losses that began at document 0: `loss`, `tokens`, per-domain values, ..."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A first trial: what it is, and its allocation; the space must hold it."""
-
-    kind: str
-    allocation: Allocation
 
 
 @dataclass(frozen=True)
@@ -351,7 +339,7 @@ class Search:
         return any(t.user_attrs.get(ALLOCATION) == ours for t in self._others())
 
     def _give_up(self, candidate: _Candidate, why: str | bool = True) -> None:
-        _abandon(self.study, candidate.trial._trial_id, candidate.trial.number, why)
+        abandon(self.study, candidate.trial._trial_id, candidate.trial.number, why)
         self._drop([candidate])
 
     def _drop(self, candidates: Sequence[_Candidate]) -> None:
@@ -515,7 +503,7 @@ class Search:
             owner = "" if self.leases is None else f":{self.leases.owner.name}"
             self.study.set_user_attr(VERDICTS + owner, verdicts)
         for number, verdict in verdicts.items():
-            if not _close(self.study, int(number), verdict):
+            if not close(self.study, int(number), verdict):
                 _log.warning(_TAKEN_OVER, int(number))
         self._drop(candidates)
         clock.lap("storage")
@@ -556,51 +544,6 @@ _TAKEN_OVER = (
     "trial %d was taken over by another worker: this one was silent for longer than its lease; "
     "its result is dropped"
 )
-
-
-def _close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
-    """Tells a trial; False if somebody else has closed it."""
-    state, values = verdict
-    try:
-        study.tell(number, values, state=TrialState[state])
-    except (UpdateFinishedTrialError, ValueError):  # the latter where Optuna sees it beforehand
-        if not study.get_trials(deepcopy=False)[number].state.is_finished():
-            raise
-        return False
-    return True
-
-
-def _abandon(study: optuna.Study, trial_id: int, number: int, why: str | bool = True) -> bool:
-    """Closes a trial so that its proposal is made again; False if somebody else has closed it."""
-    try:
-        study._storage.set_trial_user_attr(trial_id, ABANDONED, why)
-    except UpdateFinishedTrialError:
-        return False
-    return _close(study, number, (TrialState.FAIL.name, None))
-
-
-def close_abandoned(study: optuna.Study, dead: Sequence[FrozenTrial] | None = None) -> int:
-    """Closes RUNNING trials of dead workers.
-
-    Args:
-        study: theirs.
-        dead: all that are RUNNING by default, which is right only where no other search lives.
-
-    Returns:
-        How many were abandoned; those that had ended, but for being told so, are not among them.
-    """
-    if dead is None:
-        dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    verdicts = _verdicts(study)
-    ended = [t for t in dead if str(t.number) in verdicts]
-    for trial in ended:
-        _close(study, trial.number, verdicts[str(trial.number)])
-    return sum(_abandon(study, t._trial_id, t.number) for t in dead if t not in ended)
-
-
-def _verdicts(study: optuna.Study) -> dict[str, Verdict]:
-    written = (v for key, v in study.user_attrs.items() if key.startswith(VERDICTS))
-    return {number: verdict for verdicts in written for number, verdict in verdicts.items()}
 
 
 def _fixed(trial: FrozenTrial) -> Params:
@@ -665,61 +608,3 @@ def open_study(storage: BaseStorage, name: str, lock: dict[str, Any]) -> optuna.
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "…"
-
-
-def trial_counts(study: optuna.Study) -> dict[str, int]:
-    """How many trials ended how; abandoned ones, which were made again, are left out."""
-    states = [t.state for t in not_abandoned(study)]
-    return {
-        s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    }
-
-
-def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials scored on the full search split, best loss first."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(trials, key=lambda t: (t.values[0], t.values[1], t.number))
-
-
-def first_trials(
-    surrogate: Surrogate,
-    budget: Budget,
-    baselines: Sequence[tuple[str, Allocation]],
-    *,
-    n_knapsack: int,
-) -> list[Queued]:
-    """The unperturbed knapsack solutions, at the cap first, then the baselines that fit.
-
-    Args:
-        surrogate: solved.
-        budget: the cap.
-        baselines: names and allocations; those the space does not hold, or over the cap, are left
-            to the committed references.
-        n_knapsack: solutions, at byte targets spread between floor and cap.
-    """
-    space = surrogate.space
-    costs = space.costs(budget)
-    queue: dict[str, Queued] = {}
-
-    def add(kind: str, allocation: Allocation) -> None:
-        queue.setdefault(allocation.digest, Queued(kind, allocation))
-
-    for i in range(n_knapsack):
-        target = space.between(budget, 1 - i / max(1, n_knapsack))
-        add("knapsack", space.allocation(surrogate.solve(target)))
-    for name, allocation in baselines:
-        if _held(space, allocation) and costs.hold(_full(space, allocation)):
-            add(name, allocation)
-    return list(queue.values())
-
-
-def _full(space: Space, allocation: Allocation) -> Params:
-    return space.complete(space.params(allocation))
-
-
-def _held(space: Space, allocation: Allocation) -> bool:
-    try:
-        space.params(allocation)
-    except SpaceError:
-        return False
-    return True

@@ -74,3 +74,17 @@ def key_of(params: dict[str, Any]) -> Key:
 def proposed(study: Study) -> set[Key]:
     """Keys of all proposals so far."""
     return {key_of(t.params) for t in not_abandoned(study)}
+
+
+def trial_counts(study: Study) -> dict[str, int]:
+    """How many trials ended how; abandoned ones, which were made again, are left out."""
+    states = [t.state for t in not_abandoned(study)]
+    return {
+        s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    }
+
+
+def complete_trials(study: Study) -> list[FrozenTrial]:
+    """Trials scored on the full search split, best loss first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(trials, key=lambda t: (t.values[0], t.values[1], t.number))

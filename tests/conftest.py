@@ -436,9 +436,10 @@ def formula_search(
 
     `share` places the budget between the floor and the ceiling.
     """
+    from allocator.first_trials import first_trials
     from allocator.memory import Budget
     from allocator.samplers import make_sampler
-    from allocator.study import Search, first_trials, open_study
+    from allocator.study import Search, open_study
 
     layout = TARGETS[target].layout(read_inventory(checkpoint))
     profile = synthetic_profile(layout)

@@ -24,8 +24,7 @@ from allocator.materialize.checkpoint import file_digest
 from allocator.records import AllocationRecord
 from allocator.samplers.auto import ROUND
 from allocator.space import SearchSpace, bind
-from allocator.study import complete_trials
-from allocator.trials import allocation_of
+from allocator.trials import allocation_of, complete_trials
 from allocator.workspace import Workspace
 
 torch.set_num_threads(1)

@@ -18,10 +18,11 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from allocator import leases, study
+from allocator.closing import VERDICTS, close_abandoned
 from allocator.leases import LEASE, Leases, left_here
 from allocator.samplers import SAMPLERS
 from allocator.samplers.evolution import Selection
-from allocator.study import VERDICTS, Limits, close_abandoned
+from allocator.study import Limits
 from allocator.surrogate import Around
 from allocator.trials import (
     ABANDONED,

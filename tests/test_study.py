@@ -10,24 +10,16 @@ from optuna.trial import TrialState
 
 from allocator.allocation import Allocation
 from allocator.baselines import baselines
+from allocator.closing import VERDICTS, close_abandoned
 from allocator.errors import StudyError
+from allocator.first_trials import Queued, first_trials
 from allocator.memory import Budget
 from allocator.samplers import SAMPLERS
 from allocator.samplers.evolution import Selection
 from allocator.storage import open_storage
-from allocator.study import (
-    RACE_SLACK,
-    VERDICTS,
-    Queued,
-    Search,
-    close_abandoned,
-    complete_trials,
-    first_trials,
-    loses,
-    open_study,
-)
+from allocator.study import RACE_SLACK, Search, loses, open_study
 from allocator.surrogate import Around
-from allocator.trials import ABANDONED, LOOKED, allocation_of
+from allocator.trials import ABANDONED, LOOKED, allocation_of, complete_trials
 
 N = 12  # documents of the formula's scorer
 

@@ -27,6 +27,7 @@ from allocator.allocation import Allocation
 from allocator.baselines import hand_rule
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document, interleaved
+from allocator.closing import close_abandoned
 from allocator.compare.runs import Run, RunResult, compare_spec
 from allocator.errors import AllocatorError, BudgetError, StudyError
 from allocator.files import write_whole
@@ -39,8 +40,8 @@ from allocator.proxy.stream import AnyScorer, StreamedModel
 from allocator.records import read_allocation
 from allocator.specification import CompareSpec
 from allocator.storage import open_storage, repair_storage, search_lock
-from allocator.study import Search, close_abandoned, open_study, trial_counts
-from allocator.trials import allocation_of, forward_tokens, not_abandoned
+from allocator.study import Search, open_study
+from allocator.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
 from allocator.workspace import Workspace, check_same_checkpoint
 
 Floats = npt.NDArray[np.float64]

@@ -11,14 +11,14 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from allocator.errors import StudyError
+from allocator.first_trials import Queued
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.memory import Budget
 from allocator.samplers.evolution import Selection, offspring, random_start
 from allocator.space import Experts, Pin, SearchSpace, bind
-from allocator.study import Queued, complete_trials
 from allocator.targets import SAFETENSORS, TARGETS
-from allocator.trials import allocation_of
+from allocator.trials import allocation_of, complete_trials
 
 STEPS = Selection(8, ((2, 3), (6, 1)))
 

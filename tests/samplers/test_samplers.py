@@ -11,11 +11,11 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from allocator.closing import close_abandoned
 from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.samplers.evolution import Selection
 from allocator.storage import open_storage, repair_storage
-from allocator.study import close_abandoned
 from allocator.trials import ABANDONED, allocation_of
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
