@@ -28,8 +28,9 @@ quickstart: install
 	$(BIN)/allocator verify $(OUT)/pick-safetensors --study $(STUDY)
 	$(BIN)/allocator evaluate $(STUDY)
 
+# two files of tests at a time, each on one core
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check allocator tests
