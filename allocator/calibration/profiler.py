@@ -425,13 +425,14 @@ class Profiler:
         """Measures changes, as they are asked for."""
         if not changes:
             return
-        scorer = Scorer(  # a change begins where the original's states enter its layer
-            self.swap, self._measured_documents, threads=self.threads, boundary_bytes=math.inf
-        )
+        scorer = Scorer(
+            self.swap, self._measured_documents, threads=self.threads,
+            boundary_bytes=math.inf, from_original=True,
+        )  # fmt: skip
         scorer.ensure_reference(len(scorer.documents))
         for change in changes:
             scorer.swap.put(self.candidate(change))
-            yield change, mean(scorer.score_installed(keep=False).kl, scorer.documents)
+            yield change, mean(scorer.score_installed().kl, scorer.documents)
 
     def settings(self, space: Space) -> dict[str, dict[Any, float]]:
         """What the original loses by every setting of a space alone, nats per token; kept."""

@@ -1,15 +1,19 @@
 """Hidden states at layer boundaries: a candidate begins in the first layer where it is a new one.
 
-In: what candidates decide, layer by layer, and what entered their layers. Out: for a batch of
-documents, the deepest layer that somebody has come to by the same decisions, and what entered it
-then. Invariant: these are the very floats of that computation, over the same batch; a loss does not
-depend on what is kept.
+In: what candidates decide, layer by layer, what entered their layers, and their losses. Out: for a
+span of documents, the deepest kept layer that the best candidate there came to by the same
+decisions, and what entered it then. Invariant: these are the very floats of that computation, over
+the same batches; a loss does not depend on what is kept.
+
+Kept is one candidate per span, the one of least loss: later ones change some of its layers. Where
+all its layers are too many bytes it is every second one, every third, and so on.
 """
 
+import math
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -19,7 +23,10 @@ from allocator.families import Role
 from allocator.proxy.weights import Candidate
 from allocator.targets import Layout
 
-Key = tuple[str, tuple[int, ...]]
+Batch = tuple[int, ...]
+"""Documents of a forward pass."""
+Span = tuple[Batch, ...]
+"""Batches that are scored together."""
 
 
 class Choices:
@@ -52,44 +59,68 @@ class Choices:
         return found[:-1]
 
 
+@dataclass(frozen=True)
+class _Best:
+    """What entered the layers of a candidate, by kept layer and batch."""
+
+    loss: float
+    before: Sequence[str]
+    states: Mapping[int, Mapping[Batch, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for by_batch in self.states.values() for x in by_batch.values())
+
+
 class Boundaries:
-    """What entered layers, kept by what was decided before them; the last used, up to a size.
+    """What entered the layers of the best candidates so far.
 
     Args:
         cap_bytes: of all states.
     """
 
     def __init__(self, cap_bytes: float) -> None:
-        self._cap, self._held_bytes = cap_bytes, 0
-        self._states: OrderedDict[Key, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cap = cap_bytes
+        self._best: dict[Span, _Best] = {}
 
-    def deepest(self, before: Sequence[str], batches: Sequence[Sequence[int]]) -> int:
-        """The last layer whose states are kept for all batches; 0 if there is none."""
-        with self._lock:
-            for layer in reversed(range(len(before))):
-                if all((before[layer], tuple(batch)) in self._states for batch in batches):
-                    return layer
-        return 0
+    def first(self, span: Span, before: Sequence[str]) -> int:
+        """The layer that a candidate may begin with: the last kept one before which it is known."""
+        best = self._best.get(span)
+        kept = () if best is None else best.states
+        return max((i for i in kept if best and best.before[i] == before[i]), default=0)
 
-    def get(self, before: str, batch: Sequence[int]) -> torch.Tensor | None:
-        """What entered a layer, `(documents, length, hidden)`, while it is kept."""
-        with self._lock:
-            if (key := (before, tuple(batch))) not in self._states:
-                return None
-            self._states.move_to_end(key)
-            return self._states[key]
+    def entered(self, span: Span, layer: int) -> Mapping[Batch, torch.Tensor]:
+        """What entered a layer, by batch, `(documents, length, hidden)` each."""
+        return self._best[span].states[layer]
 
-    def keep(self, before: str, batch: Sequence[int], states: torch.Tensor) -> None:
-        """Takes in states that nobody changes any more; the ones unused for longest go."""
-        key = before, tuple(batch)
-        with self._lock:
-            if key in self._states or states.nbytes > self._cap:
-                return
-            self._states[key] = states
-            self._held_bytes += states.nbytes
-            while self._held_bytes > self._cap:
-                self._held_bytes -= self._states.popitem(last=False)[1].nbytes
+    def offer(
+        self,
+        span: Span,
+        loss: float,
+        before: Sequence[str],
+        states: Mapping[int, Mapping[Batch, torch.Tensor]],
+    ) -> None:
+        """Keeps a candidate if it is the best on these documents.
+
+        Args:
+            span: all batches.
+            loss: of the candidate; not a number where it broke.
+            before: its decisions, see `Choices.before`.
+            states: what entered the layers that it ran, which nobody changes any more.
+        """
+        known = self._best.get(span)
+        if not loss < (math.inf if known is None else known.loss):
+            return
+        shared = {} if known is None else known.states
+        whole = {**{i: x for i, x in shared.items() if i < min(states)}, **states}
+        offered = _Best(loss, before, whole)
+        others = sum(best.nbytes for key, best in self._best.items() if key != span)
+        every = 1
+        while others + offered.nbytes > self._cap and len(offered.states) > 1:
+            every += 1
+            offered = replace(offered, states={i: x for i, x in whole.items() if i % every == 0})
+        if others + offered.nbytes <= self._cap:
+            self._best[span] = offered
 
 
 class Entering(threading.local):

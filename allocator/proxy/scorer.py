@@ -99,6 +99,8 @@ class Scorer(Documents):
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
         boundary_bytes: memory for what entered layers before, see `Boundaries`.
+        from_original: candidates are changes of the original, so its states are kept; else those
+            of the best candidate are.
         threads: batches that run at once, each on one core; results do not depend on it. A GPU
             runs them one by one.
         progress: shows a bar with this text over documents.
@@ -111,7 +113,8 @@ class Scorer(Documents):
         *,
         batch_tokens: int = 2048,
         cache_bytes: int = 2 << 30,
-        boundary_bytes: float = 512 << 20,
+        boundary_bytes: float = 256 << 20,
+        from_original: bool = False,
         threads: int = 1,
         progress: str | None = None,
     ) -> None:
@@ -127,6 +130,7 @@ class Scorer(Documents):
         self._top1: dict[int, torch.Tensor] = {}
         self._choices = Choices(swap.layout)
         self._boundaries = Boundaries(boundary_bytes)
+        self._from_original = from_original
 
     @torch.inference_mode()
     def score(
@@ -149,23 +153,19 @@ class Scorer(Documents):
         return self.score_installed()
 
     @torch.inference_mode()
-    def score_installed(
-        self, start: int = 0, stop: int | None = None, *, keep: bool = True
-    ) -> DocumentLosses:
+    def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:
         """Losses of what the model holds now; begins in the first layer that is a new one.
 
         Weights that were not put there by `SwapModel.put` are not known to be new.
-
-        Args:
-            start: first document.
-            stop: behind the last one.
-            keep: what enters its layers may serve candidates that come later.
         """
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
         chosen = list(self._batches(start, stop))
-        with self._forward(chosen, keep=keep) as states_of:
-            return self._losses(self.swap.model, states_of, chosen, self._threads)
+        with self._forward(chosen, note=not self._from_original) as passed:
+            found = self._losses(self.swap.model, passed.states, chosen, self._threads)
+        if not self._from_original:
+            passed.offer(float(found.kl.sum()))
+        return found
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
@@ -180,28 +180,13 @@ class Scorer(Documents):
         return self._losses(model, states_of, list(self._batches(start, stop)), 1)
 
     @contextmanager
-    def _forward(
-        self, chosen: Sequence[list[int]], *, keep: bool
-    ) -> Iterator[Callable[[list[int]], torch.Tensor]]:
-        """The last layer's output of what the model holds, by batch, from several threads."""
-        model, before = self.swap.model, self._choices.before(self.swap.held)
-        first = self._boundaries.deepest(before, chosen)
-        begin = {i[0]: self._boundaries.get(before[first], i) for i in chosen} if first else {}
-        entering = Entering()
-
-        def states(batch: list[int]) -> torch.Tensor:
-            entering.states = []
-            if first:
-                given = {"inputs_embeds": begin[batch[0]]}
-            else:
-                given = {"input_ids": token_ids(model, [self.documents[i] for i in batch])}
-            found: torch.Tensor = model.model(**given, use_cache=False).last_hidden_state
-            for layer, entered in enumerate(entering.states, first):
-                self._boundaries.keep(before[layer], batch, entered)
-            return found
-
-        with starting_at(model, first), entering.noting(model) if keep else nullcontext():
-            yield states
+    def _forward(self, chosen: Sequence[list[int]], *, note: bool) -> Iterator["_Forward"]:
+        """Forward passes of what the model holds; `note` what enters its layers."""
+        before = self._choices.before(self.swap.held)
+        passed = _Forward(self.swap.model, self.documents, self._boundaries, chosen, before)
+        noting = passed.entering.noting(self.swap.model) if note else nullcontext()
+        with starting_at(self.swap.model, passed.first), noting:
+            yield passed
 
     def _losses(
         self,
@@ -255,10 +240,12 @@ class Scorer(Documents):
                 self._head = model.lm_head.weight.clone()
             missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
 
-            with self._forward(missing, keep=True) as states_of:
-                found = _mapped(lambda b: states_of(b).clone(), missing, self._threads)
+            with self._forward(missing, note=self._from_original) as passed:
+                found = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
                 for batch, states in zip(missing, found, strict=True):
                     self._hidden.update(zip(batch, states, strict=True))
+            if self._from_original:
+                passed.offer(0.0)
 
     @torch.inference_mode()
     def reference(self, index: int) -> torch.Tensor:
@@ -288,6 +275,48 @@ class Scorer(Documents):
 
     def _all(self) -> list[list[int]]:
         return list(self._batches(0, len(self.documents)))
+
+
+class _Forward:
+    """Passes of a model over batches, from the first layer that is a new one.
+
+    Attributes:
+        first: that layer; before it the model is what `boundaries` know.
+        entering: what entered its layers, where that is noted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        documents: Sequence[Document],
+        boundaries: Boundaries,
+        chosen: Sequence[list[int]],
+        before: list[str],
+    ) -> None:
+        self._model, self._documents, self._boundaries = model, documents, boundaries
+        self._span, self._before = tuple(map(tuple, chosen)), before
+        self.first = boundaries.first(self._span, before)
+        self._begin = boundaries.entered(self._span, self.first) if self.first else {}
+        self.entering = Entering()
+        self._entered: dict[int, dict[tuple[int, ...], torch.Tensor]] = {
+            layer: {} for layer in range(self.first, len(before))
+        }
+
+    def states(self, batch: list[int]) -> torch.Tensor:
+        """The last layer's output `(documents, length, hidden)`; from any thread."""
+        self.entering.states = []
+        if self.first:
+            given = {"inputs_embeds": self._begin[tuple(batch)]}
+        else:
+            given = {"input_ids": token_ids(self._model, [self._documents[i] for i in batch])}
+        found: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
+        for layer, entered in enumerate(self.entering.states, self.first):
+            self._entered[layer][tuple(batch)] = entered
+        return found
+
+    def offer(self, loss: float) -> None:
+        """Lets later candidates begin with this one's layers, if it is the best."""
+        self._boundaries.offer(self._span, loss, self._before, self._entered)
 
 
 def compare(

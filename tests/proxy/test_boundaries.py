@@ -1,47 +1,77 @@
-"""What is kept of hidden states: by content, the last used, within its bytes."""
+"""What is kept of hidden states: by content, of the best candidate, within its bytes."""
 
-from concurrent.futures import ThreadPoolExecutor
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from allocator.proxy.boundaries import Boundaries, Choices
 from allocator.proxy.weights import Candidate
 
-STATES = torch.zeros(4, 4)  # 64 bytes
+SPAN = ((0,), (1, 2))
 
 
-def test_the_last_used_stay_within_the_bytes():
-    kept = Boundaries(3 * STATES.nbytes)
-    for name in "abc":
-        kept.keep(name, [0], STATES)
-    assert kept.get("a", [0]) is STATES  # used again
-    kept.keep("d", [0], STATES)
-    assert [name for name in "abcd" if kept.get(name, [0]) is not None] == ["a", "c", "d"]
-    kept.keep("large", [0], torch.zeros(100, 100))
-    assert kept.get("large", [0]) is None
-    assert kept.get("d", [0]) is STATES
+def entered(layers):
+    """64 and 128 bytes a layer, which say where they are from."""
+    return {i: {batch: torch.full((len(batch), 16), float(i)) for batch in SPAN} for i in layers}
 
 
-def test_the_deepest_layer_is_of_all_batches():
+def before(name, n=4):
+    return [f"{name}{i}" for i in range(n)]
+
+
+def test_the_best_is_kept():
     kept = Boundaries(1e6)
-    before = ["x0", "x1", "x2", "x3"]
-    assert kept.deepest(before, [[0], [1]]) == 0
-    for layer, batch in ((1, 0), (2, 0), (3, 0), (1, 1), (2, 1)):
-        kept.keep(before[layer], [batch], STATES)
-    assert kept.deepest(before, [[0]]) == 3
-    assert kept.deepest(before, [[0], [1]]) == 2
-    assert kept.deepest(before, [[0, 1]]) == 0
-    assert kept.deepest(["y0", "y1", "y2", "y3"], [[0]]) == 0
+    assert kept.first(SPAN, before("x")) == 0
+    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    kept.offer(SPAN, 0.6, before("worse"), entered(range(4)))
+    kept.offer(SPAN, math.nan, before("broken"), entered(range(4)))
+    assert kept.first(SPAN, before("x")) == 3
+    assert kept.first(SPAN, [*before("x")[:2], "y2", "y3"]) == 1
+    assert kept.first(SPAN, before("worse")) == 0
+    assert kept.first(SPAN[:1], before("x")) == 0
+    kept.offer(SPAN, 0.4, before("better"), entered(range(4)))
+    assert kept.first(SPAN, before("x")) == 0
+    assert kept.first(SPAN, before("better")) == 3
 
 
-def test_several_threads_keep_count():
-    kept = Boundaries(50 * STATES.nbytes)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: kept.keep(str(i % 300), [i], STATES), range(3000)))
-    there = sum(kept.get(str(i % 300), [i]) is not None for i in range(3000))
-    assert there == 50
-    assert kept._held_bytes == 50 * STATES.nbytes
+def test_nothing_broken_is_kept_first():
+    kept = Boundaries(1e6)
+    kept.offer(SPAN, math.nan, before("broken"), entered(range(4)))
+    kept.offer(SPAN, math.inf, before("broken"), entered(range(4)))
+    assert kept.first(SPAN, before("broken")) == 0
+
+
+def test_a_better_one_that_began_later_keeps_what_it_began_with():
+    kept = Boundaries(1e6)
+    first, later = entered(range(4)), entered([2, 3])
+    kept.offer(SPAN, 0.5, before("x"), first)
+    child = [*before("x")[:3], "y3"]
+    assert kept.first(SPAN, child) == 2
+    kept.offer(SPAN, 0.4, child, later)
+    assert kept.first(SPAN, child) == 3
+    assert kept.entered(SPAN, 1) is first[1]
+    assert kept.entered(SPAN, 3) is later[3]
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"), [(4, [0, 1, 2, 3]), (3, [0, 2]), (2, [0, 2]), (1, [0])]
+)
+def test_where_all_layers_are_too_many_some_are_kept(layers, left):
+    kept = Boundaries(layers * 192)
+    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    found = [i for i in range(4) if kept.first(SPAN, [*before("x")[: i + 1], *"yyyy"][:4]) == i]
+    assert found == left
+
+
+def test_bytes_are_of_all_spans():
+    other = ((7,),)
+    kept = Boundaries(4 * 192 + 64)
+    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    kept.offer(other, 0.5, before("x"), {i: {(7,): torch.zeros(1, 16)} for i in range(4)})
+    assert kept.first(SPAN, before("x")) == 3
+    assert kept.first(other, before("x")) == 0  # the first layer alone is kept
 
 
 def test_digests_differ_from_the_first_decision_on(layout):

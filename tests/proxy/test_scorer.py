@@ -190,7 +190,7 @@ def test_summary_is_of_the_first_documents(swap, documents):
     assert set(summary["kl_by_domain"]) == {"d0", "d1"}
 
 
-def layers_run(swap, scorer, chosen, *span, keep=True):
+def layers_run(swap, scorer, chosen, *span):
     """Losses of a candidate, and how many documents every layer ran."""
     ran = {}
     handles = [
@@ -201,7 +201,7 @@ def layers_run(swap, scorer, chosen, *span, keep=True):
     ]
     try:
         swap.put(chosen)
-        return scorer.score_installed(*span, keep=keep), ran
+        return scorer.score_installed(*span), ran
     finally:
         for handle in handles:
             handle.remove()
@@ -219,7 +219,7 @@ def test_a_candidate_begins_in_the_first_layer_where_it_is_new(swap, documents):
     assert ran[0] == 2 * n  # the original's too
     for layer in range(n_layers):
         late = changed(one, **{f"layers.{layer}.attention.o": "Q4_0"})
-        found, ran = layers_run(swap, scorer, late, keep=False)
+        found, ran = layers_run(swap, scorer, late)  # and is no better
         assert ran == dict.fromkeys(range(layer, n_layers), n)
         fresh = Scorer(swap, documents, boundary_bytes=0)
         whole, ran = layers_run(swap, fresh, late)
@@ -260,12 +260,12 @@ def test_other_batches_are_other_states(swap, documents):
 
 
 def test_a_settings_change_of_the_original_runs_its_own_layers_only(swap, documents):
-    scorer = Scorer(swap, documents)
+    scorer = Scorer(swap, documents, from_original=True)
     original = Candidate.original(swap.layout)
     last = swap.layout.inventory.n_layers - 1
     scorer.ensure_reference(len(documents))
     late = changed(original, **{f"layers.{last}.attention.o": "Q4_0"})
-    found, ran = layers_run(swap, scorer, late, keep=False)
+    found, ran = layers_run(swap, scorer, late)
     assert ran == {last: len(documents)}
     assert (found.kl > 1e-5).any()
 

@@ -29,7 +29,7 @@ class Layers:
 
     def __init__(self, workspace, documents):
         self.swap, self.layout = workspace.profiler.swap, workspace.layout
-        self.scorer = Scorer(self.swap, documents)
+        self.scorer = Scorer(self.swap, documents, from_original=True)
         self.known = {}
 
     def kl(self, layer, experts):
@@ -40,7 +40,7 @@ class Layers:
             self.scorer.ensure_reference(len(self.scorer.documents))
             original = Candidate.original(self.layout)
             self.swap.put(replace(original, retained_experts=retained))
-            self.known[key] = float(self.scorer.score_installed(keep=False).kl.mean())
+            self.known[key] = float(self.scorer.score_installed().kl.mean())
         return self.known[key]
 
 
