@@ -28,6 +28,7 @@ from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
 from allocator.codecs.bank import Bank
 from allocator.codecs.source import Floats, group_weights
+from allocator.families import Role
 from allocator.files import locked, write_whole
 from allocator.profile import Change, Profile, bundle_of
 from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
@@ -353,7 +354,7 @@ class Profiler:
         return {
             "statistics": self._tokens(),
             "curvature": FORWARDS * self._tokens(self.inputs.n_curvature),
-            "reference": 2 * n_measured,  # its distributions, and its states before every layer
+            "reference": n_measured,  # its distributions, and its states before every layer
             "changes": round(n_measured * sum(map(self._depth, self.changes()))),
         }
 
@@ -388,17 +389,21 @@ class Profiler:
         """The format that a group is measured in."""
         return _nearest(group, bits)
 
-    def _first_layer(self, change: Measured) -> int | None:
+    def _first_layer(self, change: Measured) -> int:
+        """The first layer that measuring a change runs."""
         if isinstance(change, Setting):
-            return None
+            return 0
         if isinstance(change, tuple):
             return change[0]
-        return self.layout.groups[next(iter(change.formats))].layer
+        group = self.layout.groups[next(iter(change.formats))]
+        if group.role is Role.HEAD:  # it multiplies what the last layer gives
+            return self.layout.inventory.n_layers - 1
+        return group.layer or 0
 
     def _depth(self, change: Measured) -> float:
         """The share of the layers that measuring a change runs."""
         n_layers = self.layout.inventory.n_layers
-        return (n_layers - (self._first_layer(change) or 0)) / n_layers
+        return (n_layers - self._first_layer(change)) / n_layers
 
     def _losses(self) -> tuple[list[Change], dict[int, dict[int, float]]]:
         lines = Lines(self.folder / "losses.jsonl")
