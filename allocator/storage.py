@@ -65,8 +65,8 @@ def journal_path(spec: str | None, study_dir: Path) -> Path | None:
     if "://" in spec:
         return None
     raise StudyError(
-        f"storage: got {spec!r}, needed journal:PATH, a database URL such as sqlite:///trials.db, "
-        "or grpc://HOST:PORT; leave it out to keep the trials in the study's own folder"
+        f"storage: got {spec!r}, needed journal:PATH or a database URL such as sqlite:///trials.db "
+        "(grpc://HOST:PORT of a proxy); leave it out to keep the trials in the study's own folder"
     )
 
 
@@ -339,7 +339,7 @@ def _open_database(url: str) -> BaseStorage:
 def _open_proxy(spec: str) -> BaseStorage:
     """Optuna's proxy, once it answers."""
     host, _, port = spec.removeprefix(_PROXY).rstrip("/").rpartition(":")
-    if not host or not port.isdigit() or int(port) > _MOST_PORT:
+    if not host or not re.fullmatch("[0-9]+", port) or int(port) > _MOST_PORT:
         raise StudyError(f"storage {spec}: needed grpc://HOST:PORT, e.g. grpc://server:13000")
     try:
         with warnings.catch_warnings():

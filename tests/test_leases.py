@@ -32,6 +32,7 @@ from allocator.trials import (
     forward_tokens,
     is_abandoned,
     not_abandoned,
+    trial_counts,
 )
 
 STORAGES = ["journal", "sqlite", "postgresql", "grpc"]
@@ -265,7 +266,7 @@ def test_a_complete_trial_that_was_marked_meanwhile_counts(joined):
     assert trial.state is TrialState.COMPLETE
     assert not is_abandoned(trial)
     assert worker.n_proposals() == 1
-    assert study.trial_counts(worker.study)["COMPLETE"] == 1
+    assert trial_counts(worker.study)["COMPLETE"] == 1
     assert close_abandoned(worker.study, [trial]) == 0
     worker.queue = ()
     worker.run(n_trials=2)

@@ -500,7 +500,15 @@ def test_disk_full_beside_a_living_search(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec", ["grpc://", "grpc://host", "grpc://host:", "grpc://:13000", "grpc://host:99999999"]
+    "spec",
+    [
+        "grpc://",
+        "grpc://host",
+        "grpc://host:",
+        "grpc://:13000",
+        "grpc://host:99999999",
+        "grpc://host:²",
+    ],
 )
 def test_a_proxy_needs_host_and_port(tmp_path, spec):
     with pytest.raises(StudyError, match=r"needed grpc://HOST:PORT"):

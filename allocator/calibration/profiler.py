@@ -10,7 +10,9 @@ inputs: `statistics.json` and `importance.safetensors` (one pass of the original
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -28,6 +30,7 @@ from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
 from allocator.codecs.bank import Bank
 from allocator.codecs.source import Floats, group_weights
+from allocator.errors import CalibrationError
 from allocator.families import Role
 from allocator.files import locked, write_whole
 from allocator.profile import Change, Profile, bundle_of
@@ -110,6 +113,10 @@ def importance_digest(importance: dict[str, Floats]) -> str:
     return total.hexdigest()
 
 
+STATISTICS, CURVATURE = "statistics", "curvature"
+"""Stages that are kept layer by layer where the checkpoint is streamed."""
+
+
 class Lines:
     """A JSON-lines file that is appended to; a torn last line is dropped.
 
@@ -123,7 +130,10 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        try:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise CalibrationError(f"{path}: damaged ({error}); delete it, and run again") from None
         if path.exists():
             write_whole(path, whole + b"\n" if whole else b"")
 
@@ -132,6 +142,11 @@ class Lines:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
+
+    def sync(self) -> None:
+        """Returns when the disk has all rows."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
 
 
 class Profiler:
@@ -165,21 +180,24 @@ class Profiler:
         self.bank_cap = bank_cap
         self.torch_device = torch_device
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._building = False
 
     @cached_property
     def statistics(self) -> Statistics:
         """Importance, saliency and routing; measured once."""
         path, weights = self.folder / "statistics.json", self.folder / "importance.safetensors"
-        if not path.exists():
-            found = self._collect()
-            write_whole(weights, save(found.importance))
-            plain = {
-                "saliency": found.saliency,
-                "counts": found.counts,
-                "n_tokens": found.n_tokens,
-                "unreached": found.unreached,
-            }
-            write_whole(path, json.dumps(plain, indent=1).encode())
+        with self._missing(path) as missing:
+            if missing:
+                found = self._collect()
+                write_whole(weights, save(found.importance))
+                plain = {
+                    "saliency": found.saliency,
+                    "counts": found.counts,
+                    "n_tokens": found.n_tokens,
+                    "unreached": found.unreached,
+                }
+                write_whole(path, json.dumps(plain, indent=1).encode())
+                self._forget(STATISTICS)
         data = msgspec.convert(
             {**json.loads(path.read_text()), "importance": {}}, Statistics, strict=False
         )
@@ -210,8 +228,10 @@ class Profiler:
     def curvature(self) -> dict[str, dict[str, list[float]]]:
         """Second-order loss around the original, by group and format; measured once."""
         path = self.folder / "curvature.json"
-        if not path.exists():
-            write_whole(path, json.dumps(self._curvature()).encode())
+        with self._missing(path) as missing:
+            if missing:
+                write_whole(path, json.dumps(self._curvature()).encode())
+                self._forget(CURVATURE)
         prices: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
         return prices
 
@@ -320,11 +340,26 @@ class Profiler:
     def profile(self) -> Profile:
         """The finished profile; of several processes one builds it, and the others wait."""
         path = self.folder / "profile.json"
-        if not path.exists():
-            with locked(self.folder / "building"):
-                if not path.exists():
-                    write_whole(path, self._build().to_bytes())
+        with self._missing(path) as missing:
+            if missing:
+                write_whole(path, self._build().to_bytes())
         return Profile.read(path)
+
+    @contextmanager
+    def _missing(self, path: Path) -> Iterator[bool]:
+        """Whether this process, and it alone, has to build what goes there."""
+        if path.exists() or self._building:
+            yield not path.exists()
+            return
+        with locked(self.folder / "building"):
+            self._building = True
+            try:
+                yield not path.exists()
+            finally:
+                self._building = False
+
+    def _forget(self, stage: str) -> None:
+        """Removes what a finished stage has kept to go on from: nothing here."""
 
     def _build(self) -> Profile:
         statistics = self.statistics

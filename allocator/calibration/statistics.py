@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from allocator.calibration.documents import Document, batches
 from allocator.codecs.source import Floats
+from allocator.errors import CalibrationError
 from allocator.families import Role
 from allocator.files import write_whole
 from allocator.profile import OBSERVED
@@ -209,7 +211,8 @@ def collect_streamed(
         [documents[i] for i in batch]
         for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
     ]
-    n_layers, kept = layout.inventory.n_layers, Kept(scratch, chosen, streamed.device)
+    width, n_layers = int(layout.inventory.config["hidden_size"]), layout.inventory.n_layers
+    kept = Kept(scratch, chosen, width, streamed.device)
     states, first = streamed.begin(chosen), kept.last("states", n_layers)
     handles = _watch(streamed.model, layout, sums)
     try:
@@ -255,11 +258,22 @@ class _LayerSums:
         write_whole(self._path(folder), stream.getbuffer())
 
     def load(self, folder: Path) -> None:
-        with np.load(self._path(folder)) as found:
-            for name, sums in self.products.items():
-                sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
-            for name, values in () if self.experts is None else vars(self.experts).items():
-                torch.as_tensor(values)[:] = torch.from_numpy(found[name])
+        """Raises:
+        CalibrationError: if the file is missing or damaged.
+        """
+        try:
+            with np.load(BytesIO(self._path(folder).read_bytes())) as found:
+                for name, sums in self.products.items():
+                    sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
+                for name, values in () if self.experts is None else vars(self.experts).items():
+                    if found[name].shape != tuple(values.shape):
+                        raise ValueError(f"{name} has shape {found[name].shape}")
+                    torch.as_tensor(values)[:] = torch.from_numpy(found[name])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise CalibrationError(
+                f"{self._path(folder)}: missing or damaged ({error}); delete its folder, "
+                "and run again"
+            ) from None
 
     def _path(self, folder: Path) -> Path:
         return folder / f"sums-{self.layer}.npz"

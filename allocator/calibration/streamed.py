@@ -10,6 +10,7 @@ changes need all rows; where prices are of a sample they are made in formats tha
 ones nearest to `ANCHOR_BITS` take hours for what a pass reads in minutes.
 """
 
+import json
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.calibration.profiler import ANCHOR_BITS, FAST, Lines, Measured, Profiler
+from allocator.calibration.profiler import (
+    ANCHOR_BITS,
+    CURVATURE,
+    FAST,
+    STATISTICS,
+    Lines,
+    Measured,
+    Profiler,
+)
 from allocator.calibration.statistics import Statistics, collect_streamed
 from allocator.codecs import ggml
 from allocator.codecs.source import Floats, Ints, read_rows
 from allocator.families import Role
+from allocator.files import write_whole
 from allocator.formats import FORMATS, Format, format_named
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import Curvature
@@ -49,33 +59,32 @@ class StreamedProfiler(Profiler):
         return StreamedModel(self.layout, weights, device=self.torch_device)
 
     def _collect(self) -> Statistics:
-        scratch = self.folder / "statistics"
-        scratch.mkdir(exist_ok=True)
         return collect_streamed(
-            self.streamed, self.inputs.documents, scratch=scratch, progress=self.progress
+            self.streamed,
+            self.inputs.documents,
+            scratch=self._scratch(STATISTICS),
+            progress=self.progress,
         )
 
-    @cached_property
-    def statistics(self) -> Statistics:
-        """As of `Profiler`; a kill costs at most a layer."""
-        found = super().statistics
-        shutil.rmtree(self.folder / "statistics", ignore_errors=True)
-        return found
+    def _scratch(self, stage: str) -> Path:
+        """Where a stage keeps what it has come to; a kill costs at most a layer."""
+        folder = self.folder / stage
+        folder.mkdir(exist_ok=True)
+        return folder
 
-    @cached_property
-    def curvature(self) -> dict[str, dict[str, list[float]]]:
-        """As of `Profiler`; a kill costs at most the layer being priced."""
-        found = super().curvature
-        shutil.rmtree(self._pass_folder, ignore_errors=True)
-        return found
-
-    @property
-    def _pass_folder(self) -> Path:
-        return self.folder / "curvature"
+    def _forget(self, stage: str) -> None:
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def _curvature(self) -> dict[str, dict[str, list[float]]]:
-        self._pass_folder.mkdir(exist_ok=True)
-        lines = Lines(self._pass_folder / "prices.jsonl")
+        scratch = self._scratch(CURVATURE)
+        lines, settled = Lines(scratch / "prices.jsonl"), scratch / "settled.json"
+        if not settled.exists() or json.loads(settled.read_text()) > len(lines.rows):
+            for path in scratch.glob("gradients-*"):  # their layers' prices are lost
+                path.unlink()
+
+        def settle() -> None:
+            lines.sync()
+            write_whole(settled, json.dumps(len(lines.rows)).encode())
 
         def take(group: Group, expert: int | None, curvature: Curvature) -> None:
             rows = self._rows(group, expert, curvature)
@@ -91,8 +100,9 @@ class StreamedProfiler(Profiler):
         _ = self.bank  # its importance takes a pass of the same model
         documents = self.inputs.documents[: self.inputs.n_curvature]
         measure_streamed(
-            self.streamed, documents, take, scratch=self._pass_folder, progress=self.progress
-        )
+            self.streamed, documents, take, settle,
+            scratch=scratch, progress=self.progress,
+        )  # fmt: skip
         prices: dict[str, dict[str, list[float]]] = {}
         for group in self.layout.groups.values():
             n = group.shape[0] if group.role.is_expert else 1

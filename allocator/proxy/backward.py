@@ -36,6 +36,7 @@ def measure_streamed(
     streamed: StreamedModel,
     documents: Sequence[Document],
     take: Take,
+    settle: Callable[[], None] = lambda: None,
     *,
     scratch: Path,
     seed: int = 0,
@@ -49,6 +50,7 @@ def measure_streamed(
         documents: tokens to run.
         take: called for groups from the head to the first layer, then for the embedding; when a
             pass goes on, for those of the layer where it was and what follows.
+        settle: called when a layer's groups are taken, before the pass notes that it is behind it.
         scratch: an existing folder, where states and gradients of these documents wait.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass of a layer.
@@ -62,7 +64,8 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    kept = Kept(scratch, chosen, streamed.device)
+    width = int(streamed.inventory.config["hidden_size"])
+    kept = Kept(scratch, chosen, width, streamed.device)
     with torch.inference_mode(False), torch.no_grad():
         if not kept.has("gradients", n_layers):
             first = kept.last("states", n_layers)
@@ -74,7 +77,9 @@ def measure_streamed(
                 streamed.run(layer, [states])
                 kept.save("states", layer + 1, states.hidden)
                 bar.update()
-            kept.save("gradients", n_layers, passed.head(states.hidden, seed))
+            gradients = passed.head(states.hidden, seed)
+            settle()
+            kept.save("gradients", n_layers, gradients)
         elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
             passed.head(kept.load("states", n_layers), seed)
         last = min(i for i in range(n_layers + 1) if kept.has("gradients", i))
@@ -83,6 +88,7 @@ def measure_streamed(
         for layer in reversed(range(last)):
             before = kept.load("states", layer) if layer else streamed.begin(chosen).hidden
             gradients = passed.layer(layer, before, gradients)
+            settle()
             kept.save("gradients", layer, gradients)
             bar.update()
     bar.close()

@@ -4,6 +4,7 @@ In: a folder, and the documents of the pass by batch. Out: their values, layer b
 a file is there whole or not at all, and comes back bit for bit.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,25 @@ class Kept:
     Attributes:
         folder: an existing one, of this pass alone.
         chosen: documents by batch.
+        width: of their states.
         device: torch's, where values are wanted.
     """
 
     folder: Path
     chosen: Sequence[Sequence[Document]]
+    width: int
     device: torch.device
 
     def has(self, what: str, layer: int) -> bool:
-        """Whether these values are there."""
-        return self._path(what, layer).exists()
+        """Whether these values are there, whole; a damaged file counts as none."""
+        path = self._path(what, layer)
+        if not path.exists():
+            return False
+        try:
+            shape = np.load(path, mmap_mode="r").shape
+        except (ValueError, EOFError):
+            return False
+        return bool(shape == (sum(len(d.ids) for batch in self.chosen for d in batch), self.width))
 
     def last(self, what: str, n_layers: int) -> int:
         """The last layer whose values are there; 0 if none are."""
@@ -43,7 +53,10 @@ class Kept:
         """Whole, or not at all."""
         path = self._path(what, layer)
         part = path.with_name(f"{path.stem}.part.npy")
-        np.save(part, torch.cat([batch.flatten(0, 1) for batch in values]).cpu().numpy())
+        with part.open("wb") as file:
+            np.save(file, torch.cat([batch.flatten(0, 1) for batch in values]).cpu().numpy())
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
 
     def load(self, what: str, layer: int) -> Batches:

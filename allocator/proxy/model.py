@@ -7,6 +7,7 @@ and the weights are the decoded ones of the file.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,15 +63,20 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
     return model.eval().requires_grad_(False)
 
 
+_REASON = 120  # characters: torch lists all that it knows
+
+
 def check_device(name: str) -> None:
     """Raises:
     AllocatorError: if torch cannot compute there.
     """
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            float(torch.ones(1, device=name) + 1)
+    except Exception as error:  # whatever a backend raises
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = (str(error).splitlines() or [repr(error)])[0][:_REASON]
         raise AllocatorError(
             f"torch device {name!r}: {reason} (torch {torch.__version__} is built for {built}); "
             "needed cpu, or a device of this machine that this torch knows, e.g. cuda"
@@ -436,11 +442,12 @@ class SwapModel:
                 install_experts(self.model, self.inventory.config, group, values, places)
 
     def _retain(self, layer: int, experts: tuple[int, ...]) -> None:
+        self.retained.pop(layer, None)  # nothing is known if what follows fails
+        for name, group in self.layout.groups.items():
+            if group.role.is_expert and group.layer == layer:
+                self.state.pop(name, None)
         resize_experts(self.model, layer, len(experts))
         for kept in self.layout.kept:
             if kept.role.is_router and kept.layer == layer:
                 install_kept(self.model, kept, self._kept[kept.source], experts)
-        for name, group in self.layout.groups.items():
-            if group.role.is_expert and group.layer == layer:
-                self.state.pop(name, None)
         self.retained[layer] = experts

@@ -343,7 +343,8 @@ def _window(config: Mapping[str, Any]) -> int:
     window, kinds = config.get("sliding_window"), config.get("layer_types") or _ALTERNATING
     if type(window) is not int or window < 1:
         raise TargetError(f"gguf: sliding_window is {window!r}, needed a number from 1")
-    if any(kind != _ALTERNATING[layer % 2] for layer, kind in enumerate(kinds)):
+    listed = isinstance(kinds, (list, tuple))
+    if not listed or any(kind != _ALTERNATING[layer % 2] for layer, kind in enumerate(kinds)):
         raise TargetError(
             "gguf: llama.cpp gives gpt-oss a sliding window in every other layer, from the first "
             "on; config.json has other layer_types"

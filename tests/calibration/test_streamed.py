@@ -10,7 +10,9 @@ from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.calibration.streamed import StreamedProfiler
 from allocator.codecs import ggml
+from allocator.errors import CalibrationError
 from allocator.inventory import read_inventory
+from allocator.proxy.kept import Kept
 from allocator.proxy.stream import StreamedModel
 from allocator.targets import target_named
 
@@ -134,3 +136,56 @@ def test_stopped_statistics_are_the_undisturbed_ones(inputs, tmp_path, monkeypat
     assert again.statistics.counts == whole.counts
     assert ran == [*range(layer + 1), *range(layer, inputs.layout.inventory.n_layers)]
     assert not (again.folder / "statistics").exists()
+
+
+def stopped_behind(layer, monkeypatch, profiler):
+    """A curvature pass that is stopped as soon as it is behind a layer."""
+    plain = Kept.save
+
+    def save(self, what, at, values):
+        plain(self, what, at, values)
+        if (what, at) == ("gradients", layer):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Kept, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            _ = profiler.curvature
+    return profiler.folder / "curvature"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "prices.jsonl").unlink(),
+        lambda folder: cut(folder / "prices.jsonl"),
+        lambda folder: (folder / "settled.json").unlink(),
+        lambda folder: cut(folder / "gradients-1.npy"),
+        lambda folder: (folder / "gradients-1.npy").write_bytes(b""),
+        lambda folder: np.save(folder / "gradients-1.npy", np.zeros((3, 4), np.float32)),
+        lambda folder: cut(folder / "states-1.npy"),
+    ],
+    ids=["no prices", "half of the prices", "not settled", "cut", "empty", "other shape", "states"],
+)
+def test_what_a_stopped_curvature_has_lost_is_made_again(inputs, tmp_path, monkeypatch, damage):
+    inputs = replace(inputs, sampled_rows=0.5)
+    whole = StreamedProfiler(inputs, tmp_path / "whole").curvature
+    damage(stopped_behind(1, monkeypatch, StreamedProfiler(inputs, tmp_path / "stopped")))
+    again = StreamedProfiler(inputs, tmp_path / "stopped").curvature
+    assert again == whole
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: path.unlink(), lambda path: np.savez(path)])
+def test_damaged_sums_are_one_line(inputs, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(StreamedModel, "run", stopped_at(1, []))
+    with pytest.raises(KeyboardInterrupt):
+        _ = StreamedProfiler(inputs, tmp_path).statistics
+    again = StreamedProfiler(inputs, tmp_path)
+    damage(again.folder / "statistics" / "sums-0.npz")
+    with pytest.raises(CalibrationError, match=r"sums-0.* delete its folder") as caught:
+        _ = again.statistics
+    assert "\n" not in str(caught.value)

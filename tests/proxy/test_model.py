@@ -1,5 +1,6 @@
 """The exchangeable model against transformers: loading, exchanging, pruning, fewer experts used."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from allocator.calibration.documents import read_documents
 from allocator.codecs.bank import Bank
 from allocator.errors import CheckpointError
 from allocator.inventory import read_inventory
+from allocator.proxy import model
 from allocator.proxy.model import SwapModel
 from allocator.proxy.weights import Candidate
 from allocator.targets import GGUF, SAFETENSORS
@@ -354,3 +356,25 @@ def test_a_put_that_fails_does_not_spoil_the_next(checkpoints, name, tmp_path):
     swap.reset()
     after = snapshot(swap.model)
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_stop_while_experts_are_resized_leaves_nothing_wrong(checkpoints, monkeypatch):
+    swap = swap_model(checkpoints["deepseek"])
+    everyone = Candidate.original(swap.layout)
+    few = dict.fromkeys(swap.layout.layers, (0, 3, 4))
+    with torch.inference_mode():
+        expected = swap.model(IDS).logits.clone()
+    for name in ("resize_experts", "install_kept"):
+        plain = getattr(model, name)
+
+        def stopped(*args, plain=plain):
+            plain(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(model, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                swap.put(replace(everyone, retained_experts=few, experts_used=1))
+        swap.put(everyone)
+        with torch.inference_mode():
+            torch.testing.assert_close(swap.model(IDS).logits, expected, rtol=0, atol=0)
