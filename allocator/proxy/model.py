@@ -370,7 +370,6 @@ class SwapModel:
         attach(self.model, lambda: self._keys_values)
         self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
         self._kept = {k.source: read_tensor(self.inventory, k.source) for k in layout.kept}
-        self._all = tuple(range(self.inventory.n_experts))
         for kept in layout.kept:
             if not kept.role.is_router:
                 install_kept(self.model, kept, self._kept[kept.source], None)
