@@ -23,7 +23,7 @@ from tqdm import tqdm
 from allocator.calibration.documents import Document, batches
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, drawn, product_name, watch_products
-from allocator.proxy.kept import Batches, Kept
+from allocator.proxy.kept import Batches, LayerFiles
 from allocator.proxy.model import moe_block
 from allocator.proxy.stream import Routing, StreamedModel
 from allocator.targets import Group
@@ -65,7 +65,7 @@ def measure_streamed(
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
     width = int(streamed.inventory.config["hidden_size"])
-    kept = Kept(scratch, chosen, width, streamed.device)
+    kept = LayerFiles(scratch, chosen, width, streamed.device)
     with torch.inference_mode(False), torch.no_grad():
         if not kept.has("gradients", n_layers):
             first = kept.last("states", n_layers)

@@ -19,7 +19,7 @@ Batches = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Kept:
+class LayerFiles:
     """See the module.
 
     Attributes:

@@ -12,7 +12,7 @@ from allocator.calibration.streamed import StreamedProfiler
 from allocator.codecs import ggml
 from allocator.errors import CalibrationError
 from allocator.inventory import read_inventory
-from allocator.proxy.kept import Kept
+from allocator.proxy.kept import LayerFiles
 from allocator.proxy.stream import StreamedModel
 from allocator.targets import target_named
 
@@ -140,7 +140,7 @@ def test_stopped_statistics_are_the_undisturbed_ones(inputs, tmp_path, monkeypat
 
 def stopped_behind(layer, monkeypatch, profiler):
     """A curvature pass that is stopped as soon as it is behind a layer."""
-    plain = Kept.save
+    plain = LayerFiles.save
 
     def save(self, what, at, values):
         plain(self, what, at, values)
@@ -148,7 +148,7 @@ def stopped_behind(layer, monkeypatch, profiler):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Kept, "save", save)
+        patched.setattr(LayerFiles, "save", save)
         with pytest.raises(KeyboardInterrupt):
             _ = profiler.curvature
     return profiler.folder / "curvature"
