@@ -52,6 +52,7 @@ from allocator.trials import (
     DOUBLED,
     KIND,
     LOSSES,
+    PROPOSAL,
     RESULT,
     Key,
     forward_tokens,
@@ -309,15 +310,18 @@ class Search:
     def _is_within(self, first: _Candidate, n_tokens: int, limits: Limits) -> bool:
         """Whether trials that begin with `first` may be scored, whoever else asked meanwhile.
 
-        Only trials asked for earlier count, so of several that ask at once some may.
+        Only trials asked for earlier count, so of several that ask at once some may. A proposal
+        numbered beyond the limit is not made even where one before it was given up meanwhile: that
+        one is made again.
         """
         before = [t for t in not_abandoned(self.study) if t.number < first.trial.number]
-        if limits.n_trials is not None and len(before) >= limits.n_trials:
+        mine = self.study._storage.get_trial(first.trial._trial_id)
+        number = mine.system_attrs.get(PROPOSAL, 0)
+        if limits.n_trials is not None and max(len(before), number) >= limits.n_trials:
             return False
         if limits.tokens is None:
             return True
         running = [t for t in before if not t.state.is_finished()]
-        mine = self.study._storage.get_trial(first.trial._trial_id)
         spent = self.forward_tokens() - forward_tokens(mine) + self._promised(running)
         return spent + n_tokens <= limits.tokens  # the look before `mine` is among these
 

@@ -17,7 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator import leases, study
+from allocator import leases, samplers, study
 from allocator.closing import VERDICTS, close_abandoned
 from allocator.leases import LEASE, Leases, left_here
 from allocator.samplers import SAMPLERS
@@ -26,6 +26,7 @@ from allocator.study import Limits
 from allocator.surrogate import Around
 from allocator.trials import (
     ABANDONED,
+    DOUBLED,
     PROPOSAL,
     allocation_of,
     best_complete,
@@ -377,6 +378,49 @@ def test_one_trial_too_many_is_given_up(joined):
     one._tell(first, lost=[])
     two.run(n_trials=4)
     check(two.study, 4)
+
+
+def test_of_a_proposal_given_up_meanwhile_the_number_is_not_lost(joined):
+    """It was in hand when the next one was numbered, and is not when that asks whether it may."""
+    storage = InMemoryStorage()
+    one, two = joined(storage), joined(storage)
+    one.run(n_trials=3)
+    in_hand = two._ask()
+    is_within = one._is_within
+
+    def given_up_meanwhile(*args):
+        two._give_up(in_hand, DOUBLED)
+        return is_within(*args)
+
+    one._is_within = given_up_meanwhile
+    assert one._propose(1, Limits(n_trials=4)) == []
+    one._is_within = is_within
+    one.run(n_trials=4)
+    check(one.study, 4)
+
+
+def test_numbers_taken_at_once_differ(joined, monkeypatch):
+    """The other took the same between the look at what is free and the note of it."""
+    storage = InMemoryStorage()
+    one, two, third = (joined(storage) for _ in range(3))
+    one.queue = two.queue = third.queue = ()
+    one.run(n_trials=3)
+    find, asked = samplers.proposal_number, []
+
+    def freed_and_taken(study, trial):
+        number = find(study, trial)
+        if not asked:
+            asked.append(None)
+            third._give_up(in_hand)
+            asked[0] = two._ask()
+        return number
+
+    in_hand = third._ask()
+    monkeypatch.setattr(samplers, "proposal_number", freed_and_taken)
+    first = one._ask()
+    assert first.trial.number < asked[0].trial.number
+    kept = [t.system_attrs[PROPOSAL] for t in not_abandoned(one.study)]
+    assert sorted(kept) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("share", [1.0, 1.5, 2.0])

@@ -39,6 +39,16 @@ def proposal_number(study: Study, trial: FrozenTrial) -> int:
     return next(islice((n for n in count() if n not in taken), unknown, None))
 
 
+def _number(study: Study, trial: FrozenTrial) -> int:
+    """Writes `proposal_number` into the trial, until no other has written the same meanwhile."""
+    while True:
+        number = proposal_number(study, trial)
+        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, number)
+        others = (t for t in not_abandoned(study) if t.number != trial.number)
+        if all(t.system_attrs.get(PROPOSAL) != number for t in others):
+            return number
+
+
 def _doubled(study: Study, number: int) -> int:
     """How often this proposal was given up because another worker was scoring the same."""
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
@@ -73,8 +83,7 @@ class SeededSampler(BaseSampler):
         """Seeds the sampler for this trial; an enqueued one joins NSGA-II's generations too."""
         if self.on_trial is not None:
             self.on_trial(trial._trial_id)
-        number = proposal_number(study, trial)
-        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, number)
+        number = _number(study, trial)
         tries = _doubled(study, number)
         entropy = np.random.SeedSequence([self._seed, number, *([tries] if tries else [])])
         self._inner = self._make(int(entropy.generate_state(1)[0]))
