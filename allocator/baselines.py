@@ -2,7 +2,7 @@
 
 In: a layout and a ranking of experts. Out: named allocations. Invariant: rows that are not whole
 blocks of the wanted format take llama-quantize's fallback, under its real name, as a user of that
-tool would get.
+tool would get. What the checkpoint itself holds in a format no larger than the wanted one stays so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +37,9 @@ def _stored(group: Group, fmt: str) -> str:
     wanted = fallback(fmt, group.shape)
     if wanted.needs_importance and not group.importance:
         return "Q2_K"  # llama-quantize's own choice for an embedding without importance
+    source = group.source_format
+    if source is not None and source.bits <= wanted.bits:
+        return source.name
     return wanted.name
 
 

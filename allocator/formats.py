@@ -75,6 +75,7 @@ FORMATS = {
         Format("Q4_1", 3, 32, 4 + 16),  # f16 scale and minimum + 4-bit weights
         Format("Q4_0", 2, 32, 2 + 16),  # f16 scale + 4-bit weights
         Format("IQ4_NL", 20, 32, 2 + 16),  # f16 scale + 4-bit codes
+        Format("MXFP4", 39, 32, 1 + 16),  # exponent of the scale + 4-bit floats
         Format("IQ4_XS", 23, 256, 2 + 2 + 4 + 128),  # f16 + high and low scale bits + 4-bit codes
         Format("IQ3_S", 21, 256, 2 + 64 + 8 + 32 + 4),  # f16 + codes + high bits + signs + scales
         Format("IQ3_XXS", 18, 256, 2 + 96),  # f16 + codes, signs and scales
@@ -91,7 +92,7 @@ GAUSSIAN_ERROR = {
     "Q4_K": 5.04e-3, "Q3_K": 2.09e-2, "Q2_K": 7.21e-2, "Q5_1": 1.15e-3, "Q5_0": 1.64e-3,
     "Q4_1": 4.91e-3, "Q4_0": 6.68e-3, "IQ4_NL": 5.62e-3, "IQ4_XS": 5.73e-3, "IQ3_S": 1.89e-2,
     "IQ3_XXS": 3.32e-2, "IQ2_S": 6.22e-2, "IQ2_XS": 9.00e-2, "IQ2_XXS": 1.18e-1, "IQ1_M": 2.05e-1,
-    "IQ1_S": 2.36e-1,
+    "IQ1_S": 2.36e-1, "MXFP4": 1.32e-2,
 }  # fmt: skip
 """Squared error over squared weights: ggml's own codecs on 64 rows of 2048 normal bfloat16 weights
 (so that 16 bits lose nothing), the same importance everywhere (tests/codecs/test_ggml.py)."""
@@ -104,7 +105,9 @@ _SMALL_BLOCK = ("BF16", "Q8_0", "Q5_0", "IQ4_NL", "Q4_0")  # for the other rows 
 OFFERED = tuple(dict.fromkeys(_SUPERBLOCK + _SMALL_BLOCK))
 
 
-def offered(shape: tuple[int, ...], *, importance: bool) -> tuple[Format, ...]:
+def offered(
+    shape: tuple[int, ...], *, importance: bool, source: Format | None = None
+) -> tuple[Format, ...]:
     """Formats that store a weight of `shape` as named, largest first.
 
     The ggml types left out are dominated at equal bytes on this kind of row and serve baselines
@@ -113,9 +116,13 @@ def offered(shape: tuple[int, ...], *, importance: bool) -> tuple[Format, ...]:
     Args:
         shape: `(..., out_features, in_features)`.
         importance: whether the weight's input channels have an importance vector.
+        source: the format that the checkpoint holds it in, if it is one of these: that is exact,
+            so no larger one is of use.
     """
     names = _SUPERBLOCK if shape[-1] % 256 == 0 else _SMALL_BLOCK
     found = [FORMATS[n] for n in names if FORMATS[n].stores(shape)]
+    if source is not None:
+        found = [source, *(f for f in found if f.bits < source.bits)]
     return tuple(f for f in found if importance or not f.needs_importance)
 
 

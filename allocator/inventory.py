@@ -23,6 +23,7 @@ from allocator.errors import CheckpointError
 from allocator.families import SCALE_SUFFIX, Family, Role, family_of
 
 FP8 = "F8_E4M3"
+MXFP4 = "MXFP4"  # of planned tensors alone: no checkpoint with it is read
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 _COUNTS = ("num_experts_per_tok", "hidden_size", "vocab_size")
 _LISTED = ("num_hidden_layers",)

@@ -1,7 +1,8 @@
 """The inventory of a checkpoint that nobody has fetched: from `config.json` alone, by shapes.
 
 In: a `config.json`, of a family in `families.PLANNED`. Out: the `Inventory` that `read_inventory`
-makes of such a checkpoint in bfloat16, without files. Invariant: names come from the family's
+makes of such a checkpoint in bfloat16, without files; the experts of one whose `quant_method` is
+mxfp4 are in that. Invariant: names come from the family's
 table, and every layer is one of the sets that the family knows, so a config that asks for tensors
 without a rule is an error.
 
@@ -10,13 +11,13 @@ and `modeling_gpt_oss`; of multi-token prediction DeepSeek-V3's `README_WEIGHTS.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from allocator.errors import CheckpointError
 from allocator.families import Family, Role, planned_family_of
-from allocator.inventory import Inventory, TensorInfo, check_config, read_json
+from allocator.formats import FORMATS
+from allocator.inventory import MXFP4, Inventory, TensorInfo, check_config, read_json
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -99,7 +100,8 @@ def _layer(
         routed = "{expert}" in rule.pattern
         for expert in range(config[family.n_experts_key(config)]) if routed else (None,):
             name = rule.pattern.format(layer=layer, expert=expert)
-            yield _info(name, shape, rule.role, layer, expert)
+            dtype = MXFP4 if routed and _is_mxfp4(config) else "BF16"
+            yield _info(name, shape, rule.role, layer, expert, dtype)
 
 
 def _nextn(family: Family, config: Mapping[str, Any], shapes: Shapes) -> Iterator[TensorInfo]:
@@ -117,13 +119,25 @@ def _nextn(family: Family, config: Mapping[str, Any], shapes: Shapes) -> Iterato
         for name, shape in own.items():
             yield _info(f"model.layers.{layer}.{name}.weight", shape, Role.NEXTN, layer)
         for t in _layer(family, config, shapes, layer):
-            yield _info(t.name, t.shape, Role.NEXTN, layer, t.expert)
+            yield _info(t.name, t.shape, Role.NEXTN, layer, t.expert, t.dtype)
 
 
 def _info(
-    name: str, shape: Shape, role: Role, layer: int | None, expert: int | None = None
+    name: str,
+    shape: Shape,
+    role: Role,
+    layer: int | None,
+    expert: int | None = None,
+    dtype: str = "BF16",
 ) -> TensorInfo:
-    return TensorInfo(name, shape, "BF16", "", 0, prod(shape) * 2, role, layer, expert)
+    nbytes = FORMATS[dtype].nbytes(shape)
+    return TensorInfo(name, shape, dtype, "", 0, nbytes, role, layer, expert)
+
+
+def _is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether experts are in MXFP4, and nothing else: transformers converts no other modules."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "mxfp4"
 
 
 def _is_dense(family: Family, config: Mapping[str, Any], layer: int) -> bool:

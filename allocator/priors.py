@@ -91,6 +91,8 @@ class Prior:
             SpaceError: if nothing is known of its role.
         """
         weights = self.weights.get(group.role)
+        if group.source_format is not None and fmt == group.source_format.name:
+            return 0.0  # as the original has it
         if weights is None:
             raise SpaceError(
                 f"{self.source}: nothing is known of {group.role}, which {group.name} is; plan "

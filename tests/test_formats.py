@@ -68,6 +68,15 @@ def test_offered_store_as_named_and_descend(shape, importance):
     assert importance or not any(f.needs_importance for f in found)
 
 
+@given(SHAPES, st.booleans(), st.sampled_from(sorted(FORMATS)))
+def test_nothing_larger_than_what_is_exact(shape, importance, name):
+    source = FORMATS[name]
+    found = offered(shape, importance=importance or source.needs_importance, source=source)
+    assert found[0] is source
+    others = offered(shape, importance=importance or source.needs_importance)
+    assert found[1:] == tuple(f for f in others if f.bits < source.bits)
+
+
 FALLBACK = {  # evidence.md: llama-quantize's own, for rows of 32 that are not rows of 256
     **dict.fromkeys(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"], "IQ4_NL"),
     **dict.fromkeys(["IQ3_XXS", "IQ3_S", "IQ4_XS"], "IQ4_NL"),

@@ -13,7 +13,7 @@ from allocator.cli import main
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, GAUSSIAN_ERROR
 from allocator.memory import Budget, Workload
-from allocator.plan import plan, write_first
+from allocator.plan import plan, summarised, write_first
 from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, published, transferred
 from allocator.records import read_allocation
@@ -175,15 +175,17 @@ def test_counts_that_no_router_serves(deepseek, count):
         plan(deepseek, prior=published(), counts=(count,))
 
 
-@pytest.mark.parametrize(("name", "count"), [("gpt-oss-120b", 128), ("mixtral-8x7b", 8)])
-def test_families_that_are_planned_only(name, count, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "count", "share"), [("gpt-oss-120b", 128, 1.03), ("mixtral-8x7b", 8, 1.25)]
+)
+def test_families_that_are_planned_only(name, count, share, tmp_path):
     inventory = planned_inventory(CONFIGS / f"{name}.json")
     layout = GGUF.layout(inventory)
     floor = next(b.floor for b in plan(inventory, prior=published()).bounds if b.experts == count)
-    budget = device(floor * 5 // 4, context=8192)
+    budget = device(int(floor * share), context=8192)
     first = plan(inventory, prior=published(), budget=budget, counts=(count,)).candidates[0]
     memory = first.memory
-    assert (first.name, memory.total + first.spare) == ("first", floor * 5 // 4)
+    assert (first.name, memory.total + first.spare) == ("first", int(floor * share))
     assert 0 <= first.spare < floor // 100
     encoded = sum(
         ggml_bytes(g, first.allocation.format_of[n], count) for n, g in layout.groups.items()
@@ -202,17 +204,62 @@ def test_a_token_reads_what_it_uses_of_gpt_oss():
     inventory = planned_inventory(CONFIGS / "gpt-oss-120b.json")
     budget = device(300 * 10**9, context=8192)
     everything = plan(inventory, prior=published(), budget=budget, counts=(128,)).candidates[0]
-    assert set(everything.allocation.format_of.values()) == {"BF16"}
+    formats = everything.allocation.format_of
+    assert set(formats.values()) == {"BF16", "MXFP4"}
+    assert {n for n, fmt in formats.items() if fmt == "MXFP4"} == {
+        f"layers.{i}.experts.{kind}" for i in range(36) for kind in ("gate", "up", "down")
+    }
     attention = 2 * 2880 * 64 * (64 + 8)  # q and o, k and v
     expert = 3 * 2880 * 2880
-    bf16 = 36 * (attention + 4 * expert) + 201088 * 2880 + 2880  # the head, and a row
+    bf16 = 36 * attention + 201088 * 2880 + 2880  # the head, and a row
+    mxfp4 = 36 * 4 * expert // 32 * 17
     biases = 64 * (64 + 8 + 8) + 2880 + 64 + 4 * 3 * 2880  # q, k, v; o; sinks; experts
     f32 = 36 * (2 * 2880 + biases + 128 * 2881) + 2880
     cache = 18 * (8192 + 128) * 2 * 8 * 128
-    assert everything.token_bytes == 2 * bf16 + 4 * f32 + cache
+    assert everything.token_bytes == 2 * bf16 + mxfp4 + 4 * f32 + cache
     space = bind(SearchSpace(schema=1), GGUF.layout(inventory), None)
     params = space.complete(space.params(everything.allocation))
     assert space.costs(budget).token_bytes(params) == everything.token_bytes
+
+
+GPT_OSS_20B = {
+    "num_hidden_layers": 24,
+    "num_local_experts": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters", "gib"), [({}, 116.83, 59.02), (GPT_OSS_20B, 20.91, 11.27)]
+)
+def test_gpt_oss_as_it_is_released(changes, parameters, gib):
+    """llama-bench's lines of both files: experts in MXFP4, all other matrices in Q8_0."""
+    config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text()) | changes
+    inventory = planned_inventory(config)
+    layout = GGUF.layout(inventory)
+    assert summarised(inventory).parameters / 1e9 == pytest.approx(parameters, abs=0.005)
+    formats = [g.source_format or FORMATS["Q8_0"] for g in layout.groups.values()]
+    matrices = sum(f.nbytes(g.shape) for f, g in zip(formats, layout.groups.values(), strict=True))
+    kept = sum(k.nbytes(inventory.n_experts) for k in layout.kept)
+    assert (matrices + kept) / GIB == pytest.approx(gib, abs=0.005)
+
+
+def test_what_is_exact_already_costs_nothing_and_grows_in_no_plan():
+    config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text())
+    found = plan(planned_inventory(config), prior=published(), budget=device(64 * 10**9))
+    for candidate in found.candidates:
+        experts = {f for n, f in candidate.allocation.format_of.items() if ".experts." in n}
+        assert experts == {"MXFP4"}, candidate.name
+    layout = GGUF.layout(planned_inventory(config))
+    group = layout.groups["layers.3.experts.up"]
+    assert [f.name for f in group.offered()] == ["MXFP4"]
+    assert published().loss(group, "MXFP4", 36) == 0
+    assert published().loss(group, "Q4_0", 36) > 0
+    del config["quantization_config"]
+    floats = GGUF.layout(planned_inventory(config)).groups["layers.3.experts.up"]
+    assert floats.source_format is None
+    assert "MXFP4" not in {f.name for f in floats.offered()}
+    assert published().loss(floats, "MXFP4", 36) > 0
 
 
 def test_the_verb(capsys, tmp_path):

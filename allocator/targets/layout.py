@@ -8,8 +8,8 @@ from math import prod
 
 from allocator.errors import TargetError
 from allocator.families import Role
-from allocator.formats import Format, offered
-from allocator.inventory import DTYPE_BYTES, Inventory
+from allocator.formats import FORMATS, Format, offered
+from allocator.inventory import DTYPE_BYTES, MXFP4, Inventory
 from allocator.memory import DeviceMemory, Settings, Workload
 
 
@@ -25,6 +25,7 @@ class Group:
         sources: the checkpoint's tensors, in expert order.
         stored_as: its name in the target's file.
         importance: whether its input channels have an importance vector.
+        source_format: the format that the checkpoint holds it in; None if it holds floats.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Group:
     sources: tuple[str, ...]
     stored_as: str
     importance: bool = True
+    source_format: Format | None = None
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Its shape when its layer retains `n_experts`."""
@@ -45,7 +47,7 @@ class Group:
 
     def offered(self) -> tuple[Format, ...]:
         """Formats that store it as named, largest first."""
-        return offered(self.shape, importance=self.importance)
+        return offered(self.shape, importance=self.importance, source=self.source_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,7 @@ def plain_groups(
             stored_as=stored_as.get(tensor.name, name),
             # an embedding that is only looked up multiplies nothing
             importance=tensor.role is not Role.EMBEDDING or inventory.tied_embeddings,
+            source_format=FORMATS[MXFP4] if tensor.dtype == MXFP4 else None,
         )
     return list(groups.values())
 

@@ -316,11 +316,13 @@ def write_planned(folder, config, n_experts, fmt):
     layout = GGUF.layout(inventory)
     writer = GGUFWriter(path, inventory.family.gguf_architecture)
     hparams(writer, config, n_experts)
-    sizes, block = [], FORMATS[fmt]
+    sizes = []
     for group in layout.groups.values():
+        block = group.source_format or FORMATS[fmt]
         *outer, inner = group.shape_with(n_experts)
         sizes.append(block.nbytes((*outer, inner)))
-        rows, kind = (*outer, inner // block.block * block.block_bytes), GGMLQuantizationType[fmt]
+        rows = (*outer, inner // block.block * block.block_bytes)
+        kind = GGMLQuantizationType[block.name]
         writer.add_tensor_info(group.stored_as, rows, np.dtype(np.uint8), sizes[-1], raw_dtype=kind)
     for kept in layout.kept:
         sizes.append(kept.nbytes(n_experts))
