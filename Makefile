@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STUDY ?= studies/reference
 OUT = $(STUDY)/out
+# the scripts of studies/reference are kept as they trained the model
+SOURCES = allocator tests notebooks studies/benchmark studies/device studies/scale
 export ALLOCATOR_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -33,8 +35,8 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
-	$(BIN)/ruff check allocator tests
-	$(BIN)/ruff format --check allocator tests
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 clean:

@@ -34,7 +34,8 @@ from allocator.priors import Prior, published, transferred
 from allocator.profile import Profile
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
-from allocator.space import SETTINGS, SearchSpace, bind, canonical
+from allocator.search_space import SearchSpace, bind
+from allocator.space import SETTINGS, canonical
 from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, open_storage
 from allocator.surrogate import from_profile

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from allocator.errors import AllocatorError, SpaceError
-from allocator.space import read_toml
+from allocator.files import read_toml
 from allocator.units import parse_bytes
 
 

@@ -1,11 +1,17 @@
-"""Files that appear whole or not at all, and locks between processes of a machine."""
+"""Files that appear whole or not at all, typed TOML, and locks between processes of a machine."""
 
 import fcntl
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
@@ -33,3 +39,13 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
+    """A TOML file as a typed value; a failure is one line with the file and the path in it."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (OSError, ValueError, msgspec.ValidationError) as reason:
+        raise error(f"{path}: {reason}") from None

@@ -20,7 +20,8 @@ from allocator.files import write_whole
 from allocator.inventory import Inventory
 from allocator.memory import Budget, DeviceMemory
 from allocator.priors import Prior
-from allocator.space import Experts, SearchSpace, Space, bind
+from allocator.search_space import Experts, SearchSpace, bind
+from allocator.space import Space
 from allocator.surrogate import Surrogate
 from allocator.targets import TARGETS, Layout, Target
 

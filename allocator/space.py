@@ -1,40 +1,30 @@
-"""What may be chosen: the search-space file, and the same bound to a checkpoint and a target.
+"""What may be chosen of a checkpoint in a target, and what each choice costs.
 
-In: a TOML file (grammar: `search_spaces/README.md`), a layout, and a ranking of each layer's
-experts. Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and back.
-Invariant: every format offered stores its group as named; `allocation(params(a)) == a` for every
-allocation `a` of the space, and `params(allocation(p))` is `p` in its canonical form (`canonical`
-of every format at its layer's retained count); a repaired proposal is within the budget, and
-repairing it again changes nothing.
+In: a layout, the values offered of every decision (`search_space.bind`), and a ranking of each
+layer's experts. Out: a `Space`: Optuna distributions, and the map from params to `Allocation` and
+back; its `Costs` under a budget. Invariant: every format offered stores its group as named;
+`allocation(params(a)) == a` for every allocation `a` of the space, and `params(allocation(p))` is
+`p` in its canonical form (`canonical` of every format at its layer's retained count).
 
 Params: `experts.<layer>` (or `experts.all` where the target knows one count), `format.<group>`,
 `experts_used`, `kv_format`, `micro_batch`. A choice with one possible value is fixed and has no
-param. Beside formats, a group
-of routed experts may choose a mix: `IQ2_XXS*8+IQ1_S` stores the first 8 experts of the layer's
-ranking in IQ2_XXS, the other retained ones in IQ1_S.
+param. Beside formats, a group of routed experts may choose a mix: `IQ2_XXS*8+IQ1_S` stores the
+first 8 experts of the layer's ranking in IQ2_XXS, the other retained ones in IQ1_S.
 """
 
-import tomllib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from allocator.allocation import KV_FORMAT, Allocation, kept_share, token_share
 from allocator.errors import BudgetError, SpaceError
-from allocator.formats import FORMATS, format_named, in_parts, parts_text
+from allocator.formats import FORMATS, in_parts, parts_text
 from allocator.memory import MICRO_BATCH, Budget, Settings
-from allocator.profile import SALIENCIES
-from allocator.targets import Group, Layout, Target, target_named
+from allocator.targets import Layout, target_named
 
-T = TypeVar("T")
 Params = dict[str, Any]
 Loss = Callable[[str, Any], float]
 """Predicted loss of one param's value, nats per token."""
@@ -42,78 +32,6 @@ Loss = Callable[[str, Any], float]
 KV, BATCH = "kv_format", "micro_batch"
 SETTINGS = {"experts_used", KV, BATCH}
 """Params of what a runtime is told; the others decide weights."""
-MIXED = ("Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S")
-"""Formats that are mixed with their neighbour among those offered, by bits descending."""
-HEAD_SHARES = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
-"""Shares of a layer's experts that a mix stores in its first format: 4, 8, 12, 16, 20 of 24."""
-
-
-class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Narrows the formats of the groups that match `pattern` (shell wildcards)."""
-
-    pattern: str
-    format: str | None = None
-    minimum: str | None = None
-    maximum: str | None = None
-
-
-class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits on retained experts."""
-
-    minimum: int | None = None
-    maximum: int | None = None
-    same: bool = False
-    mixes: bool = True
-    saliency: str = "fisher"
-    protected: dict[int, list[int]] = {}  # msgspec copies it
-
-
-class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A search-space file."""
-
-    schema: int
-    formats: list[str] | None = None
-    experts: Experts = Experts()
-    experts_used: list[int] | None = None
-    kv_format: list[str] | None = None
-    micro_batch: list[int] | None = None
-    pin: list[Pin] = []  # msgspec copies it
-
-    @classmethod
-    def read(cls, path: Path) -> "SearchSpace":
-        """From TOML.
-
-        Raises:
-            SpaceError: if the file is missing, no TOML, or has an unknown key or format.
-        """
-        space = read_toml(path, cls, SpaceError)
-        if space.schema != 1:
-            raise SpaceError(f"{path}: schema {space.schema}, needed 1; use a newer allocator")
-        if space.experts.saliency not in SALIENCIES:
-            raise SpaceError(
-                f"{path}: [experts] saliency {space.experts.saliency!r}, needed one of "
-                f"{', '.join(SALIENCIES)}"
-            )
-        for name in ("formats", "experts_used", "kv_format", "micro_batch"):
-            if getattr(space, name) == []:
-                raise SpaceError(f"{path}: {name} is empty; name at least one, or leave it out")
-        for name in (
-            *(space.formats or ()),
-            *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f),
-        ):
-            if name not in FORMATS:
-                raise SpaceError(f"{path}: unknown format {name!r}; known: {', '.join(FORMATS)}")
-        return space
-
-
-def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
-    """A TOML file as a typed value; a failure is one line with the file and the path in it."""
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except (OSError, ValueError, msgspec.ValidationError) as reason:
-        raise error(f"{path}: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -431,7 +349,7 @@ def choice_of(text: str) -> str:
 
 
 @cache
-def _part_bytes(shape: tuple[int, ...], value: str) -> tuple[int, ...]:
+def part_bytes(shape: tuple[int, ...], value: str) -> tuple[int, ...]:
     """Bytes of each part of a group of this shape; its first axis is what a mix divides."""
     return tuple(FORMATS[f].nbytes((n, *shape[1:])) for f, n in split(value, shape[0]))
 
@@ -457,7 +375,7 @@ class Costs:
     def group(self, name: str, value: str, count: int) -> int:
         """Bytes of a group in a format or mix when its layer retains `count`."""
         group = self.space.layout.groups[name]
-        parts = _part_bytes(group.shape_with(count), value)
+        parts = part_bytes(group.shape_with(count), value)
         if not self.padded:
             return sum(parts)
         nbytes = sum(self._target.padded(n) for n in parts)
@@ -553,7 +471,7 @@ class Costs:
     def reads(self, name: str, value: str, count: int, experts_used: int) -> int:
         """Bytes of a group that decoding a token reads when its layer retains `count`."""
         group = self.space.layout.groups[name]
-        nbytes = sum(_part_bytes(group.shape_with(count), value))
+        nbytes = sum(part_bytes(group.shape_with(count), value))
         counts = {self.space.layer_of[name]: count}
         return token_share(self.space.layout, name, nbytes, experts_used, counts)
 
@@ -589,207 +507,3 @@ class Costs:
         limit = self.budget.token_bytes
         fast = limit is None or self.token_bytes(params) <= limit
         return fast and self.left(params) >= 0
-
-
-def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
-    """Makes a proposal feasible: steps down, cheapest predicted loss per byte saved first.
-
-    Deterministic; a proposal within the budget comes back as it is.
-
-    Raises:
-        SpaceError: if a param is outside the space.
-        BudgetError: if not even the smallest allocation fits.
-    """
-    now = space.complete(params)
-    for each in costs.each[::-1]:  # what a device gives up raises no file's bytes
-        now = _lowered(each, now, loss, each.affected, each.budget.nbytes - each.constant)
-    if costs.budget.token_bytes is not None:
-        now = _lowered(costs, now, loss, costs.affected_reads, costs.budget.token_bytes)
-    return now
-
-
-_Measure = Callable[[Params, list[str]], int]
-"""Bytes of what some of the params decide."""
-
-
-def _lowered(costs: Costs, params: Params, loss: Loss, measure: _Measure, limit: int) -> Params:
-    """Steps down until the bytes of all params are within a limit."""
-    now, space = dict(params), costs.space
-    total = measure(now, list(space.choices))
-    while total > limit:
-        best: tuple[float, str, Any, int] | None = None
-        for name, values in space.choices.items():
-            found = _step_down(measure, now, name, values)
-            if found is None:
-                continue
-            step, saved = found
-            price = (loss(name, step) - loss(name, now[name])) / saved
-            if best is None or price < best[0]:
-                best = (price, name, step, saved)
-        if best is None:
-            space.check_budget(costs.budget)
-            break  # the smallest fits exactly, only its bound does not
-        now[best[1]], total = best[2], total - best[3]
-    return now
-
-
-def _step_down(
-    measure: _Measure, now: Params, name: str, values: tuple[Any, ...]
-) -> tuple[Any, int] | None:
-    """The next smaller value that saves bytes (padding may hide a step), and how many it saves."""
-    at = values.index(now[name])
-    before = measure(now, [name])
-    for value in values[at + 1 :] if largest_first(name) else values[:at][::-1]:
-        saved = before - measure({**now, name: value}, [name])
-        if saved > 0:
-            return value, saved
-    return None
-
-
-def bind(
-    spec: SearchSpace, layout: Layout, saliency: Mapping[str, Mapping[int, list[float]]] | None
-) -> Space:
-    """Binds a search space to a layout.
-
-    Args:
-        spec: the file.
-        layout: the target bound to a checkpoint.
-        saliency: per method and MoE layer, one value per expert; None ranks experts by index (for
-            pricing before a profile exists).
-
-    Raises:
-        SpaceError: if a pin matches nothing, or leaves a group or layer without a choice.
-    """
-    inventory = layout.inventory
-    for pin in spec.pin:
-        if not any(fnmatchcase(name, pin.pattern) for name in layout.groups):
-            raise SpaceError(f"pin {pin.pattern!r} matches no group; groups are named like "
-                             f"{', '.join(list(layout.groups)[:4])}")  # fmt: skip
-    used = tuple(spec.experts_used or (inventory.experts_used,))
-    if any(not 1 <= n <= inventory.experts_used for n in used):
-        raise SpaceError(f"experts_used {used}: needed 1..{inventory.experts_used}")
-    target = target_named(layout.target)
-    kv_formats = tuple(spec.kv_format or (KV_FORMAT,))
-    for name in spec.kv_format or ():
-        target.check_kv_format(inventory, name)
-    for n in spec.micro_batch or ():
-        target.check_micro_batch(n)
-    formats = {name: _formats(spec, group) for name, group in layout.groups.items()}
-    counts = _counts(spec.experts, layout, max(used))
-    if spec.experts.mixes and target.mixes_experts:
-        formats = {
-            name: _with_mixes(group, formats[name], counts[-1]) if group.role.is_expert
-            else formats[name]
-            for name, group in layout.groups.items()
-        }  # fmt: skip
-    return Space(
-        layout=layout,
-        formats=formats,
-        counts=counts,
-        tied=spec.experts.same or target.one_expert_count,
-        rankings=_rankings(spec.experts, layout, saliency),
-        experts_used=tuple(sorted(set(used))),
-        kv_formats=_by_bytes(kv_formats, layout, target),
-        micro_batches=tuple(sorted(set(spec.micro_batch or ()), reverse=True)) or (None,),
-    )
-
-
-def _by_bytes(kv_formats: tuple[str, ...], layout: Layout, target: Target) -> tuple[str, ...]:
-    """Largest first, each once."""
-    distinct = tuple(dict.fromkeys(kv_formats))
-    if len(distinct) == 1:
-        return distinct
-    return tuple(sorted(distinct, key=lambda f: -target.kv_bytes(layout.inventory, f, 1)))
-
-
-def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
-    offered = group.offered()
-    if spec.formats is not None:
-        offered = tuple(f for f in offered if f.name in spec.formats)
-    low, high, pinned = 0.0, float("inf"), offered
-    for pin in spec.pin:
-        if not fnmatchcase(group.name, pin.pattern):
-            continue
-        if pin.format is not None:
-            fmt = format_named(pin.format)
-            if not fmt.stores(group.shape) or (fmt.needs_importance and not group.importance):
-                raise SpaceError(
-                    f"pin {pin.pattern!r}: {pin.format} cannot store {group.name} "
-                    f"(rows of {group.shape[-1]}); offered: "
-                    f"{', '.join(f.name for f in group.offered())}"
-                )
-            pinned = (fmt,) if pinned in (offered, (fmt,)) else ()
-        low = max(low, format_named(pin.minimum).bits) if pin.minimum else low
-        high = min(high, format_named(pin.maximum).bits) if pin.maximum else high
-    offered = tuple(f for f in pinned if low <= f.bits <= high)
-    if not offered:
-        raise SpaceError(
-            f"no format left for {group.name} (rows of {group.shape[-1]}); it could take "
-            f"{', '.join(f.name for f in group.offered())}: loosen [formats] or its pins"
-        )
-    return tuple(f.name for f in offered)
-
-
-def _with_mixes(group: Group, names: tuple[str, ...], most: int) -> tuple[str, ...]:
-    """Formats and their mixes, largest first with all experts; `most` of them are retained."""
-    n_experts = group.shape[0]
-    heads = sorted({round(share * n_experts) for share in HEAD_SHARES})
-    ladder = [name for name in MIXED if name in names]
-    mixes = [
-        f"{head}*{n}+{tail}"
-        for head, tail in pairwise(ladder)
-        for n in heads
-        if 0 < n < most  # with as many in the first format, the mix is that format
-    ]
-    return tuple(sorted([*names, *mixes], key=lambda v: -sum(_part_bytes(group.shape, v))))
-
-
-def _counts(experts: Experts, layout: Layout, used: int) -> tuple[int, ...]:
-    n, groups = layout.inventory.n_experts, layout.inventory.expert_groups
-    least = layout.inventory.least_experts(used)
-    low = max(experts.minimum if experts.minimum is not None else n // 4, least)
-    low = -(-low // groups) * groups  # a router that chooses among groups needs them equal
-    high = min(n if experts.maximum is None else experts.maximum, n) // groups * groups
-    per_group = (Counter(e // (n // groups) for e in set(v)) for v in experts.protected.values())
-    protected = groups * max((max(c.values(), default=0) for c in per_group), default=0)
-    if experts.minimum is not None and experts.minimum > n:
-        raise SpaceError(f"[experts] minimum {experts.minimum}: the checkpoint has {n} per layer")
-    if max(low, protected) > high:
-        raise SpaceError(
-            f"[experts]: minimum {max(low, protected)} (experts used {used}, protected "
-            f"{protected}) is above maximum {high}"
-        )
-    return tuple(range(max(low, protected), high + 1, groups))
-
-
-def _rankings(
-    experts: Experts, layout: Layout, saliency: Mapping[str, Mapping[int, list[float]]] | None
-) -> dict[int, tuple[int, ...]]:
-    inventory = layout.inventory
-    for layer, indices in experts.protected.items():
-        if layer not in layout.layers or any(not 0 <= i < inventory.n_experts for i in indices):
-            raise SpaceError(
-                f"[experts] protected {layer} = {indices}: MoE layers are {layout.layers}, "
-                f"experts 0..{inventory.n_experts - 1}"
-            )
-    if saliency is not None and experts.saliency not in saliency:
-        raise SpaceError(
-            f"[experts] saliency {experts.saliency!r}: known are {', '.join(saliency)}"
-        )
-    found = {}
-    for layer in layout.layers:
-        scores = (
-            [0.0] * inventory.n_experts if saliency is None else saliency[experts.saliency][layer]
-        )
-        kept = set(experts.protected.get(layer, ()))
-        order = sorted(range(inventory.n_experts), key=lambda e: (e not in kept, -scores[e], e))
-        found[layer] = _balanced(order, inventory.n_experts // inventory.expert_groups)
-    return found
-
-
-def _balanced(order: list[int], group_size: int) -> tuple[int, ...]:
-    """The ranking dealt out over router groups in turn: prefixes of whole rounds are equal."""
-    queues: dict[int, list[int]] = {}
-    for expert in order:
-        queues.setdefault(expert // group_size, []).append(expert)
-    return tuple(expert for row in zip(*queues.values(), strict=True) for expert in row)

@@ -8,9 +8,9 @@ import msgspec
 
 from allocator.devices import read_device
 from allocator.errors import AllocatorError, StudyError
+from allocator.files import read_toml
 from allocator.memory import Budget, Workload
 from allocator.samplers import check_sampler
-from allocator.space import read_toml
 from allocator.targets import target_named
 from allocator.units import parse_bytes
 

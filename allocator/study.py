@@ -44,8 +44,9 @@ from allocator.errors import StudyError
 from allocator.first_trials import Queued
 from allocator.leases import Leases
 from allocator.memory import Budget, FileBytes, Workload
+from allocator.repair import repair
 from allocator.samplers.evolution import Selection
-from allocator.space import Costs, Params, Space, repair
+from allocator.space import Costs, Params, Space
 from allocator.surrogate import Surrogate
 from allocator.trials import (
     ALLOCATION,

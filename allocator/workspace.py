@@ -41,7 +41,8 @@ from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
 from allocator.records import AllocationRecord, read_allocation
 from allocator.samplers import check_sampler, make_sampler
-from allocator.space import SearchSpace, Space, bind
+from allocator.search_space import SearchSpace, bind
+from allocator.space import Space
 from allocator.specification import DeviceSpec, StudySpec, chosen_budget
 from allocator.storage import open_storage
 from allocator.study import open_study

@@ -20,7 +20,7 @@ import pytest
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.profile import Change, Profile, bundle_of
-from allocator.space import SearchSpace, bind
+from allocator.search_space import SearchSpace, bind
 from allocator.surrogate import from_profile
 from allocator.targets import TARGETS
 

@@ -23,7 +23,7 @@ from allocator.formats import FORMATS, offered
 from allocator.materialize.checkpoint import file_digest
 from allocator.records import AllocationRecord
 from allocator.samplers.auto import ROUND
-from allocator.space import SearchSpace, bind
+from allocator.search_space import SearchSpace, bind
 from allocator.trials import allocation_of, complete_trials
 from allocator.workspace import Workspace
 

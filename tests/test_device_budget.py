@@ -11,7 +11,8 @@ from allocator.allocation import Allocation
 from allocator.errors import AllocatorError, BudgetError, SpaceError, StudyError, TargetError
 from allocator.front import Point, front
 from allocator.memory import Budget, DeviceMemory, Workload
-from allocator.space import Experts, SearchSpace, bind, repair
+from allocator.repair import repair
+from allocator.search_space import Experts, SearchSpace, bind
 from allocator.specification import BudgetSpec, DeviceSpec, chosen_budget
 from allocator.surrogate import from_profile
 from allocator.targets.gguf_memory import kv_read_bytes

@@ -14,6 +14,8 @@ RINGS = [  # a module may import from its own ring or from an earlier one
     {"allocation", "records"},
     {
         "space",
+        "search_space",
+        "repair",
         "front",
         "surrogate",
         "priors",

@@ -17,7 +17,7 @@ from allocator.plan import plan, summarised, write_first
 from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, published, transferred
 from allocator.records import read_allocation
-from allocator.space import SearchSpace, bind
+from allocator.search_space import SearchSpace, bind
 from allocator.targets import GGUF
 
 CONFIGS = Path(__file__).parent / "data/configs"

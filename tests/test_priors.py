@@ -10,7 +10,7 @@ from allocator.families import PLANNED, Role
 from allocator.formats import FORMATS, GAUSSIAN_ERROR, OFFERED
 from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, Prior, published, transferred
-from allocator.space import SearchSpace, bind
+from allocator.search_space import SearchSpace, bind
 from allocator.targets import GGUF, TARGETS
 
 CONFIGS = Path(__file__).parent / "data/configs"

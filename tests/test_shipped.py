@@ -9,7 +9,7 @@ from allocator.calibration.profiler import importance_digest
 from allocator.devices import read_device
 from allocator.inventory import read_inventory
 from allocator.records import AllocationRecord
-from allocator.space import SearchSpace
+from allocator.search_space import SearchSpace
 from allocator.specification import StudySpec
 from allocator.targets import TARGETS
 from allocator.units import parse_bytes

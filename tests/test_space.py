@@ -17,7 +17,8 @@ from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.memory import Budget
-from allocator.space import SearchSpace, bind, repair
+from allocator.repair import repair
+from allocator.search_space import SearchSpace, bind
 from allocator.targets import GGUF, SAFETENSORS, TARGETS
 
 SHIPPED = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.toml"))

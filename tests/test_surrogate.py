@@ -11,7 +11,7 @@ import pytest
 from allocator.errors import BudgetError
 from allocator.memory import Budget
 from allocator.profile import Change
-from allocator.space import Experts, SearchSpace, bind
+from allocator.search_space import Experts, SearchSpace, bind
 from allocator.surrogate import Surrogate, from_profile
 from allocator.targets import TARGETS
 

@@ -38,7 +38,8 @@ from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, 
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
 from allocator.proxy.weights import Candidate
-from allocator.space import KV, Experts, SearchSpace, Space, bind
+from allocator.search_space import Experts, SearchSpace, bind
+from allocator.space import KV, Space
 from allocator.surrogate import Around
 from allocator.targets import Group, Layout
 

@@ -16,7 +16,7 @@ from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.memory import Budget
 from allocator.samplers.evolution import Selection, offspring, random_start
-from allocator.space import Experts, Pin, SearchSpace, bind
+from allocator.search_space import Experts, Pin, SearchSpace, bind
 from allocator.targets import SAFETENSORS, TARGETS
 from allocator.trials import allocation_of, complete_trials
 

@@ -10,15 +10,16 @@ experts.csv.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from allocator.proxy.weights import Candidate
 from allocator.profile import SALIENCIES
 from allocator.proxy.scorer import Scorer
+from allocator.proxy.weights import Candidate
 from allocator.workspace import Workspace
 
 HERE = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from allocator.compare.runs import compare_spec
 from allocator.memory import Budget
 from allocator.proxy.scorer import Scorer
-from allocator.space import repair
+from allocator.repair import repair
 from allocator.workspace import Workspace
 
 HERE = Path(__file__).resolve().parent.parent
