@@ -35,3 +35,8 @@ class StudyError(AllocatorError):
 
 class VerifyError(AllocatorError):
     """A written checkpoint is not what its allocation says."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; the name of its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
+from allocator.errors import StudyError
+
 T = TypeVar("T")
 
 
@@ -49,3 +51,19 @@ def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
         raise error(f"{path}: no such file") from None
     except (OSError, ValueError, msgspec.ValidationError) as reason:
         raise error(f"{path}: {reason}") from None
+
+
+@contextmanager
+def accessing(path: Path) -> Iterator[None]:
+    """Says in one line that a study's file cannot be used within the block.
+
+    Raises:
+        StudyError: if so.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(
+            f"{path}: {error.strerror or error}; needed a folder and files that can be read and "
+            "written, with room on the disk"
+        ) from error

@@ -34,8 +34,9 @@ from allocator.leases import Leases, left_here
 from allocator.memory import Budget, DeviceMemory
 from allocator.proxy.scorer import mean
 from allocator.records import AllocationRecord, codec
+from allocator.search_lock import search_lock
 from allocator.specification import DeviceSpec
-from allocator.storage import journal_path, reaching, repair_storage, search_lock
+from allocator.storage import journal_path, reaching, repair_storage
 from allocator.study import Search
 from allocator.trials import (
     KIND,

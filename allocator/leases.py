@@ -29,6 +29,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from allocator.errors import first_line
+
 LEASE = "lease"
 """User attribute of a trial: `owner`, `seconds` that it holds, `renewal` (counts up), and when it
 `expires` by the owner's wall clock, for people only."""
@@ -152,8 +154,7 @@ class Leases:
                 except UpdateFinishedTrialError:
                     pass  # taken over, or just told: its worker finds out
                 except Exception as error:  # whatever a storage raises: the next one may succeed
-                    why = (str(error).splitlines() or [type(error).__name__])[0]
-                    _log.warning("a lease could not be renewed: %s", why)
+                    _log.warning("a lease could not be renewed: %s", first_line(error))
         self._study._storage.remove_session()  # this thread's connection
 
     def _write(self, trial_id: int, renewal: int) -> None:

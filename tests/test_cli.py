@@ -16,7 +16,7 @@ import torch
 
 from allocator.cli import main
 from allocator.materialize.checkpoint import file_digest
-from allocator.storage import search_lock
+from allocator.search_lock import search_lock
 from allocator.workspace import Workspace
 
 torch.set_num_threads(1)

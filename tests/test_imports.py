@@ -30,6 +30,8 @@ RINGS = [  # a module may import from its own ring or from an earlier one
         "samplers",
         "study",
         "storage",
+        "journal",
+        "search_lock",
         "leases",
         "specification",
         "devices",

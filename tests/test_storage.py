@@ -1,4 +1,4 @@
-"""A journal survives being cut at any byte; a folder has one exclusive starter.
+"""A journal survives being cut at any byte, and kill -9 while it is written.
 
 The yardstick is Optuna's own journal, opened without our lock or repairs.
 """
@@ -19,16 +19,11 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState, create_trial
 
-from allocator import storage
+from allocator import journal, storage
 from allocator.errors import StudyError
-from allocator.storage import (
-    open_storage,
-    reaching,
-    remove_stale_lock,
-    repair_journal,
-    repair_storage,
-    search_lock,
-)
+from allocator.journal import remove_stale_lock, repair_journal
+from allocator.search_lock import search_lock
+from allocator.storage import open_storage, reaching, repair_storage
 
 FORMATS = CategoricalDistribution(["Q8_0", "Q4_K", "IQ2_XXS"])
 
@@ -196,12 +191,12 @@ def test_repair_reads_only_the_tail(written, tmp_path, monkeypatch):
     path = tmp_path / "journal"
     path.write_bytes(written * 1000 + b'{"op_')
     n_read = []
-    real = storage._read
+    real = journal._read
     monkeypatch.setattr(
-        storage, "_read", lambda file, a, b: n_read.append(b - a) or real(file, a, b)
+        journal, "_read", lambda file, a, b: n_read.append(b - a) or real(file, a, b)
     )
     assert repair_journal(path)
-    assert sum(n_read) < 3 * storage._BLOCK_BYTES < path.stat().st_size / 10
+    assert sum(n_read) < 3 * journal._BLOCK_BYTES < path.stat().st_size / 10
 
 
 def test_nothing_to_repair(written, tmp_path):
@@ -302,30 +297,14 @@ def test_bad_specs(tmp_path, spec, message):
     assert "secret" not in str(error.value)
 
 
-# --- locks, with real processes ---------------------------------------------------------------
-
-SEARCH = """
-import sys, time
-from pathlib import Path
-from allocator.errors import StudyError
-from allocator.storage import search_lock
-folder, join, begin = Path(sys.argv[1]), sys.argv[2] == "join", float(sys.argv[3])
-time.sleep(max(0, begin - time.time()))
-try:
-    with search_lock(folder, join=join) as lock:
-        time.sleep(0.05)
-        lock.ready()
-        print("exclusive" if lock.exclusive_start else "joined", flush=True)
-        sys.stdin.read()
-except StudyError as error:
-    print(error, flush=True)
-"""
+# --- locks of dead processes ------------------------------------------------------------------
 
 WRITE = """
 import os, signal, sys
 import optuna
 from pathlib import Path
-from allocator.storage import open_storage, search_lock
+from allocator.search_lock import search_lock
+from allocator.storage import open_storage
 folder = Path(sys.argv[1])
 os.chdir(folder.parent)
 with search_lock(Path(folder.name)) as lock:
@@ -337,93 +316,15 @@ with search_lock(Path(folder.name)) as lock:
 """
 
 
-def python(code, *args):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def stop(process, how=signal.SIGKILL):
-    if how is not None:
-        process.send_signal(how)
-    process.communicate()
-
-
-def test_kill_9_frees_the_folder(tmp_path):
-    first = python(SEARCH, tmp_path, "alone", 0)
-    assert first.stdout.readline() == "exclusive\n"
-    with (
-        pytest.raises(StudyError, match=rf"searched by pid {first.pid} since .*--join"),
-        search_lock(tmp_path),
-    ):
-        pass
-    stop(first)
-    with search_lock(tmp_path) as lock:
-        assert lock.exclusive_start
-
-
-def test_join_and_the_last_one_leaves(tmp_path):
-    first = python(SEARCH, tmp_path, "alone", 0)
-    assert first.stdout.readline() == "exclusive\n"
-    second = python(SEARCH, tmp_path, "join", 0)
-    assert second.stdout.readline() == "joined\n"
-    stop(first, None)  # ends of itself: stdin closes
-    with (
-        pytest.raises(StudyError, match=rf"pid {second.pid} since \S+; add"),
-        search_lock(tmp_path),
-    ):
-        pass
-    with search_lock(tmp_path, join=True) as lock:
-        assert not lock.exclusive_start
-    stop(second)
-    with search_lock(tmp_path, join=True) as lock:
-        assert lock.exclusive_start
-
-
-@pytest.mark.parametrize("how", ["alone", "join"])
-def test_starters_at_once(tmp_path, how):
-    begin = time.time() + 1
-    starters = [python(SEARCH, tmp_path, how, begin) for _ in range(3)]
-    said = [starter.stdout.readline() for starter in starters]
-    for starter in starters:
-        stop(starter)
-    assert said.count("exclusive\n") == 1
-    others = [line for line in said if line != "exclusive\n"]
-    assert all(line == "joined\n" if how == "join" else "--join" in line for line in others)
-
-
-def test_nobody_joins_before_ready(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_START_SECONDS", 0.1)
-    with search_lock(tmp_path) as lock:
-        for join in (False, True):
-            with (
-                pytest.raises(StudyError, match="has been starting"),
-                search_lock(tmp_path, join=join),
-            ):
-                pass
-        lock.ready()
-        with search_lock(tmp_path, join=True) as second:
-            assert not second.exclusive_start
-    with search_lock(tmp_path) as lock:  # and a block that ends without `ready` frees both
-        assert lock.exclusive_start
-    with search_lock(tmp_path) as lock:
-        assert lock.exclusive_start
-
-
-def test_folder_must_exist(tmp_path):
-    with pytest.raises(StudyError, match="No such file"), search_lock(tmp_path / "missing"):
-        pass
+def kill_while_it_writes(folder):
+    done = subprocess.run([sys.executable, "-c", WRITE, str(folder)])
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_killed_while_it_wrote(tmp_path):
     """kill -9 within an append leaves Optuna's lock file; it neither blocks nor dangles."""
     (tmp_path / "study").mkdir()
-    writer = python(WRITE, tmp_path / "study")
-    writer.communicate()
-    assert writer.returncode == -signal.SIGKILL
+    kill_while_it_writes(tmp_path / "study")
     path = tmp_path / "study" / "journal"
     optuna_lock = tmp_path / "study" / "journal.lock"
     assert os.path.lexists(optuna_lock)
@@ -447,9 +348,7 @@ def test_killed_while_it_wrote_beside_a_living_search(tmp_path):
     (tmp_path / "study").mkdir()
     path = tmp_path / "study" / "journal"
     living = open_storage(None, path.parent)
-    writer = python(WRITE, path.parent)
-    writer.communicate()
-    assert writer.returncode == -signal.SIGKILL
+    kill_while_it_writes(path.parent)
     assert os.path.lexists(tmp_path / "study" / "journal.lock")
     path.write_bytes(path.read_bytes()[:-4])
     begin = time.monotonic()

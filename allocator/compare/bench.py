@@ -38,8 +38,9 @@ from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import mean
 from allocator.proxy.stream import AnyScorer, StreamedModel
 from allocator.records import read_allocation
+from allocator.search_lock import search_lock
 from allocator.specification import CompareSpec
-from allocator.storage import open_storage, repair_storage, search_lock
+from allocator.storage import open_storage, repair_storage
 from allocator.study import Search, open_study
 from allocator.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
 from allocator.workspace import Workspace, check_same_checkpoint

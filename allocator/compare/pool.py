@@ -19,7 +19,7 @@ from allocator.compare.runs import Run
 from allocator.compare.table import check_plot
 from allocator.errors import AllocatorError, StudyError
 from allocator.estimate import seconds_per_token
-from allocator.storage import search_lock
+from allocator.search_lock import search_lock
 from allocator.workers import begin_worker, end_children
 
 

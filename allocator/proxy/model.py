@@ -20,7 +20,7 @@ from torch import nn
 from allocator.allocation import KV_FORMAT, Allocation
 from allocator.calibration.documents import Document
 from allocator.codecs.source import Floats, group_weights, read_tensor
-from allocator.errors import AllocatorError, CheckpointError
+from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Role
 from allocator.formats import parts
 from allocator.inventory import Inventory
@@ -76,7 +76,7 @@ def check_device(name: str) -> None:
             float(torch.ones(1, device=name) + 1)
     except Exception as error:  # whatever a backend raises
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-        reason = (str(error).splitlines() or [repr(error)])[0][:_REASON]
+        reason = first_line(error)[:_REASON]
         raise AllocatorError(
             f"torch device {name!r}: {reason} (torch {torch.__version__} is built for {built}); "
             "needed cpu, or a device of this machine that this torch knows, e.g. cuda"

@@ -1,0 +1,233 @@
+"""Optuna's journal, such that kill -9 leaves it readable.
+
+In: its path. Out: an Optuna storage whose every append repairs the tail first. Invariants: no byte
+of a journal is dropped without a copy beside it; a record is never glued to a torn one.
+
+How Optuna 5 appends (`optuna/storages/journal/_file.py`): one `write` of `record + newline`, then
+fsync, under a lock that is a symbolic link `<journal>.lock`. Three things follow.
+
+- A process killed in that write, or a full disk, leaves a last line that is not whole. Optuna
+  reads past it, but the next append glues on and the journal is unreadable for ever. So every
+  append of `open_storage`'s journal first repairs the tail, under Optuna's own lock.
+- Only the last record can be torn: the ones before it have been fsynced. Damage in the middle is
+  no kill of ours, and is an error.
+- The link of a killed process stays. Optuna breaks it after 30 s if the link's target is an
+  absolute path, and spins for ever if it is relative. So paths are made absolute here, and links
+  of ours do not outlive their process by more than the next append.
+"""
+
+import fcntl
+import json
+import logging
+import os
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+from typing import BinaryIO
+
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+from allocator.errors import StudyError, first_line
+from allocator.files import accessing
+
+_RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
+_BLOCK_BYTES = 1 << 16
+
+_log = logging.getLogger(__name__)
+
+
+def remove_stale_lock(path: Path) -> str | None:
+    """Removes Optuna's lock file of the journal `path`; returns one line to show, None if absent.
+
+    Raises:
+        StudyError: if it cannot be removed.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    with accessing(path):
+        for leftover in path.parent.glob(
+            f"{escape(path.name)}.lock*.rename"
+        ):  # killed while releasing
+            leftover.unlink(missing_ok=True)
+        if not os.path.lexists(lock):
+            return None
+        lock.unlink(missing_ok=True)
+    return f"{lock}: removed the lock of a search that was killed while it wrote"
+
+
+def repair_journal(path: Path) -> str | None:
+    """Makes the journal end in a whole record; returns one line to show, or None if it did.
+
+    A last line that is not a record is cut off, and kept beside the journal in `<name>.torn-<n>`,
+    which is on the disk before the journal is touched. A whole record that lacks only its newline
+    is completed: an object without its closing brace never parses, so nothing of it is missing,
+    and it may be a finished trial. Costs the same for any length of journal: only the last line
+    is parsed, and the line before it when the last is torn.
+
+    Raises:
+        StudyError: if the line before a torn one is no record either, the file is no journal, or
+            it cannot be read or written.
+    """
+    with accessing(path):
+        if not path.exists() or not (end := path.stat().st_size):
+            return None
+        with path.open("r+b") as file:
+            start = _line_start(file, end)
+            tail = _read(file, start, end)
+            if not _is_record(tail):
+                _check_is_torn(file, path, start, tail)
+                return _cut(file, path, start, tail)
+            if tail.endswith(b"\n"):
+                return None
+            _write_at(file, end, b"\n")
+    return f"{path}: the last record lacked its newline (a search was killed); completed it"
+
+
+def _line_start(file: BinaryIO, end: int) -> int:
+    """Offset of the line whose last byte, newline or not, is at `end - 1`."""
+    high = end - 1
+    while high > 0:
+        low = max(0, high - _BLOCK_BYTES)
+        newline = _read(file, low, high).rfind(b"\n")
+        if newline >= 0:
+            return low + newline + 1
+        high = low
+    return 0
+
+
+def _read(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
+
+
+def _write_at(file: BinaryIO, offset: int, data: bytes) -> None:
+    file.seek(offset)
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return False
+    return isinstance(record, dict) and "op_code" in record
+
+
+def _check_is_torn(file: BinaryIO, path: Path, start: int, tail: bytes) -> None:
+    """Refuses to cut what one torn append cannot explain: a foreign file, or older damage."""
+    if start:
+        if not _is_record(_read(file, _line_start(file, start), start)):
+            raise _damaged(path, "more than its last line is no record")
+    elif not (tail.startswith(_RECORD_START) or _RECORD_START.startswith(tail)):
+        raise StudyError(
+            f"{path}: not an Optuna journal (it starts with {tail[:16]!r}); "
+            "name another file with journal:PATH"
+        )
+
+
+def _cut(file: BinaryIO, path: Path, start: int, tail: bytes) -> str:
+    kept = _keep(path, tail)
+    file.truncate(start)
+    os.fsync(file.fileno())
+    return f"{path}: cut a torn last record of {len(tail)} bytes (kept in {kept.name})"
+
+
+def _keep(path: Path, tail: bytes) -> Path:
+    """Writes `tail` to the next free `<name>.torn-<n>`, whole and on the disk upon return."""
+    n = 1
+    while (kept := path.with_name(f"{path.name}.torn-{n}")).exists():
+        n += 1
+    partial = path.with_name(f"{path.name}.torn-partial")
+    with partial.open("wb") as file:
+        _write_at(file, 0, tail)
+    partial.rename(kept)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return kept
+
+
+class _RepairingLock(JournalFileSymlinkLock):
+    """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
+
+    Covers what no start can repair: a search killed, or a disk filled, beside a living one. Ours
+    hold a flock of the journal too, which ends with its process: so a link of ours that is there
+    when the flock was had is a dead one's, and goes at once. (Optuna's way, every waiter breaking
+    the link after 30 s, lets two of them write.) Ours are told by how they spell their target.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._lock_target_file = f"{path.parent}/./{path.name}"
+        self._flock: int | None = None
+
+    def acquire(self) -> bool:
+        with accessing(self._path):
+            flock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(flock, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.readlink(self._lock_file) == self._lock_target_file:
+                        os.unlink(self._lock_file)
+                super().acquire()  # calls `release` where it breaks a link
+            except BaseException:
+                os.close(flock)
+                raise
+        self._flock = flock
+        try:
+            shown = repair_journal(self._path)
+        except BaseException:
+            self.release()
+            raise
+        if shown is not None:
+            _log.warning(shown)
+        return True
+
+    def release(self) -> None:
+        flock, self._flock = self._flock, None
+        try:
+            super().release()
+        finally:
+            if flock is not None:
+                os.close(flock)
+
+
+def open_journal(path: Path) -> BaseStorage:
+    """The storage in a journal, created if it is not there yet.
+
+    Raises:
+        StudyError: if its folder is missing, or it is damaged before its last line.
+    """
+    if not path.parent.is_dir():
+        raise StudyError(f"{path}: needed an existing folder, {path.parent} is none; create it")
+    with accessing(path):
+        backend = JournalFileBackend(str(path), lock_obj=_RepairingLock(path))
+        try:
+            return JournalStorage(backend)
+        except OSError:
+            raise
+        except Exception as error:  # a replay fails in whatever way a damaged record makes it
+            raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _damaged(path: Path, why: str) -> StudyError:
+    line = _first_bad_line(path)
+    where = "a record that Optuna cannot replay" if line is None else f"line {line} is no record"
+    return StudyError(
+        f"{path}: {where} ({why}); restore the file from a copy, or take that line out by hand "
+        "(later trials may then be numbered differently)"
+    )
+
+
+def _first_bad_line(path: Path) -> int | None:
+    """Number, from 1, of the first whole line that is no record."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n") and not _is_record(line):
+                return number
+    return None
