@@ -23,7 +23,8 @@ from allocator.trials import PROPOSAL, allocation_of, forward_tokens, not_abando
 from allocator.workspace import Workspace
 
 BRIEF = (
-    "import sys, allocator.leases as l; l.SECONDS = 3.0;"
+    "import signal, sys, allocator.leases as l; l.SECONDS = 3.0;"
+    "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job ignores it
     "from allocator.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 
