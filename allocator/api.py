@@ -27,7 +27,7 @@ from allocator.materialize.checkpoint import materialize as _materialize
 from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification
 from allocator.materialize.verify import verify as _verify
 from allocator.memory import Budget
-from allocator.plan import RUNTIME, Plan, write_first
+from allocator.plan import RUNTIME, Plan, first_paths, write_first
 from allocator.plan import plan as _plan
 from allocator.planned import planned_inventory
 from allocator.priors import Prior, published, transferred
@@ -35,7 +35,7 @@ from allocator.profile import Profile
 from allocator.records import AllocationRecord, codec
 from allocator.report import evaluate
 from allocator.search_space import SearchSpace, bind
-from allocator.space import SETTINGS, canonical
+from allocator.space import SETTINGS, canonical, largest_first
 from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, open_storage
 from allocator.surrogate import from_profile
@@ -85,16 +85,18 @@ def plan(
     Raises:
         AllocatorError: one line on whatever is wrong.
     """
-    budget = None if device is None else device.budget(Path())
-    prior = published() if profile is None else _transferred(profile, **options)
-    found = _plan(
-        planned_inventory(Path(config)),
-        prior=prior,
-        budget=budget,
-        counts=experts,
-        kv_format=kv_format,
-        micro_batch=micro_batch,
-    )
+    asked: dict[str, Any] = {
+        "budget": None if device is None else device.budget(Path()),
+        "counts": experts,
+        "kv_format": kv_format,
+        "micro_batch": micro_batch,
+    }
+    inventory = planned_inventory(Path(config))
+    found = _plan(inventory, prior=published(), **asked)
+    if out is not None:
+        first_paths(found, Path(out))
+    if profile is not None:  # which may take hours to measure
+        found = _plan(inventory, prior=_transferred(profile, **options), **asked)
     if out is not None:
         write_first(found, Path(out))
     return found
@@ -125,7 +127,8 @@ def front(study: str | Path, *, storage: str | None = None, **options: Any) -> p
         )
     except KeyError:
         raise StudyError(
-            f"{workspace.folder}: no study yet; launch `allocator search` first"
+            f"{workspace.folder}: no study yet in {storage or 'its own journal'}; launch "
+            "`allocator search` first, or name the --storage that it was launched with"
         ) from None
     return write_front(workspace, opened)
 
@@ -175,6 +178,8 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
         if name.startswith("format."):
             count = counts.get(space.layer_of[name.removeprefix("format.")], 0)
             values = [v for v in values if canonical(v, count) == v]
+        if largest_first(name):  # the order of those that cost the same
+            values.reverse()
         values.sort(key=lambda v: costs.affected({**params, name: v}, [name]))
         before = costs.affected(params, [name])
         row = {

@@ -369,10 +369,13 @@ def _conclude(workspace: Workspace, running: Search) -> tuple[Path, Path | None]
 
 
 def finalists_of(running: Search) -> tuple[list[FrozenTrial], FrozenTrial | None]:
-    """The trials that the pick is made among, and the knapsack alone if it was finished."""
-    finished = complete_trials(running.study)
+    """Trials of different allocations that the pick is made among; the knapsack's, if finished."""
+    found: dict[Allocation, FrozenTrial] = {}
+    for trial in complete_trials(running.study):
+        found.setdefault(allocation_of(trial), trial)
+    finished = list(found.values())
     knapsack = running.queue[0].allocation
-    alone = next((t for t in finished if allocation_of(t) == knapsack), None)
+    alone = found.get(knapsack)
     finalists = finished[:N_FINALISTS]
     if alone is not None and alone.number not in {t.number for t in finalists}:
         finalists.append(alone)

@@ -173,7 +173,8 @@ class Budget:
         """What makes another limit another study."""
         found: dict[str, object] = {"budget": str(self)}
         if self.workload is not None:
-            found |= {n: getattr(self.workload, n) for n in ("context", "sequences", "reserve")}
+            names = ("context", "sequences", "reserve", "bandwidth")
+            found |= {n: getattr(self.workload, n) for n in names}
             found["bytes read per token"] = self.token_bytes
         return found
 

@@ -164,7 +164,11 @@ def plan(
         summary=summarised(inventory),
         bounds=tuple(_bounds(TARGETS[n], x, c) for n, x in layouts.items() for c in offered),
         candidates=(),
-        notes=(*notes, "floor and ceiling are tensor data, without a file's header"),
+        notes=(
+            *notes,
+            *_quantized(inventory),
+            "floor and ceiling are tensor data, without a file's header",
+        ),
     )
     if budget is None or RUNTIME not in layouts:
         return found
@@ -203,25 +207,40 @@ def summarised(inventory: Inventory) -> Summary:
     )
 
 
+def first_paths(found: Plan, folder: Path) -> dict[Path, Candidate]:
+    """Where `write_first` writes the allocations that fit.
+
+    Raises:
+        BudgetError: if the plan has none.
+        SpaceError: if something else is there.
+    """
+    first = {folder / f"first-{c.experts}.json": c for c in found.candidates if c.name == "first"}
+    if not first:
+        raise BudgetError(
+            "no allocation to write: none of the counts fits the device, or none was given; give "
+            "--device-memory, or fewer --experts"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SpaceError(f"{folder}: is a file, needed a folder for the allocations; name another")
+    for path in first:
+        if path.is_dir():
+            raise SpaceError(f"{path}: is a folder, needed room for a file; name another --out")
+    return first
+
+
 def write_first(found: Plan, folder: Path) -> tuple[Path, ...]:
     """Writes the allocations that fit, as `first-<experts>.json`.
 
     The experts that they retain are placeholders: the first of every router group.
 
     Raises:
-        BudgetError: if the plan has none.
+        AllocatorError: as `first_paths`.
     """
-    first = [c for c in found.candidates if c.name == "first"]
-    if not first:
-        raise BudgetError(
-            "no allocation to write: none of the counts fits the device, or none was given; give "
-            "--device-memory, or fewer --experts"
-        )
-    paths = tuple(folder / f"first-{c.experts}.json" for c in first)
-    for path, candidate in zip(paths, first, strict=True):
+    first = first_paths(found, folder)
+    for path, candidate in first.items():
         text = json.dumps(candidate.allocation.to_json(), indent=1) + "\n"
         write_whole(path, text.encode())
-    return paths
+    return tuple(first)
 
 
 # -- counts
@@ -322,6 +341,18 @@ def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Alloc
         tokens_per_second=workload.tokens_per_second(read),
         loss=loss,
         allocation=allocation,
+    )
+
+
+def _quantized(inventory: Inventory) -> tuple[str, ...]:
+    """What config.json says of quantized weights, where the plan does not take it as it is."""
+    found = inventory.config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if found is None or method in ("fp8", "mxfp4"):
+        return ()
+    return (
+        f"config.json has quant_method {str(method)[:40]!r}: planned as the bfloat16 checkpoint "
+        "that it was made from",
     )
 
 

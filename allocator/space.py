@@ -241,12 +241,16 @@ class Space:
         )
 
     def between(self, budget: Budget, share: float) -> Budget:
-        """Every limit on bytes at a share of the way to it from the floor."""
-        floor = self.costs(budget).total(self.complete(self.params(self.smallest)))
+        """Every limit on bytes at a share of the way to it, or the ceiling, from the floor."""
+        floor, ceiling = (
+            self.costs(budget).total(self.complete(self.params(end)))
+            for end in (self.smallest, self.largest)
+        )
         low = min(floor, budget.nbytes)
+        high = budget.nbytes if share == 1 else min(ceiling, budget.nbytes)
         return replace(
             budget,
-            nbytes=low + int(share * (budget.nbytes - low)),
+            nbytes=low + int(share * (high - low)),
             beside=None if budget.beside is None else self.between(budget.beside, share),
         )
 

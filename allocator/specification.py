@@ -274,7 +274,10 @@ def chosen_budget(
     weights: str | None = None,
     device: DeviceSpec | None = None,
 ) -> Budget:
-    """The budget of a launch: what the command line names, else the study's.
+    """The budget of a launch: the limits that the command line names, else the study's.
+
+    What is no limit of its own (context, sequences, reserve, bandwidth, tokens per second) changes
+    what runs on the study's device, and leaves the study's limits as they are.
 
     Args:
         spec: the study's.
@@ -286,13 +289,17 @@ def chosen_budget(
     Raises:
         StudyError: if there is none, or both of `file` and `weights`.
     """
+    named = file is not None or weights is not None
     if device is not None:
+        named |= device.memory is not None or device.preset is not None
         known = spec.device or DeviceSpec()
         if device.preset is not None:  # the study's own figures are of another device
             known = msgspec.structs.replace(known, memory=None, bandwidth=None)
         device = device.over(known)
-    if (file, weights, device) != (None, None, None):
+    if named:
         spec = BudgetSpec(weights=weights, file=file, device=device)
+    elif device is not None:
+        spec = msgspec.structs.replace(spec, device=device)
     plain = [
         *(Budget(parse_bytes(size), "file") for size in (spec.file,) if size is not None),
         *(Budget(parse_bytes(size), "weights") for size in (spec.weights,) if size is not None),

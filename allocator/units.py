@@ -10,10 +10,14 @@ _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 _SECONDS = {"": 1, "S": 1, "SEC": 1, "MIN": 60, "H": 3600}
 
 
+_MOST_CHARACTERS = 64
+
+
 def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in units:
-        raise AllocatorError(f"{what}: got {text!r}, needed a number with a unit, e.g. {example}")
+    if match is None or match[2].upper() not in units or len(text) > _MOST_CHARACTERS:
+        shown = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
+        raise AllocatorError(f"{what}: got {shown!r}, needed a number with a unit, e.g. {example}")
     return round(Fraction(match[1].replace("_", "")) * units[match[2].upper()])
 
 
@@ -25,8 +29,6 @@ def parse_bytes(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    if re.fullmatch(r"[0-9]+", text):
-        return int(text)
     return _parse(text, _BYTES, "size", "12MiB, 1.5GB or 8234496")
 
 

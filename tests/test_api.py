@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from optuna.storages import InMemoryStorage
 
 from allocator import api, estimate
 from allocator.allocation import Allocation
@@ -20,6 +21,7 @@ from allocator.errors import (
     VerifyError,
 )
 from allocator.formats import FORMATS, offered
+from allocator.launch import N_FINALISTS, finalists_of
 from allocator.materialize.checkpoint import file_digest
 from allocator.records import AllocationRecord
 from allocator.samplers.auto import ROUND
@@ -191,6 +193,19 @@ def test_front_without_a_study_is_refused(fresh, options):
     with pytest.raises(StudyError, match="no study yet"):
         api.front(fresh, **options)
     assert state(fresh) == before
+
+
+def test_finalists_are_different_allocations(formula):
+    search = formula.search(InMemoryStorage(), "random", rungs=())
+    search.run(n_trials=6)
+    once = [t.number for t in complete_trials(search.study)]
+    for _ in range(4):
+        search.study.enqueue_trial(search.study.get_trials()[once[0]].params)
+        search.step()
+    finalists, alone = finalists_of(search)
+    assert [t.number for t in finalists[:N_FINALISTS]] == once[:N_FINALISTS]
+    assert alone is not None
+    assert alone.number == 0
 
 
 def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):

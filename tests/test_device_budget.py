@@ -291,6 +291,16 @@ def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
     budget = chosen_budget(known, tmp_path, device=DeviceSpec(preset="x.toml"))
     assert (budget.nbytes, budget.workload) == (1 << 30, Workload(512, bandwidth=10**10))
     assert chosen_budget(known, tmp_path, weights="5MB") == Budget(5_000_000, "weights")
+    # what is no limit leaves the study's
+    both = msgspec.structs.replace(known, file="5MB")
+    found = chosen_budget(both, tmp_path, device=DeviceSpec(bandwidth="3GB"))
+    workload = Workload(512, bandwidth=3 * 10**9)
+    assert found == Budget(2 << 30, "device", workload, Budget(5_000_000, "file"))
+    found = chosen_budget(both, tmp_path, device=DeviceSpec(memory="1GiB"))
+    assert found == Budget(1 << 30, "device", Workload(512, bandwidth=10**9))
+    found = chosen_budget(both, tmp_path, weights="4MB", device=DeviceSpec(context=64))
+    workload = Workload(64, bandwidth=10**9)
+    assert found == Budget(2 << 30, "device", workload, Budget(4_000_000, "weights"))
     # a limit beside the device: the command line's, or the study's
     device = DeviceSpec(sequences=3)
     for found in (

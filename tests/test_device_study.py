@@ -161,6 +161,30 @@ def test_a_limit_on_speed_is_held_by_every_sampler(made, searched, tmp_path, sam
         api.search(study, sampler=sampler, trials=7, **options)
 
 
+def test_another_bandwidth_is_another_study(searched):
+    """Or one front would show tokens per second of two devices."""
+    folder, _, options = searched
+    with pytest.raises(StudyError, match="launched with bandwidth = 1000000000, now it is 2000"):
+        api.search(folder, device=DeviceSpec(bandwidth="2GB"), trials=9, **options)
+
+
+def test_settings_are_explained_in_order_where_no_device_counts_them(searched, tmp_path):
+    folder, result, options = searched
+    study = shutil.copytree(folder, tmp_path / "study")
+    toml = study / "study.toml"
+    head, _, tail = toml.read_text().partition("[budget.device]")
+    tail = tail[tail.index("[calibration]") :]
+    toml.write_text(f'{head}[budget]\nfile = "1GiB"\n{tail}')
+    record = json.loads(result.pick.read_text())
+    record["allocation"] |= {"kv_format": "q8_0", "micro_batch": 64, "experts_used": 1}
+    plain = study / "plain.json"
+    plain.write_text(json.dumps(record["allocation"]))
+    explained = api.explain(study, plain, **options).set_index("decision")
+    steps = explained.loc[["kv_format", "experts_used"], ["up", "down"]].to_numpy().tolist()
+    assert steps == [["f16", "q4_0"], [2, None]]
+    assert explained.loc["micro_batch", "down"] == 16
+
+
 @pytest.mark.parametrize("sampler", ["auto", "tpe", "evolution", "nsga2"])
 def test_a_limit_beside_the_device_is_held_by_every_sampler(made, searched, tmp_path, sampler):
     folder, options = made
@@ -182,7 +206,7 @@ def test_a_limit_beside_the_device_is_held_by_every_sampler(made, searched, tmp_
         assert max(trial.constraints.values()) <= 0
     assert AllocationRecord.read(found.pick).bytes["budget_weights"] == limit
     with pytest.raises(StudyError, match="launched with budget = "):
-        api.search(study, device=DeviceSpec(), sampler=sampler, trials=7, **options)
+        api.search(study, device=DeviceSpec(memory="1TiB"), sampler=sampler, trials=7, **options)
 
 
 def test_streamed_prices_settings_alike(made, searched, tmp_path):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from allocator import api
 from allocator.cli import main
-from allocator.errors import BudgetError, SpaceError
+from allocator.errors import AllocatorError, BudgetError, SpaceError
 from allocator.formats import FORMATS, GAUSSIAN_ERROR
 from allocator.memory import Budget, Workload
 from allocator.plan import plan, summarised, write_first
@@ -18,6 +19,7 @@ from allocator.planned import planned_inventory
 from allocator.priors import ROLE_WEIGHTS, published, transferred
 from allocator.records import read_allocation
 from allocator.search_space import SearchSpace, bind
+from allocator.specification import DeviceSpec
 from allocator.targets import GGUF
 
 CONFIGS = Path(__file__).parent / "data/configs"
@@ -260,6 +262,45 @@ def test_what_is_exact_already_costs_nothing_and_grows_in_no_plan():
     assert floats.source_format is None
     assert "MXFP4" not in {f.name for f in floats.offered()}
     assert published().loss(floats, "MXFP4", 36) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [({"quant_method": "gptq"}, "gptq"), (["mxfp4"], "mxfp4"), ("x" * 5000, "xxx"), (None, "")],
+)
+def test_what_a_plan_does_not_take_as_it_is_quantized_is_noted(changes, noted):
+    config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text())
+    config["quantization_config"] = changes
+    inventory = planned_inventory(config)
+    notes = [n for n in plan(inventory, prior=published()).notes if "planned as the bfloat16" in n]
+    assert len(notes) == bool(noted)
+    assert all(noted in n and len(n) < 150 for n in notes)
+    assert {t.dtype for t in inventory.tensors.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "out", "said"),
+    [
+        (TINY, [9], "out", "9 experts"),
+        ({}, [], "out", "model_type"),
+        (TINY, [4], "config.json", "needed a folder"),
+        (TINY, [4], "full", "is a folder"),
+    ],
+)
+def test_everything_else_is_looked_at_before_a_profile(
+    config, experts, out, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(api, "_transferred", lambda study: pytest.fail("measured"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "full" / "first-4.json").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(AllocatorError, match=said) as caught:
+        api.plan(
+            tmp_path, device=DeviceSpec(memory="1GiB"), experts=experts, profile="study",
+            out=tmp_path / out,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_verb(capsys, tmp_path):

@@ -50,6 +50,13 @@ def test_no_sizes(text):
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 5000 + ".5GiB", "x" * 5000])
+def test_endless_sizes_are_one_short_line(text):
+    with pytest.raises(AllocatorError, match=r"size: got .*12MiB") as caught:
+        parse_bytes(text)
+    assert len(str(caught.value)) < 160
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30min", 1800), ("2h", 7200), ("90s", 90), ("0.5h", 1800), ("15", 15)]
 )

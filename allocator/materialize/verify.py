@@ -94,6 +94,8 @@ def verify(
     Raises:
         VerifyError: at the first thing that is not as it should be.
     """
+    if tolerance is not None and not tolerance >= 0:
+        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
     manifest = Manifest.read(folder)
     _check_digests(folder, manifest)
     allocation = Allocation.from_json(read_json(folder / "allocation.json"))

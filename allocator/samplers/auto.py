@@ -95,7 +95,7 @@ class AutoSampler(SolvingSampler):
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
         done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
-        self._global = self._surrogate
+        self._global, self._here = self._surrogate, None
         if not self._place:
             incumbent = best_complete(done)
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
@@ -104,7 +104,7 @@ class AutoSampler(SolvingSampler):
             assert self._around is not None
             began = time.perf_counter()
             seen = [self._around(allocation_of(t), part) for part, t in enumerate(looks)]
-            self.looking_seconds = time.perf_counter() - began
+            self.looking_seconds += time.perf_counter() - began
             if not self._place:
                 tokens = seen[-1].forward_tokens
                 study._storage.set_trial_system_attr(trial._trial_id, LOOKED, tokens)

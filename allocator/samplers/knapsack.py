@@ -7,6 +7,7 @@ drawn target; so accepted factors correct the surrogate where measurements disag
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +23,8 @@ from allocator.trials import best_complete, key_of, proposed
 
 MULTIPLIERS = "knapsack:multipliers"
 _SIGMAS = (0.05, 0.1, 0.2, 0.4)
-_ATTEMPTS = 6  # redraws, wider each time, while the proposal is one that was made before
+_ATTEMPTS = 6  # draws, wider each time, while the proposal is one that was made before
+_LOWER = 6  # more of them, each with a byte target of its own anywhere below the budget
 
 
 class SolvingSampler(WholeSampler):
@@ -56,12 +58,14 @@ class SolvingSampler(WholeSampler):
         """The optimum of a multiplied surrogate; remembers its multipliers with the trial."""
         if "fixed_params" in trial.system_attrs:
             return {}
-        target = self._draw_target()
-        self._prepare(study, trial, target)
         seen = proposed(study)
         proposal: Params = {}
         multipliers: dict[str, float] = {}
-        for attempt in range(_ATTEMPTS):
+        prepared: Budget | None = None
+        for target, attempt in self._tries():
+            if target is not prepared:
+                self._prepare(study, trial, target)
+                prepared = target
             surrogate, multipliers = self._draw(attempt)
             solved = surrogate.solve(target)
             proposal = {name: solved[name] for name in self._space.distributions}
@@ -70,9 +74,13 @@ class SolvingSampler(WholeSampler):
         study._storage.set_trial_system_attr(trial._trial_id, MULTIPLIERS, multipliers)
         return proposal
 
-    def _draw_target(self) -> Budget:
+    def _tries(self) -> Iterator[tuple[Budget, int]]:
+        """Byte targets, and how often each was tried before."""
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
-        return self._space.between(self._budget, share)
+        target = self._space.between(self._budget, share)
+        yield from ((target, attempt) for attempt in range(_ATTEMPTS))
+        for attempt in range(_LOWER):
+            yield self._space.between(self._budget, float(self._rng.random())), attempt
 
 
 class KnapsackSampler(SolvingSampler):

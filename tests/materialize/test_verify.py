@@ -39,6 +39,12 @@ def precise(case, tmp_path_factory):
     return get
 
 
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
+def test_odd_tolerances_are_refused_first(tmp_path, tolerance):
+    with pytest.raises(VerifyError, match="0 or more"):
+        verify(tmp_path / "nothing", None, None, tolerance=tolerance)
+
+
 def test_good_ones_pass(case, precise, which):
     name, target, container = which
     made, folder = case(name, target), precise(*which)

@@ -254,6 +254,20 @@ def test_unknown_samplers_and_bad_seeds_are_refused(name, seed, what):
 
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])
+def test_nothing_is_proposed_twice_while_there_is_something_else(formula, sampler):
+    search = formula.search(InMemoryStorage(), sampler)
+    search.run(n_trials=40)
+    assert len({allocation_of(t).digest for t in search.study.get_trials()}) == 40
+
+
+@pytest.mark.parametrize("sampler", ["auto", "knapsack"])
+def test_a_budget_above_the_ceiling_leaves_the_front_to_look_for(formula, sampler):
+    search = formula.search(InMemoryStorage(), sampler, share=2)
+    search.run(n_trials=20)
+    assert len({allocation_of(t).digest for t in search.study.get_trials()}) > 15
+
+
+@pytest.mark.parametrize("sampler", ["auto", "knapsack"])
 def test_a_budget_at_the_floor_leaves_one_allocation(formula, sampler):
     search = formula.search(InMemoryStorage(), sampler, share=0.0)
     search.run(n_trials=3)
