@@ -139,6 +139,8 @@ def _search(args: argparse.Namespace) -> None:
     )
     for message in result.messages:
         print(message)
+    for limit in result.budget.limits:
+        _print_limit(limit)
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
@@ -173,11 +175,16 @@ def _print_memory(memory: Any) -> None:
         print(f"  {what:9s} {show_bytes(getattr(memory, what))}")
 
 
+def _print_limit(limit: Any) -> None:
+    print(f"budget   {show_bytes(limit.nbytes)}, bounds the {limit.bounds}")
+
+
 def _print_estimate(e: Any) -> None:
-    for limit in e.budget.limits:
-        print(f"budget   {show_bytes(limit.nbytes)}, bounds the {limit.bounds}")
-    print(f"floor    {show_bytes(e.floor)}")
-    print(f"ceiling  {show_bytes(e.ceiling)}")
+    ends = ((e.floor, e.ceiling), *([e.beside] if e.beside else []))
+    for limit, (floor, ceiling) in zip(e.budget.limits, ends, strict=True):
+        _print_limit(limit)
+        print(f"floor    {show_bytes(floor)}")
+        print(f"ceiling  {show_bytes(ceiling)}")
     for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
         print(f"{name}, itemised")
         _print_memory(memory)

@@ -38,6 +38,7 @@ class SearchEstimate:
         floor: bytes of the smallest allocation, counted as the budget counts.
         ceiling: of the largest.
         budget: the limit.
+        beside: floor and ceiling as the limit beside it counts, if there is one.
         memory: of both, itemised, where it is a device's.
         groups: number of groups with more than one format.
         counts: possible retained counts.
@@ -51,6 +52,7 @@ class SearchEstimate:
     floor: int
     ceiling: int
     budget: Budget
+    beside: tuple[int, int] | None
     memory: tuple[DeviceMemory, DeviceMemory] | None
     groups: int
     counts: tuple[int, ...]
@@ -88,16 +90,19 @@ def estimate(
     profile_seconds = 0.0 if ready else seconds.profile
     n_trials = trials or workspace.spec.trials
     looks = math.ceil(n_trials / ROUND) if (sampler or workspace.spec.sampler) == "auto" else 0
-    memory = None
+    memory, ends = None, (space.smallest, space.largest)
     if limit.workload is not None:
-        smallest, largest = (
-            a.device_memory(space.layout, limit.workload) for a in (space.smallest, space.largest)
-        )
+        smallest, largest = (a.device_memory(space.layout, limit.workload) for a in ends)
         memory = smallest, largest
+    (floor, ceiling), *beside = (
+        (ends[0].used(space.layout, each), ends[1].used(space.layout, each))
+        for each in limit.limits
+    )
     return SearchEstimate(
-        floor=space.smallest.used(space.layout, limit),
-        ceiling=space.largest.used(space.layout, limit),
+        floor=floor,
+        ceiling=ceiling,
         budget=limit,
+        beside=beside[0] if beside else None,
         memory=memory,
         groups=sum(len(v) > 1 for v in space.formats.values()),
         counts=space.counts,

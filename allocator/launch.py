@@ -62,6 +62,7 @@ class SearchResult:
 
     Attributes:
         study: the Optuna study.
+        budget: the limits that held.
         pick: the allocation file of the pick.
         knapsack: the allocation file of the unperturbed knapsack at the budget, if it was finished.
         seconds: spent in this run on scoring, sampler and storage.
@@ -71,6 +72,7 @@ class SearchResult:
     """
 
     study: optuna.Study
+    budget: Budget
     pick: Path
     knapsack: Path | None
     seconds: dict[str, float]
@@ -165,6 +167,7 @@ def search(
         memory = decision.device_memory(workspace.layout, limit.workload)
     return SearchResult(
         study=running.study,
+        budget=limit,
         pick=pick,
         knapsack=knapsack,
         seconds=dict(running.seconds),

@@ -235,7 +235,19 @@ def test_both_limits_are_shown(made, capsys):
     folder, options = made
     flags = ["--cache", str(options["cache"]), "--threads", "1", "--dry-run", "--quiet"]
     assert main(["search", str(folder), "--device-memory", "1GiB", "--budget", "9MiB", *flags]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "bounds" in line] == [
-        "budget   1,073,741,824 B (1.00 GiB), bounds the device",
-        "budget   9,437,184 B (9.00 MiB), bounds the file",
-    ]
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    shown = [line for line in lines if line[0] in ("budget", "floor", "ceiling")]
+    workspace = Workspace(folder, **options)
+    layout, space = workspace.layout, workspace.unranked_space
+    assert [line[0] for line in shown] == ["budget", "floor", "ceiling"] * 2
+    assert shown[0][-1].strip() == "1,073,741,824 B (1.00 GiB), bounds the device"
+    assert shown[3][-1].strip() == "9,437,184 B (9.00 MiB), bounds the file"
+    for line, end in zip(shown[4:], (space.smallest, space.largest), strict=True):
+        assert line[-1].strip().startswith(f"{end.nbytes(layout).file:,} B")
+
+
+def test_the_limits_of_a_search_are_shown(searched, capsys):
+    folder, result, options = searched
+    flags = ["--cache", str(options["cache"]), "--threads", "1", "--quiet"]
+    assert main(["search", str(folder), *flags]) == 0
+    assert f"budget   {result.budget.nbytes:,} B" in capsys.readouterr().out
