@@ -348,7 +348,8 @@ class Workspace:
         """
         left = self.splits[0][len(self.scorer.documents) :]
         chosen = left if len(left) >= self.n_curvature else list(self.scorer.documents)
-        return Scorer(self.profiler.swap, chosen, threads=self.threads)
+        # each look takes other documents: what the original said of them is not worth its memory
+        return Scorer(self.profiler.swap, chosen, cache_bytes=0, threads=self.threads)
 
     @cached_property
     def selection_scorer(self) -> AnyScorer:

@@ -48,6 +48,8 @@ PLACES = ((1.0, 0.0), (0.7, 0.5), (1.3, 0.5), (0.7, 1.0), (1.0, 1.0))
 LOOKED_AT = "auto:incumbent"
 """System attribute of the trial before which a look was taken: the incumbent's `PROPOSAL`."""
 
+_Here = tuple[Params, list[Mapping[str, Floats]]]
+"""The incumbent, and what the looks price every switch from there."""
 Look = Callable[[Allocation, int], Around]
 """An allocation, and which part of the documents to use, to what a gradient says around it."""
 
@@ -82,7 +84,9 @@ class AutoSampler(SolvingSampler):
         self._look_tokens = look_tokens
         self.looking_seconds = 0.0
         self._posterior: Posterior
-        self._here: tuple[Params, list[Mapping[str, Floats]]] | None = None
+        self._learned: int | None = None  # for which trial
+        self._looked: _Here | None = None
+        self._here: _Here | None = None  # the same, for targets near enough
 
     def next_tokens(self, study: Study, n: int = 1) -> int:
         """Forward tokens of the looks that the next `n` proposals begin with."""
@@ -93,9 +97,15 @@ class AutoSampler(SolvingSampler):
         return rounds * self._look_tokens if looks else 0
 
     def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
+        if trial.number != self._learned:
+            self._learn(study, trial)
+            self._learned = trial.number
+        self._here = self._looked if target.nbytes == self._budget.nbytes else None
+
+    def _learn(self, study: Study, trial: FrozenTrial) -> None:
         done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
-        self._global, self._here = self._surrogate, None
+        self._global, self._looked = self._surrogate, None
         if not self._place:
             incumbent = best_complete(done)
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
@@ -104,17 +114,16 @@ class AutoSampler(SolvingSampler):
             assert self._around is not None
             began = time.perf_counter()
             seen = [self._around(allocation_of(t), part) for part, t in enumerate(looks)]
-            self.looking_seconds += time.perf_counter() - began
+            self.looking_seconds = time.perf_counter() - began
             if not self._place:
                 tokens = seen[-1].forward_tokens
                 study._storage.set_trial_system_attr(trial._trial_id, LOOKED, tokens)
             self._global = self._surrogate.towards(seen[-1].curvature)
-            if target.nbytes == self._budget.nbytes:
-                tables: list[Mapping[str, Floats]] = [
-                    self._surrogate.table(look.moves, allocation_of(t).counts)
-                    for t, look in zip(looks, seen, strict=True)
-                ]
-                self._here = self._params(looks[-1]), tables
+            tables: list[Mapping[str, Floats]] = [
+                self._surrogate.table(look.moves, allocation_of(t).counts)
+                for t, look in zip(looks, seen, strict=True)
+            ]
+            self._looked = self._params(looks[-1]), tables
         self._posterior = fit(self._global, list(self._observations(done)))
 
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
