@@ -84,9 +84,8 @@ class AutoSampler(SolvingSampler):
         self._look_tokens = look_tokens
         self.looking_seconds = 0.0
         self._posterior: Posterior
-        self._learned: int | None = None  # for which trial
-        self._looked: _Here | None = None
-        self._here: _Here | None = None  # the same, for targets near enough
+        self._here: _Here | None = None
+        self._near = False  # whether what is aimed at is near enough to it
 
     def next_tokens(self, study: Study, n: int = 1) -> int:
         """Forward tokens of the looks that the next `n` proposals begin with."""
@@ -96,16 +95,10 @@ class AutoSampler(SolvingSampler):
         looks = self._around is not None and best_complete(done) is not None
         return rounds * self._look_tokens if looks else 0
 
-    def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
-        if trial.number != self._learned:
-            self._learn(study, trial)
-            self._learned = trial.number
-        self._here = self._looked if target.nbytes == self._budget.nbytes else None
-
     def _learn(self, study: Study, trial: FrozenTrial) -> None:
         done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
-        self._global, self._looked = self._surrogate, None
+        self._global, self._here = self._surrogate, None
         if not self._place:
             incumbent = best_complete(done)
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
@@ -123,15 +116,18 @@ class AutoSampler(SolvingSampler):
                 self._surrogate.table(look.moves, allocation_of(t).counts)
                 for t, look in zip(looks, seen, strict=True)
             ]
-            self._looked = self._params(looks[-1]), tables
+            self._here = self._params(looks[-1]), tables
         self._posterior = fit(self._global, list(self._observations(done)))
+
+    def _aim(self, target: Budget) -> None:
+        self._near = target.nbytes == self._budget.nbytes
 
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
         factor, scale = PLACES[self._place]
         scale = max(scale, 0.5) * 1.2**attempt if attempt else scale
         multipliers = self._posterior.draw(self._rng, scale=scale)
         surrogate = self._global.multiplied(multipliers)
-        if self._here is not None:
+        if self._here is not None and self._near:
             params, tables = self._here
             share = min(factor * len(tables) / (len(tables) + NOISE), 1.0)
             surrogate = surrogate.nearby(params, tables, share=share)

@@ -7,7 +7,7 @@ drawn target; so accepted factors correct the surrogate where measurements disag
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,8 +45,12 @@ class SolvingSampler(WholeSampler):
         self._budget = budget
 
     @abstractmethod
-    def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
+    def _learn(self, study: Study, trial: FrozenTrial) -> None:
         """Reads what the study teaches."""
+
+    @abstractmethod
+    def _aim(self, target: Budget) -> None:
+        """Turns to a byte target, maybe after others."""
 
     @abstractmethod
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
@@ -59,28 +63,28 @@ class SolvingSampler(WholeSampler):
         if "fixed_params" in trial.system_attrs:
             return {}
         seen = proposed(study)
-        proposal: Params = {}
-        multipliers: dict[str, float] = {}
-        prepared: Budget | None = None
-        for target, attempt in self._tries():
-            if target is not prepared:
-                self._prepare(study, trial, target)
-                prepared = target
-            surrogate, multipliers = self._draw(attempt)
-            solved = surrogate.solve(target)
-            proposal = {name: solved[name] for name in self._space.distributions}
-            if key_of(proposal) not in seen:
+        self._learn(study, trial)
+        for solution in self._solutions():
+            if key_of(solution[0]) not in seen:
                 break
+        proposal, multipliers = solution
         study._storage.set_trial_system_attr(trial._trial_id, MULTIPLIERS, multipliers)
         return proposal
 
-    def _tries(self) -> Iterator[tuple[Budget, int]]:
-        """Byte targets, and how often each was tried before."""
+    def _solutions(self) -> Iterator[tuple[Params, dict[str, float]]]:
+        for target, attempts in self._targets():
+            self._aim(target)
+            for attempt in attempts:
+                surrogate, multipliers = self._draw(attempt)
+                solved = surrogate.solve(target)
+                yield {name: solved[name] for name in self._space.distributions}, multipliers
+
+    def _targets(self) -> Iterator[tuple[Budget, Sequence[int]]]:
+        """Byte targets, and the attempts at each."""
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
-        target = self._space.between(self._budget, share)
-        yield from ((target, attempt) for attempt in range(_ATTEMPTS))
+        yield self._space.between(self._budget, share), range(_ATTEMPTS)
         for attempt in range(_LOWER):
-            yield self._space.between(self._budget, float(self._rng.random())), attempt
+            yield self._space.between(self._budget, float(self._rng.random())), (attempt,)
 
 
 class KnapsackSampler(SolvingSampler):
@@ -88,10 +92,13 @@ class KnapsackSampler(SolvingSampler):
 
     at_the_cap = 0.75
 
-    def _prepare(self, study: Study, trial: FrozenTrial, target: Budget) -> None:
+    def _learn(self, study: Study, trial: FrozenTrial) -> None:
+        self._trials = study.get_trials(deepcopy=False)
+
+    def _aim(self, target: Budget) -> None:
         self._sigma = float(self._rng.choice(_SIGMAS))
         self._parent: dict[str, float] = {}
-        best = best_complete(study.get_trials(deepcopy=False), nbytes=target.nbytes)
+        best = best_complete(self._trials, nbytes=target.nbytes)
         if best is not None:
             # first trials carry none: the unperturbed surrogate, all ones
             self._parent = best.system_attrs.get(MULTIPLIERS, {})

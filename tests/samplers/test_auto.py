@@ -141,19 +141,19 @@ def test_proposals_are_feasible_and_within_their_target(
 ):
     from allocator.samplers.auto import AutoSampler
 
-    targets, tries = [], AutoSampler._tries  # first and last ones
+    targets, found = [], AutoSampler._targets  # first and last ones
 
     def watched(sampler):
         first = None
-        for target, attempt in tries(sampler):
+        for target, attempts in found(sampler):
             if first is None:
                 first = target
                 targets.append(None)
             targets[-1] = first, target
-            yield target, attempt
+            yield target, attempts
 
     monkeypatch.setattr(AutoSampler, "at_the_cap", 0.5)
-    monkeypatch.setattr(AutoSampler, "_tries", watched)
+    monkeypatch.setattr(AutoSampler, "_targets", watched)
     toy = toys[target]
     look = Watched(toy) if looking else None
     search = started(formula, toy, InMemoryStorage(), look=look, target=target, bounds=bounds)
