@@ -17,7 +17,7 @@ from allocator.baselines import HAND_COUNTS, hand_rule
 from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.families import Role
 from allocator.files import write_whole
-from allocator.inventory import Inventory
+from allocator.inventory import MXFP4, Inventory
 from allocator.memory import Budget, DeviceMemory
 from allocator.priors import Prior
 from allocator.search_space import Experts, SearchSpace, bind
@@ -347,8 +347,10 @@ def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Alloc
 def _quantized(inventory: Inventory) -> tuple[str, ...]:
     """What config.json says of quantized weights, where the plan does not take it as it is."""
     found = inventory.config.get("quantization_config")
+    if found is None or any(t.dtype == MXFP4 for t in inventory.tensors.values()):
+        return ()
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if found is None or method in ("fp8", "mxfp4"):
+    if method == "fp8":
         return ()
     return (
         f"config.json has quant_method {str(method)[:40]!r}: planned as the bfloat16 checkpoint "

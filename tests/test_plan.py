@@ -266,7 +266,13 @@ def test_what_is_exact_already_costs_nothing_and_grows_in_no_plan():
 
 @pytest.mark.parametrize(
     ("changes", "noted"),
-    [({"quant_method": "gptq"}, "gptq"), (["mxfp4"], "mxfp4"), ("x" * 5000, "xxx"), (None, "")],
+    [
+        ({"quant_method": "gptq"}, "gptq"),
+        (["mxfp4"], "mxfp4"),
+        ("mxfp4", "mxfp4"),
+        ("x" * 5000, "xxx"),
+        (None, ""),
+    ],
 )
 def test_what_a_plan_does_not_take_as_it_is_quantized_is_noted(changes, noted):
     config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text())
