@@ -28,7 +28,6 @@ from allocator.families import Role
 from allocator.files import write_whole
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
-from allocator.proxy.kept import LayerFiles
 from allocator.proxy.model import token_ids
 from allocator.proxy.stream import StreamedModel
 from allocator.targets import Group, Layout
@@ -207,13 +206,9 @@ def collect_streamed(
     layout = streamed.layout
     sums: dict[str, _MeanSquare] = {}
     experts = _of_layers(layout)
-    chosen = [
-        [documents[i] for i in batch]
-        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
-    ]
-    width, n_layers = int(layout.inventory.config["hidden_size"]), layout.inventory.n_layers
-    kept = LayerFiles(scratch, chosen, width, streamed.device)
-    states, first = streamed.begin(chosen), kept.last("states", n_layers)
+    n_layers = layout.inventory.n_layers
+    kept = streamed.layer_files(scratch, documents, batch_tokens)
+    states, first = streamed.begin(kept.chosen), kept.last("states", n_layers)
     handles = _watch(streamed.model, layout, sums)
     try:
         for layer in range(first):

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from allocator.calibration.documents import Document, batches
+from allocator.calibration.documents import Document
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, drawn, product_name, watch_products
-from allocator.proxy.kept import Batches, LayerFiles
+from allocator.proxy.kept import Batches
 from allocator.proxy.model import moe_block
 from allocator.proxy.stream import Routing, StreamedModel
 from allocator.targets import Group
@@ -56,20 +56,15 @@ def measure_streamed(
         batch_tokens: tokens per pass of a layer.
         progress: shows a bar over layers.
     """
-    chosen = [
-        [documents[i] for i in batch]
-        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
-    ]
     n_tokens = sum(len(d.ids) for d in documents)
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    width = int(streamed.inventory.config["hidden_size"])
-    kept = LayerFiles(scratch, chosen, width, streamed.device)
+    kept = streamed.layer_files(scratch, documents, batch_tokens)
     with torch.inference_mode(False), torch.no_grad():
         if not kept.has("gradients", n_layers):
             first = kept.last("states", n_layers)
-            states = streamed.begin(chosen)
+            states = streamed.begin(kept.chosen)
             if first:
                 states.hidden = kept.load("states", first)
             bar.update(first)
@@ -86,13 +81,13 @@ def measure_streamed(
         gradients = kept.load("gradients", last)
         bar.update(2 * n_layers - last - bar.n)
         for layer in reversed(range(last)):
-            before = kept.load("states", layer) if layer else streamed.begin(chosen).hidden
+            before = kept.load("states", layer) if layer else streamed.begin(kept.chosen).hidden
             gradients = passed.layer(layer, before, gradients)
             settle()
             kept.save("gradients", layer, gradients)
             bar.update()
     bar.close()
-    passed.embedding(chosen, gradients)
+    passed.embedding(kept.chosen, gradients)
 
 
 @dataclass

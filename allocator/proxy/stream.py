@@ -18,6 +18,7 @@ that no token reaches is neither read nor encoded.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from allocator.codecs.source import Floats, read_tensor
 from allocator.families import Role
 from allocator.proxy.boundaries import Choices
 from allocator.proxy.experts import Observer
+from allocator.proxy.kept import LayerFiles
 from allocator.proxy.keys_values import KeysValues, attach, keys_values
 from allocator.proxy.model import (
     check_names,
@@ -103,6 +105,17 @@ class StreamedModel:
         self._kept: dict[int | None, list[Kept]] = {}
         for kept in layout.kept:
             self._kept.setdefault(kept.layer, []).append(kept)
+
+    def layer_files(
+        self, folder: Path, documents: Sequence[Document], batch_tokens: int
+    ) -> LayerFiles:
+        """Where a pass over these documents keeps its states, and its batches."""
+        chosen = [
+            [documents[i] for i in batch]
+            for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
+        ]
+        width = int(self.inventory.config["hidden_size"])
+        return LayerFiles(folder, chosen, width, self.device)
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """The original's states before the first layer, for documents by batch."""
