@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-STUDY ?= studies/reference
-OUT = $(STUDY)/out
+STUDY = studies/reference
+# the same question, answered here: a folder of its own, so that no committed answer is touched
+RUN = studies/quickstart
+QUESTION = study.toml splits.json model generated
 # the scripts of studies/reference are kept as they trained the model
 SOURCES = allocator tests notebooks studies/benchmark studies/device studies/scale
 export ALLOCATOR_CACHE ?= $(CURDIR)/.cache
@@ -20,15 +22,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# search, write both containers, verify each in its runtime, compare on held-out documents
+# search, write both containers, verify each in its runtime, compare on held-out documents; then the
+# committed answer beside this one, and its checkpoints rebuilt to the recorded sha256
 quickstart: install
-	$(BIN)/allocator search $(STUDY)
-	mkdir -p $(OUT)
-	$(BIN)/allocator materialize $(STUDY)/allocations/pick.json $(OUT)/pick-gguf --container gguf --record
-	$(BIN)/allocator materialize $(STUDY)/allocations/pick.json $(OUT)/pick-safetensors --container safetensors --record
-	$(BIN)/allocator verify $(OUT)/pick-gguf --study $(STUDY)
-	$(BIN)/allocator verify $(OUT)/pick-safetensors --study $(STUDY)
-	$(BIN)/allocator evaluate $(STUDY)
+	mkdir -p $(RUN)/out
+	for name in $(QUESTION); do ln -sfnr $(STUDY)/$$name $(RUN)/$$name; done
+	$(BIN)/allocator search $(RUN)
+	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-gguf --container gguf --record
+	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-safetensors --container safetensors --record
+	$(BIN)/allocator verify $(RUN)/out/pick-gguf --study $(RUN)
+	$(BIN)/allocator verify $(RUN)/out/pick-safetensors --study $(RUN)
+	$(BIN)/allocator evaluate $(RUN)
+	$(BIN)/allocator diff $(RUN)/allocations/pick.json $(STUDY)/allocations/pick.json
+	$(BIN)/allocator reproduce $(STUDY)/allocations/pick.json --out $(RUN)/out/committed
 
 # two files of tests at a time, each on one core
 test: install
@@ -40,4 +46,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .cache $(OUT) $(STUDY)/journal* $(STUDY)/search.lock $(STUDY)/search.start
+	rm -rf .cache $(RUN) $(STUDY)/out
