@@ -138,10 +138,11 @@ def score(
 ) -> dict[str, Any]:
     """Scores any allocation on the search split: loss, per domain, bytes, effective bits."""
     workspace = Workspace(study, **options)
-    decision = workspace.read_allocation(allocation, base=base)
+    decision, importance = workspace.read_encoded(allocation, base=base)
     size = decision.nbytes(workspace.layout)
-    losses = workspace.scorer.score(decision)
-    return workspace.scorer.summary(losses) | {
+    scored = workspace.splits[0][: workspace.spec.calibration.search_documents]
+    scorer = workspace.scorer_with(importance, scored, beside=Path(allocation))
+    return scorer.summary(scorer.score(decision)) | {
         "digest": decision.digest,
         "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
         "effective_bits": size.encoded * 8 / workspace.inventory.n_searched_weights,

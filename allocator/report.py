@@ -6,7 +6,8 @@ says which.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,10 +57,10 @@ def evaluate(
     held_out = _documents(workspace, documents, text)
     scorer = workspace.scorer_on(held_out)
     rows = workspace.baselines(pruned=pruned)
-    found = _allocations(workspace, allocations)
+    found, scorers = _allocations(workspace, scorer, allocations)
     table = [_original(workspace, scorer)]
     shown = tqdm(rows + found, desc="evaluate", disable=not workspace.progress)
-    measured = scorer.each([allocation for _, allocation in rows + found])
+    measured = _each(rows + found, [*(scorer for _ in rows), *scorers])
     for (name, allocation), losses in zip(shown, measured, strict=True):
         table.append(_row(workspace, scorer.documents, name, allocation, losses, domains=domains))
     frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
@@ -82,10 +83,27 @@ def _documents(
 
 
 def _allocations(
-    workspace: Workspace, paths: Sequence[str | Path] | None
-) -> list[tuple[str, Allocation]]:
-    chosen = paths or sorted((workspace.folder / "allocations").glob("*.json"))
-    return [(f"* {Path(p).stem}", workspace.read_allocation(p)) for p in chosen]
+    workspace: Workspace, scorer: AnyScorer, paths: Sequence[str | Path] | None
+) -> tuple[list[tuple[str, Allocation]], list[AnyScorer]]:
+    """Allocation files by name, and what scores each as it was encoded."""
+    chosen = [Path(p) for p in paths or sorted((workspace.folder / "allocations").glob("*.json"))]
+    encoded = [workspace.read_encoded(p) for p in chosen]
+    scorers: dict[str | None, AnyScorer] = {None: scorer, workspace.profile.importance: scorer}
+    for path, (_, importance) in zip(chosen, encoded, strict=True):
+        if importance not in scorers:
+            scorers[importance] = workspace.scorer_with(importance, scorer.documents, beside=path)
+    rows = [(f"* {p.stem}", decision) for p, (decision, _) in zip(chosen, encoded, strict=True)]
+    return rows, [scorers[importance] for _, importance in encoded]
+
+
+def _each(
+    rows: Sequence[tuple[str, Allocation]], scorers: Sequence[AnyScorer]
+) -> Iterator[DocumentLosses]:
+    """Yields the losses of each allocation; neighbours with one scorer share its passes."""
+    paired = zip(rows, scorers, strict=True)
+    for _, group in groupby(paired, key=lambda pair: id(pair[1])):
+        together = list(group)
+        yield from together[0][1].each([decision for (_, decision), _ in together])
 
 
 def _original(workspace: Workspace, scorer: AnyScorer) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from allocator.proxy.model import SwapModel, check_device
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
-from allocator.records import AllocationRecord, read_allocation
+from allocator.records import read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.search_space import SearchSpace, bind
 from allocator.space import Space
@@ -101,6 +101,7 @@ class Workspace:
         self.threads = threads or len(os.sched_getaffinity(0))
         self.progress = progress
         self.torch_device = torch_device
+        self._models: dict[str, SwapModel | StreamedModel] = {}  # by importance
         if torch_device != "cpu":
             check_device(torch_device)
 
@@ -335,6 +336,29 @@ class Workspace:
         shown = progress if self.progress else None
         return Scorer(model, documents, threads=self.threads, progress=shown)
 
+    def scorer_with(
+        self, importance: str | None, documents: Sequence[Document], *, beside: Path | None = None
+    ) -> AnyScorer:
+        """Returns what scores, on these documents, weights encoded with some importance vectors.
+
+        Another processor rounds a calibration pass otherwise: a record made there is scored with
+        the vectors committed beside it, bit for bit, in a model of their own.
+
+        Args:
+            importance: digest of the vectors; None for this study's own.
+            documents: what is scored.
+            beside: an allocation file; the vectors may be in its folder too.
+
+        Raises:
+            CheckpointError: if neither a committed file nor the study's calibration gives them.
+        """
+        ours = importance_digest(self.profiler.statistics.importance)
+        if importance is None or importance == ours:
+            return self.scorer_on(documents)
+        if importance not in self._models:
+            self._models[importance] = self.model_with(self.bank_for(importance, beside=beside))
+        return self.scorer_on(documents, model=self._models[importance])
+
     @cached_property
     def scorer(self) -> AnyScorer:
         """Scores on the search split."""
@@ -362,15 +386,32 @@ class Workspace:
         return list(baselines(self.layout, self.space.rankings, pruned=pruned))
 
     def read_allocation(self, path: str | Path, *, base: str | None = None) -> Allocation:
-        """An allocation file, or a llama-quantize `--tensor-type-file` over a base format.
+        """Reads the decision of `read_encoded` alone.
+
+        Raises:
+            SpaceError: as `read_encoded`.
+            CheckpointError: as `read_encoded`.
+        """
+        return self.read_encoded(path, base=base)[0]
+
+    def read_encoded(
+        self, path: str | Path, *, base: str | None = None
+    ) -> tuple[Allocation, str | None]:
+        """Reads an allocation file, or a llama-quantize `--tensor-type-file` over a base format.
 
         Args:
             path: JSON, or text with `pattern=type` entries (all experts retained).
             base: format of the tensors that no entry names, with llama-quantize's fallbacks.
 
+        Returns:
+            The decision, and the digest of the importance vectors that a record was encoded with;
+            None where the file is no record: the study's own.
+
         Raises:
-            SpaceError: if it is neither, or does not fit the checkpoint.
+            SpaceError: if the file is neither, or does not fit the checkpoint.
+            CheckpointError: if the file records another checkpoint.
         """
+        importance = None
         path = Path(path)
         if not path.is_file():
             raise SpaceError(f"{path}: no such allocation file")
@@ -382,19 +423,10 @@ class Workspace:
         else:
             allocation, record = read_allocation(path)
             if record is not None:
-                self._check_record(path, record)
+                check_same_checkpoint(record.checkpoint, self.inventory)
+                importance = record.importance
         allocation.check(self.layout)
-        return allocation
-
-    def _check_record(self, path: Path, record: AllocationRecord) -> None:
-        """Refuses to score a record with other importance than its files are encoded with."""
-        check_same_checkpoint(record.checkpoint, self.inventory)
-        ours = importance_digest(self.profiler.statistics.importance)
-        if record.importance != ours:
-            raise SpaceError(
-                f"{path}: encoded with importance {record.importance[:12]}…, this study's "
-                f"calibration gives {ours[:12]}…; use it with the study that it was searched in"
-            )
+        return allocation, importance
 
     def _from_tensor_types(self, text: str, base: str | None) -> Allocation:
         if self.target != "gguf":

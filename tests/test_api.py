@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from optuna.storages import InMemoryStorage
+from safetensors.numpy import save_file
 
 from allocator import api, estimate
 from allocator.allocation import Allocation
+from allocator.calibration.profiler import importance_digest
+from allocator.codecs.bank import Bank
 from allocator.errors import (
     BudgetError,
     CalibrationError,
@@ -305,14 +308,38 @@ def test_an_edited_record_is_refused(study, options):
     assert not (study / "out").exists()
 
 
-def test_a_record_with_other_importance_is_not_scored_with_ours(study, options):
+def test_a_record_is_scored_with_the_importance_it_was_encoded_with(study, options):
+    """As after a search on a processor that rounds otherwise; far enough to tell them apart."""
+    pick = study / "allocations/pick.json"
+    ours = api.score(study, pick, **options)
+    workspace = Workspace(study, **options)
+    vectors = workspace.profiler.statistics.importance
+    other = {name: v[..., ::-1].copy() for name, v in vectors.items()}
+    digest = importance_digest(other)
+    save_file(other, workspace.importance_path(digest))
+    data = json.loads(pick.read_text())
+    foreign = pick.with_name("foreign.json")
+    foreign.write_text(json.dumps(data | {"importance": digest}))
+    found = api.score(study, foreign, **options)
+    decision = AllocationRecord.read(foreign).decision
+    bank = Bank(workspace.cache / "bank", workspace.layout, other)
+    documents = workspace.scorer.documents
+    by_hand = workspace.scorer_on(documents, model=workspace.model_with(bank)).score(decision)
+    assert found["loss"] == pytest.approx(np.mean(by_hand.kl), rel=1e-9)
+    assert found["loss"] != ours["loss"]
+    assert api.score(study, pick, **options)["loss"] == ours["loss"]
+    table = api.evaluate(study, [pick, foreign], documents=2, **options).set_index("name")
+    assert table.loc["* foreign", "kl"] != table.loc["* pick", "kl"]
+    assert len(api.explain(study, foreign, **options))
+
+
+def test_a_record_without_its_importance_is_not_scored_with_ours(study, options):
     pick = study / "allocations/pick.json"
     data = json.loads(pick.read_text())
     pick.write_text(json.dumps(data | {"importance": "0" * 64}))
-    for verb in (api.score, api.explain):
-        with pytest.raises(SpaceError, match="encoded with importance 000000000000"):
-            verb(study, pick, **options)
-    with pytest.raises(SpaceError, match="encoded with importance"):
+    with pytest.raises(CheckpointError, match=r"importance 000000000000 is neither in .* restore"):
+        api.score(study, pick, **options)
+    with pytest.raises(CheckpointError, match="importance 000000000000 is neither in"):
         api.evaluate(study, [pick], documents=2, **options)
     pick.write_text(json.dumps(data | {"checkpoint": "0" * 64}))
     with pytest.raises(CheckpointError, match="is for checkpoint 000000000000"):

@@ -34,9 +34,8 @@ from allocator.files import write_whole
 from allocator.front import Point, baseline_loss, lower_hull
 from allocator.launch import check_tokens, finalists_of, pick_tokens, prepare
 from allocator.memory import Budget
-from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import mean
-from allocator.proxy.stream import AnyScorer, StreamedModel
+from allocator.proxy.stream import AnyScorer
 from allocator.records import read_allocation
 from allocator.search_lock import search_lock
 from allocator.specification import CompareSpec
@@ -78,7 +77,6 @@ class Bench:
         self.folder = folder
         self.workspace = Workspace(folder, cache=cache, threads=threads, target=target)
         self._text = text
-        self._models: dict[str, SwapModel | StreamedModel] = {}
         self._baselines: dict[tuple[str, int], float] = {}
         self._references: dict[int, dict[str, Reference]] = {}
 
@@ -158,8 +156,8 @@ class Bench:
         scorer = self._scorers[split]
         importance = self.workspace.profile.importance
         if encoded is not None and encoded[0] != importance:
-            importance = encoded[0]
-            scorer = self._foreign(*encoded, split)
+            importance, beside = encoded
+            scorer = self.workspace.scorer_with(importance, scorer.documents, beside=beside)
         documents = scorer.documents[:n]
         name = (
             f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}.npy"
@@ -169,14 +167,6 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, _npy(scorer.score(allocation, 0, len(documents)).kl))
         return np.asarray(np.load(path))
-
-    def _foreign(self, importance: str, path: Path, split: str) -> AnyScorer:
-        """Scores what was encoded with other importance than this study's."""
-        if importance not in self._models:
-            bank = self.workspace.bank_for(importance, beside=path)
-            self._models[importance] = self.workspace.model_with(bank)
-        documents = self._scorers[split].documents
-        return self.workspace.scorer_on(documents, model=self._models[importance])
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Its token-weighted mean, nats per token."""
