@@ -260,10 +260,11 @@ def _verify(args: argparse.Namespace) -> None:
     )
     runtime = "llama.cpp" if v.container == "gguf" else "transformers"
     off = "KL(torch || llama.cpp)" if v.container == "gguf" else "difference"
+    exact = f", {v.exact.divergence:.1e} in exact arithmetic{v.exact.part}" if v.exact else ""
     print(
         f"{v.folder}: {v.n_tensors} tensors equal, {v.tensor_bytes:,} tensor bytes and "
         f"{v.file_bytes:,} file bytes as predicted; proxy loss {v.loss:.6f} in torch, "
-        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}"
+        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}{exact}"
     )
 
 
