@@ -271,25 +271,41 @@ def _verify(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from allocator import api
 
-    if args.csv is not None and not args.csv.parent.is_dir():
-        raise AllocatorError(f"--csv {args.csv}: no such folder; make it first")
-    table = api.evaluate(
-        args.study,
-        args.allocation or None,
-        documents="all" if args.all else args.documents,
-        text=args.text,
-        pruned=args.pruned,
-        tasks=args.tasks,
-        domains=args.domains,
-        **_options(args),
-    )
-    _print_table(
-        table,
-        bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f", top1=".4f",
-        acc=".3f", lm_eval_perplexity=".2f",
-    )  # fmt: skip
-    if args.csv:
-        table.to_csv(args.csv, index=False)
+    if args.csv is not None:
+        _check_writable(args.csv)
+    measured: list[pd.DataFrame] = []
+
+    def keep(table: "pd.DataFrame") -> None:
+        measured[:] = [table]
+        if args.csv:
+            table.to_csv(args.csv, index=False)
+
+    try:
+        api.evaluate(
+            args.study,
+            args.allocation or None,
+            documents="all" if args.all else args.documents,
+            text=args.text,
+            pruned=args.pruned,
+            tasks=args.tasks,
+            domains=args.domains,
+            on_table=keep,
+            **_options(args),
+        )
+    finally:  # also what was measured before something failed, or was stopped
+        for table in measured:
+            _print_table(
+                table,
+                bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f",
+                top1=".4f", acc=".3f", lm_eval_perplexity=".2f",
+            )  # fmt: skip
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise AllocatorError(f"--csv {path}: no such folder; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise AllocatorError(f"--csv {path}: cannot be written; name another file")
 
 
 def _reproduce(args: argparse.Namespace) -> None:

@@ -371,7 +371,21 @@ class Workspace:
         Raises:
             SpaceError: if it is neither, or does not fit the checkpoint.
         """
-        path = Path(path)
+        allocation, record = self.parse_allocation(path, base=base)
+        if record is not None:
+            self._check_importance(Path(path), record)
+        return allocation
+
+    def parse_allocation(
+        self, path: str | Path, *, base: str | None = None
+    ) -> tuple[Allocation, AllocationRecord | None]:
+        """The same with its record, if it is one; nothing is measured to check its importance.
+
+        Raises:
+            SpaceError: as `read_allocation`.
+            CheckpointError: if it is for another checkpoint.
+        """
+        path, record = Path(path), None
         if not path.is_file():
             raise SpaceError(f"{path}: no such allocation file")
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -382,13 +396,12 @@ class Workspace:
         else:
             allocation, record = read_allocation(path)
             if record is not None:
-                self._check_record(path, record)
+                check_same_checkpoint(record.checkpoint, self.inventory)
         allocation.check(self.layout)
-        return allocation
+        return allocation, record
 
-    def _check_record(self, path: Path, record: AllocationRecord) -> None:
+    def _check_importance(self, path: Path, record: AllocationRecord) -> None:
         """Refuses to score a record with other importance than its files are encoded with."""
-        check_same_checkpoint(record.checkpoint, self.inventory)
         ours = importance_digest(self.profiler.statistics.importance)
         if record.importance != ours:
             raise SpaceError(

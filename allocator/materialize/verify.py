@@ -105,8 +105,7 @@ def verify(
     Raises:
         VerifyError: at the first thing that is not as it should be.
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
+    check_tolerance(tolerance)
     manifest = Manifest.read(folder)
     _check_digests(folder, manifest)
     allocation = Allocation.from_json(read_json(folder / "allocation.json"))
@@ -159,6 +158,14 @@ def verify(
         divergence,
         exact,
     )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises:
+    VerifyError: if it is no number of nats.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
 
 
 def _check_transformers(folder: Path, found: float, limit: float) -> None:

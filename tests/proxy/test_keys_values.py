@@ -13,8 +13,8 @@ from allocator.codecs.bank import Bank
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.inventory import read_inventory
 from allocator.materialize.checkpoint import materialize
-from allocator.materialize.load import load
 from allocator.materialize.exact import kl_divergence
+from allocator.materialize.load import load
 from allocator.proxy.keys_values import KeysValues, hadamard, keys_values
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
