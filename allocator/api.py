@@ -17,6 +17,7 @@ import pandas as pd
 from allocator.compare.pool import CompareEstimate, check_comparison, estimate_runs, run_all
 from allocator.compare.runs import Run, chosen_runs
 from allocator.compare.table import write_results
+from allocator.diff import difference
 from allocator.errors import CalibrationError, StudyError, VerifyError
 from allocator.estimate import estimate
 from allocator.files import write_whole
@@ -203,6 +204,19 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
             )
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
+    """A row per decision in which two allocation files differ: `decision`, `one`, `other`.
+
+    Args:
+        one: a record as `search` writes it, or a plain `allocation.json`.
+        other: another; of a different checkpoint or target it is compared where names are shared.
+
+    Raises:
+        SpaceError: if a file is no allocation.
+    """
+    return difference(one, other).rows
 
 
 def materialize(

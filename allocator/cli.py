@@ -218,6 +218,15 @@ def _explain(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _diff(args: argparse.Namespace) -> None:
+    from allocator.diff import difference  # and not the api, which loads torch
+
+    found = difference(args.one, args.other)
+    if len(found.rows):
+        _print_table(found.rows)
+    print(found.line)
+
+
 def _score(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -476,6 +485,10 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("explain", _explain, "per decision: bytes, predicted loss, next step up and down")
     _allocation(p)
     _study_option(p)
+
+    p = verb("diff", _diff, "which decisions two allocation files make differently")
+    p.add_argument("one", type=Path, help="allocation file, or a written allocation.json")
+    p.add_argument("other", type=Path, help="what it is compared with")
 
     p = verb("score", _score, "measure any allocation, or a llama-quantize tensor-type file")
     _allocation(p)
