@@ -17,6 +17,7 @@ import pandas as pd
 from allocator.compare.pool import CompareEstimate, check_comparison, estimate_runs, run_all
 from allocator.compare.runs import Run, chosen_runs
 from allocator.compare.table import write_results
+from allocator.diff import difference
 from allocator.errors import CalibrationError, StudyError, VerifyError
 from allocator.estimate import estimate
 from allocator.files import write_whole
@@ -24,7 +25,7 @@ from allocator.inventory import read_inventory
 from allocator.launch import search, trials_table, write_front
 from allocator.materialize.checkpoint import Manifest, Written
 from allocator.materialize.checkpoint import materialize as _materialize
-from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification
+from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification, check_tolerance
 from allocator.materialize.verify import verify as _verify
 from allocator.memory import Budget
 from allocator.plan import RUNTIME, Plan, first_paths, write_first
@@ -206,6 +207,19 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
+    """A row per decision in which two allocation files differ: `decision`, `one`, `other`.
+
+    Args:
+        one: a record as `search` writes it, or a plain `allocation.json`.
+        other: another; of a different checkpoint or target it is compared where names are shared.
+
+    Raises:
+        SpaceError: if a file is no allocation.
+    """
+    return difference(one, other).rows
+
+
 def materialize(
     study: str | Path,
     allocation: str | Path,
@@ -270,24 +284,26 @@ def verify(
     workspace = Workspace(study, **options)
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, workspace.inventory)
-    bank = workspace.bank_for(manifest.importance)
+    check_tolerance(tolerance)
     if documents is not None and not 0 < documents <= len(workspace.splits[0]):
         raise CalibrationError(
             f"{documents} documents: needed 1..{len(workspace.splits[0])}, the search split"
         )
+    paths = sorted((workspace.folder / "allocations").glob("*.json"))
+    records = {path.name: AllocationRecord.read(path) for path in paths}
+    bank = workspace.bank_for(manifest.importance)
     scored = documents or workspace.spec.calibration.search_documents
     scorer = workspace.scorer_on(
         workspace.splits[0][:scored], model=workspace.model_with(bank), progress="torch"
     )
     found = _verify(Path(folder), bank, scorer, tolerance=tolerance, progress=workspace.progress)
-    for path in sorted((workspace.folder / "allocations").glob("*.json")):
-        record = AllocationRecord.read(path)
+    for name, record in records.items():
         known = record.loss.get("search")
         if documents is not None or record.digest != manifest.allocation or known is None:
             continue
         if abs(known - found.loss) > SAFETENSORS_TOLERANCE:
             raise VerifyError(
-                f"{folder}: proxy loss {found.loss:.6f}, {path.name} says {known:.6f}; the study "
+                f"{folder}: proxy loss {found.loss:.6f}, {name} says {known:.6f}; the study "
                 "was run on another calibration or version"
             )
     return found

@@ -3,9 +3,13 @@
 In: a layout and a ranking of experts. Out: named allocations. Invariant: rows that are not whole
 blocks of the wanted format take llama-quantize's fallback, under its real name, as a user of that
 tool would get. What the checkpoint itself holds in a format no larger than the wanted one stays so.
+A name says what is stored otherwise where that is more than a twentieth of the weights: `Q6_K (Q8_0
+in 12 groups)`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 from allocator.allocation import Allocation
 from allocator.families import Role
@@ -17,6 +21,7 @@ UNIFORM = (
     "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 REST = ("Q6_K", "Q4_K")
+_UNSAID = 1 / 20  # of the weights may be stored otherwise than the name says
 COUNTS = (1, 5 / 6, 2 / 3, 1 / 2, 1 / 3)
 """Shares of the experts that the pruned baselines keep: 24, 20, 16, 12, 8 of 24."""
 HAND_COUNTS = (1, 192 / 256, 160 / 256)
@@ -57,8 +62,22 @@ def mixed(
     layout: Layout, rankings: Mapping[int, tuple[int, ...]], *, experts: str, rest: str, count: int
 ) -> Allocation:
     """Routed experts in one format, everything else in another, `count` experts in every layer."""
-    wanted = {n: experts if g.role.is_expert else rest for n, g in layout.groups.items()}
-    return _allocation(layout, rankings, wanted, count)
+    return _allocation(layout, rankings, _by_kind(layout, experts, rest), count)
+
+
+def _by_kind(layout: Layout, experts: str, rest: str) -> dict[str, str]:
+    return {n: experts if g.role.is_expert else rest for n, g in layout.groups.items()}
+
+
+def _otherwise(layout: Layout, allocation: Allocation, wanted: Mapping[str, str]) -> str:
+    """What to say after a name of the groups that are stored in another format than wanted."""
+    groups = [layout.groups[n] for n, fmt in allocation.formats if fmt != wanted[n]]
+    searched = layout.inventory.n_searched_weights
+    if sum(prod(group.shape) for group in groups) <= _UNSAID * searched:
+        return ""
+    counted = Counter(allocation.format_of[group.name] for group in groups)
+    rows = [f"{fmt} in {n} group{'s' * (n > 1)}" for fmt, n in counted.most_common()]
+    return f" ({', '.join(rows)})"
 
 
 def _allocation(
@@ -83,16 +102,13 @@ def baselines(
         pruned: also with fewer experts, the same count in every layer.
     """
     for count, suffix in _counts(layout, COUNTS if pruned else (1,)):
-        for fmt in UNIFORM:
-            yield (
-                f"{fmt}{suffix}",
-                mixed(layout, rankings, experts=fmt, rest=fmt, count=count),
-            )
-        for rest in REST:
-            for fmt in UNIFORM:
-                if FORMATS[fmt].bits < FORMATS[rest].bits:
-                    name = f"{fmt} / {rest}{suffix}"
-                    yield name, mixed(layout, rankings, experts=fmt, rest=rest, count=count)
+        mixes = [(fmt, rest) for rest in REST for fmt in UNIFORM]
+        smaller = [(f, r) for f, r in mixes if FORMATS[f].bits < FORMATS[r].bits]
+        for experts, rest in [*((fmt, fmt) for fmt in UNIFORM), *smaller]:
+            made = mixed(layout, rankings, experts=experts, rest=rest, count=count)
+            name = experts if experts == rest else f"{experts} / {rest}"
+            said = _otherwise(layout, made, _by_kind(layout, experts, rest))
+            yield f"{name}{said}{suffix}", made
 
 
 def hand_rule(

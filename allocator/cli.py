@@ -218,6 +218,15 @@ def _explain(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _diff(args: argparse.Namespace) -> None:
+    from allocator.diff import difference  # and not the api, which loads torch
+
+    found = difference(args.one, args.other)
+    if len(found.rows):
+        _print_table(found.rows)
+    print(found.line)
+
+
 def _score(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -260,35 +269,52 @@ def _verify(args: argparse.Namespace) -> None:
     )
     runtime = "llama.cpp" if v.container == "gguf" else "transformers"
     off = "KL(torch || llama.cpp)" if v.container == "gguf" else "difference"
+    exact = f", {v.exact.divergence:.1e} in exact arithmetic{v.exact.part}" if v.exact else ""
     print(
         f"{v.folder}: {v.n_tensors} tensors equal, {v.tensor_bytes:,} tensor bytes and "
         f"{v.file_bytes:,} file bytes as predicted; proxy loss {v.loss:.6f} in torch, "
-        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}"
+        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}{exact}"
     )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from allocator import api
 
-    if args.csv is not None and not args.csv.parent.is_dir():
-        raise AllocatorError(f"--csv {args.csv}: no such folder; make it first")
-    table = api.evaluate(
-        args.study,
-        args.allocation or None,
-        documents="all" if args.all else args.documents,
-        text=args.text,
-        pruned=args.pruned,
-        tasks=args.tasks,
-        domains=args.domains,
-        **_options(args),
-    )
-    _print_table(
-        table,
-        bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f", top1=".4f",
-        acc=".3f", lm_eval_perplexity=".2f",
-    )  # fmt: skip
-    if args.csv:
-        table.to_csv(args.csv, index=False)
+    if args.csv is not None:
+        _check_writable(args.csv)
+    measured: list[pd.DataFrame] = []
+
+    def keep(table: "pd.DataFrame") -> None:
+        measured[:] = [table]
+        if args.csv:
+            table.to_csv(args.csv, index=False)
+
+    try:
+        api.evaluate(
+            args.study,
+            args.allocation or None,
+            documents="all" if args.all else args.documents,
+            text=args.text,
+            pruned=args.pruned,
+            tasks=args.tasks,
+            domains=args.domains,
+            on_table=keep,
+            **_options(args),
+        )
+    finally:  # also what was measured before something failed, or was stopped
+        for table in measured:
+            _print_table(
+                table,
+                bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f",
+                top1=".4f", acc=".3f", lm_eval_perplexity=".2f",
+            )  # fmt: skip
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise AllocatorError(f"--csv {path}: no such folder; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise AllocatorError(f"--csv {path}: cannot be written; name another file")
 
 
 def _reproduce(args: argparse.Namespace) -> None:
@@ -459,6 +485,10 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("explain", _explain, "per decision: bytes, predicted loss, next step up and down")
     _allocation(p)
     _study_option(p)
+
+    p = verb("diff", _diff, "which decisions two allocation files make differently")
+    p.add_argument("one", type=Path, help="allocation file, or a written allocation.json")
+    p.add_argument("other", type=Path, help="what it is compared with")
 
     p = verb("score", _score, "measure any allocation, or a llama-quantize tensor-type file")
     _allocation(p)

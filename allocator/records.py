@@ -90,6 +90,11 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
+def importance_name(digest: str) -> str:
+    """Name of the file, beside an allocation, of the importance vectors with this digest."""
+    return f"importance-{digest[:12]}.safetensors"
+
+
 @cache
 def codec() -> str:
     """The quantizer that writes bytes here."""

@@ -6,7 +6,8 @@ says which.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from tqdm import tqdm
 
 from allocator.allocation import Allocation
 from allocator.calibration.documents import Document, interleaved
-from allocator.errors import CalibrationError, StudyError
-from allocator.proxy.scorer import DocumentLosses, by_domain, mean, perplexity
+from allocator.errors import CalibrationError, StudyError, first_line
+from allocator.proxy.scorer import DocumentLosses, Scorer, by_domain, mean, perplexity
 from allocator.proxy.stream import AnyScorer
 from allocator.workspace import Workspace
 
@@ -34,6 +35,7 @@ def evaluate(
     pruned: bool = False,
     tasks: bool = False,
     domains: bool = False,
+    on_table: Callable[[pd.DataFrame], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """KL, perplexity and top-1 agreement on held-out documents, smallest first.
@@ -46,7 +48,12 @@ def evaluate(
         pruned: baselines also with one smaller retained count in every layer.
         tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
         domains: columns of KL and perplexity per domain.
+        on_table: called with the table so far whenever something was measured.
         options: of `Workspace`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong, before anything is measured where it can be
+            seen then.
     """
     workspace = Workspace(study, **options)
     if tasks and workspace.spec.streamed is not None:
@@ -55,19 +62,34 @@ def evaluate(
             "leave --tasks out"
         )
     held_out = _documents(workspace, documents, text)
+    chosen = _chosen(workspace, allocations)
+    suite = _Tasks(workspace, held_out) if tasks else None
+    encoded = {name: workspace.read_encoded(path) for name, path in chosen.items()}
     scorer = workspace.scorer_on(held_out)
-    rows = workspace.baselines(pruned=pruned)
-    found, scorers = _allocations(workspace, scorer, allocations)
-    table = [_original(workspace, scorer)]
-    shown = tqdm(rows + found, desc="evaluate", disable=not workspace.progress)
-    measured = _each(rows + found, [*(scorer for _ in rows), *scorers])
-    for (name, allocation), losses in zip(shown, measured, strict=True):
-        table.append(_row(workspace, scorer.documents, name, allocation, losses, domains=domains))
-    frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
-    frame["split"] = str(text or "report")
-    frame["documents"] = len(held_out)
-    if tasks:
-        _add_tasks(workspace, frame, dict(found), held_out)
+    scorers = _scorers(workspace, scorer, encoded, chosen)
+    found = {name: allocation for name, (allocation, _) in encoded.items()}
+    rows = dict(workspace.baselines(pruned=pruned)) | found
+    table: list[dict[str, Any]] = []
+
+    def measured(row: dict[str, Any]) -> pd.DataFrame:
+        table.append(row)
+        frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
+        frame["split"] = str(text or "report")
+        frame["documents"] = len(held_out)
+        if on_table is not None:
+            on_table(frame)
+        return frame
+
+    frame = measured(_original(workspace, scorer))
+    shown = tqdm(rows.items(), desc="evaluate", disable=not workspace.progress)
+    losses = _each(rows.values(), [scorers.get(name, scorer) for name in rows])
+    for (name, allocation), its in zip(shown, losses, strict=True):
+        row = _row(workspace, scorer.documents, name, allocation, its, domains=domains)
+        frame = measured(row)
+    if suite is not None:
+        for _ in suite.add(frame, rows, found, scorers):
+            if on_table is not None:
+                on_table(frame)
     return frame
 
 
@@ -82,28 +104,37 @@ def _documents(
     return found[:n]
 
 
-def _allocations(
-    workspace: Workspace, scorer: AnyScorer, paths: Sequence[str | Path] | None
-) -> tuple[list[tuple[str, Allocation]], list[AnyScorer]]:
-    """Allocation files by name, and what scores each as it was encoded."""
+def _chosen(workspace: Workspace, paths: Sequence[str | Path] | None) -> dict[str, Path]:
+    """Allocation files by the name of their row."""
     chosen = [Path(p) for p in paths or sorted((workspace.folder / "allocations").glob("*.json"))]
-    encoded = [workspace.read_encoded(p) for p in chosen]
-    scorers: dict[str | None, AnyScorer] = {None: scorer, workspace.profile.importance: scorer}
-    for path, (_, importance) in zip(chosen, encoded, strict=True):
-        if importance not in scorers:
-            scorers[importance] = workspace.scorer_with(importance, scorer.documents, beside=path)
-    rows = [(f"* {p.stem}", decision) for p, (decision, _) in zip(chosen, encoded, strict=True)]
-    return rows, [scorers[importance] for _, importance in encoded]
+    stems = Counter(path.stem for path in chosen)
+    return {f"* {p.stem if stems[p.stem] == 1 else p}": p for p in chosen}
+
+
+def _scorers(
+    workspace: Workspace,
+    scorer: AnyScorer,
+    encoded: Mapping[str, tuple[Allocation, str | None]],
+    paths: Mapping[str, Path],
+) -> dict[str, AnyScorer]:
+    """What scores each allocation file as it was encoded, by row; one model per importance."""
+    found: dict[str | None, AnyScorer] = {None: scorer, workspace.profile.importance: scorer}
+    for name, (_, importance) in encoded.items():
+        if importance not in found:
+            found[importance] = workspace.scorer_with(
+                importance, scorer.documents, beside=paths[name]
+            )
+    return {name: found[importance] for name, (_, importance) in encoded.items()}
 
 
 def _each(
-    rows: Sequence[tuple[str, Allocation]], scorers: Sequence[AnyScorer]
+    allocations: Iterable[Allocation], scorers: Iterable[AnyScorer]
 ) -> Iterator[DocumentLosses]:
     """Yields the losses of each allocation; neighbours with one scorer share its passes."""
-    paired = zip(rows, scorers, strict=True)
+    paired = zip(allocations, scorers, strict=True)
     for _, group in groupby(paired, key=lambda pair: id(pair[1])):
         together = list(group)
-        yield from together[0][1].each([decision for (_, decision), _ in together])
+        yield from together[0][1].each([allocation for allocation, _ in together])
 
 
 def _original(workspace: Workspace, scorer: AnyScorer) -> dict[str, Any]:
@@ -147,45 +178,73 @@ def _row(
     return row
 
 
-def _add_tasks(
-    workspace: Workspace,
-    frame: pd.DataFrame,
-    found: dict[str, Allocation],
-    documents: Sequence[Document],
-) -> None:
-    """Adds lm-eval's figures for the original, the found ones and their neighbours in size."""
-    from transformers import AutoTokenizer
+class _Tasks:
+    """lm-eval's two tasks on held-out documents; what they cannot be run for is found here.
 
-    from allocator.evaluate.tasks import run_tasks, write_tasks
+    Args:
+        workspace: of the study.
+        documents: held-out ones.
 
-    if not (workspace.inventory.path / "tokenizer.json").is_file():
-        raise CalibrationError(
-            f"{workspace.inventory.path}: no tokenizer.json, which --tasks needs"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(workspace.inventory.path)
-    folder = workspace.cache / "lm-eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = write_tasks(documents, tokenizer, folder)
-    swap = workspace.profiler.swap
-    known = dict(workspace.baselines()) | found
-    chosen = {"original", *found} | _neighbours(frame, found)
-    frame["acc"] = np.nan
-    frame["lm_eval_perplexity"] = np.nan
-    for at, row in tqdm(
-        frame.iterrows(), desc="lm-eval", total=len(frame), disable=not workspace.progress
-    ):
-        if row["name"] not in chosen:
-            continue
-        if row["name"] == "original":
-            swap.reset()
-        else:
-            swap.put_allocation(known[row["name"]])
-        results = run_tasks(swap.model, tokenizer, folder, names)
-        frame.loc[at, "acc"] = results["report_continuation"]["acc"]
-        frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
+    Raises:
+        CalibrationError: if there is no tokenizer, or a document is too short, or too long.
+    """
+
+    def __init__(self, workspace: Workspace, documents: Sequence[Document]) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from allocator.evaluate.tasks import check_tasks, write_tasks
+
+        path = workspace.inventory.path
+        if not (path / "tokenizer.json").is_file():
+            raise CalibrationError(f"{path}: no tokenizer.json, which --tasks needs")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # of the tokenizers package too, which has no class of its own
+            raise CalibrationError(
+                f"{path}: transformers refuses its tokenizer ({first_line(error)}); fetch it again"
+            ) from None
+        self._workspace = workspace
+        self._folder = workspace.cache / "lm-eval"
+        self._names = write_tasks(documents, self._tokenizer, self._folder)
+        window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+        check_tasks(self._tokenizer, self._folder, self._names, window=window)
+
+    def add(
+        self,
+        frame: pd.DataFrame,
+        known: Mapping[str, Allocation],
+        found: Mapping[str, Allocation],
+        scorers: Mapping[str, AnyScorer],
+    ) -> Iterator[None]:
+        """Adds figures for the original, the found ones and their neighbours in size, row by row.
+
+        Args:
+            frame: the table.
+            known: allocations by row.
+            found: those of files.
+            scorers: of files, by row; their models hold what the files were encoded with.
+        """
+        from allocator.evaluate.tasks import run_tasks
+
+        chosen = {"original", *found} | _neighbours(frame, found)
+        frame["acc"] = np.nan
+        frame["lm_eval_perplexity"] = np.nan
+        ours, hidden = self._workspace.profiler.swap, not self._workspace.progress
+        rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
+        for at, name in tqdm(rows, desc="lm-eval", disable=hidden):
+            scorer = scorers.get(name)
+            swap = scorer.swap if isinstance(scorer, Scorer) else ours
+            if name == "original":
+                swap.reset()
+            else:
+                swap.put_allocation(known[name])
+            results = run_tasks(swap.model, self._tokenizer, self._folder, self._names)
+            frame.loc[at, "acc"] = results["report_continuation"]["acc"]
+            frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
+            yield
 
 
-def _neighbours(frame: pd.DataFrame, found: dict[str, Allocation]) -> set[str]:
+def _neighbours(frame: pd.DataFrame, found: Mapping[str, Allocation]) -> set[str]:
     """The unpruned baselines just below and above each found allocation."""
     plain = frame[
         ~frame["name"].isin([*found, "original"]) & ~frame["name"].str.contains("experts")

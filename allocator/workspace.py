@@ -39,7 +39,7 @@ from allocator.proxy.model import SwapModel, check_device
 from allocator.proxy.scorer import Scorer
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
-from allocator.records import read_allocation
+from allocator.records import importance_name, read_allocation
 from allocator.samplers import check_sampler, make_sampler
 from allocator.search_space import SearchSpace, bind
 from allocator.space import Space
@@ -298,7 +298,7 @@ class Workspace:
 
     def importance_path(self, digest: str) -> Path:
         """Where a study commits the importance vectors of its allocations."""
-        return self.folder / "allocations" / f"importance-{digest[:12]}.safetensors"
+        return self.folder / "allocations" / importance_name(digest)
 
     # -- scoring
 

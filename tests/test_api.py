@@ -2,10 +2,14 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from optuna.storages import InMemoryStorage
@@ -13,9 +17,10 @@ from safetensors.numpy import save_file
 
 from allocator import api, estimate
 from allocator.allocation import Allocation
-from allocator.calibration.profiler import importance_digest
+from allocator.calibration.profiler import Profiler, importance_digest
 from allocator.codecs.bank import Bank
 from allocator.errors import (
+    AllocatorError,
     BudgetError,
     CalibrationError,
     CheckpointError,
@@ -25,7 +30,8 @@ from allocator.errors import (
 )
 from allocator.formats import FORMATS, offered
 from allocator.launch import N_FINALISTS, finalists_of
-from allocator.materialize.checkpoint import file_digest
+from allocator.materialize.checkpoint import Manifest, file_digest
+from allocator.proxy.scorer import Scorer
 from allocator.records import AllocationRecord
 from allocator.samplers.auto import ROUND
 from allocator.search_space import SearchSpace, bind
@@ -467,3 +473,133 @@ def test_a_trial_of_a_search_that_died_is_in_no_table(study, options):
     assert any("proposing them again" in line for line in result.messages)
     assert len(result.study.trials) == 10
     assert len(api.trials_table(result.study)) == before + 1
+
+
+# -- what cannot work is refused before anything is measured
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """No forward pass may begin."""
+
+    def begun(*_, **__):
+        raise AssertionError("a forward pass began")
+
+    for name in ("_losses", "ensure_reference", "candidate_logits"):
+        monkeypatch.setattr(Scorer, name, begun)
+    monkeypatch.setattr(Profiler, "statistics", property(begun))
+
+
+@pytest.fixture
+def with_tokenizer(study):
+    """Gives a copy of the study's checkpoint the tokenizer of the reference model."""
+
+    def give(**changes):
+        toml = study / "study.toml"
+        source = re.search('checkpoint = "(.*)"', toml.read_text())[1]
+        shutil.copytree(source, study / "model")
+        reference = Path(__file__).parents[1] / "studies/reference/model"
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(reference / name, study / "model")
+        config = json.loads((study / "model/config.json").read_text()) | changes
+        (study / "model/config.json").write_text(json.dumps(config))
+        toml.write_text(toml.read_text().replace(source, "model"))
+        return study
+
+    return give
+
+
+def test_tasks_without_a_tokenizer_are_refused_first(study, options, never):
+    with pytest.raises(CalibrationError, match=r"no tokenizer\.json, which --tasks needs"):
+        api.evaluate(study, documents=2, tasks=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "match"),
+    [
+        ([32] * 8, {}, "has 32 ids, needed 97"),
+        ([120] * 2, {}, "different continuations, needed 4"),
+        ([120] * 8, {"max_position_embeddings": 40}, "tokens, the window 40"),
+    ],
+    ids=["documents too short", "too few", "window too short"],
+)
+def test_tasks_that_do_not_fit_are_refused_first(
+    with_tokenizer, options, never, make_documents, lengths, changes, match
+):
+    study = with_tokenizer(**changes)
+    lines = [json.dumps({"ids": d.ids}) for d in make_documents(lengths, seed=3)]
+    (study / "report.jsonl").write_text("\n".join(lines))
+    plain = study / "plain.json"  # names no checkpoint
+    decision = json.loads((study / "allocations/pick.json").read_text())["allocation"]
+    plain.write_text(json.dumps(decision))
+    with pytest.raises(CalibrationError, match=match):
+        api.evaluate(study, [plain], documents="all", tasks=True, **options)
+
+
+def test_a_broken_tokenizer_is_refused_first(with_tokenizer, options, never):
+    study = with_tokenizer()
+    (study / "model/tokenizer.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="refuses its tokenizer") as said:
+        api.evaluate(study, documents=2, tasks=True, **options)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("damage", ["no json", "another layout", "missing"])
+def test_a_wrong_allocation_is_refused_first(study, options, never, damage):
+    """The second of two, whose first is good."""
+    pick, odd = study / "allocations/pick.json", study / "odd.json"
+    decision = json.loads(pick.read_text())["allocation"]
+    if damage == "no json":
+        odd.write_text("{")
+    elif damage == "another layout":
+        del decision["formats"]["embedding"]
+        odd.write_text(json.dumps(decision))
+    with pytest.raises(SpaceError):
+        api.evaluate(study, [pick, odd], documents=2, **options)
+
+
+def test_verify_refuses_first(study, options, never, tmp_path, monkeypatch):
+    pick = study / "allocations/pick.json"
+    importance = AllocationRecord.read(pick).importance
+    monkeypatch.setattr(Workspace, "bank_for", lambda *_: pytest.fail("encoded weights"))
+    digest = Workspace(study, **options).inventory.digest
+    manifest = Manifest("gguf", "a", digest, importance, "model.gguf", 1, 1, 0, {})
+    (tmp_path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    for told, match in (
+        ({"tolerance": -1.0}, "0 or more"),
+        ({"documents": 99}, "99 documents: needed 1..8"),
+    ):
+        with pytest.raises(AllocatorError, match=match):
+            api.verify(study, tmp_path, **told, **options)
+    (study / "allocations/odd.json").write_text("{")
+    with pytest.raises(SpaceError, match=r"odd\.json: no allocation file"):
+        api.verify(study, tmp_path, **options)
+
+
+def test_rows_are_given_as_they_are_measured(study, options, monkeypatch):
+    whole = api.evaluate(study, documents=2, **options)
+    plain, calls = Scorer.score, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise StudyError("no more")
+        return plain(*args)
+
+    monkeypatch.setattr(Scorer, "score", failing)
+    tables = []
+    with pytest.raises(StudyError, match="no more"):
+        api.evaluate(study, documents=2, on_table=tables.append, **options)
+    assert [len(t) for t in tables] == [1, 2, 3, 4]
+    kept = whole[whole["name"].isin(tables[-1]["name"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(tables[-1], kept)
+
+
+def test_files_of_one_name_have_rows_of_their_own(study, options):
+    other = study / "other/pick.json"
+    other.parent.mkdir()
+    shutil.copy(study / "allocations/knapsack.json", other)
+    table = api.evaluate(study, [study / "allocations/pick.json", other], documents=2, **options)
+    chosen = table[table["name"].str.startswith("*")].set_index("name")["bytes"]
+    for path in (study / "allocations/pick.json", other):
+        assert chosen[f"* {path}"] == AllocationRecord.read(path).bytes["encoded"]

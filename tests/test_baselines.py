@@ -1,7 +1,12 @@
 """What people do without a search, under the names that llama-quantize would really store."""
 
+import csv
 import itertools
+import math
+import re
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -89,7 +94,8 @@ def test_an_embedding_without_importance(tmp_path, make):
     folder = make.zeros(tmp_path, tensors=make.tensors(**wide), **wide)
     for target in (GGUF, SAFETENSORS):
         layout = target.layout(read_inventory(folder))
-        made = dict(baselines(layout, by_index(layout)))
+        rows = baselines(layout, by_index(layout))
+        made = {name.partition(" (")[0]: allocation for name, allocation in rows}
         assert made["IQ2_XXS"].format_of["embedding"] == "Q2_K"
         assert made["IQ2_XXS"].format_of["head"] == "IQ2_XXS"
         assert made["IQ3_S"].format_of["embedding"] == "IQ3_S"
@@ -154,3 +160,48 @@ def test_the_hand_rule_by_position(tmp_path, make):
     assert gates == ["IQ1_M"] * 3 + ["IQ1_S"] * 11 + ["IQ1_M"] * 3
     assert stored["layers.5.experts.down"] == "IQ4_NL"  # rows of 32
     assert (stored["embedding"], stored["head"]) == ("Q4_K", "Q5_K")
+
+
+# -- names
+
+
+def test_names_of_the_reference_are_those_of_its_committed_figures(layouts):
+    """A hundredth of its weights cannot be stored as named, and is not worth a word."""
+    path = Path(__file__).parents[1] / "studies/reference/baselines.csv"
+    with path.open(encoding="utf-8") as file:
+        committed = {(row["target"], row["name"]) for row in csv.DictReader(file)}
+    for target, layout in layouts.items():
+        names = {name for name, _ in baselines(layout, by_index(layout), pruned=True)}
+        assert {name for t, name in committed if t == target} <= names
+        assert not any("(" in name for name in names)
+
+
+@pytest.mark.parametrize("inner", [32, 352, 256])
+def test_a_name_says_what_is_stored_otherwise(tmp_path, make, inner):
+    """Rows of 32 and 352 are no superblocks; counted from the allocation's own formats."""
+    wide = {"hidden_size": 256}
+    tensors = {
+        name: tuple(inner if n == 32 and "experts" in name else n for n in shape)
+        for name, shape in make.tensors(**wide).items()
+    }
+    layout = GGUF.layout(read_inventory(make.zeros(tmp_path, tensors=tensors, **wide)))
+    made = dict(baselines(layout, by_index(layout), pruned=True))
+    plain = re.compile(r"(\w+)(?: / (\w+))?(?: \((.*)\))?(?:, (\d+) experts)?")
+    for name, allocation in made.items():
+        experts, rest, said, _ = plain.fullmatch(name).groups()
+        groups = [
+            group
+            for group, fmt in allocation.formats
+            if fmt != (experts if ".experts." in group else rest or experts)
+        ]
+        other = Counter(allocation.format_of[group] for group in groups)
+        found = {
+            fmt: int(n) for fmt, n in re.findall(r"(\w+) in (\d+) groups?(?:, |$)", said or "")
+        }
+        weights = sum(math.prod(layout.groups[group].shape) for group in groups)
+        assert found == (other if weights > 0.05 * layout.inventory.n_searched_weights else {})
+    if inner == 256:
+        assert "Q6_K" in made
+    else:
+        assert "Q6_K (Q8_0 in 4 groups)" in made  # two layers: output rows of 64, down of `inner`
+        assert "IQ2_S / Q6_K (Q8_0 in 2 groups, IQ4_NL in 2 groups), 2 experts" in made

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from allocator.cli import main
+from allocator.errors import StudyError
 from allocator.materialize.checkpoint import file_digest
+from allocator.proxy.scorer import Scorer
 from allocator.search_lock import search_lock
 from allocator.workspace import Workspace
 
@@ -440,3 +442,30 @@ def test_killed_at_random_moments_is_undisturbed(run, fresh_study, study_cache, 
     good(run("search", killed, "--trials", 40))
     assert trials(killed) == trials(whole)
     assert state(killed / "allocations") == state(whole / "allocations")
+
+
+def test_rows_that_were_measured_are_shown_and_kept(run, study, tmp_path, monkeypatch):
+    plain, calls, path = Scorer.score, [], tmp_path / "rows.csv"
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise StudyError("no more")
+        return plain(*args)
+
+    monkeypatch.setattr(Scorer, "score", failing)
+    code, out, err = run("evaluate", study, "--documents", 2, "--csv", path)
+    assert (code, err) == (2, "allocator evaluate: no more\n")
+    with path.open() as file:
+        kept = [row["name"] for row in csv.DictReader(file)]
+    assert len(kept) == 3
+    assert "original" in kept
+    assert all(name in out for name in kept)
+
+
+def test_a_csv_that_cannot_be_written_is_refused_first(run, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workspace, "__init__", None)
+    refused(run("evaluate", study, "--csv", tmp_path), "cannot be written")
+    refused(run("evaluate", study, "--csv", tmp_path / "no/rows.csv"), "no such folder")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refused(run("evaluate", study, "--csv", tmp_path / "rows.csv"), "cannot be written")

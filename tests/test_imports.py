@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "allocator"
 RINGS = [  # a module may import from its own ring or from an earlier one
     {"errors", "units", "files", "digests", "memory"},
     {"inventory", "planned", "families", "formats", "targets"},
-    {"allocation", "records"},
+    {"allocation", "records", "diff"},
     {
         "space",
         "search_space",

@@ -132,10 +132,10 @@ def test_a_model_that_does_not_fit_in_memory_names_the_way_out(
 ):
     inventory = read_inventory(checkpoints["qwen3"])
     needed = 4 * sum(t.total_bytes // 4 for t in inventory.tensors.values())
-    monkeypatch.setattr(model, "_free_memory", lambda: needed - 1)
+    monkeypatch.setattr(model, "free_memory", lambda: needed - 1)
     with pytest.raises(CheckpointError, match=r"\[streamed\]"):
         _ = Workspace(fresh_study, cache=study_cache).model
-    assert model._free_memory() < needed
+    assert model.free_memory() < needed
 
 
 def test_a_missing_tensor_is_said_before_the_pass(

@@ -99,6 +99,17 @@ class Bench:
                 raise StudyError(f"{run.name}: {error}") from None
             self.reference_files(run.weights)
 
+    def check_importance(self, runs: Sequence[Run]) -> None:
+        """Looks for what references are encoded with; needs this study's statistics.
+
+        Raises:
+            CheckpointError: if a file of importance vectors is missing or damaged.
+        """
+        for run in runs:
+            for _, encoded in self.reference_files(run.weights).values():
+                if encoded is not None:
+                    self.workspace.bank_for(encoded[0], beside=encoded[1])
+
     def _check_run(self, run: Run) -> None:
         self.workspace.unranked_space.check_budget(Budget(run.weights, "weights"))
         check_tokens(self.workspace, run.tokens, "raise tokens under [compare]")

@@ -95,7 +95,9 @@ def run_all(
     with search_lock(folder / "runs", way_out="wait for it, or stop it") as lock:
         lock.ready()
         for target in dict.fromkeys(run.target for run in waiting):  # one profile before many runs
-            _ = Bench(folder, target, cache=cache, threads=workers).workspace.profile
+            bench = Bench(folder, target, cache=cache, threads=workers)
+            _ = bench.workspace.profile
+            bench.check_importance([run for run in waiting if run.target == target])
         with _workers(workers) as pool:
             futures = {pool.submit(_run, folder, run, text, cache): run for run in waiting}
             try:

@@ -128,6 +128,28 @@ def write_tasks(
     return list(rows)
 
 
+def check_tasks(tokenizer: Any, folder: Path, names: Sequence[str], *, window: int) -> None:
+    """Finds what `run_tasks` would refuse, before there is a model.
+
+    Args:
+        tokenizer: the model's.
+        folder: where `write_tasks` wrote.
+        names: tasks to run.
+        window: the model's `config.max_position_embeddings`.
+
+    Raises:
+        CalibrationError: if a task has no file here, a question is longer than the window, or the
+            tokenizer has no token to begin a text with.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise CalibrationError(
+            "lm-eval begins a text with the tokenizer's bos or eos, it has neither; name one in "
+            "tokenizer_config.json"
+        )
+    with _loaded(tokenizer, folder, names, window=window, limit=None):
+        pass
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -161,21 +183,12 @@ def run_tasks(
         VerifyError: if lm-eval would tie a head that is not the embedding.
     """
     import lm_eval.evaluator
-    import lm_eval.tasks
     from lm_eval.models.huggingface import HFLM
 
     _refuse_hidden_tie(model)
     window: int = model.config.max_position_embeddings
     training: bool = model.training
-    with (
-        _offline(),
-        _quiet(),
-        tempfile.TemporaryDirectory(prefix=".datasets-", dir=_existing(folder, names)) as cache,
-    ):
-        specs = [_spec(folder, name, cache=cache) for name in names]
-        tasks = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).load(specs)
-        for name in names:
-            _refuse_truncation(tasks["tasks"][name], tokenizer, window=window, limit=limit)
+    with _loaded(tokenizer, folder, names, window=window, limit=limit) as tasks:
         try:
             # not `simple_evaluate`: it seeds the global generators, asks the hub for the model's
             # commit and runs git and pip to describe the machine
@@ -198,6 +211,25 @@ def run_tasks(
             name: _metrics(results["results"][name], results["samples"][name], tokenizer)
             for name in names
         }
+
+
+@contextlib.contextmanager
+def _loaded(
+    tokenizer: Any, folder: Path, names: Sequence[str], *, window: int, limit: int | None
+) -> Iterator[Any]:
+    """lm-eval's tasks, each question within the window; offline and quiet in the block."""
+    import lm_eval.tasks
+
+    with (
+        _offline(),
+        _quiet(),
+        tempfile.TemporaryDirectory(prefix=".datasets-", dir=_existing(folder, names)) as cache,
+    ):
+        specs = [_spec(folder, name, cache=cache) for name in names]
+        tasks = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).load(specs)
+        for name in names:
+            _refuse_truncation(tasks["tasks"][name], tokenizer, window=window, limit=limit)
+        yield tasks
 
 
 def _interleaved(documents: Sequence[Document]) -> list[Document]:

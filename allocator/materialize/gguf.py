@@ -207,6 +207,25 @@ def read_gguf(path: Path) -> Tensors:
     Raises:
         VerifyError: if the file is missing, truncated, damaged, or holds an unknown type.
     """
+    cursor, n_tensors, alignment = _past_metadata(path)
+    rows = [_table_row(cursor) for _ in range(min(n_tensors, len(cursor.data)))]
+    if not 1 <= alignment <= 1 << 20 or len({name for name, *_ in rows}) != n_tensors:
+        raise cursor.fail(f"alignment {alignment}, {n_tensors} tensors with a name twice")
+    return _tensors(cursor, rows, alignment)
+
+
+def metadata_end(path: Path) -> tuple[int, int]:
+    """The byte at which the tensor table of a file begins, and the alignment of tensor data.
+
+    Raises:
+        VerifyError: if the file is missing, truncated or damaged.
+    """
+    cursor, _, alignment = _past_metadata(path)
+    return cursor.at, alignment
+
+
+def _past_metadata(path: Path) -> tuple[_Cursor, int, int]:
+    """A cursor at the tensor table; number of tensors, and alignment."""
     try:
         with open(path, "rb") as file:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -223,10 +242,7 @@ def read_gguf(path: Path) -> Tensors:
             alignment = cursor.number("I")
         else:
             cursor.skip_value(kind)
-    rows = [_table_row(cursor) for _ in range(min(n_tensors, len(view)))]
-    if not 1 <= alignment <= 1 << 20 or len({name for name, *_ in rows}) != n_tensors:
-        raise cursor.fail(f"alignment {alignment}, {n_tensors} tensors with a name twice")
-    return _tensors(cursor, rows, alignment)
+    return cursor, n_tensors, alignment
 
 
 def _table_row(cursor: _Cursor) -> tuple[str, Format, tuple[int, ...], int]:

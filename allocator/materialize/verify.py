@@ -29,9 +29,16 @@ from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.formats import Format, format_named
 from allocator.inventory import read_json
 from allocator.materialize.checkpoint import FILE, Manifest, file_digest
+from allocator.materialize.exact import (
+    EXACT_TOLERANCE,
+    Exact,
+    compare_exactly,
+    kl_divergence,
+)
 from allocator.materialize.gguf import read_gguf
 from allocator.materialize.load import load
 from allocator.materialize.source import BankSource
+from allocator.proxy.model import device_of
 from allocator.proxy.scorer import mean
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
@@ -62,6 +69,7 @@ class Verification:
         loss: proxy loss of the candidate in torch, on the scorer's documents.
         runtime_loss: proxy loss of the re-opened checkpoint in its runtime.
         divergence: |difference| for safetensors, KL(torch || llama.cpp) for gguf.
+        exact: the comparison without rounding, where `divergence` is beyond what is usual.
     """
 
     folder: Path
@@ -72,6 +80,7 @@ class Verification:
     loss: float
     runtime_loss: float
     divergence: float
+    exact: Exact | None = None
 
 
 def verify(
@@ -89,13 +98,14 @@ def verify(
         bank: of the checkpoint that it was made from, with the same importance.
         scorer: documents to score in torch and in the runtime.
         tolerance: how far the runtime may be off, nats per token; its container's by default.
+            In llama.cpp it is for rounding of activations alone: what is off in exact arithmetic
+            too is refused.
         progress: shows a bar while llama.cpp runs.
 
     Raises:
         VerifyError: at the first thing that is not as it should be.
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
+    check_tolerance(tolerance)
     manifest = Manifest.read(folder)
     _check_digests(folder, manifest)
     allocation = Allocation.from_json(read_json(folder / "allocation.json"))
@@ -123,12 +133,20 @@ def verify(
     stored = _Stored(bank.layout, allocation, found)
     loss, runtime_loss, divergence = _run(folder, manifest, stored, scorer, progress)
     limit = TOLERANCE[manifest.container] if tolerance is None else tolerance
-    if not divergence <= limit:
-        raise VerifyError(
-            f"{folder}: all tensors are equal, but its runtime is off by {divergence:.2e} nats per "
-            f"token, at most {limit:.0e} allowed; if that is the runtime's own rounding of "
-            "activations (a Q8_0 file of this model is off as much), allow it with --tolerance"
+    exact = None
+    if manifest.container == "safetensors":
+        _check_transformers(folder, divergence, limit)
+    elif not divergence <= min(limit, LLAMACPP_TOLERANCE):  # a tolerance never hides semantics
+        exact = compare_exactly(
+            folder / manifest.file,
+            bank.layout,
+            allocation,
+            stored,
+            scorer.documents,
+            device=_device_of(scorer),
+            progress=progress,
         )
+        _check_llama_cpp(folder, divergence, limit, exact)
     return Verification(
         folder,
         manifest.container,
@@ -138,7 +156,45 @@ def verify(
         loss,
         runtime_loss,
         divergence,
+        exact,
     )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises:
+    VerifyError: if it is no number of nats.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
+
+
+def _check_transformers(folder: Path, found: float, limit: float) -> None:
+    if not found <= limit:
+        raise VerifyError(
+            f"{folder}: all tensors are equal, but its runtime is off by {found:.2e} nats per "
+            f"token, at most {limit:.0e} allowed; transformers rounds no activations, so it "
+            "computes something else: install the transformers of constraints.txt, or report it"
+        )
+
+
+def _check_llama_cpp(folder: Path, found: float, limit: float, exact: Exact) -> None:
+    """Raises:
+    VerifyError: if llama.cpp computes something else, or rounds more than is allowed.
+    """
+    off = f"{folder}: all tensors are equal, but its runtime is off by {found:.2e} nats per token"
+    if not exact.divergence <= EXACT_TOLERANCE:
+        raise VerifyError(
+            f"{off}, and in exact arithmetic{exact.part} still by {exact.divergence:.2e} (at most "
+            f"{EXACT_TOLERANCE:.0e}): llama.cpp computes another function of these weights, which "
+            "no --tolerance allows; materialize it again, or use target safetensors and report it "
+            "with its config.json"
+        )
+    if not found <= limit:
+        raise VerifyError(
+            f"{off}, at most {limit:.0e} allowed; that is rounding of activations, in exact "
+            f"arithmetic{exact.part} it agrees to {exact.divergence:.0e}: allow it with "
+            f"--tolerance {1.1 * found:.1e}"
+        )
 
 
 def _check_digests(folder: Path, manifest: Manifest) -> None:
@@ -272,8 +328,8 @@ def _run(
     loss = mean(losses.kl, scorer.documents)
     if manifest.container == "safetensors":
         if isinstance(scorer, StreamedScorer):
-            weights, device = Weights(stored.layout, lambda: stored), str(scorer.model.device)
-            model = StreamedModel(stored.layout, weights, device=device)
+            weights = Weights(stored.layout, lambda: stored)
+            model = StreamedModel(stored.layout, weights, device=_device_of(scorer))
             again = StreamedScorer(model, scorer.documents).score(stored.allocation)
         else:
             again = scorer.score_model(load(folder))
@@ -290,7 +346,7 @@ def _run(
         for index, document in enumerate(shown):
             logits = llama.logits(document.ids)
             runtime.append(scorer.score_logits(index, logits)[0])
-            divergence.append(_divergence(scorer.candidate_logits(index), logits))
+            divergence.append(kl_divergence(scorer.candidate_logits(index), logits))
     return (
         loss,
         mean(np.array(runtime), scorer.documents),
@@ -298,9 +354,8 @@ def _run(
     )
 
 
-def _divergence(torch_logits: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> float:
-    """Mean KL(torch || runtime) over positions, nats per token."""
-    p, q = (x.astype(np.float64) for x in (torch_logits, logits))
-    p -= np.logaddexp.reduce(p, axis=-1, keepdims=True)
-    q -= np.logaddexp.reduce(q, axis=-1, keepdims=True)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+def _device_of(scorer: AnyScorer) -> str:
+    """Where it computes, as torch names it."""
+    if isinstance(scorer, StreamedScorer):
+        return str(scorer.model.device)
+    return str(device_of(scorer.swap.model))

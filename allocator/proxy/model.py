@@ -311,7 +311,7 @@ def _check_memory(inventory: Inventory, device: str) -> None:
     tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
     needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
     on_gpu = torch.device(device).type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
     if needed > free:
         raise CheckpointError(
             f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
@@ -319,8 +319,8 @@ def _check_memory(inventory: Inventory, device: str) -> None:
         )
 
 
-def _free_memory() -> float:
-    """Bytes; infinite where the machine does not say."""
+def free_memory() -> float:
+    """Bytes of memory that are free; infinite where the machine does not say."""
     try:
         text = Path("/proc/meminfo").read_text()
         return int(text.partition("MemAvailable:")[2].split()[0]) * 1024

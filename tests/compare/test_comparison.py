@@ -307,6 +307,23 @@ def test_inputs_are_looked_at_before_the_first_run(folder, study_cache, checkpoi
     check("reference 'a': .*is for checkpoint", new=f"references.a = '{other}'\nreport_documents")
 
 
+def test_a_reference_without_its_importance_stops_before_the_first_run(
+    folder, study_cache, tmp_path, monkeypatch
+):
+    copy = tmp_path / "study"
+    shutil.copytree(folder, copy)
+    text = (copy / "study.toml").read_text().replace('target = "gguf"', 'target = "safetensors"')
+    (copy / "study.toml").write_text(text)
+    pick = api.search(copy, trials=1, cache=study_cache, threads=1).pick
+    record = json.loads(pick.read_text()) | {"importance": "0" * 64}
+    (copy / "odd.json").write_text(json.dumps(record))
+    named = "references.a = 'odd.json'\nreport_documents"
+    (copy / "study.toml").write_text(text.replace("report_documents", named))
+    monkeypatch.setattr("allocator.compare.pool._workers", lambda _: pytest.fail("a run began"))
+    with pytest.raises(AllocatorError, match="importance 000000000000 is neither in"):
+        api.compare(copy, cache=study_cache, threads=1)
+
+
 def test_budgets_without_a_baseline_leave_it_empty(folder, finished, study_cache, tmp_path):
     copy = tmp_path / "study"
     shutil.copytree(finished, copy)

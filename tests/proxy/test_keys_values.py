@@ -13,8 +13,8 @@ from allocator.codecs.bank import Bank
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.inventory import read_inventory
 from allocator.materialize.checkpoint import materialize
+from allocator.materialize.exact import kl_divergence
 from allocator.materialize.load import load
-from allocator.materialize.verify import _divergence
 from allocator.proxy.keys_values import KeysValues, hadamard, keys_values
 from allocator.proxy.model import SwapModel
 from allocator.proxy.scorer import Scorer
@@ -65,7 +65,7 @@ def opened(reference, make_checkpoint, tmp_path_factory):
 
 
 def off(ours, theirs):
-    return float(np.mean([_divergence(a, b) for a, b in zip(ours, theirs, strict=True)]))
+    return float(np.mean([kl_divergence(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 @pytest.mark.parametrize("name", ["latent", "head 32", "head 64", "head 128"])
