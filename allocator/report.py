@@ -105,7 +105,8 @@ def _chosen(workspace: Workspace, paths: Sequence[str | Path] | None) -> dict[st
     """Allocation files by the name of their row; each is looked at, and nothing measured."""
     chosen = [Path(p) for p in paths or sorted((workspace.folder / "allocations").glob("*.json"))]
     for path in chosen:
-        workspace.parse_allocation(path)
+        allocation, _ = workspace.parse_allocation(path)
+        allocation.nbytes(workspace.layout)  # which looks at the tokenizer too
     stems = Counter(path.stem for path in chosen)
     return {f"* {p.stem if stems[p.stem] == 1 else p}": p for p in chosen}
 
