@@ -63,8 +63,10 @@ def evaluate(
         )
     held_out = _documents(workspace, documents, text)
     chosen = _chosen(workspace, allocations)
-    suite = _Tasks(workspace, held_out) if tasks else None
     encoded = {name: workspace.read_encoded(path) for name, path in chosen.items()}
+    for allocation, _ in encoded.values():
+        allocation.nbytes(workspace.layout)  # which looks at the tokenizer too
+    suite = _Tasks(workspace, held_out) if tasks else None
     scorer = workspace.scorer_on(held_out)
     scorers = _scorers(workspace, scorer, encoded, chosen)
     found = {name: allocation for name, (allocation, _) in encoded.items()}

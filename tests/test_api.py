@@ -494,13 +494,18 @@ def never(monkeypatch):
 def with_tokenizer(study):
     """Gives a copy of the study's checkpoint the tokenizer of the reference model."""
 
-    def give(**changes):
+    def give(n_vocab=512, **changes):
         toml = study / "study.toml"
         source = re.search('checkpoint = "(.*)"', toml.read_text())[1]
         shutil.copytree(source, study / "model")
         reference = Path(__file__).parents[1] / "studies/reference/model"
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(reference / name, study / "model")
+        shutil.copy(reference / "tokenizer_config.json", study / "model")
+        raw = json.loads((reference / "tokenizer.json").read_text())
+        known = raw["model"]
+        known["vocab"] = {t: i for t, i in known["vocab"].items() if i < n_vocab}
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in known["merges"]]
+        known["merges"] = [m for m in pairs if "".join(m) in known["vocab"]]
+        (study / "model/tokenizer.json").write_text(json.dumps(raw))
         config = json.loads((study / "model/config.json").read_text()) | changes
         (study / "model/config.json").write_text(json.dumps(config))
         toml.write_text(toml.read_text().replace(source, "model"))
@@ -539,7 +544,7 @@ def test_tasks_that_do_not_fit_are_refused_first(
 def test_a_broken_tokenizer_is_refused_first(with_tokenizer, options, never):
     study = with_tokenizer()
     (study / "model/tokenizer.json").write_text("{}")
-    with pytest.raises(CalibrationError, match="refuses its tokenizer") as said:
+    with pytest.raises(AllocatorError, match="tokenizer") as said:
         api.evaluate(study, documents=2, tasks=True, **options)
     assert "\n" not in str(said.value)
 
@@ -556,6 +561,12 @@ def test_a_wrong_allocation_is_refused_first(study, options, never, damage):
         odd.write_text(json.dumps(decision))
     with pytest.raises(SpaceError):
         api.evaluate(study, [pick, odd], documents=2, **options)
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused_first(with_tokenizer, options, never):
+    study = with_tokenizer(n_vocab=600)
+    with pytest.raises(CheckpointError, match="this tokenizer belongs to another checkpoint"):
+        api.evaluate(study, documents=2, **options)
 
 
 def test_verify_refuses_first(study, options, never, tmp_path, monkeypatch):
@@ -603,3 +614,29 @@ def test_files_of_one_name_have_rows_of_their_own(study, options):
     chosen = table[table["name"].str.startswith("*")].set_index("name")["bytes"]
     for path in (study / "allocations/pick.json", other):
         assert chosen[f"* {path}"] == AllocationRecord.read(path).bytes["encoded"]
+
+
+def test_tasks_add_figures_row_by_row(with_tokenizer, options, make_documents, monkeypatch):
+    """A failure leaves the rows before it; lm-eval's own figures are held in tests/evaluate."""
+    study = with_tokenizer(max_position_embeddings=512)
+    documents = [json.dumps({"ids": d.ids}) for d in make_documents([100] * 8, seed=3)]
+    (study / "report.jsonl").write_text("\n".join(documents))
+    plain = study / "plain.json"
+    decision = json.loads((study / "allocations/pick.json").read_text())["allocation"]
+    plain.write_text(json.dumps(decision))
+    calls, tables = [], []
+
+    def three(model, tokenizer, folder, names):
+        calls.append(1)
+        if len(calls) == 3:
+            raise VerifyError("no more")
+        figures = {"acc": 0.5, "token_perplexity": float(len(calls))}
+        return {name: figures for name in names}
+
+    monkeypatch.setattr("allocator.evaluate.tasks.run_tasks", three)
+    with pytest.raises(VerifyError, match="no more"):
+        api.evaluate(study, [plain], documents="all", tasks=True, on_table=tables.append, **options)
+    figures = tables[-1]["lm_eval_perplexity"].dropna().tolist()
+    assert sorted(figures) == [1.0, 2.0]
+    assert len(tables[-1]) == len(tables) - 2 > 20
+    assert tables[-1]["kl"].notna().all()

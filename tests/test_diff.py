@@ -120,7 +120,7 @@ def test_the_line_names_losses_bytes_importance_and_checkpoint(change, shown):
     assert "selection" not in line
 
 
-@pytest.mark.parametrize("factor", [1 + 1e-3, 0.5, 0.0])
+@pytest.mark.parametrize("factor", [1 + 1e-3, 3.0, 0.5, 0.0])
 def test_importance_beside_both_is_compared(change, shown, factor):
     """One value of one vector is multiplied: that is the largest relative difference."""
     record = json.loads(PICK.read_text())
