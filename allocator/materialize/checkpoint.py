@@ -2,7 +2,9 @@
 
 In: an allocation, a bank, a container (`gguf` or `safetensors`). Out: a directory with the file,
 `allocation.json` and `manifest.json` (sizes, sha256). Invariant: it appears under its name whole;
-free disk is checked first; the same allocation gives the same bytes.
+free disk is checked first; the same allocation gives the same bytes. Before it appears, the encoded
+tensors are read back and held against the digests that they were encoded with, after their sha256
+was taken: what the manifest signs is what was encoded.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,13 @@ import numpy as np
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
 from allocator.errors import TargetError, VerifyError
-from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
-from allocator.materialize.source import BankSource
+from allocator.materialize.gguf import (
+    llama_cpp_options,
+    read_gguf,
+    tensor_type_file,
+    write_gguf,
+)
+from allocator.materialize.source import BankSource, Bytes
 from allocator.targets import Layout, target_named
 from allocator.targets.safetensors import entries, header
 
@@ -106,7 +114,9 @@ def materialize(
 
     Raises:
         TargetError: if the container's runtime cannot express the allocation.
-        VerifyError: if `folder` holds something else, or the disk is too small.
+        VerifyError: if `folder` holds something else, the disk is too small, or gives back other
+            bytes than it was given.
+        CheckpointError: if the checkpoint changed since it was opened.
     """
     layout = bank.layout
     allocation.check(layout)
@@ -141,6 +151,8 @@ def materialize(
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
+        _check_written(place / manifest.file, folder, layout, allocation, source)
+        layout.inventory.check_unchanged()
         (place / "manifest.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         )
@@ -208,6 +220,34 @@ def _write_safetensors(
             file.write(source.kept_raw(kept).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_written(
+    path: Path, folder: Path, layout: Layout, allocation: Allocation, source: BankSource
+) -> None:
+    for name, part, stored in _written_parts(path, layout, allocation, source):
+        if not source.matches(name, part, stored):
+            raise VerifyError(
+                f"{folder}: {name} comes back from the disk other than it was written; memory or "
+                "disk is faulty: materialize it elsewhere"
+            )
+
+
+def _written_parts(
+    path: Path, layout: Layout, allocation: Allocation, source: BankSource
+) -> Iterator[tuple[str, int, Bytes]]:
+    """Yields groups part by part, with the bytes that the file has for them, mapped."""
+    if path.name == FILE["gguf"]:
+        tensors = read_gguf(path)
+        for name, group in layout.groups.items():
+            yield name, 0, tensors[group.stored_as][2]
+        return
+    whole = np.memmap(path, np.uint8, "r")
+    end = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    for name in layout.groups:  # in the order of `_write_safetensors`
+        for part in range(len(allocation.parts(layout, name))):
+            start, end = end, end + prod(source.shape(name, part))
+            yield name, part, whole[start:end]
 
 
 def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
