@@ -103,10 +103,10 @@ class SlotDigests:
         """Whether `data`, of any shape, is the bytes of these slots in their order."""
         if data.size != len(self.seals) * self.slot_bytes:
             return False
-        by_slot = np.ascontiguousarray(data).reshape(len(self.seals), self.slot_bytes)
+        flat = np.ascontiguousarray(data).reshape(-1).data
         return all(
-            xxhash.xxh3_128_digest(found.data, seed=seed) == digest
-            for (seed, digest), found in zip(self.seals, by_slot, strict=True)
+            _digest(flat, slot, self.slot_bytes, seed) == digest
+            for slot, (seed, digest) in enumerate(self.seals)
         )
 
 
@@ -441,17 +441,23 @@ def _wrong(
     entry: _Entry, slots: Sequence[int], data: Bytes, digests: Bytes
 ) -> tuple[list[int], list[int]]:
     """Which of the slots are absent, and which differ from their digests."""
-    by_slot = data.reshape(entry.n_slots, entry.slot_bytes)
+    flat, told = data.reshape(-1).data, digests.tobytes()
     absent, damaged = [], []
     for slot in dict.fromkeys(slots):
-        digest = digests[slot].tobytes()
+        digest = told[slot * _DIGEST_BYTES : (slot + 1) * _DIGEST_BYTES]
         if digest == _ABSENT:
             absent.append(slot)
-        elif not SlotDigests(((entry.seed_of(slot), digest),), entry.slot_bytes).match(
-            by_slot[slot]
-        ):
+        elif digest != _digest(flat, slot, entry.slot_bytes, entry.seed_of(slot)):
             damaged.append(slot)
     return absent, damaged
+
+
+def _digest(data: memoryview, slot: int, slot_bytes: int, seed: int) -> bytes:
+    """Of one of many slots."""
+    found: bytes = xxhash.xxh3_128_digest(
+        data[slot * slot_bytes : (slot + 1) * slot_bytes], seed=seed
+    )
+    return found
 
 
 def _pieces(group: Group, slots: list[int]) -> Iterator[tuple[list[int], slice]]:

@@ -24,14 +24,9 @@ import numpy as np
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
 from allocator.errors import TargetError, VerifyError
-from allocator.materialize.gguf import (
-    llama_cpp_options,
-    read_gguf,
-    tensor_type_file,
-    write_gguf,
-)
-from allocator.materialize.source import BankSource, Bytes
-from allocator.targets import Layout, target_named
+from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
+from allocator.materialize.source import BankSource
+from allocator.targets import Layout, Target, target_named
 from allocator.targets.safetensors import entries, header
 
 FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
@@ -125,7 +120,8 @@ def materialize(
             f"an allocation for target {allocation.target!r} cannot be written as gguf: llama.cpp "
             'stores other tensors (and one expert count); search with target = "gguf"'
         )
-    size = allocation.nbytes(layout, target_named(container))
+    target = target_named(container)
+    size = allocation.nbytes(layout, target)
     _check_place(folder, allocation, container, size.file)
     source = BankSource(bank, allocation)
     with _whole_directory(folder) as place:
@@ -151,7 +147,7 @@ def materialize(
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
-        _check_written(place / manifest.file, folder, layout, allocation, source)
+        _check_written(place / manifest.file, folder, allocation, target, source)
         layout.inventory.check_unchanged()
         (place / "manifest.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(manifest), indent=1)
@@ -223,31 +219,22 @@ def _write_safetensors(
 
 
 def _check_written(
-    path: Path, folder: Path, layout: Layout, allocation: Allocation, source: BankSource
+    path: Path, folder: Path, allocation: Allocation, target: Target, source: BankSource
 ) -> None:
-    for name, part, stored in _written_parts(path, layout, allocation, source):
-        if not source.matches(name, part, stored):
-            raise VerifyError(
-                f"{folder}: {name} comes back from the disk other than it was written; memory or "
-                "disk is faulty: materialize it elsewhere"
-            )
-
-
-def _written_parts(
-    path: Path, layout: Layout, allocation: Allocation, source: BankSource
-) -> Iterator[tuple[str, int, Bytes]]:
-    """Yields groups part by part, with the bytes that the file has for them, mapped."""
-    if path.name == FILE["gguf"]:
-        tensors = read_gguf(path)
-        for name, group in layout.groups.items():
-            yield name, 0, tensors[group.stored_as][2]
-        return
-    whole = np.memmap(path, np.uint8, "r")
-    end = 8 + int.from_bytes(whole[:8].tobytes(), "little")
-    for name in layout.groups:  # in the order of `_write_safetensors`
+    """Raises:
+    VerifyError: if an encoded tensor comes back other than the bank gave it.
+    """
+    whole, layout = np.memmap(path, np.uint8, "r"), source.layout
+    start = allocation.nbytes(layout, target).header
+    for name in layout.groups:  # in the order that both writers have
         for part in range(len(allocation.parts(layout, name))):
-            start, end = end, end + prod(source.shape(name, part))
-            yield name, part, whole[start:end]
+            nbytes = prod(source.shape(name, part))
+            if not source.matches(name, part, whole[start : start + nbytes]):
+                raise VerifyError(
+                    f"{folder}: {name} comes back from the disk other than it was written; memory "
+                    "or disk is faulty: materialize it elsewhere"
+                )
+            start += target.padded(nbytes)
 
 
 def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
