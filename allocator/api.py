@@ -265,6 +265,7 @@ def verify(
     *,
     documents: int | None = None,
     tolerance: float | None = None,
+    encode: bool = False,
     **options: Any,
 ) -> Verification:
     """Re-opens a written checkpoint in its runtime and compares it with its allocation.
@@ -276,6 +277,7 @@ def verify(
             trial is scored on, and then the trial's loss must come out again.
         tolerance: how far the runtime may be off, nats per token; by default 1e-5 in transformers
             and 5e-3 in llama.cpp, whose kernels round activations to 8 bits.
+        encode: encodes every group anew from the checkpoint, without the cache, and compares.
         options: of `Workspace`.
 
     Raises:
@@ -296,7 +298,14 @@ def verify(
     scorer = workspace.scorer_on(
         workspace.splits[0][:scored], model=workspace.model_with(bank), progress="torch"
     )
-    found = _verify(Path(folder), bank, scorer, tolerance=tolerance, progress=workspace.progress)
+    found = _verify(
+        Path(folder),
+        bank,
+        scorer,
+        tolerance=tolerance,
+        encode=encode,
+        progress=workspace.progress,
+    )
     for name, record in records.items():
         known = record.loss.get("search")
         if documents is not None or record.digest != manifest.allocation or known is None:

@@ -265,6 +265,7 @@ def _verify(args: argparse.Namespace) -> None:
         args.folder,
         documents=args.documents,
         tolerance=args.tolerance,
+        encode=args.encode,
         **_options(args),
     )
     runtime = "llama.cpp" if v.container == "gguf" else "transformers"
@@ -508,6 +509,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
     p.add_argument("--documents", type=_positive, help="to score (default: those of a trial)")
     p.add_argument("--tolerance", type=float, help="how far the runtime may be off, nats per token")
+    p.add_argument(
+        "--encode",
+        action="store_true",
+        help="encode every tensor anew, without the cache, and compare (default: compare with the "
+        "digests of the cached encodings)",
+    )
     _runs_forward(p)
 
     p = verb(

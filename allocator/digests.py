@@ -1,8 +1,8 @@
 """sha256 of parts of large files, computed once per file instead of once per process.
 
-In: files, what of them is digested, and how. Out: the digest. Invariant: what is remembered belongs
-to a path, inode, size and times of change; a file that changed has none, and of a file that changed
-within the last seconds, which could change again without its time telling, none is kept.
+In: files as they were opened, what of them is digested, and how. Out: the digest. Invariant: what
+is remembered belongs to a path and an `Identity`; a file that changed has none, and of a file that
+changed within the last seconds, which could change again without its time telling, none is kept.
 
 One JSON per file, written whole at most once a second, so that a kill costs a second's work. Best
 effort: where nothing can be written, digests are computed again.
@@ -11,10 +11,11 @@ effort: where nothing can be written, digests are computed again.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,6 +23,27 @@ from allocator.files import write_whole
 
 _SAVE_SECONDS = 1.0
 _SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system (FAT) ticks every two seconds
+
+
+class Identity(NamedTuple):
+    """What tells a file from its replacement, and from itself after a change.
+
+    Attributes:
+        size: bytes.
+        inode: another one where a file was renamed into its place.
+        modified_ns: when its bytes changed; may be set by hand.
+        changed_ns: when its inode changed: bytes, name, owner or times.
+    """
+
+    size: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "Identity":
+        """From what the file system says."""
+        return cls(stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 class _Record(msgspec.Struct):
@@ -42,18 +64,18 @@ class Digests:
         self._unsaved: set[str] = set()
         self._saved = time.monotonic()
 
-    def of(self, files: Sequence[Path], part: str, compute: Callable[[], str]) -> str:
+    def of(self, files: Mapping[Path, Identity], part: str, compute: Callable[[], str]) -> str:
         """The digest of a part of some files.
 
         Args:
-            files: all that it depends on.
+            files: all that it depends on, as they were opened.
             part: names it among the parts of the first file: what is digested, and from where.
-            compute: reads them.
+            compute: reads them; raises if one is another file by then.
         """
-        now = _identities(files)
-        if now is None:
+        latest = max(identity.modified_ns for identity in files.values())
+        if time.time_ns() - latest < _SETTLED_NS:
             return compute()
-        first, *others = now
+        first, *others = (_name(file, identity) for file, identity in files.items())
         if others:
             part = " ".join((part, "and", *others))
         if first not in self._known:
@@ -61,8 +83,6 @@ class Digests:
         found = self._known[first].get(part)
         if found is None:
             found = compute()
-            if _identities(files) != now:  # changed while it was read
-                return found
             self._known[first][part] = found
             self._unsaved.add(first)
             if time.monotonic() - self._saved > _SAVE_SECONDS:
@@ -90,21 +110,11 @@ class Digests:
         return record.digests if record.file == identity else {}
 
 
-def _identities(files: Sequence[Path]) -> list[str] | None:
-    """Names files as they are now; None if one is not there or has just changed."""
-    found = []
-    for file in dict.fromkeys(files):
-        try:
-            stat = file.stat()
-        except OSError:
-            return None
-        if time.time_ns() - stat.st_mtime_ns < _SETTLED_NS:
-            return None
-        found.append(
-            f"{_resolved(file)}: {stat.st_size} bytes, inode {stat.st_ino}, "
-            f"modified {stat.st_mtime_ns}, changed {stat.st_ctime_ns}"
-        )
-    return found
+def _name(file: Path, identity: Identity) -> str:
+    return (
+        f"{_resolved(file)}: {identity.size} bytes, inode {identity.inode}, "
+        f"modified {identity.modified_ns}, changed {identity.changed_ns}"
+    )
 
 
 @cache

@@ -4,21 +4,27 @@ In: a directory. Out: an `Inventory` of `TensorInfo`s. Invariant: no weight is r
 takes seconds; every header length and offset is checked against its file before it is used
 (https://github.com/huggingface/safetensors#format); every tensor has a role, every FP8 matrix its
 scales and every scale its matrix, and the experts of every MoE layer are complete and of one shape.
+
+A file that changes after its header was read is refused: weights come out of `Inventory.reading`
+alone, which looks at the file before and after. So whatever was made of an inventory's weights, a
+cache entry, a loss or a checkpoint, belongs to `Inventory.digest`.
 """
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
-from allocator.digests import Digests
+from allocator.digests import Digests, Identity
 from allocator.errors import CheckpointError
 from allocator.families import SCALE_SUFFIX, Family, Role, family_of
 
@@ -36,6 +42,10 @@ _MOST_WIDE = 1 << 28
 _MOST_LISTED = 1 << 14  # layers, experts
 _VECTORS = (Role.NORM, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_CHANGED = (
+    "changed or replaced since it was opened, needed one checkpoint throughout; when nobody "
+    "writes it any more, run the same command again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,7 @@ class Inventory:
         config: its `config.json`.
         family: its architecture.
         tensors: by name, in the order of the files; scales are part of their tensors.
+        files: `config.json` and the files with weights, as they were when they were opened.
         digests: remembers those of tensors, if given.
     """
 
@@ -89,6 +100,7 @@ class Inventory:
     config: Mapping[str, Any]
     family: Family
     tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
     digests: Digests | None = field(default=None, compare=False, repr=False)
 
     @cached_property
@@ -165,7 +177,7 @@ class Inventory:
         part = " ".join(f"{s.name} {s.dtype} {s.shape} at {s.offset}" for s in stored)
         if info.scale is not None:
             part += f" in blocks of {self.scale_block}"
-        files = [self.path / s.file for s in stored]
+        files = {self.path / s.file: self.files[s.file] for s in stored}
         return self.digests.of(files, part, lambda: self._digest(info))
 
     def _digest(self, info: TensorInfo) -> str:
@@ -179,7 +191,7 @@ class Inventory:
         return digest.hexdigest()
 
     def _chunks(self, stored: Stored) -> Iterator[bytes]:
-        with open(self.path / stored.file, "rb") as file:
+        with self.reading(stored.file) as file:
             file.seek(stored.offset)
             left = stored.nbytes
             while left:
@@ -190,6 +202,40 @@ class Inventory:
                     )
                 yield chunk
                 left -= len(chunk)
+
+    @contextmanager
+    def reading(self, file: str) -> Iterator[BinaryIO]:
+        """Opens a file for the block; what is read there is of the file as it was opened first.
+
+        The handle is looked at, not the name: a replacement may be put in place and taken away
+        again while nobody looks.
+
+        Raises:
+            CheckpointError: if another file is there, or this one changed, when the block begins
+                or ends.
+        """
+        try:
+            handle = open(self.path / file, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path / file}: {_CHANGED}") from None
+        with handle:
+            self._check(file, os.fstat(handle.fileno()))
+            yield handle
+            self._check(file, os.fstat(handle.fileno()))
+
+    def check_unchanged(self) -> None:
+        """Raises:
+        CheckpointError: if `config.json` or a file with weights is another one by now.
+        """
+        for file in self.files:
+            try:
+                self._check(file, (self.path / file).stat())
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.path / file}: {_CHANGED}") from None
+
+    def _check(self, file: str, stat: os.stat_result) -> None:
+        if Identity.of(stat) != self.files[file]:
+            raise CheckpointError(f"{self.path / file}: {_CHANGED}")
 
     def of_role(self, role: Role, layer: int | None = None) -> list[TensorInfo]:
         """Tensors of a role (of a layer), in expert order."""
@@ -296,11 +342,12 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
     )
 
 
-def _stored(path: Path) -> dict[str, Stored]:
-    """Everything that the files hold, by name, in their order."""
+def _stored(path: Path, opened: dict[str, Identity]) -> dict[str, Stored]:
+    """Everything that the files hold, by name, in their order; fills `opened`."""
     files, weight_map = _files(path)
     found: dict[str, Stored] = {}
     for file in files:
+        opened[file] = Identity.of((path / file).stat())
         for name, dtype, shape, offset, nbytes in read_header(path / file):
             if name in found or (weight_map is not None and weight_map.get(name) != file):
                 where = found[name].file if name in found else (weight_map or {}).get(name)
@@ -328,10 +375,10 @@ def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
 
 
 def _tensors(
-    path: Path, family: Family, n_layers: int, n_nextn: int
+    path: Path, family: Family, n_layers: int, n_nextn: int, opened: dict[str, Identity]
 ) -> Iterator[tuple[TensorInfo, str]]:
-    """Yields every tensor, and what it is called within its layer."""
-    stored = _stored(path)
+    """Yields every tensor, and what it is called within its layer; fills `opened`."""
+    stored = _stored(path, opened)
     for name, place in stored.items():
         if _is_scale(path, name, stored):
             continue
@@ -440,6 +487,9 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; needed a checkpoint directory")
+    opened: dict[str, Identity] = {}
+    with suppress(FileNotFoundError):  # `read_json` says so
+        opened["config.json"] = Identity.of((path / "config.json").stat())
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
@@ -451,11 +501,11 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
     tensors: dict[str, TensorInfo] = {}
     parts: dict[int | None, set[str]] = {}
-    for tensor, part in _tensors(path, family, n_layers, n_nextn):
+    for tensor, part in _tensors(path, family, n_layers, n_nextn, opened):
         tensors[tensor.name] = tensor
         parts.setdefault(tensor.layer, set()).add(part)
     remembered = None if digests is None else Digests(digests)
-    inventory = Inventory(path, config, family, tensors, remembered)
+    inventory = Inventory(path, config, family, tensors, opened, remembered)
     for tensor in tensors.values():
         if tensor.dtype == FP8:
             _check_fp8(inventory, tensor)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from allocator.digests import Identity
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.profile import Change, Profile, bundle_of
@@ -177,6 +179,32 @@ def change_checkpoint(tmp_path):
         return target
 
     return change
+
+
+@pytest.fixture(scope="session")
+def as_they_are():
+    """Headers that were read before, of the files as they are now: so that these are read."""
+
+    def reopened(inventory):
+        now = {file: Identity.of((inventory.path / file).stat()) for file in inventory.files}
+        return replace(inventory, files=now)
+
+    return reopened
+
+
+@pytest.fixture(scope="session")
+def by_safetensors():
+    """Weights of a group, `(experts, out, in)` or `(out, in)`, as the safetensors package reads."""
+    from safetensors.torch import load_file
+
+    def weights(path, group):
+        tensors = {}
+        for file in sorted(path.glob("*.safetensors")):
+            tensors |= load_file(file)
+        found = [tensors[name].float().numpy() for name in group.sources]
+        return np.stack(found) if group.role.is_expert else found[0]
+
+    return weights
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,12 +14,15 @@ import pandas as pd
 import pytest
 import torch
 from optuna.storages import InMemoryStorage
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from allocator import api, estimate
 from allocator.allocation import Allocation
 from allocator.calibration.profiler import Profiler, importance_digest
+from allocator.codecs import bank
 from allocator.codecs.bank import Bank
+from allocator.codecs.ggml import encode
+from allocator.codecs.source import group_weights
 from allocator.errors import (
     AllocatorError,
     BudgetError,
@@ -29,12 +33,14 @@ from allocator.errors import (
     VerifyError,
 )
 from allocator.formats import FORMATS, offered
+from allocator.inventory import read_inventory
 from allocator.launch import N_FINALISTS, finalists_of
 from allocator.materialize.checkpoint import Manifest, file_digest
 from allocator.proxy.scorer import Scorer
 from allocator.records import AllocationRecord
 from allocator.samplers.auto import ROUND
 from allocator.search_space import SearchSpace, bind
+from allocator.targets import GGUF
 from allocator.trials import allocation_of, complete_trials
 from allocator.workspace import Workspace
 
@@ -385,7 +391,7 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
     recorded = AllocationRecord.read(pick).sha256
     for container, done in made.items():
         assert recorded[container] == file_digest(done.folder / done.manifest.file)
-        found = api.verify(study, done.folder, documents=3, **options)
+        found = api.verify(study, done.folder, documents=3, encode=True, **options)
         assert found.file_bytes == (done.folder / done.manifest.file).stat().st_size
     whole = api.verify(study, made["safetensors"].folder, **options)
     assert whole.loss == pytest.approx(AllocationRecord.read(pick).loss["search"], abs=1e-6)
@@ -395,6 +401,52 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
     elsewhere = {**options, "cache": tmp_path / "empty_cache"}
     again = api.reproduce(pick, tmp_path / "three", **elsewhere)  # nothing but the committed files
     assert [w.manifest for w in again] == [made[w.manifest.container].manifest for w in again]
+
+
+def test_a_shard_that_is_replaced_during_a_search(study, study_cache, tmp_path, monkeypatch):
+    """It is refused, leaves nothing behind, and with the old shard the search goes on."""
+    toml = study / "study.toml"
+    checkpoint = tmp_path / "checkpoint"
+    text = toml.read_text()
+    shutil.copytree(re.search('checkpoint = "(.*)"', text)[1], checkpoint)
+    toml.write_text(re.sub('checkpoint = ".*"', f'checkpoint = "{checkpoint}"', text))
+    cache = tmp_path / "cache"
+    shutil.copytree(study_cache / "profiles", cache / "profiles")  # but nothing encoded
+    shard, old = checkpoint / "model.safetensors", tmp_path / "old"
+    options = {"cache": cache, "threads": 1, "trials": 10}
+    read, replaced = bank.read_rows, []
+
+    def reading(*args):
+        if not replaced:
+            shard.rename(old)
+            data = bytearray(old.read_bytes())
+            data[-2] ^= 1
+            shard.write_bytes(data)
+            replaced.append(True)
+        return read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "read_rows", reading)
+        with pytest.raises(CheckpointError, match=f"{shard}: changed or replaced") as caught:
+            api.search(study, **options)
+    assert "\n" not in str(caught.value)
+    assert not any(np.fromfile(entry, np.uint8).any() for entry in (cache / "bank").iterdir())
+    with pytest.raises(StudyError, match="checkpoint"):  # another study by now
+        api.search(study, **options)
+    os.replace(old, shard)
+    assert api.search(study, **options).trials["COMPLETE"] > 1
+    inventory = read_inventory(checkpoint)
+    weights = GGUF.layout(inventory)
+    importance = load_file(next((study / "allocations").glob("importance-*")))
+    held = bank.Bank(cache / "bank", weights, importance)
+    name = "layers.0.experts.down"
+    there = [f.name for f in weights.groups[name].offered() if held.has(name, f.name, 0)]
+    assert there
+    for fmt in there:
+        group = group_weights(weights, weights.groups[name])
+        expected = encode(group, FORMATS[fmt], importance.get(name))
+        experts = [e for e in range(8) if held.has(name, fmt, e)]
+        np.testing.assert_array_equal(held.encoded(name, fmt, experts), expected[experts])
 
 
 def test_a_search_that_mixes_formats_is_written_and_verified(

@@ -122,7 +122,7 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
         digest = file_digest(file)
         assert digest in out
         assert json.loads(pick.read_text())["sha256"][container] == digest
-        out = good(run("verify", folder, "--study", fresh, "--documents", 3))
+        out = good(run("verify", folder, "--study", fresh, "--documents", 3, "--encode"))
         assert "as predicted" in out
     for name in ("one", "two"):
         out = good(run("reproduce", pick, "--out", tmp_path / name))

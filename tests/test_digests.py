@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from allocator import digests as digests_module
-from allocator.digests import Digests
+from allocator.digests import Digests, Identity
 from allocator.errors import CheckpointError
 from allocator.inventory import Inventory, read_inventory
 
@@ -46,6 +47,11 @@ def read(monkeypatch):
 
 def opened(folder):
     return read_inventory(folder, digests=folder.parent / "digests")
+
+
+def opened_as(inventory, remembered):
+    """An inventory with nothing read yet."""
+    return replace(inventory, digests=Digests(remembered))
 
 
 def records(folder):
@@ -98,9 +104,11 @@ def test_a_changed_file_gets_no_old_digest(folder, read, times):
     assert before.digest
     read.clear()
     flip(folder, **times)
-    for inventory in (before, opened(folder)):  # in this process, and in the next
-        found = {name: inventory.tensor_digest(name) for name in inventory.tensors}
-        assert {name for name in known if found[name] != known[name]} == {NAME}
+    after = opened(folder)
+    found = {name: after.tensor_digest(name) for name in after.tensors}
+    assert {name for name in known if found[name] != known[name]} == {NAME}
+    with pytest.raises(CheckpointError, match="changed or replaced since it was opened"):
+        opened_as(before, folder.parent / "others").tensor_digest(NAME)  # nothing known of it
     assert opened(folder).digest != before.digest
     assert opened(folder).digest == read_inventory(folder).digest
 
@@ -114,7 +122,7 @@ def test_a_replaced_file_gets_no_old_digest(folder):
     assert opened(folder).digest == read_inventory(folder).digest
 
 
-def test_the_place_within_the_file_belongs_to_it(folder):
+def test_the_place_within_the_file_belongs_to_it(folder, as_they_are):
     """An inventory that is older than its file asks for other bytes of it."""
     old = opened(folder)
     info = old.tensors[NAME]
@@ -123,7 +131,9 @@ def test_the_place_within_the_file_belongs_to_it(folder):
     moved = (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8
     (folder / info.file).write_bytes(moved + data[8 + length :])
     settle(folder)
-    wrong = old.tensor_digest(NAME)
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        old.tensor_digest(NAME)
+    wrong = as_they_are(old).tensor_digest(NAME)
     old.digests.save()
     new = opened(folder)
     assert new.tensor_digest(NAME) != wrong
@@ -140,31 +150,34 @@ def test_a_file_that_may_still_change_is_not_remembered(folder, read):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(folder, monkeypatch):
-    plain = Inventory._digest
+    plain = Inventory._chunks
 
-    def slow(inventory, info):
-        found = plain(inventory, info)
-        flip(folder)
-        return found
+    def slow(inventory, stored):
+        for chunk in plain(inventory, stored):
+            flip(folder)
+            yield chunk
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inventory, "_digest", slow)
-        opened(folder).tensor_digest(NAME)
-        inventory = opened(folder)
-        inventory.tensor_digest(NAME)
-        inventory.digests.save()
+        patch.setattr(Inventory, "_chunks", slow)
+        for _ in range(2):
+            inventory = opened(folder)
+            with pytest.raises(CheckpointError, match="changed or replaced"):
+                inventory.tensor_digest(NAME)
+            inventory.digests.save()
     assert not (folder.parent / "digests").exists()
     assert opened(folder).tensor_digest(NAME) == read_inventory(folder).tensor_digest(NAME)
 
 
-def test_a_file_that_ends_early_still_raises(folder):
+def test_a_file_that_ends_early_still_raises(folder, as_they_are):
     inventory = opened(folder)
     info = max(inventory.tensors.values(), key=lambda t: t.offset)
     assert inventory.digest
     os.truncate(folder / info.file, info.offset + 1)
     settle(folder)
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        opened_as(inventory, folder.parent / "others").tensor_digest(info.name)
     with pytest.raises(CheckpointError, match=f"ends inside {info.name}"):
-        inventory.tensor_digest(info.name)
+        as_they_are(inventory).tensor_digest(info.name)
 
 
 def test_scales_in_another_shard_count(tmp_path, make_checkpoint, fp8, read):
@@ -252,11 +265,12 @@ def test_it_is_saved_once_in_a_while(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("x")
     settle(tmp_path)
+    files = {file: Identity.of(file.stat())}
     clock = [100.0]
     monkeypatch.setattr(digests_module.time, "monotonic", lambda: clock[0])
     found = Digests(tmp_path / "digests")
     for step in range(5):
         clock[0] += 0.4
-        assert found.of([file], f"part {step}", lambda step=step: f"{step}") == f"{step}"
+        assert found.of(files, f"part {step}", lambda step=step: f"{step}") == f"{step}"
     (record,) = (tmp_path / "digests").iterdir()
     assert list(json.loads(record.read_text())["digests"]) == ["part 0", "part 1", "part 2"]

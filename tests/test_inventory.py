@@ -6,11 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from allocator.codecs.source import read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role
 from allocator.inventory import read_header, read_inventory
@@ -90,7 +92,7 @@ def change_last_byte(folder, place):
         file.write(b"\1")
 
 
-def test_digest_follows_the_content(tmp_path, make):
+def test_digest_follows_the_content(tmp_path, make, as_they_are):
     folder = make.zeros(tmp_path / "a")
     before = read_inventory(folder).digest
     assert read_inventory(make.zeros(tmp_path / "b")).digest == before
@@ -101,7 +103,7 @@ def test_digest_follows_the_content(tmp_path, make):
     file = folder / info.file
     os.truncate(file, info.offset + 1)
     with pytest.raises(CheckpointError, match=r"ends inside model.layers.1.mlp.gate.weight"):
-        after.tensor_digest(info.name)
+        as_they_are(after).tensor_digest(info.name)
 
 
 def test_reads_no_weights(tmp_path, make):
@@ -232,13 +234,13 @@ def test_digests_follow_scales_and_blocks(zeros_fp8):
     assert {n for n in known if other.tensor_digest(n) != known[n]} == projections
 
 
-def test_digest_of_a_scale_that_ends_early(zeros_fp8):
+def test_digest_of_a_scale_that_ends_early(zeros_fp8, as_they_are):
     folder = zeros_fp8()
     inventory = read_inventory(folder)
     scale = inventory.tensors[Q].scale
     os.truncate(folder / scale.file, scale.offset + scale.nbytes - 1)
     with pytest.raises(CheckpointError, match=r"ends inside .*q_proj.weight_scale_inv"):
-        inventory.tensor_digest(Q)
+        as_they_are(inventory).tensor_digest(Q)
 
 
 def test_quantization_that_no_tensor_uses(tmp_path, make, fp8, tiny):
@@ -569,3 +571,123 @@ def test_header_rows_cover_the_file(saved):
         ends = [offset + nbytes for *_, offset, nbytes in rows]
         assert [offset for *_, offset, _ in rows][1:] == ends[:-1]
         assert ends[-1] == file.stat().st_size
+
+
+# -- files that change while they are in use
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def used(checkpoints, tmp_path):
+    """A checkpoint behind a link, and another of the same shapes beside it."""
+    for name in ("one", "two"):
+        shutil.copytree(checkpoints["qwen3"], tmp_path / name)
+    other = read_inventory(tmp_path / "two").tensors[Q_PROJ]
+    change_last_byte(tmp_path / "two", other)
+    (tmp_path / "link").symlink_to("one")
+    time.sleep(0.03)  # the clock of a file system ticks every few milliseconds
+    return tmp_path / "link"
+
+
+def in_place(path):
+    file, stat = path / "model.safetensors", (path / "model.safetensors").stat()
+    with open(file, "r+b") as handle:
+        handle.seek(-1, 2)
+        byte = handle.read(1)[0]
+        handle.seek(-1, 2)
+        handle.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def renamed(path):
+    os.replace(path.parent / "two/model.safetensors", path / "model.safetensors")
+
+
+def there_and_back(path):
+    file = path / "model.safetensors"
+    aside = path.parent / "aside"
+    file.rename(aside)
+    os.replace(path.parent / "two/model.safetensors", file)
+    os.replace(aside, file)
+
+
+def relinked(path):
+    path.unlink()
+    path.symlink_to("two")
+
+
+def removed(path):
+    (path / "model.safetensors").unlink()
+
+
+def touched(path):
+    os.utime(path / "model.safetensors")
+
+
+def other_config(path):
+    edit(path / "config.json", lambda data: data.update(rope_theta=12345.0))
+
+
+CHANGES = [in_place, renamed, there_and_back, relinked, removed, touched]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, other_config])
+def test_a_change_after_the_headers_were_read_is_refused(used, change):
+    inventory = read_inventory(used)
+    inventory.check_unchanged()
+    change(used)
+    with pytest.raises(CheckpointError, match="changed or replaced since it was opened") as caught:
+        inventory.check_unchanged()
+    assert "\n" not in str(caught.value)
+    named = "config.json" if change in (other_config, relinked) else "model.safetensors"
+    assert str(caught.value).startswith(f"{used / named}: ")
+    if change not in (other_config, removed):
+        for read in (inventory.tensor_digest, lambda name: read_tensor(inventory, name)):
+            with pytest.raises(CheckpointError, match="changed or replaced"):
+                read(Q_PROJ)
+    if change is not removed:
+        again = read_inventory(used)
+        again.check_unchanged()
+        np.testing.assert_array_equal(read_tensor(again, Q_PROJ), by_package(used)[Q_PROJ])
+
+
+def by_package(path):
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).float().numpy() for name in (Q_PROJ,)}
+
+
+@pytest.mark.parametrize("change", [in_place, touched])
+def test_a_change_while_weights_are_read_is_refused(used, monkeypatch, change):
+    inventory, plain = read_inventory(used), np.fromfile
+
+    def read(*args, **options):
+        found = plain(*args, **options)
+        change(used)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "fromfile", read)
+        with pytest.raises(CheckpointError, match="changed or replaced"):
+            read_tensor(inventory, Q_PROJ)
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        read_tensor(inventory, Q_PROJ)
+
+
+def test_a_replacement_that_is_gone_again_was_not_read(used, monkeypatch):
+    """Of a folder that was linked to another for the time of one read, nobody learns by names."""
+    inventory = read_inventory(used)
+
+    def opening(*args):
+        relinked(used)
+        handle = open(*args)  # noqa: SIM115 - for whoever asked
+        used.unlink()
+        used.symlink_to("one")
+        return handle
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allocator.inventory.open", opening, raising=False)
+        with pytest.raises(CheckpointError, match="changed or replaced"):
+            read_tensor(inventory, Q_PROJ)
+    inventory.check_unchanged()
+    np.testing.assert_array_equal(read_tensor(inventory, Q_PROJ), by_package(used)[Q_PROJ])

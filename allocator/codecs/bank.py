@@ -2,14 +2,19 @@
 
 In: a group, a format, experts. Out: their encoded bytes, memory-mapped. An entry is a sparse file
 of fixed size for a group in a format: one slot per routed expert (a single one for every other
-group), and after the slots one byte per slot that says whether it is there. Only slots that are
+group), and after the slots one digest per slot, zeros where the slot is absent. Only slots that are
 asked for are read from the checkpoint and encoded, `_AT_ONCE` bytes of weights at a time; as many
 are read meanwhile.
 
 Invariant: the key is (weights' digest, format, importance digest, codec version), so an entry is
-never stale. A slot's byte is set when the slot is on the disk, so a kill leaves it absent, never
-wrong; two processes that fill one slot write the same bytes, so there are no locks. An entry may be
-removed at any time: what is mapped stays readable, and whoever asks next encodes again.
+never stale. A slot's digest is taken of the bytes in memory as they were encoded, and written when
+the slot is on the disk, so a kill leaves it absent, never wrong; two processes that fill one slot
+write the same bytes, so there are no locks. An entry may be removed at any time: what is mapped
+stays readable, and whoever asks next encodes again.
+
+Every slot is held against its digest each time that it is asked for; one that differs is encoded
+again, with a warning. What is handed out is mapped, so it may still change on the disk while it is
+used: bytes that outlive the process are held against its digests where they end up (`given`).
 """
 
 import errno
@@ -25,11 +30,12 @@ from math import inf, prod
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes, Floats
 from allocator.codecs.source import group_digest, group_weights, read_rows
-from allocator.errors import AllocatorError, FormatError
+from allocator.errors import AllocatorError
 from allocator.families import Role
 from allocator.formats import Format, format_named
 from allocator.records import codec
@@ -39,8 +45,10 @@ _AT_ONCE = 32 << 20  # bytes of float32 weights; at least one row
 _BLOCK_ROWS = 128  # rows of an FP8 checkpoint that share their factors: pieces are whole ones
 _SPARE = 16 << 20  # bytes of disk that are left free
 _HEADS = (Role.K_B, Role.V_B)
-_SUFFIX = ".slots"
-_REMOVABLE = (_SUFFIX, ".bin")  # the second: entries of an earlier version, which nobody reads
+_SUFFIX = ".checked"
+_REMOVABLE = (_SUFFIX, ".slots", ".bin")  # the others: of earlier versions, which nobody reads
+_DIGEST_BYTES = 16
+_ABSENT = bytes(_DIGEST_BYTES)
 _LOOKS = 16  # the folder is looked at again when a cap's so-manieth part has been written
 
 
@@ -48,10 +56,12 @@ _LOOKS = 16  # the folder is looked at again when a cap's so-manieth part has be
 class _Entry:
     """Where a group in a format is stored; `shape` is `(..., rows, bytes per row)` with all slots.
 
-    Slots first, then one byte for each.
+    Slots first, then a digest for each. The seed of the digests is the entry's own, so that they
+    are of no use to another entry.
     """
 
     path: str
+    seed: int
     fmt: Format
     shape: tuple[int, ...]
     n_slots: int
@@ -66,7 +76,38 @@ class _Entry:
 
     @property
     def file_bytes(self) -> int:
-        return self.slots_bytes + self.n_slots
+        return self.slots_bytes + _DIGEST_BYTES * self.n_slots
+
+    def digest_at(self, slot: int) -> int:
+        """Where a slot's digest is in the file."""
+        return self.slots_bytes + _DIGEST_BYTES * slot
+
+    def seed_of(self, slot: int) -> int:
+        """Of a slot's digest."""
+        return (self.seed + slot) % 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class SlotDigests:
+    """What the bytes of some slots are recognised by, wherever they are.
+
+    Attributes:
+        seals: by slot, the seed and the digest of its bytes.
+        slot_bytes: of each slot.
+    """
+
+    seals: tuple[tuple[int, bytes], ...]
+    slot_bytes: int
+
+    def match(self, data: Bytes) -> bool:
+        """Whether `data`, of any shape, is the bytes of these slots in their order."""
+        if data.size != len(self.seals) * self.slot_bytes:
+            return False
+        flat = np.ascontiguousarray(data).reshape(-1).data
+        return all(
+            _digest(flat, slot, self.slot_bytes, seed) == digest
+            for slot, (seed, digest) in enumerate(self.seals)
+        )
 
 
 class Bank:
@@ -114,32 +155,55 @@ class Bank:
 
         Raises:
             FormatError: if the format cannot store the group or lacks its importance.
-            AllocatorError: if the disk is full.
+            CheckpointError: if the checkpoint changed since it was opened.
+            AllocatorError: if the disk is full, or gives back other bytes than it was given.
+        """
+        return self.given(name, fmt, experts)[0]
+
+    def given(
+        self, name: str, fmt: str, experts: Sequence[int] | None = None
+    ) -> tuple[Bytes, "SlotDigests"]:
+        """What `encoded` gives, and the digests that it agrees with now.
+
+        Raises:
+            AllocatorError: as `encoded`.
         """
         entry = self._entry(name, fmt)
-        if experts is None:
-            return self._slots(name, entry, slice(None))
-        chosen = list(experts)
+        chosen = list(range(entry.n_slots) if experts is None else experts)
+        data, digests = self._checked(name, entry, chosen)
+        seals = SlotDigests(
+            tuple((entry.seed_of(slot), digests[slot].tobytes()) for slot in chosen),
+            entry.slot_bytes,
+        )
         first = min(chosen, default=0)
-        data = self._slots(name, entry, chosen)
+        if experts is None:
+            return data, seals
         if chosen == list(range(first, first + len(chosen))):
-            return data[first : first + len(chosen)]
+            return data[first : first + len(chosen)], seals
         data = data[chosen]
         data.flags.writeable = False
-        return data
+        return data, seals
 
     def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
         """A group in a format, decoded to float32; of a routed projection, these experts."""
         return ggml.decode(self.encoded(name, fmt, experts), format_named(fmt))
 
+    def anew(self, folder: Path) -> "Bank":
+        """An empty bank of the same groups and importance in another folder."""
+        return Bank(folder, self.layout, self.importance, threads=self.threads)
+
     def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
-        """Whether an expert of a routed projection, or another group, is encoded already."""
+        """Whether an expert of a routed projection, or another group, is encoded already.
+
+        Its bytes are looked at when they are asked for.
+        """
         entry = self._entry(name, fmt)
         try:
             with _opened(entry.path, os.O_RDONLY) as handle:
-                if not _checked_size(handle, entry):
+                if os.fstat(handle).st_size != entry.file_bytes:
                     return False
-                return os.pread(handle, 1, entry.slots_bytes + (expert or 0)) == b"\1"
+                found = os.pread(handle, _DIGEST_BYTES, entry.digest_at(expert or 0))
+                return found != _ABSENT
         except FileNotFoundError:
             return False
 
@@ -166,8 +230,8 @@ class Bank:
             None if importance is None else importance[slot],
             threads=self.threads,
         )
-        with self._writable(entry) as handle:
-            self._store(handle, entry, [slot], 0, encoded)
+        with self._writable(name, entry) as handle:
+            self._store(handle, entry, [slot], 0, encoded, {})
 
     def release(self) -> None:
         """Lets go of the entries used so far: under a cap they may be removed."""
@@ -185,9 +249,10 @@ class Bank:
             group = self.layout.groups[name]
             known = format_named(fmt)
             shape = (*group.shape[:-1], known.nbytes((1, group.shape[-1])))
-            path = str(self.folder / f"{self._key(name, fmt)}{_SUFFIX}")
+            key = self._key(name, fmt)
+            path = str(self.folder / f"{key}{_SUFFIX}")
             n_slots = group.shape[0] if group.role.is_expert else 1
-            self._entries[name, fmt] = _Entry(path, known, shape, n_slots)
+            self._entries[name, fmt] = _Entry(path, int(key[:16], 16), known, shape, n_slots)
         return self._entries[name, fmt]
 
     def _key(self, name: str, fmt: str) -> str:
@@ -201,23 +266,35 @@ class Bank:
             self._digests[name] = sha256(" ".join(parts).encode()).hexdigest()
         return sha256(f"{self._digests[name]} {fmt} {codec()}".encode()).hexdigest()
 
-    def _slots(self, name: str, entry: _Entry, wanted: slice | list[int]) -> Bytes:
-        """All slots of an entry, mapped; the wanted ones are there."""
+    def _checked(self, name: str, entry: _Entry, slots: Sequence[int]) -> tuple[Bytes, Bytes]:
+        """All slots of an entry, mapped, and their digests; the given slots agree with theirs."""
         try:
             with _opened(entry.path, os.O_RDONLY) as handle:
-                if _checked_size(handle, entry):
+                if os.fstat(handle).st_size == entry.file_bytes:
                     self._use(handle, entry)
-                    data, there = _mapped(handle, entry)
-                    if there[wanted].all():
-                        return data
+                    data, digests = _mapped(handle, entry)
+                    if not any(_wrong(entry, slots, data, digests)):
+                        return data, digests
         except FileNotFoundError:
             pass
-        with self._writable(entry) as handle:
-            data, there = _mapped(handle, entry)
-            asked = dict.fromkeys(np.arange(entry.n_slots)[wanted].tolist())
-            missing = [slot for slot in asked if not there[slot]]
-            self._fill(handle, name, entry, missing)
-        return data
+        with self._writable(name, entry) as handle:
+            data, digests = _mapped(handle, entry)  # of what may be another file by now
+            absent, damaged = _wrong(entry, slots, data, digests)
+            if damaged:
+                self._warn(name, entry, f"slots {', '.join(map(str, damaged))} of {entry.n_slots}")
+            self._fill(handle, name, entry, sorted(absent + damaged))
+            if any(_wrong(entry, absent + damaged, data, digests)):
+                raise AllocatorError(
+                    f"{entry.path}: bytes come back from the disk other than they were written; "
+                    "move the cache ($ALLOCATOR_CACHE) to another disk"
+                )
+        return data, digests
+
+    def _warn(self, name: str, entry: _Entry, what: str) -> None:
+        logging.getLogger(__name__).warning(
+            "%s: damaged encoding of %s in %s (%s); encoded again",
+            entry.path, name, entry.fmt.name, what,
+        )  # fmt: skip
 
     def _use(self, handle: int, entry: _Entry) -> None:
         if entry.path not in self._in_use:
@@ -226,12 +303,18 @@ class Bank:
                 os.utime(handle)
 
     @contextmanager
-    def _writable(self, entry: _Entry) -> Iterator[int]:
-        """An entry's file, made if missing."""
+    def _writable(self, name: str, entry: _Entry) -> Iterator[int]:
+        """An entry's file, made if missing, and of its size.
+
+        One that is too short lacks the digests of its last slots: they count as absent.
+        """
         try:
             with _opened(entry.path, os.O_RDWR | os.O_CREAT) as handle:
-                if not _checked_size(handle, entry):
-                    os.ftruncate(handle, entry.file_bytes)
+                size = os.fstat(handle).st_size
+                if size != entry.file_bytes:
+                    os.ftruncate(handle, entry.file_bytes)  # never below what others have mapped
+                    if size:  # else it was just made
+                        self._warn(name, entry, f"{size} bytes instead of {entry.file_bytes}")
                 self._use(handle, entry)
                 yield handle
         except OSError as error:
@@ -245,6 +328,7 @@ class Bank:
         """Encodes slots piece by piece; the next one is read and the last one written meanwhile."""
         group, importance = self.layout.groups[name], self._slot_importance(name, entry)
         pieces = list(_pieces(group, slots))
+        begun: dict[int, xxhash.xxh3_128] = {}
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             coming = [reader.submit(self._read, group, *piece) for piece in pieces[:1]]
             stored: Future[None] | None = None
@@ -259,7 +343,7 @@ class Bank:
                 )
                 if stored is not None:
                     stored.result()
-                stored = writer.submit(self._store, handle, entry, held, rows.start, encoded)
+                stored = writer.submit(self._store, handle, entry, held, rows.start, encoded, begun)
             if stored is not None:
                 stored.result()
 
@@ -279,9 +363,18 @@ class Bank:
         return np.broadcast_to(found, (entry.n_slots, group.shape[-1]))
 
     def _store(
-        self, handle: int, entry: _Entry, slots: list[int], start: int, encoded: Bytes
+        self,
+        handle: int,
+        entry: _Entry,
+        slots: list[int],
+        start: int,
+        encoded: Bytes,
+        begun: dict[int, xxhash.xxh3_128],
     ) -> None:
-        """Writes rows of some slots; with the last row, the slots are there."""
+        """Writes rows of some slots, in order; with the last row, the slots are there.
+
+        Digests of slots whose last row is still to come wait in `begun`.
+        """
         free = os.fstatvfs(handle)
         if free.f_bavail * free.f_frsize < encoded.nbytes + _SPARE:
             raise AllocatorError(
@@ -291,11 +384,14 @@ class Bank:
         by_slot = encoded.reshape(len(slots), -1)
         offset = start * entry.shape[-1]
         for slot, data in zip(slots, by_slot, strict=True):
+            if slot not in begun:
+                begun[slot] = xxhash.xxh3_128(seed=entry.seed_of(slot))
+            begun[slot].update(data.data)
             _write(handle, data.data, slot * entry.slot_bytes + offset)
         if offset + by_slot.shape[1] == entry.slot_bytes:
             os.fdatasync(handle)
             for slot in slots:
-                _write(handle, memoryview(b"\1"), entry.slots_bytes + slot)
+                _write(handle, memoryview(begun.pop(slot).digest()), entry.digest_at(slot))
         self._keep_to_cap(encoded.nbytes)
 
     # -- the cap
@@ -334,18 +430,34 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _checked_size(handle: int, entry: _Entry) -> bool:
-    """Whether the file has its size; False if it is empty: it was just made."""
-    size = os.fstat(handle).st_size
-    if size not in (0, entry.file_bytes):
-        raise FormatError(f"{entry.path}: damaged bank entry; delete it and run again")
-    return size > 0
-
-
 def _mapped(handle: int, entry: _Entry) -> tuple[Bytes, Bytes]:
-    """All slots, and whether each is there; other processes' writes are seen."""
+    """All slots, and their digests `(slots, 16)`; other processes' writes are seen."""
     whole = np.frombuffer(mmap.mmap(handle, entry.file_bytes, access=mmap.ACCESS_READ), np.uint8)
-    return whole[: -entry.n_slots].reshape(entry.shape), whole[-entry.n_slots :]
+    slots, digests = np.split(whole, [entry.slots_bytes])
+    return slots.reshape(entry.shape), digests.reshape(entry.n_slots, _DIGEST_BYTES)
+
+
+def _wrong(
+    entry: _Entry, slots: Sequence[int], data: Bytes, digests: Bytes
+) -> tuple[list[int], list[int]]:
+    """Which of the slots are absent, and which differ from their digests."""
+    flat, told = data.reshape(-1).data, digests.tobytes()
+    absent, damaged = [], []
+    for slot in dict.fromkeys(slots):
+        digest = told[slot * _DIGEST_BYTES : (slot + 1) * _DIGEST_BYTES]
+        if digest == _ABSENT:
+            absent.append(slot)
+        elif digest != _digest(flat, slot, entry.slot_bytes, entry.seed_of(slot)):
+            damaged.append(slot)
+    return absent, damaged
+
+
+def _digest(data: memoryview, slot: int, slot_bytes: int, seed: int) -> bytes:
+    """Of one of many slots."""
+    found: bytes = xxhash.xxh3_128_digest(
+        data[slot * slot_bytes : (slot + 1) * slot_bytes], seed=seed
+    )
+    return found
 
 
 def _pieces(group: Group, slots: list[int]) -> Iterator[tuple[list[int], slice]]:

@@ -44,9 +44,10 @@ def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
     """The stored bytes of one tensor.
 
     Raises:
-        CheckpointError: if the file ends before it.
+        CheckpointError: if the file ends before it, or changed since its header was read.
     """
-    data = np.fromfile(inventory.path / info.file, np.uint8, count=info.nbytes, offset=info.offset)
+    with inventory.reading(info.file) as file:
+        data = np.fromfile(file, np.uint8, count=info.nbytes, offset=info.offset)
     if data.size != info.nbytes:
         raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
     return data

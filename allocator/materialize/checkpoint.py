@@ -2,7 +2,9 @@
 
 In: an allocation, a bank, a container (`gguf` or `safetensors`). Out: a directory with the file,
 `allocation.json` and `manifest.json` (sizes, sha256). Invariant: it appears under its name whole;
-free disk is checked first; the same allocation gives the same bytes.
+free disk is checked first; the same allocation gives the same bytes. Before it appears, the encoded
+tensors are read back and held against the digests that they were encoded with, after their sha256
+was taken: what the manifest signs is what was encoded.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from allocator.codecs.bank import Bank
 from allocator.errors import TargetError, VerifyError
 from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
 from allocator.materialize.source import BankSource
-from allocator.targets import Layout, target_named
+from allocator.targets import Layout, Target, target_named
 from allocator.targets.safetensors import entries, header
 
 FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
@@ -106,7 +109,9 @@ def materialize(
 
     Raises:
         TargetError: if the container's runtime cannot express the allocation.
-        VerifyError: if `folder` holds something else, or the disk is too small.
+        VerifyError: if `folder` holds something else, the disk is too small, or gives back other
+            bytes than it was given.
+        CheckpointError: if the checkpoint changed since it was opened.
     """
     layout = bank.layout
     allocation.check(layout)
@@ -115,7 +120,8 @@ def materialize(
             f"an allocation for target {allocation.target!r} cannot be written as gguf: llama.cpp "
             'stores other tensors (and one expert count); search with target = "gguf"'
         )
-    size = allocation.nbytes(layout, target_named(container))
+    target = target_named(container)
+    size = allocation.nbytes(layout, target)
     _check_place(folder, allocation, container, size.file)
     source = BankSource(bank, allocation)
     with _whole_directory(folder) as place:
@@ -141,6 +147,8 @@ def materialize(
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
+        _check_written(place / manifest.file, folder, allocation, target, source)
+        layout.inventory.check_unchanged()
         (place / "manifest.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         )
@@ -208,6 +216,25 @@ def _write_safetensors(
             file.write(source.kept_raw(kept).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_written(
+    path: Path, folder: Path, allocation: Allocation, target: Target, source: BankSource
+) -> None:
+    """Raises:
+    VerifyError: if an encoded tensor comes back other than the bank gave it.
+    """
+    whole, layout = np.memmap(path, np.uint8, "r"), source.layout
+    start = allocation.nbytes(layout, target).header
+    for name in layout.groups:  # in the order that both writers have
+        for part in range(len(allocation.parts(layout, name))):
+            nbytes = prod(source.shape(name, part))
+            if not source.matches(name, part, whole[start : start + nbytes]):
+                raise VerifyError(
+                    f"{folder}: {name} comes back from the disk other than it was written; memory "
+                    "or disk is faulty: materialize it elsewhere"
+                )
+            start += target.padded(nbytes)
 
 
 def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:

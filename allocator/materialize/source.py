@@ -1,10 +1,17 @@
-"""The bytes of a file: encoded groups from the bank, kept tensors from the checkpoint."""
+"""The bytes of a file: encoded groups from the bank, kept tensors from the checkpoint.
+
+What the bank gives was checked when it was given; a file that was written of it is held against the
+same digests once more (`matches`), because what is mapped from a disk may change in between.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
 
 from allocator.allocation import Allocation
-from allocator.codecs.bank import Bank
+from allocator.codecs.bank import Bank, SlotDigests
 from allocator.codecs.source import Floats, read_raw, read_tensor
 from allocator.targets import Kept, Layout
 
@@ -17,21 +24,45 @@ class BankSource:
     Args:
         bank: of the allocation's layout.
         allocation: formats and retained experts.
+        encode: encodes what `matches` needs anew, without the bank's entries.
     """
 
-    def __init__(self, bank: Bank, allocation: Allocation) -> None:
+    def __init__(self, bank: Bank, allocation: Allocation, *, encode: bool = False) -> None:
         self.layout: Layout = bank.layout
         self._bank = bank
-        self._allocation = allocation
+        self.allocation = allocation
+        self._encode = encode
+        self._digests: dict[tuple[str, int], SlotDigests] = {}
 
     def encoded(self, name: str, part: int = 0) -> Bytes:
         """A group, or one part of it, in its format: `(..., rows, bytes per row)`.
 
         Retained experts only. What was given before may leave the bank.
         """
-        fmt, experts = self._allocation.parts(self.layout, name)[part]
+        fmt, experts = self.allocation.parts(self.layout, name)[part]
         self._bank.release()
-        return self._bank.encoded(name, fmt.name, experts or None)
+        data, self._digests[name, part] = self._bank.given(name, fmt.name, experts or None)
+        return data
+
+    def matches(self, name: str, part: int, stored: Bytes) -> bool:
+        """Whether stored bytes are those of a group, or of one part of it, by the bank's digests.
+
+        What was not given before is asked for, so the bank's own bytes are checked too.
+        """
+        if self._encode:
+            fmt, experts = self.allocation.parts(self.layout, name)[part]
+            with TemporaryDirectory(prefix="anew-", dir=self._bank.folder) as folder:
+                anew = self._bank.anew(Path(folder))
+                return anew.given(name, fmt.name, experts or None)[1].match(stored)
+        if (name, part) not in self._digests:
+            self.encoded(name, part)
+        return self._digests[name, part].match(stored)
+
+    def shape(self, name: str, part: int) -> tuple[int, ...]:
+        """Of what `encoded` gives."""
+        fmt, experts = self.allocation.parts(self.layout, name)[part]
+        *rows, width = self.layout.groups[name].shape
+        return (*((len(experts), *rows[1:]) if experts else rows), fmt.nbytes((1, width)))
 
     def kept(self, kept: Kept) -> Floats:
         """A kept tensor as float32, retained rows only."""
@@ -47,5 +78,5 @@ class BankSource:
 
     def _rows(self, kept: Kept) -> slice | list[int]:
         if kept.role.is_router and kept.layer is not None:
-            return list(self._allocation.retained_experts[kept.layer])
+            return list(self.allocation.retained_experts[kept.layer])
         return slice(None)

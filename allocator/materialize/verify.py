@@ -1,8 +1,10 @@
 """Re-opens a written checkpoint in its runtime and holds it against its allocation.
 
 In: a directory written by `materialize`, the bank it came from, and a scorer. Out: `Verification`.
-Invariant: every check compares the file with something else: the digests in the manifest, the bytes
-that ggml encodes from the source now, gguf-py's independent decoding, transformers or llama.cpp.
+Invariant: every check compares the file with something else: the digests in the manifest, those of
+the bytes that ggml encoded from the source, gguf-py's independent decoding, transformers or
+llama.cpp. No byte of a cache stands for an encoding: what the bank has is held against its digests
+first, and encoded again where it differs; with `encode` everything is, without the bank.
 
 A model that does not fit in memory is verified layer by layer (`StreamedScorer`); what stands for
 transformers is then the same pass over the weights that the file holds.
@@ -53,7 +55,6 @@ LLAMACPP_TOLERANCE = 5e-3
 TOLERANCE = {"gguf": LLAMACPP_TOLERANCE, "safetensors": SAFETENSORS_TOLERANCE}
 
 Bytes = npt.NDArray[np.uint8]
-_PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def verify(
     scorer: AnyScorer,
     *,
     tolerance: float | None = None,
+    encode: bool = False,
     progress: bool = False,
 ) -> Verification:
     """Checks a written checkpoint.
@@ -100,6 +102,7 @@ def verify(
         tolerance: how far the runtime may be off, nats per token; its container's by default.
             In llama.cpp it is for rounding of activations alone: what is off in exact arithmetic
             too is refused.
+        encode: encodes every group anew, whatever the bank has.
         progress: shows a bar while llama.cpp runs.
 
     Raises:
@@ -129,7 +132,7 @@ def verify(
             f"{folder}: {nbytes} tensor bytes in a file of {file_bytes}, "
             f"predicted {size.tensors} in {size.file}"
         )
-    _check_weights(folder, manifest, bank, allocation, found)
+    _check_weights(folder, manifest, BankSource(bank, allocation, encode=encode), found)
     stored = _Stored(bank.layout, allocation, found)
     loss, runtime_loss, divergence = _run(folder, manifest, stored, scorer, progress)
     limit = TOLERANCE[manifest.container] if tolerance is None else tolerance
@@ -235,14 +238,13 @@ def _uint8() -> Any:
 def _check_weights(
     folder: Path,
     manifest: Manifest,
-    bank: Bank,
-    allocation: Allocation,
+    source: BankSource,
     found: dict[str, tuple[Bytes, str]],
 ) -> None:
-    source = BankSource(bank, allocation)
-    parts = {group: allocation.parts(bank.layout, group) for group in bank.layout.groups}
+    layout = source.layout
+    parts = {group: source.allocation.parts(layout, group) for group in layout.groups}
     names = {group: tensor_names(group, held) for group, held in parts.items()}
-    expected = {*chain.from_iterable(names.values()), *(k.source for k in bank.layout.kept)}
+    expected = {*chain.from_iterable(names.values()), *(k.source for k in layout.kept)}
     if set(found) != expected:
         odd = min(set(found) ^ expected)
         raise VerifyError(f"{folder}: tensor {odd} is not in both file and allocation")
@@ -253,28 +255,23 @@ def _check_weights(
                 raise VerifyError(
                     f"{folder}: {name} is stored as {stored_as}, allocated {fmt.name}"
                 )
-            wanted = np.ascontiguousarray(source.encoded(group, part))
-            _check_encoded(f"{folder}: {name}", fmt, stored, wanted)
-    for kept in bank.layout.kept:
+            if not source.matches(group, part, stored):
+                raise VerifyError(
+                    f"{folder}: {name} holds other bytes than its {fmt.name} encoding"
+                )
+            shape = source.shape(group, part)
+            _check_decoding(f"{folder}: {name}", fmt, stored.reshape(shape)[..., :1, :])
+    for kept in layout.kept:
         raw = source.kept(kept) if manifest.container == "gguf" else source.kept_raw(kept)
         if found[kept.source][0].tobytes() != raw.tobytes():
             raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
 
 
-def _same_bytes(one: Bytes, other: Bytes) -> bool:
-    """Compares mapped files, a piece at a time."""
-    flat, wanted = one.reshape(-1), other.reshape(-1)
-    pieces = range(0, max(flat.size, wanted.size), _PIECE)
-    return flat.size == wanted.size and all(
-        np.array_equal(flat[i : i + _PIECE], wanted[i : i + _PIECE]) for i in pieces
-    )
-
-
-def _check_encoded(where: str, fmt: Format, stored: Bytes, wanted: Bytes) -> None:
-    if not _same_bytes(stored, wanted):
-        raise VerifyError(f"{where} holds other bytes than its {fmt.name} encoding")
-    second = dequantize(wanted[..., :1, :], GGMLQuantizationType(fmt.ggml_type))
-    if not np.array_equal(second.reshape(-1), decode(wanted[..., :1, :], fmt).reshape(-1)):
+def _check_decoding(where: str, fmt: Format, encoded: Bytes) -> None:
+    """Holds our decoding of some rows against gguf-py's."""
+    encoded = np.ascontiguousarray(encoded)
+    second = dequantize(encoded, GGMLQuantizationType(fmt.ggml_type))
+    if not np.array_equal(second.reshape(-1), decode(encoded, fmt).reshape(-1)):
         raise VerifyError(f"{where} decodes differently in gguf-py; update the wheels")
 
 

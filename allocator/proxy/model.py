@@ -359,6 +359,7 @@ class SwapModel:
         self._decoded = decoded
         _check_memory(self.inventory, device)
         self.model = skeleton(self.inventory.path, device)
+        self.inventory.check_unchanged()  # transformers has read config.json again
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
             self.model.config.tie_word_embeddings = False
         check_names(self.model, layout)

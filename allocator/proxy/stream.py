@@ -88,6 +88,7 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self.model = skeleton(self.inventory.path, device)
+        self.inventory.check_unchanged()  # transformers has read config.json again
         self.device = torch.device(device)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
@@ -179,9 +180,7 @@ class StreamedModel:
 
     def _chunks(self, group: Group, candidate: Candidate) -> Iterator[tuple[int, torch.Tensor]]:
         step = max(1, _ROWS_BYTES // (4 * group.shape[-1]))
-        for start in range(0, group.shape[0], step):
-            stop = min(start + step, group.shape[0])
-            yield start, self.weights.rows(candidate, group, start, stop)
+        return self.weights.chunks(candidate, group, step)
 
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
         """Runs one layer, in place; `observe` sees its routed experts."""

@@ -113,17 +113,26 @@ class Weights:
         values: Floats = self._bank.decoded(group.name, fmt, (expert,))[0]
         return values
 
-    def rows(self, candidate: Candidate, group: Group, start: int, stop: int) -> torch.Tensor:
-        """Some rows of the embedding or the head."""
+    def chunks(
+        self, candidate: Candidate, group: Group, step: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the embedding or the head, `step` rows at a time: the first row, and their values.
+
+        Encoded ones are asked for, and so checked, once for all rows.
+        """
         fmt, whole = candidate.format_of[group.name], 4 * prod(group.shape) <= _WHOLE_BYTES
-        if fmt is None and whole:
-            return torch.from_numpy(self._original(group, None)[start:stop])
-        if fmt is None:
-            return torch.from_numpy(read_rows(self.layout.inventory, group.sources[0], start, stop))
-        if whole and not self._bank.has(group.name, fmt):
+        if fmt is not None and whole and not self._bank.has(group.name, fmt):
             self._bank.put(group.name, fmt, None, self._original(group, None))
-        encoded = self._bank.encoded(group.name, fmt)[start:stop]
-        return torch.from_numpy(ggml.decode(encoded, format_named(fmt)))
+        encoded = None if fmt is None else self._bank.encoded(group.name, fmt)
+        for start in range(0, group.shape[0], step):
+            stop = min(start + step, group.shape[0])
+            if encoded is not None and fmt is not None:
+                values = ggml.decode(encoded[start:stop], format_named(fmt))
+            elif whole:
+                values = self._original(group, None)[start:stop]
+            else:
+                values = read_rows(self.layout.inventory, group.sources[0], start, stop)
+            yield start, torch.from_numpy(values)
 
     def in_turn(
         self,

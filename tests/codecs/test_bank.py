@@ -3,9 +3,11 @@
 import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from allocator.codecs import bank as bank_module
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import decode, encode
 from allocator.codecs.source import group_weights, read_rows
-from allocator.errors import AllocatorError, FormatError
+from allocator.errors import AllocatorError, CheckpointError, FormatError
 from allocator.formats import FORMATS
 from allocator.inventory import read_inventory
 from allocator.targets import GGUF, SAFETENSORS
@@ -24,6 +26,7 @@ from allocator.targets import GGUF, SAFETENSORS
 UP, K_B, V_B = "layers.1.experts.up", "layers.1.attention.k_b", "layers.1.attention.v_b"
 UP_2 = "layers.2.experts.up"
 EXPERT = str(64 * 64 * 4)  # bytes of float32
+DIGEST = 16  # bytes
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def reference(layout, name, fmt):
 
 
 def entries(folder):
-    return sorted(folder.glob("*.slots"))
+    return sorted(folder.glob("*.checked"))
 
 
 @pytest.fixture
@@ -129,26 +132,14 @@ def test_missing_importance_raises_and_leaves_no_slot(tmp_path, layout):
     assert not bank.has(V_B, "IQ2_XXS")
 
 
-@pytest.mark.parametrize("size", [1, 100, 20000])
-def test_a_damaged_entry_is_named(tmp_path, layout, size):
-    bank = Bank(tmp_path, layout, importance())
-    bank.encoded(UP, "Q4_0")
-    (entry,) = entries(tmp_path)
-    os.truncate(entry, size)
-    for use in (bank.encoded, bank.decoded, bank.has):
-        with pytest.raises(FormatError, match=f"{entry.name}: damaged.*delete it") as caught:
-            use(UP, "Q4_0")
-        assert "\n" not in str(caught.value)
-    entry.unlink()
-    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
-
-
 def test_entries_of_the_earlier_kind_are_never_read(tmp_path, layout):
     bank = Bank(tmp_path, layout, importance())
     bank.encoded(UP, "Q4_0")
     (entry,) = entries(tmp_path)
-    entry.rename(entry.with_suffix(".bin"))
-    assert not bank.has(UP, "Q4_0")
+    for suffix in (".bin", ".slots"):
+        entry.rename(entry.with_suffix(suffix))
+        assert not bank.has(UP, "Q4_0")
+        entry = entry.with_suffix(suffix)
 
 
 # -- slots
@@ -218,22 +209,258 @@ def test_given_weights_are_encoded_where_they_are_missing(tmp_path, layout, seen
     assert seen.read == [up(e) for e in range(8) if e != 6]
 
 
-def test_a_slot_whose_byte_is_not_set_is_encoded_again(tmp_path, layout, seen):
+def test_a_slot_without_a_digest_is_encoded_again(tmp_path, layout, seen, caplog):
     bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
     bank.encoded(UP, "Q4_0")
     (entry,) = entries(tmp_path)
-    size = whole[0].nbytes
     with open(entry, "r+b") as file:
-        for slot in (2, 5):
-            file.seek(slot * size)
-            file.write(b"x" * size)
-        file.seek(8 * size + 2)
-        file.write(b"\0")
+        file.seek(2 * whole[0].nbytes)
+        file.write(b"x" * whole[0].nbytes)
+        file.seek(8 * whole[0].nbytes + 2 * DIGEST)
+        file.write(bytes(DIGEST))
     seen.read.clear()
-    found = bank.encoded(UP, "Q4_0")
-    np.testing.assert_array_equal(found[:5], whole[:5])
-    assert (found[5] == ord("x")).all()  # its byte says that it is there
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), whole)
     assert seen.read == [up(2)]
+    assert not caplog.records  # a kill leaves as much
+
+
+# -- damage
+
+SLOT = 64 * 64 // 32 * 18  # bytes of an expert in Q4_0
+DAMAGE = {  # where a bit is flipped, and whose slot is encoded again
+    "first byte of a wanted slot": (SLOT, 1),
+    "last byte of a wanted slot": (7 * SLOT - 1, 6),
+    "within a wanted slot": (4 * SLOT + 1000, 4),
+    "a slot that nobody wants": (3 * SLOT + 7, 3),
+    "the digest of a wanted slot": (8 * SLOT + 4 * DIGEST + 9, 4),
+    "the digest of another": (8 * SLOT + 7 * DIGEST, 7),
+}
+
+
+def flip(path, at, bit=3):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def directly(layout, by_safetensors, name, fmt):
+    """A group as ggml encodes what the safetensors package reads."""
+    group = layout.groups[name]
+    weighted = importance().get(name) if group.importance else None
+    return encode(by_safetensors(layout.inventory.path, group), FORMATS[fmt], weighted)
+
+
+@pytest.mark.parametrize("place", DAMAGE)
+def test_a_flipped_bit_is_never_given(tmp_path, layout, by_safetensors, seen, caplog, place):
+    at, slot = DAMAGE[place]
+    whole = directly(layout, by_safetensors, UP, "Q4_0")
+    Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    flip(entry, at)
+    damaged = [slot]
+    for experts in ((1, 4, 6), None):
+        seen.read.clear()
+        caplog.clear()
+        found = Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0", experts)
+        np.testing.assert_array_equal(found, whole if experts is None else whole[list(experts)])
+        mended = [e for e in damaged if experts is None or e in experts]
+        assert seen.read == [up(e) for e in mended]
+        told = [record.getMessage() for record in caplog.records]
+        where = f"{entry}: damaged encoding of {UP} in Q4_0 (slots {slot} of 8); encoded again"
+        assert told == [where for _ in mended]
+        damaged = [e for e in damaged if e not in mended]
+    assert not damaged
+    caplog.clear()
+    decoded = Bank(tmp_path, layout, importance()).decoded(UP, "Q4_0")
+    np.testing.assert_array_equal(decoded, decode(whole, FORMATS["Q4_0"]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("fmt", ["Q8_0", "IQ4_NL", "BF16"])
+@pytest.mark.parametrize("name", ["head", K_B, "layers.1.attention.o", UP_2])
+def test_random_bits_of_random_groups(tmp_path, layout, by_safetensors, caplog, name, fmt):
+    rng = np.random.default_rng(len(name))
+    expected = reference(layout, name, fmt)
+    if name != K_B:  # it is cut from another
+        np.testing.assert_array_equal(expected, directly(layout, by_safetensors, name, fmt))
+    bank = Bank(tmp_path, layout, importance())
+    bank.encoded(name, fmt)
+    (entry,) = entries(tmp_path)
+    for at in rng.integers(entry.stat().st_size, size=10):
+        caplog.clear()
+        flip(entry, int(at), int(rng.integers(8)))
+        np.testing.assert_array_equal(bank.encoded(name, fmt), expected)
+        (record,) = caplog.records
+        assert "encoded again" in record.getMessage()
+
+
+@pytest.mark.parametrize("size", [1, 100, 3 * SLOT + 5, 8 * SLOT + 3 * DIGEST - 1, 200_000])
+def test_an_entry_of_another_size_is_built_again(
+    tmp_path, layout, by_safetensors, seen, caplog, size
+):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    rightly = entry.stat().st_size
+    os.truncate(entry, size)
+    assert not bank.has(UP, "Q4_0", 1)
+    seen.read.clear()
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), whole)
+    np.testing.assert_array_equal(whole, directly(layout, by_safetensors, UP, "Q4_0"))
+    assert f"({size} bytes instead of {rightly}); encoded again" in caplog.records[0].getMessage()
+    assert entry.stat().st_size == rightly
+    kept = range(8) if size > rightly else range(2) if size > 8 * SLOT else ()
+    assert seen.read == [up(e) for e in range(8) if e not in kept]
+
+
+def test_an_entry_in_the_place_of_another_is_not_taken(tmp_path, layout, by_safetensors, caplog):
+    """Of the same shape and format, with digests that are right where it came from."""
+    bank = Bank(tmp_path, layout, {})
+    bank.encoded(UP, "Q8_0")
+    (one,) = entries(tmp_path)
+    bank.encoded(UP_2, "Q8_0")
+    (two,) = set(entries(tmp_path)) - {one}
+    two.write_bytes(one.read_bytes())
+    expected = encode(by_safetensors(layout.inventory.path, layout.groups[UP_2]), FORMATS["Q8_0"])
+    np.testing.assert_array_equal(bank.encoded(UP_2, "Q8_0"), expected)
+    assert len(caplog.records) == 1
+
+
+def test_slots_that_were_exchanged_are_not_taken(tmp_path, layout, by_safetensors):
+    bank, whole = Bank(tmp_path, layout, importance()), None
+    bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    data = bytearray(entry.read_bytes())
+    for size, start in ((SLOT, 0), (DIGEST, 8 * SLOT)):
+        a, b = (slice(start + n * size, start + (n + 1) * size) for n in (2, 5))
+        data[a], data[b] = data[b], data[a]
+    entry.write_bytes(data)
+    whole = directly(layout, by_safetensors, UP, "Q4_0")
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0", (2, 5)), whole[[2, 5]])
+
+
+def test_what_somebody_holds_is_mended_for_them_too(tmp_path, layout):
+    """A group stays mapped for as long as it is used; another process may see the damage first."""
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    held = bank.encoded(UP, "Q4_0")
+    (entry,) = entries(tmp_path)
+    flip(entry, 4 * SLOT + 1)
+    assert not np.array_equal(held, whole)
+    Bank(tmp_path, layout, importance()).encoded(UP, "Q4_0")
+    np.testing.assert_array_equal(held, whole)
+
+
+def test_given_weights_do_not_hide_damage(tmp_path, layout, caplog):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    weights = group_weights(layout, layout.groups[UP])
+    bank.put(UP, "Q4_0", 6, weights[6])
+    (entry,) = entries(tmp_path)
+    flip(entry, 6 * SLOT + 99)
+    bank.put(UP, "Q4_0", 6, weights[6])
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0", (6,))[0], whole[6])
+    assert len(caplog.records) == 1
+
+
+def test_a_disk_that_gives_back_other_bytes_is_refused(tmp_path, layout, monkeypatch):
+    def wrong(handle, data, offset, write=os.pwrite):
+        changed = bytearray(data)
+        changed[len(data) // 2] ^= len(data) > DIGEST
+        return write(handle, changed, offset)
+
+    bank = Bank(tmp_path, layout, importance())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", wrong)
+        with pytest.raises(AllocatorError, match="other than they were written") as caught:
+            bank.encoded(UP, "Q4_0")
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(bank.encoded(UP, "Q4_0"), reference(layout, UP, "Q4_0"))
+
+
+@pytest.mark.parametrize("experts", [None, (2, 3), (5, 1, 2)])
+def test_bytes_that_are_elsewhere_are_recognised(tmp_path, layout, experts):
+    bank, whole = Bank(tmp_path, layout, importance()), reference(layout, UP, "Q4_0")
+    data, digests = bank.given(UP, "Q4_0", experts)
+    elsewhere = np.array(data)
+    np.testing.assert_array_equal(elsewhere, whole if experts is None else whole[list(experts)])
+    assert digests.match(elsewhere)
+    assert digests.match(elsewhere.reshape(-1))
+    assert not digests.match(elsewhere.reshape(-1)[:-1])
+    assert not digests.match(elsewhere[::-1])
+    for at in (0, elsewhere.size // 2, elsewhere.size - 1):
+        elsewhere.reshape(-1)[at] ^= 1
+        assert not digests.match(elsewhere)
+        elsewhere.reshape(-1)[at] ^= 1
+
+
+# -- checkpoints that change
+
+
+@pytest.fixture
+def shards(tmp_path, checkpoints):
+    """A checkpoint, and a file with other weights for it."""
+    path = shutil.copytree(checkpoints["deepseek"], tmp_path / "checkpoint")
+    info = read_inventory(path).tensors[up(5)]
+    other = shutil.copyfile(path / info.file, tmp_path / "other")
+    flip(other, info.offset + 2)
+    time.sleep(0.03)  # the clock of a file system ticks every few milliseconds
+    return path, other, path / info.file
+
+
+def opened(path, folder):
+    layout = GGUF.layout(read_inventory(path))
+    return Bank(folder, layout, {}), layout
+
+
+def plainly(path, by_safetensors):
+    group = GGUF.layout(read_inventory(path)).groups[UP]
+    return encode(by_safetensors(path, group), FORMATS["Q8_0"])
+
+
+def test_a_shard_that_was_replaced_is_not_encoded(tmp_path, shards, by_safetensors):
+    path, other, shard = shards
+    bank, _ = opened(path, tmp_path / "bank")
+    before = plainly(path, by_safetensors)
+    bank.encoded(UP, "Q8_0", (0, 1))
+    os.replace(other, shard)
+    with pytest.raises(CheckpointError, match=f"{shard}: changed or replaced") as caught:
+        bank.encoded(UP, "Q8_0")
+    assert "\n" not in str(caught.value)
+    assert [bank.has(UP, "Q8_0", e) for e in range(8)] == [True] * 2 + [False] * 6
+    np.testing.assert_array_equal(bank.encoded(UP, "Q8_0", (0, 1)), before[:2])  # encoded from it
+    again, _ = opened(path, tmp_path / "bank")
+    after = plainly(path, by_safetensors)
+    np.testing.assert_array_equal(again.encoded(UP, "Q8_0"), after)
+    assert not np.array_equal(after, before)
+    assert len(entries(tmp_path / "bank")) == 2
+
+
+@pytest.mark.parametrize("reads", [1, 4, 6])
+def test_a_shard_that_is_replaced_during_a_fill(
+    tmp_path, shards, by_safetensors, monkeypatch, reads
+):
+    """What was encoded before is of the old weights; nothing is under their digest but these."""
+    path, other, shard = shards
+    bank, _ = opened(path, tmp_path / "bank")
+    before, left = plainly(path, by_safetensors), [reads]
+
+    def reading(*args):
+        left[0] -= 1
+        if not left[0]:
+            os.replace(other, shard)
+        return read_rows(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank_module, "_AT_ONCE", int(EXPERT))
+        patch.setattr(bank_module, "read_rows", reading)
+        with pytest.raises(CheckpointError, match="changed or replaced"):
+            bank.encoded(UP, "Q8_0")
+    there = [e for e in range(8) if bank.has(UP, "Q8_0", e)]
+    assert set(there) <= set(range(reads - 1))
+    np.testing.assert_array_equal(bank.encoded(UP, "Q8_0", there), before[there])
+    again, _ = opened(path, tmp_path / "bank")
+    np.testing.assert_array_equal(again.encoded(UP, "Q8_0"), plainly(path, by_safetensors))
 
 
 # -- kills, other processes, full disks
@@ -271,14 +498,16 @@ module.Bank(Path(sys.argv[2]), layout, {}).encoded(sys.argv[5], "Q8_0")
 
 @pytest.mark.parametrize(("write", "done"), [(1, 0), (2, 0), (5, 2), (6, 2), (16, 7)])
 def test_a_kill_leaves_slots_whole_or_absent(tmp_path, layout, checkpoints, seen, write, done):
-    """One expert at a time: every other write is a slot's byte."""
+    """One expert at a time: every other write is a slot's digest, half of which is damage."""
     command = [sys.executable, "-c", DIE, checkpoints["deepseek"], tmp_path]
     killed = subprocess.run([*command, str(write), EXPERT, UP])
     assert killed.returncode == -signal.SIGKILL
     bank = Bank(tmp_path, layout, {})
     if write == 1:
         killed = subprocess.run([*command, str(write), EXPERT, UP])  # and dies once more
-    assert [bank.has(UP, "Q8_0", e) for e in range(8)] == [True] * done + [False] * (8 - done)
+    torn = [write % 2 == 0]  # something is there, until it is looked at
+    held = [*[True] * done, *torn, *[False] * (7 - done)]
+    assert [bank.has(UP, "Q8_0", e) for e in range(8)] == held
     expected = encode(group_weights(layout, layout.groups[UP]), FORMATS["Q8_0"])
     np.testing.assert_array_equal(bank.encoded(UP, "Q8_0"), expected)
     assert seen.read == [up(e) for e in range(done, 8)]
@@ -313,7 +542,12 @@ for name, group in layout.groups.items():
 
 @pytest.mark.parametrize("cap", [1 << 40, 20_000])
 def test_two_processes_share_a_bank(tmp_path, layout, checkpoints, cap):
-    """With the small cap each removes what the other is writing and reading."""
+    """With the small cap each removes what the other is writing and reading.
+
+    What both find first is damaged: both encode it again.
+    """
+    Bank(tmp_path, layout, {}).encoded(UP, "Q8_0")
+    flip(entries(tmp_path)[0], 12_345)
     command = [sys.executable, "-c", WRITE, str(checkpoints["deepseek"]), str(tmp_path), str(cap)]
     running = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
@@ -470,7 +704,9 @@ def test_slots_that_are_absent_occupy_nothing(tmp_path, layout):
     bank, names = Bank(tmp_path, layout, {}, cap_bytes=65_536), (UP, UP_2)
     for name in names:
         bank.encoded(name, "BF16", (7,))
-    assert sum(entry.stat().st_size for entry in entries(tmp_path)) == 2 * (8 * 64 * 64 * 2 + 8)
+    assert sum(entry.stat().st_size for entry in entries(tmp_path)) == 2 * 8 * (
+        64 * 64 * 2 + DIGEST
+    )
     assert occupied(tmp_path) < 32_768
     bank.release()
     assert held(bank, *((name, "BF16", 7) for name in names)) == [True, True]

@@ -15,10 +15,12 @@ from gguf import GGUFReader
 from safetensors import safe_open
 
 from allocator.codecs.bank import Bank
-from allocator.errors import SpaceError, TargetError, VerifyError
+from allocator.errors import CheckpointError, SpaceError, TargetError, VerifyError
+from allocator.inventory import read_inventory
+from allocator.materialize import checkpoint
 from allocator.materialize.checkpoint import FILE, Manifest, materialize
 from allocator.materialize.source import BankSource
-from allocator.targets import target_named
+from allocator.targets import TARGETS, target_named
 
 
 def contents(folder):
@@ -233,6 +235,81 @@ def _logged(original, moments, folder, whole):
         return original(path, **options)
 
     return rmtree
+
+
+# -- damage, and checkpoints that change
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+def test_a_damaged_bank_writes_the_same_bytes(case, written, tmp_path, container, caplog):
+    made = case("deepseek", "gguf")
+    written("deepseek", "gguf", container)
+    folder = shutil.copytree(made.bank_folder, tmp_path / "bank")
+    for entry in folder.iterdir():  # in the middle of some slot, whoever's it is
+        for part in (3, 5, 7):
+            flip(entry, entry.stat().st_size * part // 8)
+    again = materialize(
+        made.allocation(), Bank(folder, made.layout, {}), tmp_path / "out",
+        container=container, importance="i" * 64,
+    )  # fmt: skip
+    assert again.manifest == written("deepseek", "gguf", container).manifest
+    assert len(caplog.records) >= len(made.layout.groups) - 1
+    assert all("encoded again" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+def test_a_bit_that_flips_on_the_way_to_the_file_is_found(case, tmp_path, monkeypatch, container):
+    made, digest = case("qwen3", "gguf"), checkpoint.file_digest
+
+    def flipping(path):
+        if path.name == FILE[container]:
+            flip(path, path.stat().st_size // 2)
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", flipping)
+    refuses(tmp_path, VerifyError, "comes back from the disk other than it was written",
+            lambda: made.write(tmp_path / "out", container))  # fmt: skip
+
+
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_written(
+    case, tmp_path, monkeypatch, container, file, old
+):
+    made = case("qwen3", "gguf")
+    path = shutil.copytree(made.path, tmp_path / "checkpoint")
+    layout = TARGETS["gguf"].layout(read_inventory(path))
+    folder, write = tmp_path / "out", {"container": container, "importance": "i" * 64}
+    if old:
+        materialize(made.allocation(), Bank(tmp_path / "bank", layout, {}), folder, **write)
+    before = contents(folder) if old else None
+    plain, calls = BankSource.encoded, []
+
+    def replacing(self, *args):
+        calls.append(args)
+        if len(calls) == 5:
+            shutil.copyfile(path / file, tmp_path / "new")
+            os.replace(tmp_path / "new", path / file)
+        return plain(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BankSource, "encoded", replacing)
+        bank = Bank(tmp_path / "bank", layout, {})
+        with pytest.raises(CheckpointError, match=f"{file}: changed or replaced"):
+            materialize(made.allocation(), bank, folder, **write)
+    assert len(calls) >= 5
+    assert not list(tmp_path.glob(".out*"))
+    assert (contents(folder) if old else folder.exists()) == (before or False)
+    bank = Bank(tmp_path / "bank", TARGETS["gguf"].layout(read_inventory(path)), {})
+    again = materialize(made.allocation(), bank, folder, **write)  # the same weights, as it happens
+    assert again.manifest.checkpoint == made.layout.inventory.digest
 
 
 # -- refusals

@@ -2,14 +2,21 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from allocator.allocation import Allocation
+from allocator.codecs.bank import Bank
+from allocator.codecs.ggml import encode
 from allocator.errors import AllocatorError, VerifyError
-from allocator.materialize.checkpoint import FILE, Manifest, file_digest
+from allocator.materialize.checkpoint import FILE, Manifest, file_digest, materialize
+from allocator.materialize.source import BankSource
 from allocator.materialize.verify import (
     SAFETENSORS_TOLERANCE,
+    _check_weights,
+    _tensors,
     verify,
 )
 from allocator.targets import target_named
@@ -119,6 +126,60 @@ def test_a_flipped_byte_in_every_part_is_found(case, copy):
         refused(folder, made, f"{name} holds other bytes than its {name.split('.')[-1]} encoding")
 
 
+def damaged(case, precise, which, tmp_path, at):
+    """A copy of a directory and of its bank, with one bit flipped in both, in the same slot."""
+    made, folder = case(*which[:2]), shutil.copytree(precise(*which), tmp_path / "copy")
+    bank = Bank(shutil.copytree(made.bank_folder, tmp_path / "bank"), made.layout, {})
+    allocation = made.allocation(formats=stored(which[1]))
+    name = "layers.1.experts.gate"
+    fmt, experts = allocation.parts(made.layout, name)[0]
+    slot = bank.encoded(name, fmt.name, experts)[-1].tobytes()
+    for path in (folder / FILE[which[2]], Path(bank._entry(name, fmt.name).path)):
+        data = bytearray(path.read_bytes())
+        assert data.count(slot) == 1
+        data[data.index(slot) + at] ^= 4
+        path.write_bytes(data)
+    resign(folder)
+    return folder, SimpleNamespace(bank=bank, scorer=made.scorer)
+
+
+@pytest.mark.parametrize("at", [0, 4321])
+def test_a_flip_that_the_bank_has_too_is_found(case, precise, which, tmp_path, at, caplog):
+    folder, other = damaged(case, precise, which, tmp_path, at)
+    refused(folder, other, "experts.gate.* holds other bytes than its")
+    (record,) = caplog.records
+    assert "damaged encoding of layers.1.experts.gate" in record.getMessage()
+
+
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+def test_a_wrong_encoding_with_right_digests_is_found_by_encoding_anew(
+    case, tmp_path, monkeypatch, container
+):
+    """As of a memory that failed while the cache was filled."""
+    made = case("qwen3", "gguf")
+    bank, allocation = Bank(tmp_path / "bank", made.layout, {}), made.allocation(formats=PRECISE)
+
+    def failing(weights, *args, **options):
+        found = encode(weights, *args, **options)
+        found.reshape(-1)[found.size // 2] ^= 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allocator.codecs.ggml.encode", failing)
+        materialize(allocation, bank, tmp_path / "out", container=container, importance="i" * 64)
+    manifest, source = Manifest.read(tmp_path / "out"), BankSource(bank, allocation)
+    found = dict(_tensors(tmp_path / "out", manifest, bank))
+    _check_weights(tmp_path / "out", manifest, source, found)
+    before = sorted((tmp_path / "bank").iterdir())
+    with pytest.raises(VerifyError, match="holds other bytes than its BF16 encoding"):
+        verify(tmp_path / "out", bank, made.scorer, encode=True)
+    assert sorted((tmp_path / "bank").iterdir()) == before
+    good = made.write(tmp_path / "good", container, allocation).folder
+    with pytest.raises(VerifyError, match="holds other bytes"):
+        verify(good, bank, made.scorer)
+    verify(good, bank, made.scorer, encode=True, tolerance=RANDOM_WEIGHTS_TOLERANCE)
+
+
 def test_parts_of_other_experts_are_found(case, copy):
     """The same bytes under an allocation that gives two experts each other's format."""
     which = ("qwen3", "safetensors", "safetensors")
@@ -167,7 +228,6 @@ def test_a_manifest_that_points_outside_is_refused(case, copy):
 
 
 def test_another_checkpoint_is_refused(case, precise, make_checkpoint, which, tmp_path):
-    from allocator.codecs.bank import Bank
     from allocator.inventory import read_inventory
     from allocator.targets import TARGETS
 
