@@ -50,6 +50,9 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        for key in ("n_group", "topk_group"):  # null stands for no groups
+            if getattr(config, key, 1) is None:
+                setattr(config, key, 1)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
