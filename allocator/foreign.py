@@ -54,7 +54,7 @@ def no_directory(path: Path) -> str:
     if not path.parent.exists():
         name = "/".join(path.parts[-2:])
         hint = f"; if {name} is a model on the Hub: `hf download {name} --local-dir DIR`, and DIR"
-    return f"{path}: no such directory; needed a checkpoint directory{hint}"
+    return f"{path}: no such directory or file; needed a checkpoint directory{hint}"
 
 
 def no_weights(path: Path) -> str:
@@ -132,8 +132,9 @@ def unknown_tensor(name: str, family: Family, n_layers: int, n_nextn: int) -> st
         return f"{name} is of an adapter (LoRA); merge it into its model first"
     if re.search(r"\.mlp\.experts\.[a-z_]+$", name):
         return (
-            f"{name} stacks the experts of a layer in one tensor; needed one tensor per expert, "
-            "as transformers' save_pretrained writes them"
+            f"{name} stacks the experts of a layer in one tensor; split it: needed "
+            "experts.N.gate_proj.weight, up_proj.weight (the halves of gate_up_proj[N]) and "
+            "down_proj.weight of every expert"
         )
     if name.endswith(".bias"):
         return (

@@ -117,14 +117,12 @@ class Inventory:
         found = []
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
         for what, left in (
-            ("which config.json gives anyway", self.computed),
-            ("of multi-token prediction", nextn),
+            ("buffers that the model computes itself", self.computed),
+            ("tensors of multi-token prediction", nextn),
         ):
             if left and left[0].file:  # planned ones lie in no file
                 nbytes = sum(t.total_bytes if isinstance(t, TensorInfo) else t.nbytes for t in left)
-                found.append(
-                    f"left out: {len(left)} tensors {what}, {nbytes:,} bytes, e.g. {left[0].name}"
-                )
+                found.append(f"left out: {len(left)} {what}, {nbytes:,} bytes, e.g. {left[0].name}")
         method = _quant_method(self.config)
         if method and all(t.dtype in FLOATS for t in self.tensors.values()) and self._is_read:
             found.append(

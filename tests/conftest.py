@@ -269,7 +269,8 @@ def write_zeros(folder, *, tensors=None, dtypes=None, **changes):
     header, end = {}, 0
     for name, shape in (zeros_tensors() if tensors is None else tensors).items():
         dtype = (dtypes or {}).get(name, "BF16")
-        stop = end + {"F32": 4, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))
+        widths = {"F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I64": 8}
+        stop = end + widths.get(dtype, 1) * int(np.prod(shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, stop]}
         end = stop
     write_raw(folder / "model.safetensors", header, end)

@@ -117,7 +117,11 @@ def test_no_checkpoint_of_a_planned_family_is_read(name, tmp_path):
     ("name", "changes", "message"),
     [
         ("deepseek-v3", {"model_type": "llama"}, "not supported yet; supported: deepseek_v3"),
-        ("deepseek-v3", {"attention_bias": True}, "attention_bias is True, whose tensors no rule"),
+        (
+            "deepseek-v3",
+            {"attention_bias": True},
+            "attention_bias is True, but deepseek_v3 is not supported",
+        ),
         ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank is null, which transformers refuses"),
         ("deepseek-v3", {"topk_group": None}, "topk_group is None"),
         ("deepseek-v3", {"n_group": 512}, "8 of 256 experts used, in 4 of 512 groups"),
