@@ -1,6 +1,8 @@
 """What released checkpoints have and ours do not, from `inspect` to `verify` of the pick."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from allocator.cli import main
+from allocator.errors import CheckpointError
 from allocator.inventory import read_inventory
 from allocator.materialize import verify as verifying
-from allocator.proxy.model import SwapModel
+from allocator.proxy.model import SwapModel, skeleton
 from allocator.records import AllocationRecord
 from allocator.targets import GGUF, TARGETS
 
@@ -143,6 +146,47 @@ def test_null_groups_are_no_groups(tmp_path, checkpoints, changes):
     assert (inventory.expert_groups, inventory.expert_groups_used) == (1, 1)
     assert inventory.least_experts(1) == 2  # transformers rates a group by its two best
     assert GGUF.layout(inventory).layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob = True, config.json says False"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "'linear'",
+        ),
+    ],
+)
+def test_what_llama_cpp_lacks_is_said_before_a_profile(
+    tmp_path, checkpoints, fresh_study, study_cache, capsys, changes, match
+):
+    model, study = tmp_path / "model", tmp_path / "study"
+    shutil.copytree(checkpoints["qwen3"], model)
+    edit(model, **changes)
+    shutil.copytree(fresh_study, study)
+    text = (study / "study.toml").read_text().replace(str(checkpoints["qwen3"]), str(model))
+    (study / "study.toml").write_text(text)
+    common = ["--quiet", "--cache", str(study_cache)]
+    for arguments in (
+        ["inspect", str(model), "--target", "gguf"],
+        ["search", str(study), "--dry-run"],
+    ):
+        assert main([*arguments, *common]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"allocator {arguments[0]}: gguf: ")
+        assert match in err
+        assert err.count("\n") == 1
+    assert main(["plan", str(model), *common]) == 0
+    assert re.search(f"note: no figures for target gguf: gguf: .*{match}", capsys.readouterr().out)
+
+
+def test_a_config_that_transformers_refuses_is_one_line(tmp_path, checkpoints):
+    config = json.loads((checkpoints["qwen3"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "1e-6"}))
+    with pytest.raises(CheckpointError, match=r"transformers refuses .*rms_norm_eps") as caught:
+        skeleton(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_device_is_no_budget_of_target_safetensors(

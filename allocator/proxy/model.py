@@ -44,6 +44,7 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
         CheckpointError: if transformers does not accept its config.
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -57,8 +58,11 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers refuses its config.json: {error}") from None
+    except (
+        OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())  # some are of several lines
+        raise CheckpointError(f"{path}: transformers refuses its config.json: {reason}") from None
     model.set_experts_implementation("eager")
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
