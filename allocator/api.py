@@ -45,7 +45,11 @@ from allocator.workspace import Workspace, check_same_checkpoint
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
-    """Groups of a checkpoint in a target, with the formats offered; no weights are read."""
+    """Groups of a checkpoint in a target, with the formats offered; no weights are read.
+
+    `attrs["notes"]` of the table are lines on what is left out, and on what the runtime must be
+    told.
+    """
     layout = target_named(target).layout(read_inventory(checkpoint))
     rows = [
         {
@@ -57,7 +61,9 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
         }
         for g in layout.groups.values()
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["notes"] = layout.notes
+    return table
 
 
 def plan(

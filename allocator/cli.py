@@ -42,6 +42,12 @@ def _inspect(args: argparse.Namespace) -> None:
     table = api.inspect(args.checkpoint, target=args.target)
     _print_table(table, weights=",")
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
+    _print_notes(table.attrs["notes"])
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -64,8 +70,7 @@ def _plan(args: argparse.Namespace) -> None:
         f"{s.moe_layers} with {s.experts} routed experts, {s.experts_used} used\n"
     )
     _print_plan(found)
-    for note in found.notes:
-        print(f"note: {note}")
+    _print_notes(found.notes)
     for c in found.candidates if args.out else ():
         if c.name == "first":
             print(f"wrote {args.out}/first-{c.experts}.json")
@@ -195,6 +200,7 @@ def _print_estimate(e: Any) -> None:
     ready = "ready" if e.profile_ready else f"about {e.profile_seconds:.0f} s"
     print(f"profile  {ready}")
     print(f"total    about {e.total_seconds:.0f} s if every trial is scored in full")
+    _print_notes(e.notes)
 
 
 def _front(args: argparse.Namespace) -> None:
@@ -255,6 +261,8 @@ def _print_written(written: Any) -> None:
         f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
         f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
     )
+    if written.options:
+        print(f"llama.cpp must be told {written.options} (in llama-cpp-options.txt)")
 
 
 def _verify(args: argparse.Namespace) -> None:

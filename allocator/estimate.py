@@ -47,6 +47,7 @@ class SearchEstimate:
         profile_seconds: to build it, if not.
         total_seconds: an upper estimate of the launch: every trial scored in full, every look of
             `auto` around a new incumbent.
+        notes: what is left out, and what the runtime must be told.
     """
 
     floor: int
@@ -60,6 +61,7 @@ class SearchEstimate:
     profile_ready: bool
     profile_seconds: float
     total_seconds: float
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def estimate(
         profile_ready=ready,
         profile_seconds=profile_seconds,
         total_seconds=profile_seconds + seconds.trial * n_trials + looks * seconds.look,
+        notes=space.layout.notes,
     )
 
 

@@ -96,6 +96,12 @@ class Rule:
 SCALE_SUFFIX = "_scale_inv"
 """After the name of an FP8 matrix: that of the factors which its blocks are multiplied by."""
 
+COMPUTED = re.compile(
+    r"model\.(layers\.(0|[1-9][0-9]{0,5})\.self_attn\.)?rotary_emb\."
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
+"""Names of buffers that every architecture here computes from `config.json`, stored or not."""
+
 Parts = frozenset[str]
 """Patterns of a layer's tensors, without the layer and `.weight`."""
 
@@ -171,6 +177,10 @@ class Family:
         n_experts_keys: where `config.json` may say how many routed experts a layer has.
         layers: the sets of tensors that may make up a layer.
         n_nextn_layers: multi-token-prediction layers where `config.json` does not say.
+        router_groups: `n_group` and `topk_group` where `config.json` does not say, as transformers
+            has them.
+        never_null: keys of `config.json` that may be left out, but with which transformers refuses
+            null.
     """
 
     model_type: str
@@ -179,6 +189,8 @@ class Family:
     n_experts_keys: tuple[str, ...]
     layers: tuple[Parts, ...]
     n_nextn_layers: int
+    router_groups: tuple[int, int] = (1, 1)
+    never_null: frozenset[str] = frozenset()
 
     def part(self, rule: Rule) -> str:
         """What a rule's tensor is called within its layer, as in `layers`."""
@@ -226,6 +238,12 @@ class Family:
         )
 
 
+_NEVER_NULL = frozenset({
+    "attention_bias", "hidden_act", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "moe_intermediate_size", "num_attention_heads",
+    "output_router_logits", "rms_norm_eps", "tie_word_embeddings", "use_cache",
+})  # fmt: skip
+
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     gguf_architecture="deepseek2",
@@ -267,7 +285,13 @@ DEEPSEEK_V3 = Family(
         ),
     ),
     n_nextn_layers=1,
-)
+    router_groups=(8, 4),
+    never_null=_NEVER_NULL
+    | {
+        "first_k_dense_replace", "kv_lora_rank", "n_shared_experts", "qk_nope_head_dim",
+        "qk_rope_head_dim", "routed_scaling_factor", "v_head_dim",
+    },
+)  # fmt: skip
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
@@ -283,7 +307,12 @@ QWEN3_MOE = Family(
         (("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),), (_DENSE, _ROUTED)
     ),
     n_nextn_layers=0,
-)
+    never_null=_NEVER_NULL
+    | {
+        "attention_dropout", "decoder_sparse_step", "head_dim", "norm_topk_prob",
+        "num_key_value_heads", "router_aux_loss_coef", "use_sliding_window",
+    },
+)  # fmt: skip
 
 _W = {"gate": "w1", "up": "w3", "down": "w2"}
 _SPARSE = "block_sparse_moe."
@@ -373,11 +402,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         CheckpointError: if its `model_type` is not one of those that are read.
     """
-    model_type = str(config.get("model_type"))
-    if model_type in PLANNED and model_type not in FAMILIES:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in set(PLANNED) - set(FAMILIES):
         raise CheckpointError(
-            f"config.json: model_type is {model_type!r}, whose sizes alone are known, needed one "
-            f"of {', '.join(FAMILIES)}; `allocator plan` is all that works with it"
+            f"config.json: model_type is {model_type!r}, whose sizes alone are known: `allocator "
+            f"plan` works with it; read, searched and written: {', '.join(FAMILIES)}"
         )
     return _named(config, FAMILIES)
 
@@ -393,10 +422,17 @@ def planned_family_of(config: Mapping[str, Any]) -> Family:
 
 def _named(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
     model_type = config.get("model_type")
-    family = families.get(str(model_type))
-    if family is None:
-        raise CheckpointError(
-            f"config.json: model_type is {model_type!r}, needed one of {', '.join(families)}; "
-            "another architecture needs a naming table in allocator/families.py"
-        )
-    return family
+    for key, inner in config.items() if "num_hidden_layers" not in config else ():
+        if isinstance(inner, dict) and "num_hidden_layers" in inner:
+            raise CheckpointError(
+                f"config.json: model_type is {model_type!r} with a language model of type "
+                f"{inner.get('model_type')!r} inside of {key}: models of text and more are not "
+                "supported; save the language model alone, e.g. with transformers, and name that"
+            )
+    if isinstance(model_type, str) and model_type in families:
+        return families[model_type]
+    only = ", ".join(sorted(set(PLANNED) - set(FAMILIES)))
+    raise CheckpointError(
+        f"config.json: model_type {model_type!r} is not supported yet; supported: "
+        f"{', '.join(FAMILIES)}; planned (`allocator plan` only): {only}"
+    )

@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -26,11 +26,28 @@ import msgspec
 
 from allocator.digests import Digests, Identity
 from allocator.errors import CheckpointError
-from allocator.families import SCALE_SUFFIX, Family, Role, family_of
+from allocator.families import COMPUTED, SCALE_SUFFIX, Family, Role, family_of
+from allocator.foreign import (
+    FETCH_LFS,
+    LFS_POINTER,
+    ORIGINAL,
+    missing_shards,
+    no_directory,
+    no_weights,
+    quantized,
+    stored_as,
+    unknown_tensor,
+)
 
 FP8 = "F8_E4M3"
 MXFP4 = "MXFP4"  # of planned tensors alone: no checkpoint with it is read
+FLOATS = ("F32", "F16", "BF16")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
+_STORED_BYTES = DTYPE_BYTES | {
+    "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1,
+    "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Of every dtype whose place in a file is known; only those of `DTYPE_BYTES` are read."""
 _COUNTS = ("num_experts_per_tok", "hidden_size", "vocab_size")
 _LISTED = ("num_hidden_layers",)
 _WIDTHS = (
@@ -68,8 +85,9 @@ class TensorInfo(Stored):
         role: what it does.
         layer: its layer, if it has one.
         expert: its expert, if it has one.
-        scale: of an FP8 matrix, one F32 factor per block, `(ceil(out / rows), ceil(in / columns))`
-            for the `(rows, columns)` of `Inventory.scale_block`; None for every other dtype.
+        scale: of an FP8 matrix, one F32, F16 or BF16 factor per block, `(ceil(out / rows),
+            ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; None for
+            every other dtype.
     """
 
     role: Role
@@ -94,6 +112,7 @@ class Inventory:
         tensors: by name, in the order of the files; scales are part of their tensors.
         files: `config.json` and the files with weights, as they were when they were opened.
         digests: remembers those of tensors, if given.
+        computed: stored buffers that the architecture computes itself; no part of anything here.
     """
 
     path: Path
@@ -102,6 +121,31 @@ class Inventory:
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
     digests: Digests | None = field(default=None, compare=False, repr=False)
+    computed: tuple[Stored, ...] = ()
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What of the checkpoint is left out, a line each."""
+        found = []
+        nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
+        for what, left in (
+            ("buffers that the model computes itself", self.computed),
+            ("tensors of multi-token prediction", nextn),
+        ):
+            if left and left[0].file:  # planned ones lie in no file
+                nbytes = sum(t.total_bytes if isinstance(t, TensorInfo) else t.nbytes for t in left)
+                found.append(f"left out: {len(left)} {what}, {nbytes:,} bytes, e.g. {left[0].name}")
+        method = _quant_method(self.config)
+        if method and all(t.dtype in FLOATS for t in self.tensors.values()) and self._is_read:
+            found.append(
+                f"left out: config.json says quant_method {method!r}, but no tensor is quantized"
+            )
+        return tuple(found)
+
+    @property
+    def _is_read(self) -> bool:
+        """Whether it has files."""
+        return any(t.file for t in self.tensors.values())
 
     @cached_property
     def n_layers(self) -> int:
@@ -127,7 +171,12 @@ class Inventory:
     @cached_property
     def expert_groups(self) -> int:
         """Groups that the router first chooses among (`n_group`); 1 where it has none."""
-        return int(self.config.get("n_group") or 1)
+        return _router_groups(self.config, self.family)[0]
+
+    @cached_property
+    def expert_groups_used(self) -> int:
+        """Of those, how many a token's experts may come from (`topk_group`)."""
+        return _router_groups(self.config, self.family)[1]
 
     def least_experts(self, used: int) -> int:
         """The fewest experts per layer from which the router can choose `used`.
@@ -135,9 +184,9 @@ class Inventory:
         A router with groups rates each by its two best experts, and then chooses experts from the
         `topk_group` best groups.
         """
-        if not self.config.get("n_group"):
+        if self.config.get("n_group") is None and self.family.router_groups == (1, 1):
             return used
-        return self.expert_groups * max(2, -(-used // int(self.config.get("topk_group") or 1)))
+        return self.expert_groups * max(2, -(-used // self.expert_groups_used))
 
     @cached_property
     def tied_embeddings(self) -> bool:
@@ -270,6 +319,8 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, in
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == LFS_POINTER[:8]:
+            raise CheckpointError(f"{path}: {FETCH_LFS}")
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
@@ -285,13 +336,10 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, in
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
-        width = DTYPE_BYTES.get(dtype)
+        width = _STORED_BYTES.get(dtype)
         if width is None:
-            raise CheckpointError(
-                f"{path}: {name} is stored as {dtype}, needed one of {', '.join(DTYPE_BYTES)}; "
-                "convert the checkpoint to bfloat16 first"
-            )
-        if start != end or any(n < 1 for n in shape) or stop - start != prod(shape) * width:
+            raise CheckpointError(f"{path}: {stored_as(name, dtype, DTYPE_BYTES)}")
+        if start != end or any(n < 0 for n in shape) or stop - start != prod(shape) * width:
             raise CheckpointError(
                 f"{path}: {name} has shape {shape} but bytes {start}..{stop} "
                 f"(expected from {end}); the header is damaged: fetch the file again"
@@ -312,10 +360,16 @@ def read_json(path: Path) -> Any:
         CheckpointError: if it is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; needed a checkpoint directory") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    if data.startswith(LFS_POINTER):
+        raise CheckpointError(f"{path}: {FETCH_LFS}")
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 
@@ -330,16 +384,14 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
         for file in {str(file) for file in weight_map.values()}:
             if Path(file).name != file or len(file) > 255:
                 raise CheckpointError(f"{index}: {file!r} is no file name inside the checkpoint")
-            if not (path / file).is_file():
-                raise CheckpointError(f"{path}: shard {file} of the index is missing; fetch it")
         weight_map = {name: str(file) for name, file in weight_map.items()}
-        return sorted(set(weight_map.values())), weight_map
+        files = sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (path / file).is_file()]:
+            raise CheckpointError(missing_shards(path, missing, len(files)))
+        return files, weight_map
     if (path / "model.safetensors").is_file():
         return ["model.safetensors"], None
-    raise CheckpointError(
-        f"{path}: neither model.safetensors nor model.safetensors.index.json; "
-        "needed a directory with a safetensors checkpoint"
-    )
+    raise CheckpointError(no_weights(path))
 
 
 def _stored(path: Path, opened: dict[str, Identity]) -> dict[str, Stored]:
@@ -374,12 +426,29 @@ def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
     return True
 
 
+def _check_stored(
+    path: Path, place: Stored, names: Iterable[str], config: Mapping[str, Any]
+) -> None:
+    """A tensor has values, in a dtype that is read."""
+    if 0 in place.shape:
+        none = "n_shared_experts is 0 in config.json, and " * (config.get("n_shared_experts") == 0)
+        raise CheckpointError(
+            f"{path}: {none}{place.name} has shape {place.shape}, so no values: a model with such "
+            "a part is not supported"
+        )
+    if place.dtype not in DTYPE_BYTES:
+        why = quantized(names, _quant_method(config))
+        raise CheckpointError(f"{path}: {why or stored_as(place.name, place.dtype, DTYPE_BYTES)}")
+
+
 def _tensors(
-    path: Path, family: Family, n_layers: int, n_nextn: int, opened: dict[str, Identity]
+    path: Path, config: Mapping[str, Any], family: Family, stored: Mapping[str, Stored]
 ) -> Iterator[tuple[TensorInfo, str]]:
-    """Yields every tensor, and what it is called within its layer; fills `opened`."""
-    stored = _stored(path, opened)
+    """Yields every tensor, and what it is called within its layer."""
+    n_layers, n_nextn = int(config["num_hidden_layers"]), config.get("num_nextn_predict_layers")
+    n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
     for name, place in stored.items():
+        _check_stored(path, place, stored, config)
         if _is_scale(path, name, stored):
             continue
         found = family.match(name)
@@ -390,10 +459,9 @@ def _tensors(
         if layer is not None and layer >= n_layers:
             role, found = Role.NEXTN, None
         if found is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
+            why = quantized(stored, _quant_method(config))
             raise CheckpointError(
-                f"{path}: {name} is no tensor of {family.model_type} with {n_layers} layers "
-                f"and {n_nextn} for multi-token prediction; "
-                "is this checkpoint already quantized, or of another architecture?"
+                f"{path}: {why or unknown_tensor(name, family, n_layers, n_nextn)}"
             )
         if role is not Role.NEXTN and len(place.shape) != (1 if role in _VECTORS else 2):
             raise CheckpointError(
@@ -413,7 +481,7 @@ def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
         )
     if tensor.scale is None:
         raise CheckpointError(
-            f"{where} is stored as {FP8} without its {tensor.name}{SCALE_SUFFIX}, one F32 factor "
+            f"{where} is stored as {FP8} without its {tensor.name}{SCALE_SUFFIX}, one factor "
             "per block; the checkpoint is not whole: fetch it again"
         )
     if inventory.config.get("quantization_config") is None:
@@ -423,10 +491,11 @@ def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
         )
     blocks = zip(tensor.shape, inventory.scale_block, strict=False)  # nextn: of any dimensions
     needed = tuple(-(-size // block) for size, block in blocks)
-    if (tensor.scale.dtype, tensor.scale.shape) != ("F32", needed):
+    if tensor.scale.dtype not in FLOATS or tensor.scale.shape != needed:
         raise CheckpointError(
             f"{inventory.path}: {tensor.scale.name} is {tensor.scale.dtype} of shape "
-            f"{tensor.scale.shape}, needed F32 of shape {needed}: a factor for every block of "
+            f"{tensor.scale.shape}, needed {' or '.join(FLOATS)} of shape {needed}: a factor for "
+            "every block of "
             f"{inventory.scale_block} in {tensor.shape}; fetch both and config.json from one place"
         )
 
@@ -485,34 +554,34 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
         CheckpointError: if it is missing, truncated, damaged, or of an unknown architecture.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; needed a checkpoint directory")
-    opened: dict[str, Identity] = {}
-    with suppress(FileNotFoundError):  # `read_json` says so
-        opened["config.json"] = Identity.of((path / "config.json").stat())
+    if not (path / "config.json").is_file():
+        raise CheckpointError(no_directory(path))
+    opened = {"config.json": Identity.of((path / "config.json").stat())}
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
     family = family_of(config)
     check_config(path, config, family)
-    _check_quantization(path, config.get("quantization_config"))
-    n_layers = int(config["num_hidden_layers"])
-    n_nextn = config.get("num_nextn_predict_layers")
-    n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
+    stored = _stored(path, opened)
+    computed = tuple(place for name, place in stored.items() if COMPUTED.fullmatch(name))
+    for place in computed:
+        del stored[place.name]
     tensors: dict[str, TensorInfo] = {}
     parts: dict[int | None, set[str]] = {}
-    for tensor, part in _tensors(path, family, n_layers, n_nextn, opened):
+    for tensor, part in _tensors(path, config, family, stored):
         tensors[tensor.name] = tensor
         parts.setdefault(tensor.layer, set()).add(part)
     remembered = None if digests is None else Digests(digests)
-    inventory = Inventory(path, config, family, tensors, opened, remembered)
-    for tensor in tensors.values():
-        if tensor.dtype == FP8:
-            _check_fp8(inventory, tensor)
+    inventory = Inventory(path, config, family, tensors, opened, remembered, computed)
+    in_fp8 = [tensor for tensor in tensors.values() if tensor.dtype == FP8]
+    if in_fp8:
+        _check_quantization(path, config.get("quantization_config"))
+    for tensor in in_fp8:
+        _check_fp8(inventory, tensor)
     _check_names(inventory, ("model.embed_tokens.weight", "model.norm.weight"))
     if not config.get("tie_word_embeddings", False):
         _check_names(inventory, ("lm_head.weight",))
-    for layer in range(n_layers):
+    for layer in range(inventory.n_layers):
         _check_layer(inventory, layer, frozenset(parts.get(layer, ())))
     _check_experts(inventory)
     return inventory
@@ -546,8 +615,17 @@ def check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
     n_experts = check(family.n_experts_key(config), 1, _MOST_LISTED)
     if config.get("num_nextn_predict_layers") is not None:
         check("num_nextn_predict_layers", 0, _MOST_LISTED)
-    groups = check("n_group", 1) if config.get("n_group") is not None else 1
-    chosen = check("topk_group", 1) if groups > 1 else 1
+    for key in sorted(family.never_null & set(config)):
+        if config[key] is None:
+            raise CheckpointError(
+                f"{path}/config.json: {key} is null, which transformers refuses; write its value "
+                "(or leave it out, where transformers' default is meant)"
+            )
+    if config.get("n_group") is not None:
+        check("n_group", 1)
+    groups, chosen = _router_groups(config, family)
+    if groups > 1 and "topk_group" in config:
+        check("topk_group", 1)
     if config["num_experts_per_tok"] > n_experts or n_experts % groups or chosen > groups:
         raise CheckpointError(
             f"{path}/config.json: {config['num_experts_per_tok']} of {n_experts} experts used, in "
@@ -555,15 +633,30 @@ def check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def _router_groups(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
+    """Groups of a router, and how many of them a token uses; null stands for no groups."""
+    groups, used = family.router_groups
+    groups = config.get("n_group", groups) or 1
+    return (1, 1) if groups == 1 else (groups, config.get("topk_group", used))
+
+
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    """What config.json says of quantized weights; None if nothing."""
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, dict) else found)[:40]
+
+
 def _check_quantization(path: Path, quantization: Any) -> None:
-    """What config.json says of quantized weights is either nothing, or FP8 in blocks."""
+    """config.json says FP8 in blocks, or nothing (`_check_fp8` says what it needs then)."""
     if quantization is None:
         return
     found = quantization if isinstance(quantization, dict) else {}
     if found.get("quant_method") != "fp8":
         raise CheckpointError(
-            f"{path}/config.json: quant_method is {found.get('quant_method')!r}, needed 'fp8' or "
-            "no quantization_config at all; convert the checkpoint to bfloat16 first"
+            f"{path}/config.json: quant_method is {found.get('quant_method')!r} of a checkpoint in "
+            f"{FP8}, needed 'fp8'; {ORIGINAL}"
         )
     block = found.get("weight_block_size")
     if not isinstance(block, list) or [type(n) is int and n >= 1 for n in block] != [True, True]:

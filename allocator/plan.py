@@ -166,6 +166,7 @@ def plan(
         candidates=(),
         notes=(
             *notes,
+            *dict.fromkeys(note for x in layouts.values() for note in x.notes),
             *_quantized(inventory),
             "floor and ceiling are tensor data, without a file's header",
         ),

@@ -16,6 +16,7 @@ from typing import Any
 
 from allocator.errors import CheckpointError
 from allocator.families import Family, Role, planned_family_of
+from allocator.foreign import no_directory
 from allocator.formats import FORMATS
 from allocator.inventory import MXFP4, Inventory, TensorInfo, check_config, read_json
 
@@ -61,6 +62,8 @@ def _read(config: Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
     if isinstance(config, Mapping):
         return Path("."), config
     path = config / "config.json" if config.is_dir() else config
+    if not path.is_file() or path.suffix in (".gguf", ".safetensors"):
+        raise CheckpointError(no_directory(config))
     content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: needed an object, as in a checkpoint's config.json")
@@ -271,8 +274,8 @@ _SHAPES: dict[str, Callable[[Mapping[str, Any]], Shapes]] = {
 def _refuse(config: Mapping[str, Any], key: str) -> None:
     if config.get(key):
         raise CheckpointError(
-            f"config.json: {key} is {config[key]!r}, whose tensors no rule of "
-            f"{config['model_type']} names; add them in allocator/families.py"
+            f"config.json: {key} is {config[key]!r}, but {config['model_type']} is not supported "
+            "with biases; needed a checkpoint without them"
         )
 
 

@@ -533,7 +533,10 @@ def _share(space: Space, layer: int, values: Floats, count: int | None) -> float
 
 
 def _count_losses(profile: Profile, layer: int, space: Space) -> Floats:
-    """Piecewise linear through the measured counts; zero when all experts stay."""
-    points = {space.layout.inventory.n_experts: 0.0, **profile.pruned[layer]}
+    """Piecewise linear through the measured counts; zero when all experts stay.
+
+    A router that needs all experts has no measured counts.
+    """
+    points = {space.layout.inventory.n_experts: 0.0, **profile.pruned.get(layer, {})}
     xs = sorted(points)
     return np.interp(space.counts, xs, [points[x] for x in xs])

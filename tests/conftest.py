@@ -232,6 +232,18 @@ ZEROS = {
     "num_experts": 4,
     "hidden_size": 64,
     "vocab_size": 48,
+    # what a gguf file says of the model
+    "max_position_embeddings": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 
 
@@ -285,7 +297,8 @@ def write_zeros(folder, *, tensors=None, dtypes=None, **changes):
     header, end = {}, 0
     for name, shape in (zeros_tensors() if tensors is None else tensors).items():
         dtype = (dtypes or {}).get(name, "BF16")
-        stop = end + {"F32": 4, "BF16": 2}.get(dtype, 1) * int(np.prod(shape))
+        widths = {"F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I64": 8}
+        stop = end + widths.get(dtype, 1) * int(np.prod(shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, stop]}
         end = stop
     write_raw(folder / "model.safetensors", header, end)
@@ -494,12 +507,7 @@ def formula_search(
 @pytest.fixture(scope="session")
 def formula(tmp_path_factory):
     """`search(storage, sampler, ...)` over `checkpoint`, and `Scorer`."""
-    checkpoint = write_zeros(  # with what a gguf header says of it
-        tmp_path_factory.mktemp("formula"),
-        max_position_embeddings=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-        moe_intermediate_size=32, intermediate_size=64, rope_theta=1e4, rms_norm_eps=1e-6,
-        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
-    )  # fmt: skip
+    checkpoint = write_zeros(tmp_path_factory.mktemp("formula"))
     return SimpleNamespace(
         search=partial(formula_search, checkpoint), Scorer=FormulaScorer, checkpoint=checkpoint
     )

@@ -243,11 +243,29 @@ def test_digest_of_a_scale_that_ends_early(zeros_fp8, as_they_are):
         as_they_are(inventory).tensor_digest(Q)
 
 
-def test_quantization_that_no_tensor_uses(tmp_path, make, fp8, tiny):
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes_4bit", "load_in_4bit": True},
+        {"quant_method": "mxfp4"},
+        {},
+        "int8",
+    ],
+)
+def test_quantization_that_no_tensor_uses(tmp_path, make, tiny, found):
     """As in checkpoints that were converted to bfloat16 with their config.json copied."""
-    found = {**fp8.config, "weight_block_size": [128, 128]}
     inventory = read_inventory(make.zeros(tmp_path, quantization_config=found))
     assert inventory.tensors == tiny.tensors
+    assert [n.partition(",")[0] for n in inventory.notes] == [
+        f"left out: config.json says quant_method {method_of(found)!r}"
+    ]
+    assert tiny.notes == ()
+
+
+def method_of(found):
+    return str(found.get("quant_method") if isinstance(found, dict) else found)
 
 
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -278,13 +296,11 @@ def kept_in_fp8(name, scale_shape):
         (stored_as("BF16", Q), "scales a weight that is stored as BF16, needed one in F8_E4M3"),
         (stored_as("F8_E5M2", Q), f"{Q} is stored as F8_E5M2, needed one of .*F8_E4M3; convert"),
         (stored_as("F8_E8M0", f"{Q}_scale_inv"), "_scale_inv is stored as F8_E8M0, needed one of"),
-        (
-            stored_as("BF16", f"{Q}_scale_inv"),
-            r"is BF16 of shape \(2, 2\), needed F32 of shape \(2",
-        ),
+        (stored_as("U8", f"{Q}_scale_inv"), "_scale_inv is stored as U8, whole numbers"),
         *(
-            (stored_as("F32", f"{Q}_scale_inv", shape=shape), r"needed F32 of shape \(2, 2\): a f")
+            (stored_as(dtype, f"{Q}_scale_inv", shape=shape), r"BF16 of shape \(2, 2\): a fact")
             for shape in ((2, 1), (1, 2), (2, 3), (4,), (1, 2, 2), (64, 64))
+            for dtype in ("F32", "BF16")
         ),
         (
             kept_in_fp8(ROUTER, (1, 2)),
@@ -301,25 +317,20 @@ def test_odd_fp8(zeros_fp8, change, match):
     ("found", "match"),
     [
         (None, "F8_E4M3, but config.json has no quantization_config"),
-        ({"quant_method": "gptq"}, "quant_method is 'gptq', needed 'fp8' or no quanti"),
-        ({}, "quant_method is None, needed 'fp8'"),
-        (["fp8"], "quant_method is None, needed 'fp8'"),
+        ({"quant_method": "gptq"}, "'gptq' of a checkpoint in F8_E4M3, needed 'fp8'"),
+        ({}, "quant_method is None of a checkpoint in F8_E4M3, needed 'fp8'"),
+        (["fp8"], "quant_method is None of a checkpoint in F8_E4M3, needed 'fp8'"),
         ({"quant_method": "fp8"}, r"weight_block_size is None, needed two numbers from 1"),
         *(
             ({"quant_method": "fp8", "weight_block_size": block}, "_size is .*, needed two numb")
             for block in (None, 48, "48", [48], [48, 40, 1], [0, 40], [48, -40], [48.0, 40],
                           [True, 40], [[48], 40], {"48": 40})
         ),
-        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"needed F32 of shape \(1, 1\)"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"BF16 of shape \(1, 1\)"),
     ],
 )  # fmt: skip
 def test_odd_quantization(zeros_fp8, found, match):
     refused(zeros_fp8(quantization_config=found), match)
-
-
-def test_other_quantization_is_refused_even_of_plain_tensors(tmp_path, make):
-    folder = make.zeros(tmp_path, quantization_config={"quant_method": "bitsandbytes_4bit"})
-    refused(folder, "quant_method is 'bitsandbytes_4bit'")
 
 
 # -- damage
@@ -437,8 +448,8 @@ def test_unreadable_config(tmp_path, make):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', needed one of"),
-        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported: deepseek"),
+        ({"model_type": None}, "model_type None is not supported yet"),
         ({"num_experts": None}, "no num_experts or num_local_experts"),
         ({"num_experts": "four"}, "num_experts is 'four'"),
         ({"num_experts": 0}, "num_experts is 0"),
@@ -454,7 +465,8 @@ def test_unreadable_config(tmp_path, make):
         ({"hidden_size": 64.5}, "hidden_size is 64.5"),
         ({"vocab_size": None}, "vocab_size is None"),
         ({"n_group": 3, "topk_group": 1}, "4 experts used|in 1 of 3 groups"),
-        ({"n_group": 2}, "topk_group is None"),
+        ({"n_group": 2, "topk_group": "1"}, "topk_group is '1'"),
+        ({"n_group": 0}, "n_group is 0"),
         ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers is '1'"),
     ],
 )
@@ -481,7 +493,7 @@ def test_missing_tensors(tmp_path, make, name, match):
 
 
 @pytest.mark.parametrize(
-    "name", ["extra.weight", "model.layers.0.mlp.up_proj.qweight", "x.99.y", "x.².y", "x.٣.y"]
+    "name", ["extra.weight", "model.layers.0.mlp.up_proj.gweight", "x.99.y", "x.².y", "x.٣.y"]
 )
 def test_unknown_tensor(tmp_path, make, name):
     folder = make.zeros(tmp_path, tensors=make.tensors() | {name: (2, 2)})
@@ -519,11 +531,16 @@ MOVED = "model.layers.1.mlp.gate.weight"
 def test_missing_shard(shards):
     lost = sorted(shards.glob("model-*"))[2]
     lost.unlink()
-    refused(shards, f"shard {lost.name} of the index is missing")
+    refused(shards, rf"1 of \d+ shards of the index are missing, e.g. {lost.name}; fetch")
+    (shards / "abc.incomplete").touch()
+    refused(shards, "the download was interrupted: run it again")
 
 
 def test_neither_file(shards):
     (shards / INDEX).unlink()
+    refused(shards, r"\d safetensors files .* without model.safetensors.index.json; fetch")
+    for file in shards.glob("*.safetensors"):
+        file.unlink()
     refused(shards, "neither model.safetensors nor")
 
 
@@ -533,7 +550,7 @@ def test_neither_file(shards):
 def test_index_points_elsewhere(shards, file):
     (shards.parent / "x").write_bytes(b"")
     edit(shards / INDEX, lambda index: index["weight_map"].update({MOVED: file}))
-    refused(shards, "no file name inside|is missing")
+    refused(shards, "no file name inside|are missing")
 
 
 @pytest.mark.parametrize(

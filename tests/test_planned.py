@@ -116,9 +116,15 @@ def test_no_checkpoint_of_a_planned_family_is_read(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("deepseek-v3", {"model_type": "llama"}, "needed one of deepseek_v3"),
-        ("deepseek-v3", {"attention_bias": True}, "attention_bias is True, whose tensors no rule"),
-        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank is None, needed a number from 1"),
+        ("deepseek-v3", {"model_type": "llama"}, "not supported yet; supported: deepseek_v3"),
+        (
+            "deepseek-v3",
+            {"attention_bias": True},
+            "attention_bias is True, but deepseek_v3 is not supported",
+        ),
+        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank is null, which transformers refuses"),
+        ("deepseek-v3", {"topk_group": None}, "topk_group is None"),
+        ("deepseek-v3", {"n_group": 512}, "8 of 256 experts used, in 4 of 512 groups"),
         ("deepseek-v3", {"num_hidden_layers": "61"}, "num_hidden_layers is '61'"),
         ("qwen3-30b-a3b", {"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
         ("gpt-oss-120b", {"attention_bias": False}, "attention_bias is false"),

@@ -2,8 +2,8 @@
 
 In: a group or kept tensor of a layout. Out: its values, `(out, in)`, `(experts, out, in)` or
 `(heads, out, in)`. Invariant: `join_kv_b(*split_kv_b(w)) == w`, a stacked expert group is in expert
-order, and FP8 in blocks is decoded as torch does: the code's value times its block's factor, in
-float32.
+order, and FP8 in blocks is decoded as torch does: the code's value times its block's factor (F32,
+F16 or BF16), in float32.
 """
 
 import hashlib
@@ -92,18 +92,17 @@ def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
 def _read(inventory: Inventory, info: TensorInfo) -> Floats:
     raw = read_raw(inventory, info)
     if info.scale is not None:
-        scale = read_raw(inventory, info.scale).view(np.float32).reshape(info.scale.shape)
-        values = _scaled(raw.reshape(info.shape), scale, inventory.scale_block)
+        scale = _floats(read_raw(inventory, info.scale), info.scale.dtype)
+        values = _scaled(
+            raw.reshape(info.shape), scale.reshape(info.scale.shape), inventory.scale_block
+        )
         if values is None:
             raise CheckpointError(
                 f"{info.file}: {info.name} holds a NaN code, or a factor in {info.scale.name} is "
                 "too large; needed finite weights: fetch the checkpoint again"
             )
-    elif info.dtype == "BF16":
-        bits = raw.view(np.uint16).astype(np.uint32)
-        values = np.left_shift(bits, 16, out=bits).view(np.float32)
     else:
-        values = raw.view({"F32": np.float32, "F16": np.float16}[info.dtype]).astype(np.float32)
+        values = _floats(raw, info.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(values.sum()) or np.isfinite(values).all()  # a sum is cheaper
     if not finite:
@@ -112,6 +111,14 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
             "the checkpoint again"
         )
     return values.reshape(info.shape)
+
+
+def _floats(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
+    """Stored floats as float32, exactly."""
+    if dtype == "BF16":
+        bits = raw.view(np.uint16).astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    return raw.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
 
 
 def _scaled(codes: npt.NDArray[np.uint8], scale: Floats, block: tuple[int, int]) -> Floats | None:

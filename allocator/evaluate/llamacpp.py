@@ -236,6 +236,8 @@ class LlamaCpp:
             None leaves it to `exact`.
         micro_batch: tokens computed at once; a whole context by default.
         sequences: room in the cache for so many, each of `context` tokens.
+        yarn_betas: YaRN's `beta_fast` and `beta_slow`, which some loaders do not read from the
+            file; None leaves llama.cpp's own.
         repack: let llama.cpp keep a second copy of weights that its CPU can compute faster with
             (most of Q4_0, IQ4_NL and some others), as it does by default.
 
@@ -255,6 +257,7 @@ class LlamaCpp:
         kv_format: str | None = None,
         micro_batch: int | None = None,
         sequences: int = 1,
+        yarn_betas: tuple[float, float] | None = None,
         repack: bool = True,
     ) -> None:
         self._model = self._context = None
@@ -267,6 +270,8 @@ class LlamaCpp:
             params.flash_attn_type = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
         if micro_batch is not None:
             params.n_ubatch = micro_batch
+        if yarn_betas is not None:
+            params.yarn[2:] = yarn_betas  # after the factors of extrapolation and attention
         _errors.clear()
         _sizes.clear()
         self._model = self._lib.llama_model_load_from_file(

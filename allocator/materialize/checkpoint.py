@@ -82,10 +82,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Written:
-    """A directory and its manifest."""
+    """A directory, its manifest, and what the runtime must be told when it runs the file."""
 
     folder: Path
     manifest: Manifest
+    options: str = ""
 
 
 def materialize(
@@ -123,13 +124,13 @@ def materialize(
     target = target_named(container)
     size = allocation.nbytes(layout, target)
     _check_place(folder, allocation, container, size.file)
-    source = BankSource(bank, allocation)
+    source, options = BankSource(bank, allocation), ""
     with _whole_directory(folder) as place:
         if container == "gguf":
             write_gguf(place / FILE["gguf"], layout, allocation, source)
             (place / "tensor-types.txt").write_text(tensor_type_file(layout, allocation))
-            if told := llama_cpp_options(allocation, workload or {}):
-                (place / "llama-cpp-options.txt").write_text(told + "\n")
+            if options := llama_cpp_options(layout, allocation, workload or {}):
+                (place / "llama-cpp-options.txt").write_text(options + "\n")
         else:
             _write_safetensors(place / FILE["safetensors"], layout, allocation, source)
             _write_config(place, layout, allocation)
@@ -152,7 +153,7 @@ def materialize(
         (place / "manifest.json").write_bytes(
             msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         )
-    return Written(folder, manifest)
+    return Written(folder, manifest, options)
 
 
 def file_digest(path: Path) -> str:

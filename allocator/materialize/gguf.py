@@ -22,8 +22,9 @@ from allocator.allocation import KV_FORMAT, Allocation
 from allocator.errors import FormatError, VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.targets import Kept, Layout
+from allocator.targets.gguf import yarn_options
 from allocator.targets.gguf_memory import kv_parts
-from allocator.targets.gguf_metadata import metadata
+from allocator.targets.gguf_metadata import metadata, yarn_betas
 
 Bytes = npt.NDArray[np.uint8]
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
@@ -281,16 +282,18 @@ def _tensors(
 # -- llama-quantize's --tensor-type-file
 
 
-def llama_cpp_options(allocation: Allocation, workload: Mapping[str, int]) -> str:
+def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[str, int]) -> str:
     """What llama.cpp's programs must be told, the file not saying it; empty for their defaults.
 
     Args:
+        layout: of the checkpoint, some of which llama.cpp does not read from the file.
         allocation: what the file holds.
         workload: `context` and `sequences`, where a whole device was budgeted; then without second
             copies of weights, which a CPU keeps otherwise.
     """
     keys, values = kv_parts(allocation.kv_format)
-    told = []
+    betas = yarn_betas(layout.inventory)
+    told = [] if betas is None else [yarn_options(betas)]
     if (keys, values) != (KV_FORMAT, KV_FORMAT):
         told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
     if workload or allocation.micro_batch is not None:

@@ -45,6 +45,7 @@ from allocator.proxy.scorer import mean
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
 from allocator.proxy.weights import Weights
 from allocator.targets import Layout, target_named
+from allocator.targets.gguf_metadata import yarn_betas
 from allocator.targets.safetensors import tensor_names
 
 SAFETENSORS_TOLERANCE = 1e-5
@@ -337,7 +338,11 @@ def _run(
     told = stored.allocation.kv_format
     kv_format = None if told == KV_FORMAT else told  # else llama.cpp's own defaults
     with LlamaCpp(
-        folder / manifest.file, context=longest, exact=False, kv_format=kv_format
+        folder / manifest.file,
+        context=longest,
+        exact=False,
+        kv_format=kv_format,
+        yarn_betas=yarn_betas(stored.layout.inventory),
     ) as llama:
         shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
         for index, document in enumerate(shown):

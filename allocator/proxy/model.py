@@ -44,18 +44,25 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
         CheckpointError: if transformers does not accept its config.
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        for key in ("n_group", "topk_group"):  # null stands for no groups
+            if getattr(config, key, 1) is None:
+                setattr(config, key, 1)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers refuses its config.json: {error}") from None
+    except (
+        OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())  # some are of several lines
+        raise CheckpointError(f"{path}: transformers refuses its config.json: {reason}") from None
     model.set_experts_implementation("eager")
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

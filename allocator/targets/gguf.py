@@ -9,7 +9,7 @@ multi-head latent attention stores `k_b` (transposed: rows of `qk_nope_head_dim`
 from collections.abc import Mapping
 
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import Role
+from allocator.families import FAMILIES, Role
 from allocator.inventory import Inventory, TensorInfo
 from allocator.memory import DeviceMemory, Settings, Workload
 from allocator.targets.gguf_memory import (
@@ -20,12 +20,19 @@ from allocator.targets.gguf_memory import (
     output_bytes,
     overhead_bytes,
 )
-from allocator.targets.gguf_metadata import metadata, metadata_bytes
+from allocator.targets.gguf_metadata import (
+    hyperparameters,
+    metadata,
+    metadata_bytes,
+    yarn_betas,
+)
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
 _MOST_AT_ONCE = 1 << 20  # tokens of a micro-batch: beyond any buffer
 _HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
-_MLA_LAYERS_WITHOUT_Q_LORA = (26, 27)  # llama.cpp tells the old models apart by these
+_WITHOUT_Q_LORA = {26: None, 27: None, 48: 128_256}
+"""Layers, and rows of the embedding, by which llama.cpp tells deepseek2 models without q_lora_rank
+apart from the others; None: any."""
 
 
 class GgufTarget(Target):
@@ -40,6 +47,7 @@ class GgufTarget(Target):
         """Groups under llama.cpp's names, `kv_b` split.
 
         Raises:
+            CheckpointError: if `config.json` lacks or contradicts what the file must say.
             TargetError: if stock llama.cpp would not load the model, or not compute it rightly.
         """
         _check(inventory)
@@ -58,7 +66,8 @@ class GgufTarget(Target):
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
-        return Layout(self.name, inventory, in_file_order(groups), kept)
+        notes = (*inventory.notes, *_told(inventory))
+        return Layout(self.name, inventory, in_file_order(groups), kept, notes)
 
     def header_bytes(
         self,
@@ -122,21 +131,42 @@ class GgufTarget(Target):
 
 
 def _check(inventory: Inventory) -> None:
-    config = inventory.config
+    if inventory.family.model_type not in FAMILIES:  # planned: no file is written
+        return
+    config, vocab = inventory.config, inventory.of_role(Role.EMBEDDING)[0].shape[0]
     if (
         inventory.family.model_type == "deepseek_v3"
         and config.get("q_lora_rank") is None
-        and inventory.n_layers not in _MLA_LAYERS_WITHOUT_Q_LORA
+        and _WITHOUT_Q_LORA.get(inventory.n_layers, 0) not in (None, vocab)
     ):
         raise TargetError(
-            f"gguf: llama.cpp loads a deepseek2 model without q_lora_rank only with "
-            f"{_MLA_LAYERS_WITHOUT_Q_LORA} layers, got {inventory.n_layers}; use target safetensors"
+            "gguf: llama.cpp loads a deepseek2 model without q_lora_rank only with 26 or 27 "
+            f"layers, or with 48 and 128,256 tokens; got {inventory.n_layers} layers and "
+            f"{vocab:,} tokens; use target safetensors"
         )
     if inventory.family.model_type == "deepseek_v3" and not config.get("rope_interleave", True):
         raise TargetError(
             "gguf: llama.cpp rotates interleaved pairs in deepseek2, config.json says "
             "rope_interleave = false; use target safetensors"
         )
+    hyperparameters(inventory, n_experts=inventory.n_experts, experts_used=inventory.experts_used)
+
+
+def _told(inventory: Inventory) -> tuple[str, ...]:
+    """A line on what no file can tell llama.cpp."""
+    if inventory.family.model_type not in FAMILIES or (betas := yarn_betas(inventory)) is None:
+        return ()
+    return (
+        f"llama.cpp must be told {yarn_options(betas)}: its loader of "
+        f"{inventory.family.gguf_architecture} does not read YaRN's betas from the file, and would "
+        "compute with 32 and 1",
+    )
+
+
+def yarn_options(betas: tuple[float, float]) -> str:
+    """What llama.cpp's programs are told of YaRN."""
+    fast, slow = betas
+    return f"--yarn-beta-fast {fast:g} --yarn-beta-slow {slow:g}"
 
 
 def _halves(inventory: Inventory, kv_b: TensorInfo, layer: int) -> list[Group]:

@@ -331,7 +331,7 @@ def _dims(inventory: Inventory) -> _Dims:
         expert=expert,
         shared=expert * int(config.get("n_shared_experts") or 0) if mla else 0,
         groups=inventory.expert_groups,
-        groups_used=int(config.get("topk_group") or 1),
+        groups_used=inventory.expert_groups_used,
         has_bias=mla and bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0])),
         has_norm=bool(config.get("norm_topk_prob", True)),
         has_late_softmax=windows,

@@ -8,6 +8,7 @@ Sources: llama.cpp's loaders of `deepseek2` and `qwen3moe`; gguf-py's `constants
 specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -74,19 +75,12 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
         CheckpointError: if `config.json` or the tokenizer lacks or contradicts what is needed.
         TargetError: if llama.cpp cannot express the model, its tokenizer or these counts.
     """
-    arch = inventory.family.gguf_architecture
-    _check_router_groups(inventory, n_experts, experts_used)
-    hparams = _deepseek2 if arch == "deepseek2" else _qwen3moe
     return [
-        _string("general.architecture", arch),
+        _string("general.architecture", inventory.family.gguf_architecture),
         _string("general.type", "model"),
         _string("general.name", inventory.family.model_type),
         _uint("general.quantization_version", GGML_QUANT_VERSION),
-        *_shared_hparams(inventory, arch),
-        _uint(f"{arch}.expert_count", n_experts),
-        _uint(f"{arch}.expert_used_count", experts_used),
-        *hparams(inventory, arch),
-        *_rope(inventory, arch),
+        *hyperparameters(inventory, n_experts=n_experts, experts_used=experts_used),
         *tokenizer(inventory),
     ]
 
@@ -94,11 +88,30 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
 # -- hyperparameters
 
 
+def hyperparameters(inventory: Inventory, *, n_experts: int, experts_used: int) -> list[Field]:
+    """The pairs that say how the model is computed; none of them is read from another file.
+
+    Raises:
+        CheckpointError: if `config.json` lacks or contradicts what is needed.
+        TargetError: if llama.cpp computes the model in another way, or not with these counts.
+    """
+    arch = inventory.family.gguf_architecture
+    _check_router_groups(inventory, n_experts, experts_used)
+    of_family = _deepseek2 if arch == "deepseek2" else _qwen3moe
+    return [
+        *_shared_hparams(inventory, arch),
+        _uint(f"{arch}.expert_count", n_experts),
+        _uint(f"{arch}.expert_used_count", experts_used),
+        *of_family(inventory, arch),
+        *_rope(inventory, arch),
+    ]
+
+
 def _check_router_groups(inventory: Inventory, n_experts: int, experts_used: int) -> None:
     groups = inventory.expert_groups
     if groups == 1:
         return
-    size, chosen = n_experts // groups, _int(inventory.config, "topk_group")
+    size, chosen = n_experts // groups, inventory.expert_groups_used
     # a group is ranked by its two best experts, and only the chosen groups' experts are used
     if n_experts % groups or size < 2 or experts_used > size * chosen:
         raise TargetError(
@@ -117,7 +130,10 @@ def _shared_hparams(inventory: Inventory, arch: str) -> Iterator[Field]:
     yield _uint(f"{arch}.feed_forward_length", _int(config, "intermediate_size"))
     yield _uint(f"{arch}.expert_feed_forward_length", _int(config, "moe_intermediate_size"))
     yield _uint(f"{arch}.attention.head_count", _int(config, "num_attention_heads"))
-    yield _float(f"{arch}.attention.layer_norm_rms_epsilon", _number(config, "rms_norm_eps"))
+    yield _float(
+        f"{arch}.attention.layer_norm_rms_epsilon",
+        _number({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps"),
+    )
     if config.get("hidden_act", "silu") != "silu":
         raise TargetError(
             f"gguf: llama.cpp computes {arch} with silu, config.json says hidden_act = "
@@ -151,7 +167,7 @@ def _deepseek2(inventory: Inventory, arch: str) -> Iterator[Field]:
     yield _uint(f"{arch}.expert_gating_func", _SIGMOID)
     if inventory.expert_groups > 1:
         yield _uint(f"{arch}.expert_group_count", inventory.expert_groups)
-        yield _uint(f"{arch}.expert_group_used_count", _int(config, "topk_group"))
+        yield _uint(f"{arch}.expert_group_used_count", inventory.expert_groups_used)
 
 
 def _qwen3moe(inventory: Inventory, arch: str) -> Iterator[Field]:
@@ -186,41 +202,112 @@ def _leading_dense(inventory: Inventory) -> int:
     return first
 
 
-def _rope(inventory: Inventory, arch: str) -> Iterator[Field]:
-    config = inventory.config
-    # transformers 5 has rope_parameters; older files rope_theta beside rope_scaling
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-    }
-    yield _float(f"{arch}.rope.freq_base", _number(rope, "rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return
-    if kind != "yarn" or any(rope.get(k) is not None for k in ("attention_factor", "truncate")):
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are rotated, from wherever `config.json` says so, as transformers takes it.
+
+    Raises:
+        CheckpointError: if it is no table.
+        TargetError: if it differs between kinds of layers.
+    """
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config.json: rope_scaling is {found!r}, needed a table")
+    if kinds := [key for key, value in found.items() if isinstance(value, dict)]:
         raise TargetError(
-            f"gguf: rope of type {kind!r} with {sorted(rope)} is not known to be computed by "
-            "llama.cpp as by transformers; use target safetensors"
+            f"gguf: rope_parameters differ by kind of layer ({', '.join(kinds)}), which llama.cpp "
+            "does not compute in this architecture; use target safetensors"
         )
-    all_dim = rope.get("mscale_all_dim")
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **found}
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    longest = "max_position_embeddings"
+    rope.setdefault(f"original_{longest}", config.get(longest))
+    if f"original_{longest}" in config:
+        rope[f"original_{longest}"] = config[f"original_{longest}"]
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return rope
+
+
+def yarn_betas(inventory: Inventory) -> tuple[float, float] | None:
+    """`beta_fast` and `beta_slow` that llama.cpp must be told; None where its own are right.
+
+    Its loaders of these architectures read neither from the file.
+    """
+    rope = rope_parameters(inventory.config)
+    if rope["rope_type"] != "yarn":
+        return None
+    betas = tuple(
+        _number(rope, key) if rope.get(key) else own for key, own in zip(_BETAS, _OWN, strict=True)
+    )
+    return None if betas == _OWN else (betas[0], betas[1])
+
+
+_BETAS, _OWN = ("beta_fast", "beta_slow"), (32.0, 1.0)
+
+
+def _rope(inventory: Inventory, arch: str) -> Iterator[Field]:
+    rope = rope_parameters(inventory.config)
+    yield _float(f"{arch}.rope.freq_base", _number(rope, "rope_theta"))
+    if rope["rope_type"] == "default":
+        return
+    _check_yarn(rope, arch)
     if arch == "deepseek2":
-        # llama.cpp assumes mscale == mscale_all_dim (or mscale = 1), as in every released model
-        if not all_dim or rope.get("mscale") != all_dim:
-            raise TargetError(
-                f"gguf: llama.cpp needs equal mscale and mscale_all_dim in deepseek2, config.json "
-                f"has {rope.get('mscale')!r} and {all_dim!r}; use target safetensors"
-            )
         # the loader divides by 0.1 again (TAG_DEEPSEEK2_YARN_LOG_MUL_FIX)
-        yield _float(f"{arch}.rope.scaling.yarn_log_multiplier", 0.1 * float(all_dim))
+        yield _float(
+            f"{arch}.rope.scaling.yarn_log_multiplier", 0.1 * _number(rope, "mscale_all_dim")
+        )
     yield _string(f"{arch}.rope.scaling.type", "yarn")
     yield _float(f"{arch}.rope.scaling.factor", _number(rope, "factor"))
     yield _uint(
         f"{arch}.rope.scaling.original_context_length",
         _int(rope, "original_max_position_embeddings"),
     )
-    for key in ("beta_fast", "beta_slow"):
+    for key in _BETAS:
         if rope.get(key) is not None:
             yield _float(f"{arch}.rope.scaling.yarn_{key}", _number(rope, key))
+
+
+def _check_yarn(rope: Mapping[str, Any], arch: str) -> None:
+    """Refuses what llama.cpp rotates otherwise, and cannot be told."""
+    odd = {
+        "rope_type": rope["rope_type"] == "yarn",
+        "truncate": rope.get("truncate", True) is True,
+        "partial_rotary_factor": rope["partial_rotary_factor"] in (None, 1),
+    }
+    if found := next((key for key, fine in odd.items() if not fine), None):
+        raise TargetError(
+            f"gguf: rope with {found} = {rope[found]!r} is not known to be computed by llama.cpp "
+            "as by transformers; use target safetensors"
+        )
+    scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    # llama.cpp assumes mscale == mscale_all_dim (or mscale = 1), as in every released model
+    if arch == "deepseek2" and (not all_dim or scale != all_dim):
+        raise TargetError(
+            f"gguf: llama.cpp needs equal mscale and mscale_all_dim in deepseek2, config.json "
+            f"has {scale!r} and {all_dim!r}; use target safetensors"
+        )
+    theirs, ours = _attention_factor(rope), 1.0
+    if arch != "deepseek2":
+        ours = 1 + 0.1 * math.log(_number(rope, "factor"))
+    if not math.isclose(theirs, ours, rel_tol=1e-6):
+        raise TargetError(
+            f"gguf: llama.cpp multiplies rotated queries and keys of {arch} by {ours:.6g}, "
+            f"attention_factor (or mscale) in config.json means {theirs:.6g}; use target "
+            "safetensors"
+        )
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> float:
+    """What transformers multiplies cosines and sines by under yarn."""
+    if rope.get("attention_factor") is not None:
+        return _number(rope, "attention_factor")
+    factor = _number(rope, "factor")
+
+    def scaled(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scaled(_number(rope, "mscale")) / scaled(_number(rope, "mscale_all_dim"))
+    return scaled(1.0)
 
 
 # -- tokenizer
@@ -416,6 +503,8 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"config.json: {key} is {value!r}, needed a number")
+    if key == "factor" and not value > 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}, needed a positive number")
     return float(value)
 
 

@@ -85,12 +85,14 @@ class Layout:
         inventory: the checkpoint.
         groups: by name, in file order.
         kept: what stays in full precision, in file order.
+        notes: what a user must know of it: what is left out, what the runtime must be told.
     """
 
     target: str
     inventory: Inventory
     groups: Mapping[str, Group]
     kept: tuple[Kept, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

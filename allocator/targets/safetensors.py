@@ -91,7 +91,8 @@ class SafetensorsTarget(Target):
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role != "nextn"
         )
-        return Layout(self.name, inventory, in_file_order(plain_groups(inventory, {})), kept)
+        groups = in_file_order(plain_groups(inventory, {}))
+        return Layout(self.name, inventory, groups, kept, inventory.notes)
 
     def header_bytes(
         self,

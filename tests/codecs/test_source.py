@@ -66,12 +66,21 @@ def quantization(fp8, block):
     return {**fp8.config, "weight_block_size": list(block)}
 
 
-@pytest.mark.parametrize("block", [(128, 128), (32, 48), (48, 32), (1, 7), (64, 10**30)])
-def test_fp8_is_decoded_as_by_torch(checkpoints, change_checkpoint, fp8, block):
-    """Every code; factors from the least float32 to those whose products are nearly the largest."""
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [
+        *((b, torch.float32) for b in ((128, 128), (32, 48), (48, 32), (1, 7), (64, 10**30))),
+        ((128, 128), torch.bfloat16),  # as Qwen's own files have them
+        ((1, 7), torch.bfloat16),
+        ((32, 48), torch.float16),
+    ],
+)
+def test_fp8_is_decoded_as_by_torch(checkpoints, change_checkpoint, fp8, block, dtype):
+    """Every code; factors from the least to those whose products are nearly the largest."""
+    least, most = (-7, 4.8) if dtype == torch.float16 else (-45, 35.8)
 
     def factor(generator, shape):
-        return 10 ** torch.empty(shape).uniform_(-45, 35.8, generator=generator)
+        return (10 ** torch.empty(shape).uniform_(least, most, generator=generator)).to(dtype)
 
     path = change_checkpoint(
         checkpoints["deepseek"],
@@ -85,7 +94,9 @@ def test_fp8_is_decoded_as_by_torch(checkpoints, change_checkpoint, fp8, block):
         expected = theirs[name].float()
         if theirs[name].dtype == torch.float8_e4m3fn:
             widths = [min(b, n) for b, n in zip(block, expected.shape, strict=True)]
-            expected *= fp8.over_blocks(theirs[f"{name}_scale_inv"], expected.shape, widths)
+            assert theirs[f"{name}_scale_inv"].dtype == dtype
+            scale = theirs[f"{name}_scale_inv"].float()
+            expected *= fp8.over_blocks(scale, expected.shape, widths)
             codes.update(theirs[name].view(torch.uint8).flatten().tolist())
             n_scaled += 1
         found = read_tensor(inventory, name)
@@ -236,8 +247,15 @@ def test_rows_are_those_of_the_tensor(checkpoints, change_checkpoint, dtype, row
 @pytest.mark.parametrize("block", [(128, 128), (32, 48), (48, 32), (1, 7), (10**30, 5)])
 @pytest.mark.parametrize("rows", [(0, 64), (5, 23), (31, 33), (32, 48), (47, 64), (63, 64)])
 def test_rows_of_fp8_have_their_blocks_factors(checkpoints, change_checkpoint, fp8, block, rows):
+    dtype = torch.bfloat16 if block == (48, 32) else torch.float32
+
+    def factor(generator, shape):
+        return torch.empty(shape).uniform_(0.5, 2, generator=generator).to(dtype)
+
     path = change_checkpoint(
-        checkpoints["deepseek"], edit_fp8(block), quantization_config=quantization(fp8, block)
+        checkpoints["deepseek"],
+        edit_fp8(block, factor),
+        quantization_config=quantization(fp8, block),
     )
     inventory = read_inventory(path)
     assert inventory.tensors[Q].scale is not None

@@ -19,11 +19,11 @@ from transformers import (
 
 from allocator.allocation import Allocation
 from allocator.codecs.source import group_weights
-from allocator.errors import VerifyError
+from allocator.errors import TargetError, VerifyError
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.inventory import read_inventory
 from allocator.materialize.gguf import write_gguf
-from allocator.targets import GGUF, gguf_metadata
+from allocator.targets import GGUF, gguf, gguf_metadata
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
 REPORT = REFERENCE.parent / "generated/report.jsonl"
@@ -106,10 +106,10 @@ def expected(model, ids):
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
-def mean_kl(model, path, documents):
+def mean_kl(model, path, documents, **told):
     """Mean KL(transformers, llama.cpp) in nats per token."""
     found = []
-    with LlamaCpp(path, context=256, threads=1) as runtime:
+    with LlamaCpp(path, context=256, threads=1, **told) as runtime:
         for ids in documents:
             p = expected(model, ids)
             q = torch.from_numpy(runtime.logits(ids)).double().log_softmax(-1)
@@ -246,6 +246,63 @@ def test_yarn_qwen3_moe_computes_the_same(tmp_path):
     model, checkpoint = qwen3_moe(tmp_path / "model", rope_parameters=rope)
     path = write_f32(tmp_path / "model.gguf", checkpoint, model)
     assert mean_kl(model, path, random_ids(384, n_tokens=128)) <= 1e-8
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+SCALED = {**YARN, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "rope"),
+    [
+        (deepseek_v3, {**SCALED, "beta_fast": 1.0, "beta_slow": 1.0}),  # as Kimi-K2's
+        (qwen3_moe, {**YARN, "beta_fast": 8, "beta_slow": 2}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # transformers' about the ratio of contexts
+def test_llama_cpp_computes_with_other_betas_when_told(tmp_path, make, rope):
+    model, checkpoint = make(tmp_path / "model", rope_parameters=rope)
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+    betas = gguf_metadata.yarn_betas(read_inventory(checkpoint))
+    ids = random_ids(model.config.vocab_size, n_tokens=128)
+    assert mean_kl(model, path, ids, yarn_betas=betas) <= 1e-8
+    assert mean_kl(model, path, ids) > 0.05  # its loaders do not read what the file says
+
+
+def test_mscale_of_qwen3_moe_is_refused_for_a_reason(tmp_path, monkeypatch):
+    rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+    model, checkpoint = qwen3_moe(tmp_path / "model", rope_parameters=rope)
+    monkeypatch.setattr(gguf_metadata, "_check_yarn", lambda *args: None)
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+    assert mean_kl(model, path, random_ids(384, n_tokens=128)) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("layers", "vocab", "loads"),
+    [(26, 64, True), (28, 64, False), (48, 64, False), (48, 128_256, True)],
+)
+def test_deepseek_v3_without_q_lora_rank(tmp_path, monkeypatch, layers, vocab, loads):
+    """llama.cpp itself says which depths it loads; the layout says the same."""
+    model, checkpoint = deepseek_v3(
+        tmp_path / "model", num_hidden_layers=layers, vocab_size=vocab, q_lora_rank=None,
+        hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_attention_heads=1,
+        num_key_value_heads=1, kv_lora_rank=32, qk_nope_head_dim=16, v_head_dim=16,
+        n_routed_experts=2, num_experts_per_tok=1, first_k_dense_replace=layers - 1,
+    )  # fmt: skip
+    if not loads:
+        with pytest.raises(TargetError, match=f"got {layers} layers and {vocab:,} tokens"):
+            GGUF.layout(read_inventory(checkpoint))
+        monkeypatch.setattr(gguf, "_check", lambda inventory: None)
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+    if loads:
+        ids = random_ids(64, n_tokens=16, n_documents=1)
+        assert mean_kl(model, path, ids) <= 1e-8
+        return
+    with pytest.raises(VerifyError, match=r"attention\.q_lora_rank"), LlamaCpp(path):
+        pass
 
 
 @pytest.mark.parametrize(

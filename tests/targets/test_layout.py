@@ -125,13 +125,77 @@ def test_fewer_experts(layouts):
         assert norm.nbytes(7) == norm.shape[0] * width[norm.dtype]
 
 
-def test_what_llama_cpp_would_compute_wrongly_is_refused(inventories):
-    inventory = inventories["reference"]
-    for change, match in (({"q_lora_rank": None}, "q_lora_rank"), ({"rope_interleave": 0}, "rope")):
-        odd = replace(inventory, config={**inventory.config, **change})
-        with pytest.raises(TargetError, match=match):
-            GGUF.layout(odd)
-        assert SAFETENSORS.layout(odd).groups
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SCALED = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("qwen", {"norm_topk_prob": False}, "qwen3moe with norm_topk_prob = True, .* False"),
+        ("qwen", {"use_sliding_window": True}, "use_sliding_window = False, .* True"),
+        ("qwen", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ("qwen", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        ("qwen", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_type = 'llama3'"),
+        ("qwen", {"rope_scaling": {**YARN, "truncate": False}}, "truncate = False"),
+        ("qwen", {"rope_scaling": YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("qwen", {"rope_scaling": {**YARN, "attention_factor": 1.0}}, r"by 1\.13863, .* means 1;"),
+        ("qwen", {"rope_scaling": SCALED}, r"rotated .* by 1\.13863, attention_factor \(or mscale"),
+        ("qwen", {"rope_parameters": {"full_attention": YARN}}, r"kind of layer \(full_attention"),
+        ("qwen", {"hidden_act": "gelu"}, "silu"),
+        ("reference", {"rope_interleave": 0}, "rotates interleaved pairs"),
+        ("reference", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("reference", {"rope_scaling": YARN}, "equal mscale and mscale_all_dim"),
+        ("reference", {"rope_scaling": {**SCALED, "attention_factor": 1.2}}, "means 1.2; use"),
+        ("reference", {"q_lora_rank": None}, "26 or 27 layers, .* got 6 layers and 8,192 tokens"),
+    ],
+)
+def test_what_llama_cpp_would_compute_wrongly_is_refused(inventories, kind, changes, match):
+    odd = with_config(inventories[kind], changes)
+    with pytest.raises(TargetError, match=match) as caught:
+        GGUF.layout(odd)
+    assert "\n" not in str(caught.value)
+    assert "use target safetensors" in str(caught.value) or "scoring_func" in changes
+    assert SAFETENSORS.layout(odd).groups
+
+
+def with_config(inventory, changes):
+    dropped = {"rope_parameters"} if "rope_scaling" in changes else set()
+    kept = {k: v for k, v in inventory.config.items() if k not in dropped}
+    return replace(inventory, config={**kept, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        ("qwen", YARN),
+        ("qwen", {**YARN, "attention_factor": 1 + 0.1 * math.log(4)}),
+        ("qwen", {**YARN, "mscale": 0.7, "truncate": True}),  # mscale alone says nothing
+        ("reference", SCALED),
+        ("reference", {**SCALED, "attention_factor": 1.0}),
+        ("reference", {**SCALED, "beta_fast": 32, "beta_slow": None}),
+    ],
+)
+def test_yarn_that_llama_cpp_computes_is_laid_out(inventories, kind, rope):
+    assert GGUF.layout(with_config(inventories[kind], {"rope_scaling": rope})).notes == ()
+
+
+def test_what_llama_cpp_must_be_told_is_noted(inventories):
+    rope = {**SCALED, "beta_fast": 1.0, "beta_slow": 1}
+    odd = with_config(inventories["reference"], {"rope_scaling": rope})
+    (note,) = GGUF.layout(odd).notes
+    assert "must be told --yarn-beta-fast 1 --yarn-beta-slow 1: its loader of deepseek2" in note
+    assert SAFETENSORS.layout(odd).notes == ()  # transformers reads them
+
+
+def test_layers_of_two_kinds_are_refused_for_gguf(tmp_path, make):
+    tensors = {n: s for n, s in make.tensors().items() if ".layers.0.mlp." not in n}
+    for name, shape in (("gate", (64, 64)), ("up", (64, 64)), ("down", (64, 64))):
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] = shape
+    inventory = read_inventory(make.zeros(tmp_path, tensors=tensors, mlp_only_layers=[0]))
+    with pytest.raises(TargetError, match="needs experts in every layer of qwen3moe, some are"):
+        GGUF.layout(inventory)
+    assert SAFETENSORS.layout(inventory).layers == (1,)
 
 
 def test_target_named():
