@@ -42,6 +42,8 @@ def _inspect(args: argparse.Namespace) -> None:
     table = api.inspect(args.checkpoint, target=args.target)
     _print_table(table, weights=",")
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
+    for note in table.attrs["notes"]:
+        print(note)
 
 
 def _plan(args: argparse.Namespace) -> None:

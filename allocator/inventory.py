@@ -83,6 +83,7 @@ class Inventory:
         family: its architecture.
         tensors: by name, in the order of the files; scales are part of their tensors.
         digests: remembers those of tensors, if given.
+        without_tokenizer: whether a file of it is to read token ids alone.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Inventory:
     family: Family
     tensors: Mapping[str, TensorInfo]
     digests: Digests | None = field(default=None, compare=False, repr=False)
+    without_tokenizer: bool = False
 
     @cached_property
     def n_layers(self) -> int:

@@ -23,6 +23,7 @@ from allocator.targets.gguf_fields import (
     string_field,
     uint_field,
 )
+from allocator.targets.gguf_general import general_name, sampling
 from allocator.targets.gguf_tokenizer import n_vocab, tokenizer
 
 __all__ = ["Field", "metadata", "metadata_bytes", "tokenizer"]
@@ -51,7 +52,8 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
     return [
         string_field("general.architecture", arch),
         string_field("general.type", "model"),
-        string_field("general.name", inventory.family.model_type),
+        string_field("general.name", general_name(inventory)),
+        *sampling(inventory),
         uint_field("general.quantization_version", GGML_QUANT_VERSION),
         *_shared_hparams(inventory, arch),
         uint_field(f"{arch}.expert_count", n_experts),

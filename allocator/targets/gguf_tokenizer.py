@@ -16,104 +16,100 @@ from gguf import GGUFValueType, TokenType
 
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role
-from allocator.inventory import Inventory, read_json
+from allocator.inventory import Inventory
 from allocator.targets.gguf_fields import Field, array_field, bool_field, string_field, uint_field
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from allocator.tokenizer import Tokenizer, missing_tokenizer, read_tokenizer
 
 
 def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
-    """The tokenizer's pairs; read once per version of its files.
+    """The tokenizer's pairs; made once per version of its files.
+
+    A checkpoint without any gives a file that reads token ids alone, as does one whose tokenizer is
+    not wanted.
 
     Raises:
         CheckpointError: if its files contradict the checkpoint.
         TargetError: if llama.cpp cannot express it.
     """
-    versions = []
-    for name in _TOKENIZER_FILES:
-        try:
-            stat = (inventory.path / name).stat()
-            versions.append((stat.st_mtime_ns, stat.st_size))
-        except OSError:
-            versions.append((0, 0))
-    ids = tuple(
-        (role, _first(inventory.config.get(f"{role}_token_id"))) for role in ("bos", "eos", "pad")
-    )
-    return _tokenizer(inventory.path, n_vocab(inventory), ids, tuple(versions))
+    found = None if inventory.without_tokenizer else read_tokenizer(inventory)
+    if found is None:
+        return (string_field("tokenizer.ggml.model", "no_vocab"),)
+    return _fields(found, n_vocab(inventory))
+
+
+def check_tokenizer(inventory: Inventory) -> None:
+    """Looks whether a file can read text, if it is to.
+
+    Raises:
+        CheckpointError: if the checkpoint has no tokenizer, or one that contradicts it.
+        TargetError: if llama.cpp cannot express it.
+    """
+    if not inventory.without_tokenizer and read_tokenizer(inventory) is None:
+        raise missing_tokenizer(inventory.path)
+    tokenizer(inventory)
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(
-    path: Path,
-    n_vocab: int,
-    config_ids: tuple[tuple[str, int | None], ...],
-    versions: tuple[tuple[int, int], ...],
-) -> tuple[Field, ...]:
-    if not (path / "tokenizer.json").exists():
-        return (string_field("tokenizer.ggml.model", "no_vocab"),)
-    raw = read_json(path / "tokenizer.json")
-    config_path = path / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
+def _fields(found: Tokenizer, n_vocab: int) -> tuple[Field, ...]:
     try:
-        return tuple(_bpe(path, raw, config, n_vocab, dict(config_ids)))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return tuple(_bpe(found, n_vocab))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch the file again"
+            f"{found.path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch its files again"
         ) from None
 
 
-def _bpe(
-    path: Path,
-    raw: Mapping[str, Any],
-    config: Mapping[str, Any],
-    n_vocab: int,
-    config_ids: Mapping[str, int | None],
-) -> Iterator[Field]:
-    pre = _pre_tokenizer(path, raw)
-    tokens, types = _tokens(path, raw, n_vocab)
+def _bpe(found: Tokenizer, n_vocab: int) -> Iterator[Field]:
+    pre = _pre_tokenizer(found.path, found.raw)
+    tokens, types = _tokens(found, n_vocab)
     yield string_field("tokenizer.ggml.model", "gpt2")
     yield string_field("tokenizer.ggml.pre", pre)
     yield array_field("tokenizer.ggml.tokens", tokens, GGUFValueType.STRING)
     yield array_field("tokenizer.ggml.token_type", types, GGUFValueType.INT32)
-    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
+    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in found.raw["model"]["merges"])
     if bad := next((m for m in merges if m.count(" ") != 1), None):
         raise TargetError(
-            f"gguf: {path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
+            f"gguf: {found.path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
         )
     if merges:
         yield array_field("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
-    ids = {text: number for number, text in enumerate(tokens)}
-    found: dict[str, int] = {}
-    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        text = config.get(f"{role}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        number = ids.get(text, config_ids[role]) if text else config_ids[role]
-        if number is not None:
-            found[role] = number
-            yield uint_field(f"tokenizer.ggml.{name}_token_id", number)
-    yield bool_field("tokenizer.ggml.add_bos_token", _adds(raw, config, "bos", tokens, found))
-    yield bool_field("tokenizer.ggml.add_eos_token", _adds(raw, config, "eos", tokens, found))
-    yield from _chat_template(path, config)
+    for role, number in found.special_ids.items():
+        yield uint_field(f"tokenizer.ggml.{_ID_NAMES.get(role, role)}_token_id", number)
+    yield bool_field("tokenizer.ggml.add_bos_token", found.adds("bos"))
+    yield bool_field("tokenizer.ggml.add_eos_token", found.adds("eos"))
+    yield from _chat_templates(found)
 
 
-def _tokens(
-    path: Path, raw: Mapping[str, Any], n_vocab: int
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+_ID_NAMES = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # as llama.cpp spells them
+
+
+def _tokens(found: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and llama.cpp's types of tokens 0..n_vocab-1; rows without a token are unused."""
-    texts = {int(number): str(text) for text, number in raw["model"]["vocab"].items()}
+    texts = found.texts
     types = dict.fromkeys(texts, int(TokenType.NORMAL))
-    for added in raw.get("added_tokens") or ():
-        number = int(added["id"])
-        texts[number] = str(added["content"])
-        types[number] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    for number, added in found.added.items():
+        control = added.special or _looks_special(added.content)
+        types[number] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     if min(texts) < 0 or max(texts) >= n_vocab:
         raise CheckpointError(
-            f"{path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} rows; "
-            "this tokenizer belongs to another checkpoint"
+            f"{found.path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} "
+            "rows; this tokenizer belongs to another checkpoint"
         )
     return (
         tuple(texts.get(n, f"[PAD{n}]") for n in range(n_vocab)),
         tuple(types.get(n, int(TokenType.UNUSED)) for n in range(n_vocab)),
+    )
+
+
+def _looks_special(text: str) -> bool:
+    """Whether llama.cpp's converter takes an added token for markup whatever its file says.
+
+    DeepSeek's `<｜User｜>` is not special there; as an ordinary token, a user's raw text could
+    speak in another role.
+    """
+    marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(a) and text.endswith(z) for a, z in marks
     )
 
 
@@ -127,7 +123,7 @@ _PRE_TOKENIZERS = {
     (
         r"\p{N}{1,3}",
         "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
         r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ): "deepseek-v3",
 }
@@ -155,6 +151,8 @@ def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
         str(s.get("pattern", {}).get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
         for s in splits
     )
+    if any(s.get("behavior") != "Isolated" or s.get("invert") for s in splits):
+        raise refuse(f"pre-tokenizer that drops or joins what it cuts ({splits})")
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise refuse(
             f"pre-tokenizer {[s['type'] for s in steps]} with prefix space or no byte level"
@@ -168,42 +166,27 @@ def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
     return name
 
 
-def _adds(
-    raw: Mapping[str, Any],
-    config: Mapping[str, Any],
-    role: str,
-    tokens: tuple[str, ...],
-    ids: Mapping[str, int],
-) -> bool:
-    """Whether the tokenizer itself puts bos before, or eos after, a text."""
-    if role not in ids:
-        return False
-    if (told := config.get(f"add_{role}_token")) is not None:
-        return bool(told)
-    post = raw.get("post_processor") or {}
-    steps = post.get("processors", [post])
-    single: list[dict[str, Any]] = next(
-        (s["single"] for s in steps if s.get("type") == "TemplateProcessing"), []
-    )
-    edge = (single[0] if role == "bos" else single[-1]) if single else {}
-    return bool(edge.get("SpecialToken", {}).get("id") == tokens[ids[role]])
-
-
-def _chat_template(path: Path, config: Mapping[str, Any]) -> Iterator[Field]:
-    file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if isinstance(template, str) and template:
-        yield string_field("tokenizer.chat_template", template)
-
-
-# -- small parts
+def _chat_templates(found: Tokenizer) -> Iterator[Field]:
+    """The default one, and named ones under llama.cpp's letters and digits, listed by name."""
+    named = {}
+    for name, text in found.chat_templates.items():
+        if name == "default":
+            continue
+        plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+        if not plain or plain == "default" or plain in named:
+            raise CheckpointError(
+                f"{found.path}: chat template {name!r} is {plain!r} in a gguf, which is taken; "
+                "rename it"
+            )
+        named[plain] = text
+    for plain, text in named.items():
+        yield string_field(f"tokenizer.chat_template.{plain}", text)
+    if named:
+        yield array_field("tokenizer.chat_templates", tuple(named), GGUFValueType.STRING)
+    if "default" in found.chat_templates:
+        yield string_field("tokenizer.chat_template", found.chat_templates["default"])
 
 
 def n_vocab(inventory: Inventory) -> int:
     """Rows of the embedding."""
     return inventory.of_role(Role.EMBEDDING)[0].shape[0]
-
-
-def _first(value: Any) -> int | None:
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, int) else None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from allocator.errors import CheckpointError, TargetError
 from allocator.inventory import read_inventory
 from allocator.targets.gguf_metadata import Field, metadata, metadata_bytes, tokenizer
+from allocator.targets.gguf_tokenizer import check_tokenizer
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
 
@@ -176,11 +177,24 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(inventory, changes, err
 
 
 def test_without_tokenizer_there_is_no_vocab(copied):
-    (copied / "tokenizer.json").unlink()
-    found = values(read_inventory(copied))
+    inventory = read_inventory(copied)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    found = values(inventory)
     assert found["tokenizer.ggml.model"] == "no_vocab"
     assert found["deepseek2.vocab_size"] == 8192
     assert "tokenizer.ggml.tokens" not in found
+    with pytest.raises(CheckpointError, match='tokenizer = "none"') as caught:
+        check_tokenizer(inventory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_wanted_is_left_out(copied):
+    inventory = replace(read_inventory(copied), without_tokenizer=True)
+    assert values(inventory)["tokenizer.ggml.model"] == "no_vocab"
+    check_tokenizer(inventory)
+    (copied / "tokenizer.json").write_text("{")
+    check_tokenizer(inventory)
 
 
 def test_tokenizer_is_read_once_and_again_when_its_file_changes(copied):
