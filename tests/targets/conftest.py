@@ -197,6 +197,11 @@ def make_strings(added=(), *, n=2000, seed=0):
     rng = random.Random(seed)
     scripts, kinds = _by_script()
     names = sorted(scripts)
+    numbers, control, private = (
+        [c for kind in of for c in kinds[kind]]
+        for of in (("Nd", "No", "Nl"), ("Cc", "Cf"), ("Co", "Cn"))
+    )
+    signs = [c for kind in ("Po", "Ps", "Pd", "Sm", "So") for c in kinds[kind]]
 
     def some(characters, most):
         return "".join(rng.choices(characters, k=rng.randint(1, most)))
@@ -212,17 +217,17 @@ def make_strings(added=(), *, n=2000, seed=0):
     makers = (
         word,
         lambda: some("0123456789", 9) + rng.choice((".", ",", "", "e-", "%")),
-        lambda: some(kinds["Nd"] + kinds["No"] + kinds["Nl"], 6),
+        lambda: some(numbers, 6),
         lambda: "".join(rng.choices(_SPACES, k=rng.randint(1, 6))),
         lambda: rng.choice(_SPACES) * rng.randint(1, 40),
         lambda: rng.choice(_CODE)[rng.randint(0, 12) :],
         lambda: "".join(rng.choices(_EMOJI, k=rng.randint(1, 3))),
         marks,
-        lambda: some(kinds["Cc"] + kinds["Cf"], 5),
-        lambda: some(kinds["Po"] + kinds["Ps"] + kinds["Pd"] + kinds["Sm"] + kinds["So"], 7),
-        lambda: some(kinds["Co"] + kinds["Cn"], 3),
+        lambda: some(control, 5),
+        lambda: some(signs, 7),
+        lambda: some(private, 3),
         lambda: rng.choice(_CONTRACTIONS),
-        lambda: rng.choice(rng.choice(list(kinds.values()))) * rng.randint(1, 200),
+        lambda: rng.choice(kinds[rng.choice(list(kinds))]) * rng.randint(1, 200),
         lambda: some(scripts["LATIN"][:52], 12),
         lambda: some([*"漢字かなカナ한글，。！"], 12),
         lambda: rng.choice(added) if added else "",

@@ -390,6 +390,29 @@ def test_pre_tokenizer_of_qwen_is_known(copied):
     assert values(read_inventory(copied))["tokenizer.ggml.pre"] == "qwen2"
 
 
+_DEEPSEEK = r"""[
+  {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated", "invert": false},
+  {"type": "Split", "pattern": {"Regex": "[一-龥぀-ゟ゠-ヿ]+"}, "behavior": "Isolated",
+   "invert": false},
+  {"type": "Split", "pattern": {"Regex":
+   "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"},
+   "behavior": "Isolated", "invert": false},
+  {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}
+]"""  # noqa: E501
+
+
+def test_pre_tokenizer_of_deepseek_is_known_as_its_released_json_has_it(copied):
+    steps = {"type": "Sequence", "pretokenizers": json.loads(_DEEPSEEK)}
+    edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=steps))
+    assert values(read_inventory(copied))["tokenizer.ggml.pre"] == "deepseek-v3"
+    for change in ({"behavior": "Removed"}, {"invert": True}):
+        steps["pretokenizers"][0].update(change)
+        edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=steps))
+        with pytest.raises(TargetError, match="drops or joins"):
+            values(read_inventory(copied))
+        steps["pretokenizers"] = json.loads(_DEEPSEEK)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
