@@ -18,7 +18,13 @@ from allocator.compare.pool import CompareEstimate, check_comparison, estimate_r
 from allocator.compare.runs import Run, chosen_runs
 from allocator.compare.table import write_results
 from allocator.diff import difference
-from allocator.errors import CalibrationError, StudyError, VerifyError
+from allocator.errors import (
+    CalibrationError,
+    CheckpointError,
+    StudyError,
+    TargetError,
+    VerifyError,
+)
 from allocator.estimate import estimate
 from allocator.files import write_whole
 from allocator.inventory import read_inventory
@@ -40,17 +46,24 @@ from allocator.space import SETTINGS, canonical, largest_first
 from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, open_storage
 from allocator.surrogate import from_profile
-from allocator.targets import target_named
+from allocator.targets import GGUF, target_named
+from allocator.targets.gguf_tokenizer import check_tokenizer
 from allocator.workspace import Workspace, check_same_checkpoint
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
     """Groups of a checkpoint in a target, with the formats offered; no weights are read.
 
-    `attrs["notes"]` of the table are lines on what is left out, and on what the runtime must be
-    told.
+    `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
+    what a gguf file of it could not have: a tokenizer.
     """
     layout = target_named(target).layout(read_inventory(checkpoint))
+    notes = []
+    if target == GGUF.name:
+        try:
+            check_tokenizer(layout.inventory)
+        except (CheckpointError, TargetError) as error:
+            notes.append(f"no tokenizer: {error}")
     rows = [
         {
             "group": g.name,
@@ -62,7 +75,7 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
         for g in layout.groups.values()
     ]
     table = pd.DataFrame(rows)
-    table.attrs["notes"] = layout.notes
+    table.attrs["notes"] = (*layout.notes, *notes)
     return table
 
 

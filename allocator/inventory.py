@@ -113,6 +113,7 @@ class Inventory:
         files: `config.json` and the files with weights, as they were when they were opened.
         digests: remembers those of tensors, if given.
         computed: stored buffers that the architecture computes itself; no part of anything here.
+        without_tokenizer: whether a file of it is to read token ids alone.
     """
 
     path: Path
@@ -122,6 +123,7 @@ class Inventory:
     files: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
     digests: Digests | None = field(default=None, compare=False, repr=False)
     computed: tuple[Stored, ...] = ()
+    without_tokenizer: bool = False
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

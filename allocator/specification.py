@@ -175,6 +175,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A `study.toml`; paths are relative to it.
 
     Attributes:
+        tokenizer: the checkpoint's own goes into a gguf, or `none`: that file reads ids alone.
         streamed: for a model that does not fit in memory.
     """
 
@@ -187,6 +188,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampler: str = "auto"
     seed: int = 0
     trials: int = 100
+    tokenizer: Literal["checkpoint", "none"] = "checkpoint"
     streamed: StreamedSpec | None = None
     compare: CompareSpec | None = None
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ from allocator.specification import DeviceSpec, StudySpec, chosen_budget
 from allocator.storage import open_storage
 from allocator.study import open_study
 from allocator.surrogate import Surrogate, from_profile
-from allocator.targets import Layout, target_named
+from allocator.targets import GGUF, Layout, target_named
+from allocator.targets.gguf_tokenizer import check_tokenizer
+from allocator.tokenizer import carried_files, read_tokenizer
 from allocator.units import parse_bytes
 
 
@@ -110,12 +113,16 @@ class Workspace:
     @cached_property
     def inventory(self) -> Inventory:
         """The checkpoint."""
-        return read_inventory(self.folder / self.spec.checkpoint, digests=self.cache / "digests")
+        found = read_inventory(self.folder / self.spec.checkpoint, digests=self.cache / "digests")
+        return replace(found, without_tokenizer=self.spec.tokenizer == "none")
 
     @cached_property
     def layout(self) -> Layout:
-        """The target bound to the checkpoint."""
-        return target_named(self.target).layout(self.inventory)
+        """The target bound to the checkpoint, whose tokenizer it can express."""
+        layout = target_named(self.target).layout(self.inventory)
+        if self.target == GGUF.name:
+            check_tokenizer(self.inventory)
+        return layout
 
     @cached_property
     def search_space(self) -> SearchSpace:
@@ -197,13 +204,13 @@ class Workspace:
             return calibration.read_documents(
                 path, vocab_size=int(self.inventory.config["vocab_size"])
             )
-        bos = self.inventory.config.get("bos_token_id")
-        return calibration.read_windows(
-            path,
-            self.inventory.path,
-            window=self.spec.calibration.window,
-            bos=bos if isinstance(bos, int) else 0,
-        )
+        tokenizer = read_tokenizer(self.inventory)
+        if tokenizer is None:
+            raise CalibrationError(
+                f"{path}: holds text, and {self.inventory.path} no tokenizer; give records with "
+                "ids, or put its tokenizer.json there"
+            )
+        return calibration.read_windows(path, tokenizer, window=self.spec.calibration.window)
 
     # -- profile
 
@@ -485,7 +492,9 @@ class Workspace:
         protected = json.dumps(sorted(self.search_space.experts.protected.items()))
         scored = self.splits[0][: self.spec.calibration.search_documents]
         streamed = self.spec.streamed
-        together = {} if streamed is None else {"candidates": streamed.candidates}
+        together: dict[str, Any] = {} if streamed is None else {"candidates": streamed.candidates}
+        if self.target == GGUF.name and self.spec.tokenizer == "none" and self._has_tokenizer:
+            together["tokenizer"] = "none"  # files of other sizes
         return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,
@@ -497,6 +506,10 @@ class Workspace:
             "rungs": list(self.spec.calibration.rungs),
             "profile": self.profiler.inputs.digest,
         }
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return any(p.name != "generation_config.json" for p in carried_files(self.inventory.path))
 
     def study(
         self,

@@ -524,6 +524,7 @@ def write_jsonl(path, documents):
 STUDY = """schema = 1
 checkpoint = "{checkpoint}"
 target = "gguf"
+tokenizer = "none"
 space = "space.toml"
 trials = 8
 

@@ -1,7 +1,7 @@
 """Calibration text: documents of token ids, in disjoint splits.
 
 In: JSON-lines files whose records hold `ids` (scored as they are), or `text` (tokenised with the
-checkpoint's tokenizer, each document preceded by the beginning-of-text id, concatenated, cut in
+checkpoint's tokenizer, each text preceded by what that puts there itself, concatenated, cut in
 windows), and optionally a `domain`. Out: documents, interleaved over their domains so that every
 prefix is representative. Invariant: a split never holds a document of another split.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.errors import CalibrationError
+from allocator.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Document:
     """Tokens that are scored together.
 
     Attributes:
-        ids: token ids, the first one is the beginning of text.
+        ids: token ids, from the beginning of a text or cut out of one.
         domain: where it is from; `""` if unknown.
         text: for reading and lm-eval; need not re-encode to `ids`.
     """
@@ -75,30 +76,32 @@ def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
     return documents
 
 
-def read_windows(path: Path, checkpoint: Path, *, window: int, bos: int = 0) -> list[Document]:
-    """Real text in windows: per domain, documents each preceded by `bos`, concatenated and cut.
+def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Document]:
+    """Real text in windows: per domain, texts concatenated and cut.
 
     Args:
         path: records with `text` and optionally `domain`.
-        checkpoint: its tokenizer is used.
+        tokenizer: the checkpoint's; it puts bos before each text, or does not.
         window: tokens per document; a last piece that is shorter is left out.
-        bos: the id before each text.
 
     Raises:
-        CalibrationError: if the text is shorter than one window.
+        CalibrationError: if the tokenizer is damaged, or the text shorter than one window.
     """
-    from tokenizers import Tokenizer
+    import tokenizers
 
     try:
-        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    except Exception as error:
-        raise CalibrationError(f"{checkpoint}/tokenizer.json: cannot be read ({error})") from None
+        library = tokenizers.Tokenizer.from_str(tokenizer.text)
+        prefix = tokenizer.prefix
+    except Exception as error:  # the library raises this very class
+        raise CalibrationError(
+            f"{tokenizer.path}/tokenizer.json: cannot be read ({error}); fetch the file again"
+        ) from None
     streams: dict[str, list[int]] = {}
     for number, record in enumerate(read_records(path), 1):
         if not isinstance(record.get("text"), str):
             raise CalibrationError(f"{path}:{number}: needed text, to be cut in windows")
         stream = streams.setdefault(str(record.get("domain", "")), [])
-        stream += [bos, *tokenizer.encode(record["text"], add_special_tokens=False).ids]
+        stream += [*prefix, *library.encode(record["text"], add_special_tokens=False).ids]
     documents = [
         Document(tuple(stream[start : start + window]), domain)
         for domain, stream in streams.items()

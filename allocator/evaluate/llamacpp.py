@@ -367,8 +367,12 @@ class LlamaCpp:
                 break
         return found
 
-    def tokenize(self, text: str) -> list[int]:
-        """Tokens of a text, bos and eos added if the file says so; no markup is parsed.
+    def tokenize(self, text: str, *, markup: bool = False) -> list[int]:
+        """Tokens of a text, bos and eos added if the file says so.
+
+        Args:
+            text: any.
+            markup: whether control tokens that the text spells out count as such.
 
         Raises:
             VerifyError: if the file has no tokenizer.
@@ -377,7 +381,7 @@ class LlamaCpp:
         data = text.encode()
         room = len(data) + 8
         ids = (c_int32 * room)()
-        n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, True, False)
+        n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, True, markup)
         if n < 0:
             raise self._failure("llama.cpp does not tokenize")
         return list(ids[:n])

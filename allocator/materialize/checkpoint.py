@@ -23,18 +23,18 @@ import numpy as np
 
 from allocator.allocation import Allocation
 from allocator.codecs.bank import Bank
-from allocator.errors import TargetError, VerifyError
+from allocator.errors import CheckpointError, TargetError, VerifyError
+from allocator.inventory import Inventory
 from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
 from allocator.materialize.source import BankSource
 from allocator.targets import Layout, Target, target_named
 from allocator.targets.safetensors import entries, header
+from allocator.tokenizer import carried_files, read_tokenizer
 
 FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
 """Not `model.safetensors`: stock transformers skips an unknown quantization method with a warning,
 and would then run on random weights; without that file it refuses the directory."""
 QUANT_METHOD = "moe-allocator"
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "generation_config.json", "chat_template.jinja")  # fmt: skip
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +144,7 @@ def materialize(
             file_bytes=(place / FILE[container]).stat().st_size,
             tensor_bytes=size.tensors,
             overhead_bytes=size.overhead,
-            sha256={p.name: file_digest(p) for p in sorted(place.iterdir())},
+            sha256={name: file_digest(place / name) for name in _files(place)},
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
@@ -184,7 +184,12 @@ def _holds(folder: Path, allocation: Allocation, container: str) -> bool:
         return False
     manifest = Manifest.read(folder)
     same = (manifest.allocation, manifest.container) == (allocation.digest, container)
-    return same and {p.name for p in folder.iterdir()} <= {*manifest.sha256, "manifest.json"}
+    return same and set(_files(folder)) <= {*manifest.sha256, "manifest.json"}
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file of a directory and of those in it, by its name from there."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 @contextmanager
@@ -239,13 +244,25 @@ def _check_written(
 
 
 def _write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
-    """config.json with the allocation, and what the tokenizer needs."""
-    config: dict[str, Any] = dict(layout.inventory.config)
+    """config.json with the allocation, and what a runtime needs beside it."""
+    inventory = layout.inventory
+    config: dict[str, Any] = dict(inventory.config)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "allocation": allocation.to_json(),
     }
     (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in _COPIED:
-        if (layout.inventory.path / name).is_file():
-            shutil.copyfile(layout.inventory.path / name, place / name)
+    for name in carried_files(inventory.path):
+        (place / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(inventory.path / name, place / name)
+    if (made := _converted_tokenizer(inventory)) is not None:
+        (place / "tokenizer.json").write_text(made, encoding="utf-8")
+
+
+def _converted_tokenizer(inventory: Inventory) -> str | None:
+    """The tokenizer.json that the checkpoint lacks, if its other files can be converted."""
+    try:
+        found = read_tokenizer(inventory)
+    except CheckpointError:  # then the checkpoint's own files are all there is
+        return None
+    return None if found is None or not found.converted else found.text

@@ -9,55 +9,28 @@ specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFValueType, TokenType
+from gguf import GGML_QUANT_VERSION
 
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import Role
-from allocator.inventory import Inventory, read_json
+from allocator.inventory import Inventory
+from allocator.targets.gguf_fields import (
+    Field,
+    bool_field,
+    float_field,
+    metadata_bytes,
+    string_field,
+    uint_field,
+)
+from allocator.targets.gguf_general import general_name, sampling
+from allocator.targets.gguf_tokenizer import n_vocab, tokenizer
 
-Value = int | float | bool | str | tuple[int, ...] | tuple[str, ...]
+__all__ = ["Field", "metadata", "metadata_bytes", "tokenizer"]
 
-_SCALAR_BYTES = {GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
-                 GGUFValueType.BOOL: 1}  # fmt: skip
+_BETAS, _OWN = ("beta_fast", "beta_slow"), (32.0, 1.0)  # llama.cpp's own values
 _SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Field:
-    """One key/value pair; `element` is the type of an array's values."""
-
-    key: str
-    value: Value
-    type: GGUFValueType
-    element: GGUFValueType | None = None
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the pair in the file."""
-        key = 8 + len(self.key.encode())  # length + text
-        if self.element is None:
-            return key + 4 + _value_bytes(self.type, self.value)  # type + value
-        assert isinstance(self.value, tuple)
-        values = sum(_value_bytes(self.element, v) for v in self.value)
-        return key + 4 + 4 + 8 + values  # type + element type + count + values
-
-
-def _value_bytes(kind: GGUFValueType, value: Any) -> int:
-    if kind == GGUFValueType.STRING:
-        return 8 + len(value.encode())
-    return _SCALAR_BYTES[kind]
-
-
-def metadata_bytes(fields: Iterable[Field]) -> int:
-    """Bytes of the key/value section as gguf-py's `GGUFWriter` writes it."""
-    return sum(field.nbytes for field in fields)
 
 
 def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list[Field]:
@@ -76,10 +49,11 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
         TargetError: if llama.cpp cannot express the model, its tokenizer or these counts.
     """
     return [
-        _string("general.architecture", inventory.family.gguf_architecture),
-        _string("general.type", "model"),
-        _string("general.name", inventory.family.model_type),
-        _uint("general.quantization_version", GGML_QUANT_VERSION),
+        string_field("general.architecture", inventory.family.gguf_architecture),
+        string_field("general.type", "model"),
+        string_field("general.name", general_name(inventory)),
+        *sampling(inventory),
+        uint_field("general.quantization_version", GGML_QUANT_VERSION),
         *hyperparameters(inventory, n_experts=n_experts, experts_used=experts_used),
         *tokenizer(inventory),
     ]
@@ -100,8 +74,8 @@ def hyperparameters(inventory: Inventory, *, n_experts: int, experts_used: int) 
     of_family = _deepseek2 if arch == "deepseek2" else _qwen3moe
     return [
         *_shared_hparams(inventory, arch),
-        _uint(f"{arch}.expert_count", n_experts),
-        _uint(f"{arch}.expert_used_count", experts_used),
+        uint_field(f"{arch}.expert_count", n_experts),
+        uint_field(f"{arch}.expert_used_count", experts_used),
         *of_family(inventory, arch),
         *_rope(inventory, arch),
     ]
@@ -123,14 +97,14 @@ def _check_router_groups(inventory: Inventory, n_experts: int, experts_used: int
 
 def _shared_hparams(inventory: Inventory, arch: str) -> Iterator[Field]:
     config = inventory.config
-    yield _uint(f"{arch}.vocab_size", _n_vocab(inventory))
-    yield _uint(f"{arch}.block_count", inventory.n_layers)
-    yield _uint(f"{arch}.context_length", _int(config, "max_position_embeddings"))
-    yield _uint(f"{arch}.embedding_length", _int(config, "hidden_size"))
-    yield _uint(f"{arch}.feed_forward_length", _int(config, "intermediate_size"))
-    yield _uint(f"{arch}.expert_feed_forward_length", _int(config, "moe_intermediate_size"))
-    yield _uint(f"{arch}.attention.head_count", _int(config, "num_attention_heads"))
-    yield _float(
+    yield uint_field(f"{arch}.vocab_size", n_vocab(inventory))
+    yield uint_field(f"{arch}.block_count", inventory.n_layers)
+    yield uint_field(f"{arch}.context_length", _int(config, "max_position_embeddings"))
+    yield uint_field(f"{arch}.embedding_length", _int(config, "hidden_size"))
+    yield uint_field(f"{arch}.feed_forward_length", _int(config, "intermediate_size"))
+    yield uint_field(f"{arch}.expert_feed_forward_length", _int(config, "moe_intermediate_size"))
+    yield uint_field(f"{arch}.attention.head_count", _int(config, "num_attention_heads"))
+    yield float_field(
         f"{arch}.attention.layer_norm_rms_epsilon",
         _number({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps"),
     )
@@ -151,23 +125,23 @@ def _deepseek2(inventory: Inventory, arch: str) -> Iterator[Field]:
             "computes as a sigmoid all the same; set it to 'sigmoid' if that is meant"
         )
     # multi-head latent attention runs as attention with one key/value head of rank + rope
-    yield _uint(f"{arch}.attention.head_count_kv", 1)
-    yield _uint(f"{arch}.attention.key_length", rank + rope)
-    yield _uint(f"{arch}.attention.value_length", rank)
-    yield _uint(f"{arch}.attention.key_length_mla", nope + rope)
-    yield _uint(f"{arch}.attention.value_length_mla", value)
-    yield _uint(f"{arch}.attention.kv_lora_rank", rank)
+    yield uint_field(f"{arch}.attention.head_count_kv", 1)
+    yield uint_field(f"{arch}.attention.key_length", rank + rope)
+    yield uint_field(f"{arch}.attention.value_length", rank)
+    yield uint_field(f"{arch}.attention.key_length_mla", nope + rope)
+    yield uint_field(f"{arch}.attention.value_length_mla", value)
+    yield uint_field(f"{arch}.attention.kv_lora_rank", rank)
     if config.get("q_lora_rank") is not None:
-        yield _uint(f"{arch}.attention.q_lora_rank", _int(config, "q_lora_rank"))
-    yield _uint(f"{arch}.rope.dimension_count", rope)
-    yield _uint(f"{arch}.leading_dense_block_count", _leading_dense(inventory))
-    yield _uint(f"{arch}.expert_shared_count", _int(config, "n_shared_experts"))
-    yield _float(f"{arch}.expert_weights_scale", _number(config, "routed_scaling_factor"))
-    yield _bool(f"{arch}.expert_weights_norm", bool(config.get("norm_topk_prob", True)))
-    yield _uint(f"{arch}.expert_gating_func", _SIGMOID)
+        yield uint_field(f"{arch}.attention.q_lora_rank", _int(config, "q_lora_rank"))
+    yield uint_field(f"{arch}.rope.dimension_count", rope)
+    yield uint_field(f"{arch}.leading_dense_block_count", _leading_dense(inventory))
+    yield uint_field(f"{arch}.expert_shared_count", _int(config, "n_shared_experts"))
+    yield float_field(f"{arch}.expert_weights_scale", _number(config, "routed_scaling_factor"))
+    yield bool_field(f"{arch}.expert_weights_norm", bool(config.get("norm_topk_prob", True)))
+    yield uint_field(f"{arch}.expert_gating_func", _SIGMOID)
     if inventory.expert_groups > 1:
-        yield _uint(f"{arch}.expert_group_count", inventory.expert_groups)
-        yield _uint(f"{arch}.expert_group_used_count", inventory.expert_groups_used)
+        yield uint_field(f"{arch}.expert_group_count", inventory.expert_groups)
+        yield uint_field(f"{arch}.expert_group_used_count", inventory.expert_groups_used)
 
 
 def _qwen3moe(inventory: Inventory, arch: str) -> Iterator[Field]:
@@ -186,10 +160,10 @@ def _qwen3moe(inventory: Inventory, arch: str) -> Iterator[Field]:
     head = config.get("head_dim") or _int(config, "hidden_size") // _int(
         config, "num_attention_heads"
     )
-    yield _uint(f"{arch}.attention.head_count_kv", _int(config, "num_key_value_heads"))
-    yield _uint(f"{arch}.attention.key_length", head)
-    yield _uint(f"{arch}.attention.value_length", head)
-    yield _uint(f"{arch}.rope.dimension_count", head)
+    yield uint_field(f"{arch}.attention.head_count_kv", _int(config, "num_key_value_heads"))
+    yield uint_field(f"{arch}.attention.key_length", head)
+    yield uint_field(f"{arch}.attention.value_length", head)
+    yield uint_field(f"{arch}.rope.dimension_count", head)
 
 
 def _leading_dense(inventory: Inventory) -> int:
@@ -241,29 +215,26 @@ def yarn_betas(inventory: Inventory) -> tuple[float, float] | None:
     return None if betas == _OWN else (betas[0], betas[1])
 
 
-_BETAS, _OWN = ("beta_fast", "beta_slow"), (32.0, 1.0)
-
-
 def _rope(inventory: Inventory, arch: str) -> Iterator[Field]:
     rope = rope_parameters(inventory.config)
-    yield _float(f"{arch}.rope.freq_base", _number(rope, "rope_theta"))
+    yield float_field(f"{arch}.rope.freq_base", _number(rope, "rope_theta"))
     if rope["rope_type"] == "default":
         return
     _check_yarn(rope, arch)
     if arch == "deepseek2":
         # the loader divides by 0.1 again (TAG_DEEPSEEK2_YARN_LOG_MUL_FIX)
-        yield _float(
+        yield float_field(
             f"{arch}.rope.scaling.yarn_log_multiplier", 0.1 * _number(rope, "mscale_all_dim")
         )
-    yield _string(f"{arch}.rope.scaling.type", "yarn")
-    yield _float(f"{arch}.rope.scaling.factor", _number(rope, "factor"))
-    yield _uint(
+    yield string_field(f"{arch}.rope.scaling.type", "yarn")
+    yield float_field(f"{arch}.rope.scaling.factor", _number(rope, "factor"))
+    yield uint_field(
         f"{arch}.rope.scaling.original_context_length",
         _int(rope, "original_max_position_embeddings"),
     )
     for key in _BETAS:
         if rope.get(key) is not None:
-            yield _float(f"{arch}.rope.scaling.yarn_{key}", _number(rope, key))
+            yield float_field(f"{arch}.rope.scaling.yarn_{key}", _number(rope, key))
 
 
 def _check_yarn(rope: Mapping[str, Any], arch: str) -> None:
@@ -310,193 +281,7 @@ def _attention_factor(rope: Mapping[str, Any]) -> float:
     return scaled(1.0)
 
 
-# -- tokenizer
-
-
-def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
-    """The tokenizer's pairs; read once per version of its files.
-
-    Raises:
-        CheckpointError: if its files contradict the checkpoint.
-        TargetError: if llama.cpp cannot express it.
-    """
-    versions = []
-    for name in _TOKENIZER_FILES:
-        try:
-            stat = (inventory.path / name).stat()
-            versions.append((stat.st_mtime_ns, stat.st_size))
-        except OSError:
-            versions.append((0, 0))
-    ids = tuple(
-        (role, _first(inventory.config.get(f"{role}_token_id"))) for role in ("bos", "eos", "pad")
-    )
-    return _tokenizer(inventory.path, _n_vocab(inventory), ids, tuple(versions))
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(
-    path: Path,
-    n_vocab: int,
-    config_ids: tuple[tuple[str, int | None], ...],
-    versions: tuple[tuple[int, int], ...],
-) -> tuple[Field, ...]:
-    if not (path / "tokenizer.json").exists():
-        return (_string("tokenizer.ggml.model", "no_vocab"),)
-    raw = read_json(path / "tokenizer.json")
-    config_path = path / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    try:
-        return tuple(_bpe(path, raw, config, n_vocab, dict(config_ids)))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch the file again"
-        ) from None
-
-
-def _bpe(
-    path: Path,
-    raw: Mapping[str, Any],
-    config: Mapping[str, Any],
-    n_vocab: int,
-    config_ids: Mapping[str, int | None],
-) -> Iterator[Field]:
-    pre = _pre_tokenizer(path, raw)
-    tokens, types = _tokens(path, raw, n_vocab)
-    yield _string("tokenizer.ggml.model", "gpt2")
-    yield _string("tokenizer.ggml.pre", pre)
-    yield _array("tokenizer.ggml.tokens", tokens, GGUFValueType.STRING)
-    yield _array("tokenizer.ggml.token_type", types, GGUFValueType.INT32)
-    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
-    if bad := next((m for m in merges if m.count(" ") != 1), None):
-        raise TargetError(
-            f"gguf: {path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
-        )
-    if merges:
-        yield _array("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
-    ids = {text: number for number, text in enumerate(tokens)}
-    found: dict[str, int] = {}
-    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        text = config.get(f"{role}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        number = ids.get(text, config_ids[role]) if text else config_ids[role]
-        if number is not None:
-            found[role] = number
-            yield _uint(f"tokenizer.ggml.{name}_token_id", number)
-    yield _bool("tokenizer.ggml.add_bos_token", _adds(raw, config, "bos", tokens, found))
-    yield _bool("tokenizer.ggml.add_eos_token", _adds(raw, config, "eos", tokens, found))
-    yield from _chat_template(path, config)
-
-
-def _tokens(
-    path: Path, raw: Mapping[str, Any], n_vocab: int
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Texts and llama.cpp's types of tokens 0..n_vocab-1; rows without a token are unused."""
-    texts = {int(number): str(text) for text, number in raw["model"]["vocab"].items()}
-    types = dict.fromkeys(texts, int(TokenType.NORMAL))
-    for added in raw.get("added_tokens") or ():
-        number = int(added["id"])
-        texts[number] = str(added["content"])
-        types[number] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
-    if min(texts) < 0 or max(texts) >= n_vocab:
-        raise CheckpointError(
-            f"{path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} rows; "
-            "this tokenizer belongs to another checkpoint"
-        )
-    return (
-        tuple(texts.get(n, f"[PAD{n}]") for n in range(n_vocab)),
-        tuple(types.get(n, int(TokenType.UNUSED)) for n in range(n_vocab)),
-    )
-
-
-# llama.cpp's name of a pre-tokenizer by the patterns of tokenizer.json, line ends escaped
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_PRE_TOKENIZERS = {
-    (): "gpt-2",
-    (_WORDS + r"\p{N}" + _TAIL,): "qwen2",
-    (_WORDS + r"\p{N}{1,3}" + _TAIL,): "llama-bpe",
-    (
-        r"\p{N}{1,3}",
-        "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
-        r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ): "deepseek-v3",
-}
-
-
-def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the way text is cut before the merges."""
-
-    def refuse(what: str) -> TargetError:
-        return TargetError(
-            f"gguf: {path}/tokenizer.json: {what} has no counterpart in llama.cpp; "
-            "use target safetensors"
-        )
-
-    model = raw["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise refuse(f"model {model['type']} (byte_fallback = {model.get('byte_fallback')})")
-    normalizer = raw.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    if normalizer != {"type": "Sequence", "normalizers": []} and normalizer["type"] != "NFC":
-        raise refuse(f"normalizer {normalizer['type']}")
-    cut = raw.get("pre_tokenizer") or {"type": "none"}
-    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    *splits, last = steps
-    patterns = tuple(
-        str(s.get("pattern", {}).get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
-        for s in splits
-    )
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        raise refuse(
-            f"pre-tokenizer {[s['type'] for s in steps]} with prefix space or no byte level"
-        )
-    # ByteLevel cuts by GPT-2's pattern itself unless told not to
-    if bool(last.get("use_regex", True)) is bool(patterns) or patterns not in _PRE_TOKENIZERS:
-        raise refuse(f"pre-tokenizer with patterns {patterns}")
-    name = _PRE_TOKENIZERS[patterns]
-    if bool(model.get("ignore_merges")) is not (name == "llama-bpe"):
-        raise refuse(f"ignore_merges = {model.get('ignore_merges')} with pre-tokenizer {name}")
-    return name
-
-
-def _adds(
-    raw: Mapping[str, Any],
-    config: Mapping[str, Any],
-    role: str,
-    tokens: tuple[str, ...],
-    ids: Mapping[str, int],
-) -> bool:
-    """Whether the tokenizer itself puts bos before, or eos after, a text."""
-    if role not in ids:
-        return False
-    if (told := config.get(f"add_{role}_token")) is not None:
-        return bool(told)
-    post = raw.get("post_processor") or {}
-    steps = post.get("processors", [post])
-    single: list[dict[str, Any]] = next(
-        (s["single"] for s in steps if s.get("type") == "TemplateProcessing"), []
-    )
-    edge = (single[0] if role == "bos" else single[-1]) if single else {}
-    return bool(edge.get("SpecialToken", {}).get("id") == tokens[ids[role]])
-
-
-def _chat_template(path: Path, config: Mapping[str, Any]) -> Iterator[Field]:
-    file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if isinstance(template, str) and template:
-        yield _string("tokenizer.chat_template", template)
-
-
 # -- small parts
-
-
-def _n_vocab(inventory: Inventory) -> int:
-    return inventory.of_role(Role.EMBEDDING)[0].shape[0]
-
-
-def _first(value: Any) -> int | None:
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, int) else None
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:
@@ -513,23 +298,3 @@ def _int(config: Mapping[str, Any], key: str) -> int:
     if value != int(value) or not 0 <= value < 2**32:
         raise CheckpointError(f"config.json: {key} is {value!r}, needed a whole number")
     return int(value)
-
-
-def _uint(key: str, value: int) -> Field:
-    return Field(key, value, GGUFValueType.UINT32)
-
-
-def _float(key: str, value: float) -> Field:
-    return Field(key, value, GGUFValueType.FLOAT32)
-
-
-def _bool(key: str, value: bool) -> Field:
-    return Field(key, value, GGUFValueType.BOOL)
-
-
-def _string(key: str, value: str) -> Field:
-    return Field(key, value, GGUFValueType.STRING)
-
-
-def _array(key: str, value: tuple[int, ...] | tuple[str, ...], element: GGUFValueType) -> Field:
-    return Field(key, value, GGUFValueType.ARRAY, element)

@@ -1,12 +1,14 @@
 """Calibration files: what is refused, how text is cut, how domains are mixed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from allocator.calibration.documents import (
     Document,
@@ -17,6 +19,9 @@ from allocator.calibration.documents import (
     read_windows,
 )
 from allocator.errors import CalibrationError
+from allocator.inventory import read_inventory
+from allocator.targets import gguf_tokenizer
+from allocator.tokenizer import read_tokenizer
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
 
@@ -68,33 +73,127 @@ def test_files_that_hold_nothing(tmp_path):
         read_documents(tmp_path / "binary", vocab_size=10)
 
 
-def test_windows_are_cut_from_concatenated_text(tmp_path):
-    texts = {"a": ["one two three four five", "six"], "b": ["seven eight nine ten eleven"]}
-    order = [("a", 0), ("b", 0), ("a", 1)]
-    path = write(tmp_path / "x", *({"text": texts[d][i], "domain": d} for d, i in order))
-    tokenizer = Tokenizer.from_file(str(REFERENCE / "tokenizer.json"))
-    expected = []
-    for domain in ("a", "b"):
+@pytest.fixture
+def reading(tmp_path):
+    """`reading(edit, **config)`: the reference's tokenizer, its files and config.json edited."""
+    inventory = read_inventory(REFERENCE)
+
+    def make(edit=lambda raw, config: None, **changes):
+        folder = tmp_path / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        names = "tokenizer.json", "tokenizer_config.json"
+        raw, told = (json.loads((REFERENCE / name).read_text()) for name in names)
+        edit(raw, told)
+        for name, content in zip(names, (raw, told), strict=True):
+            (folder / name).write_text(json.dumps(content))
+        config = {**inventory.config, **changes}
+        config = {key: value for key, value in config.items() if value != "absent"}
+        return replace(inventory, path=folder, config=config)
+
+    return make
+
+
+TEXTS = {"a": ["one two three four five", "six"], "b": ["seven eight nine ten eleven"]}
+
+
+def cut(prefix, window):
+    """What windows over TEXTS are, by the tokenizers library."""
+    library = tokenizers.Tokenizer.from_file(str(REFERENCE / "tokenizer.json"))
+    found = []
+    for domain, texts in TEXTS.items():
         stream = []
-        for text in texts[domain]:
-            stream += [0, *tokenizer.encode(text, add_special_tokens=False).ids]
-        expected += [
-            Document(tuple(stream[4 * i : 4 * i + 4]), domain) for i in range(len(stream) // 4)
+        for text in texts:
+            stream += [*prefix, *library.encode(text, add_special_tokens=False).ids]
+        found += [
+            Document(tuple(stream[window * i : window * (i + 1)]), domain)
+            for i in range(len(stream) // window)
         ]
-    assert len(expected) > 2
-    assert read_windows(path, REFERENCE, window=4) == expected
-    assert read_windows(path, REFERENCE, window=4)[0].ids[0] == 0
+    return found
 
 
-def test_windows_need_text_and_enough_of_it(tmp_path):
+@pytest.fixture
+def texts(tmp_path):
+    order = [("a", 0), ("b", 0), ("a", 1)]
+    return write(tmp_path / "x", *({"text": TEXTS[d][i], "domain": d} for d, i in order))
+
+
+def told(**changes):
+    return lambda raw, config: config.update(changes)
+
+
+def template(raw, config, token="<|endoftext|>", number=0):
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}}, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+
+
+def foreign_template(raw, config):
+    template(raw, config, "!", raw["model"]["vocab"]["!"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "bos", "prefix"),
+    [
+        # it adds none, whatever config.json says
+        (told(), 0, ()),
+        (told(), None, ()),
+        (told(bos_token=None), 7, ()),
+        (told(bos_token=None, add_bos_token=False), [7, 8], ()),
+        # it adds its own, whatever config.json says
+        (told(add_bos_token=True), None, (0,)),
+        (told(add_bos_token=True), "absent", (0,)),
+        (told(add_bos_token=True), 7, (0,)),
+        (told(add_bos_token=True, bos_token={"content": "<|endoftext|>"}), [7, 8], (0,)),
+        # it adds one that config.json alone names
+        (told(add_bos_token=True, bos_token=None), 7, (7,)),
+        (told(add_bos_token=True, bos_token=None), [7, 8], (7,)),
+        # there is none to add
+        (told(add_bos_token=True, bos_token=None), None, ()),
+        (told(add_bos_token=True, bos_token=None), "absent", ()),
+        (told(add_bos_token=True, bos_token=None), [], ()),
+        (told(add_bos_token=True, bos_token=None), True, ()),
+        # by its post-processor
+        (template, None, (0,)),
+        (template, 0, (0,)),
+        (foreign_template, 0, ()),
+    ],
+)
+def test_what_stands_before_a_text_is_the_tokenizers_habit(reading, texts, edit, bos, prefix):
+    inventory = reading(edit, bos_token_id=bos)
+    found = read_windows(texts, read_tokenizer(inventory), window=4)
+    assert found == cut(prefix, 4)
+    assert len(found) > 2
+    fields = {f.key: f.value for f in gguf_tokenizer.tokenizer(inventory)}
+    assert fields["tokenizer.ggml.add_bos_token"] is bool(prefix)
+    if prefix:
+        assert fields["tokenizer.ggml.bos_token_id"] == prefix[0]
+
+
+def test_the_habit_is_what_transformers_puts_before_a_text(reading):
+    """Where transformers reads it as we do: from a post-processor, and none."""
+    for edit in (told(), template):
+        inventory = reading(edit)
+        (inventory.path / "config.json").write_text(json.dumps(dict(inventory.config)))
+        ids = AutoTokenizer.from_pretrained(inventory.path)("one two")["input_ids"]
+        plain = AutoTokenizer.from_pretrained(REFERENCE)("one two", add_special_tokens=False)
+        assert ids == [*read_tokenizer(inventory).prefix, *plain["input_ids"]]
+
+
+def test_windows_need_text_and_enough_of_it(tmp_path, reading):
+    tokenizer = read_tokenizer(reading())
     path = write(tmp_path / "x", {"text": "a short text"})
     with pytest.raises(CalibrationError, match="less text than one window of 64"):
-        read_windows(path, REFERENCE, window=64)
+        read_windows(path, tokenizer, window=64)
+    broken = reading(lambda raw, config: raw["model"].pop("vocab"))
     with pytest.raises(CalibrationError, match=r"tokenizer\.json"):
-        read_windows(path, tmp_path, window=2)
+        read_windows(path, read_tokenizer(broken), window=2)
     for bad in ({"ids": [0, 1]}, {"text": None}):
         with pytest.raises(CalibrationError, match="y:2: needed text"):
-            read_windows(write(tmp_path / "y", {"text": "x"}, bad), REFERENCE, window=2)
+            read_windows(write(tmp_path / "y", {"text": "x"}, bad), tokenizer, window=2)
 
 
 @given(st.lists(st.sampled_from("abc")))

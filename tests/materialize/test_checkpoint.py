@@ -24,7 +24,8 @@ from allocator.targets import TARGETS, target_named
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def tensor_bytes(path):
@@ -91,6 +92,39 @@ def test_manifest_digests_are_the_files(written, which):
     assert Manifest.read(done.folder) == done.manifest
     expected = {"allocation.json", FILE[done.manifest.container]}
     assert expected <= set(files)
+
+
+BESIDE = {
+    "tokenizer.json": "{}", "tokenizer_config.json": "{}", "special_tokens_map.json": "{}",
+    "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "a b", "tokenizer.model": "x",
+    "tiktoken.model": "x", "qwen.tiktoken": "x", "tokenization_own.py": "raise SystemExit",
+    "chat_template.jinja": "c", "chat_template.json": "{}", "generation_config.json": "{}",
+    "additional_chat_templates/rag.jinja": "r", "additional_chat_templates/tools.jinja": "t",
+}  # fmt: skip
+
+
+def test_what_a_runtime_needs_beside_the_weights_is_carried_over(case, tmp_path):
+    made = case("qwen3", "safetensors")
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    others = {"README.md": "#", "optimizer.bin": "o", "additional_chat_templates/note.txt": "n"}
+    for name, text in {**BESIDE, **others}.items():
+        (source / name).write_text(text)
+    for file in made.path.glob("*.safetensors"):
+        (source / file.name).symlink_to(file)
+    shutil.copy(made.path / "config.json", source)
+    layout = target_named("safetensors").layout(read_inventory(source))
+    bank = Bank(made.bank_folder, layout, {})
+    for _ in range(2):  # the second takes the place of the first
+        done = materialize(
+            made.allocation(), bank, tmp_path / "out", container="safetensors", importance="i" * 64
+        )
+    files = contents(done.folder)
+    assert {n: files[n].decode() for n in BESIDE} == BESIDE
+    assert set(files) == {
+        *BESIDE, "config.json", "allocation.json", "manifest.json", FILE["safetensors"],
+    }  # fmt: skip
+    assert set(done.manifest.sha256) == set(files) - {"manifest.json"}
 
 
 def test_two_writes_are_equal(case, written, which, tmp_path):

@@ -9,10 +9,13 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from allocator.errors import CheckpointError, TargetError
 from allocator.inventory import read_inventory
+from allocator.targets.gguf_general import _size
 from allocator.targets.gguf_metadata import Field, metadata, metadata_bytes, tokenizer
+from allocator.targets.gguf_tokenizer import check_tokenizer
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
 
@@ -176,11 +179,24 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(inventory, changes, err
 
 
 def test_without_tokenizer_there_is_no_vocab(copied):
-    (copied / "tokenizer.json").unlink()
-    found = values(read_inventory(copied))
+    inventory = read_inventory(copied)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    found = values(inventory)
     assert found["tokenizer.ggml.model"] == "no_vocab"
     assert found["deepseek2.vocab_size"] == 8192
     assert "tokenizer.ggml.tokens" not in found
+    with pytest.raises(CheckpointError, match='tokenizer = "none"') as caught:
+        check_tokenizer(inventory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_wanted_is_left_out(copied):
+    inventory = replace(read_inventory(copied), without_tokenizer=True)
+    assert values(inventory)["tokenizer.ggml.model"] == "no_vocab"
+    check_tokenizer(inventory)
+    (copied / "tokenizer.json").write_text("{")
+    check_tokenizer(inventory)
 
 
 def test_tokenizer_is_read_once_and_again_when_its_file_changes(copied):
@@ -202,6 +218,143 @@ def test_bos_of_a_post_processor_and_chat_template(copied):
     assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.add_eos_token"] is False
     assert found["tokenizer.chat_template"] == "{{ messages }}"
+
+
+NAMED = [
+    {"name": "tool_use", "template": "T"},
+    {"name": "default", "template": "D"},
+    {"name": "rag-2", "template": "R"},
+]
+
+
+def jinja(folder, **templates):
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        place = folder if name == "chat_template" else folder / "additional_chat_templates"
+        (place / f"{name}.jinja").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda f: edit(f / "tokenizer_config.json", lambda c: c.update(chat_template="D")), "D"),
+        (
+            lambda f: edit(f / "tokenizer_config.json", lambda c: c.update(chat_template=NAMED)),
+            {"default": "D", "tool_use": "T", "rag_2": "R"},
+        ),
+        (
+            lambda f: edit(
+                f / "tokenizer_config.json", lambda c: c.update(chat_template=NAMED[:1])
+            ),
+            {"tool_use": "T"},
+        ),
+        (lambda f: jinja(f, chat_template="D"), "D"),
+        (lambda f: jinja(f, chat_template="D", rag="R"), {"default": "D", "rag": "R"}),
+        (lambda f: jinja(f, rag="R", tools="T"), {"rag": "R", "tools": "T"}),
+        (lambda f: (f / "chat_template.json").write_text('{"chat_template": "D"}'), "D"),
+    ],
+)
+def test_chat_templates_are_those_of_gguf_pys_writer(copied, tmp_path, write, expected):
+    """The converter hands a text, or a list of named ones, to `add_chat_template`."""
+    write(copied)
+    inventory = read_inventory(copied)
+    fields = metadata(inventory, n_experts=24, experts_used=4)
+    path = tmp_path / "kv.gguf"
+    assert metadata_bytes(fields) == written(fields, path)
+    writer = GGUFWriter(tmp_path / "theirs.gguf", "deepseek2")
+    if isinstance(expected, dict):
+        expected = [{"name": name, "template": text} for name, text in expected.items()]
+    writer.add_chat_template(expected)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+    def templates(path):
+        found = {
+            key: field.contents()
+            for key, field in GGUFReader(path).fields.items()
+            if key.startswith("tokenizer.chat_template")
+        }
+        names = found.get("tokenizer.chat_templates")
+        return found | {"tokenizer.chat_templates": names and sorted(names)}
+
+    assert templates(path) == templates(tmp_path / "theirs.gguf")
+
+
+def test_which_chat_template_holds_is_as_in_transformers(copied):
+    edit(copied / "tokenizer_config.json", lambda c: c.update(chat_template="config"))
+    (copied / "chat_template.jinja").write_text("file")
+    theirs = AutoTokenizer.from_pretrained(copied).chat_template
+    assert values(read_inventory(copied))["tokenizer.chat_template"] == theirs == "file"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [7, ["D"], [{"name": "a"}], [{"name": 1, "template": "D"}], {"a": 1},
+     [{"name": "a b", "template": "1"}, {"name": "a_b", "template": "2"}]],
+)  # fmt: skip
+def test_chat_templates_that_are_none_are_refused(copied, template):
+    edit(copied / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    with pytest.raises(CheckpointError) as caught:
+        values(read_inventory(copied))
+    assert "\n" not in str(caught.value)
+
+
+def test_sampling_is_what_the_converter_reads_of_generation_config(copied, tmp_path):
+    """The converter's names, by gguf-py's own writer."""
+    told = {
+        "temperature": 1, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "do_sample": True,
+        "penalty_repeat": 1.1, "penalty_last_n": 64, "mirostat": 2, "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1, "xtc_probability": 0.5, "xtc_threshold": None, "sequence": "top_k",
+    }  # fmt: skip
+    (copied / "generation_config.json").write_text(json.dumps(told))
+    inventory = read_inventory(copied)
+    fields = metadata(inventory, n_experts=24, experts_used=4)
+    assert metadata_bytes(fields) == written(fields, tmp_path / "kv.gguf")
+    writer = GGUFWriter(tmp_path / "theirs.gguf", "deepseek2")
+    for name, value in told.items():
+        name = {"temperature": "temp"}.get(name, name)
+        if value is not None and name != "do_sample":
+            getattr(writer, f"add_sampling_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+    def sampling(path):
+        fields = GGUFReader(path).fields.items()
+        return {k: (f.types, f.contents()) for k, f in fields if k.startswith("general.sampling")}
+
+    assert sampling(tmp_path / "kv.gguf") == sampling(tmp_path / "theirs.gguf")
+    assert len(sampling(tmp_path / "kv.gguf")) == 11
+    for damaged in ('{"top_k": 1.5}', '{"top_k": true}', '{"temperature": "hot"}', "[]", "{"):
+        (copied / "generation_config.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"generation_config\.json") as caught:
+            values(inventory)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "Qwen3-30B-A3B"),
+        ("./Qwen3", "deepseek_v3 29.3M"),
+        ("/models/mine", "deepseek_v3 29.3M"),
+        ("a/b/c", "deepseek_v3 29.3M"),
+        ("", "deepseek_v3 29.3M"),
+        (None, "deepseek_v3 29.3M"),
+    ],
+)
+def test_the_name_does_not_say_where_the_checkpoint_lies(inventory, told, name):
+    """29.31 M parameters are what its card says."""
+    assert values(with_config(inventory, _name_or_path=told))["general.name"] == name
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(12, "12"), (1500, "1.50K"), (30.5e9, "30.5B"), (671e9, "671B"), (2e12, "2000B")],
+)
+def test_sizes_have_three_digits(n, text):
+    assert _size(int(n)) == text
 
 
 def test_rows_without_a_token_are_unused(copied):
@@ -235,6 +388,29 @@ def _split(pattern):
 def test_pre_tokenizer_of_qwen_is_known(copied):
     edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=_split(_QWEN)))
     assert values(read_inventory(copied))["tokenizer.ggml.pre"] == "qwen2"
+
+
+_DEEPSEEK = r"""[
+  {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated", "invert": false},
+  {"type": "Split", "pattern": {"Regex": "[一-龥぀-ゟ゠-ヿ]+"}, "behavior": "Isolated",
+   "invert": false},
+  {"type": "Split", "pattern": {"Regex":
+   "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"},
+   "behavior": "Isolated", "invert": false},
+  {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}
+]"""  # noqa: E501
+
+
+def test_pre_tokenizer_of_deepseek_is_known_as_its_released_json_has_it(copied):
+    steps = {"type": "Sequence", "pretokenizers": json.loads(_DEEPSEEK)}
+    edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=steps))
+    assert values(read_inventory(copied))["tokenizer.ggml.pre"] == "deepseek-v3"
+    for change in ({"behavior": "Removed"}, {"invert": True}):
+        steps["pretokenizers"][0].update(change)
+        edit(copied / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=steps))
+        with pytest.raises(TargetError, match="drops or joins"):
+            values(read_inventory(copied))
+        steps["pretokenizers"] = json.loads(_DEEPSEEK)
 
 
 @pytest.mark.parametrize(

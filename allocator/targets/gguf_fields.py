@@ -1,0 +1,74 @@
+"""Key/value pairs of a GGUF file, and their exact bytes.
+
+In: keys and values. Out: `Field`s. Invariant: `metadata_bytes` are the bytes that gguf-py writes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gguf import GGUFValueType
+
+Value = int | float | bool | str | tuple[int, ...] | tuple[str, ...]
+
+_SCALAR_BYTES = {GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
+                 GGUFValueType.BOOL: 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key/value pair; `element` is the type of an array's values."""
+
+    key: str
+    value: Value
+    type: GGUFValueType
+    element: GGUFValueType | None = None
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the pair in the file."""
+        key = 8 + len(self.key.encode())  # length + text
+        if self.element is None:
+            return key + 4 + _value_bytes(self.type, self.value)  # type + value
+        assert isinstance(self.value, tuple)
+        values = sum(_value_bytes(self.element, v) for v in self.value)
+        return key + 4 + 4 + 8 + values  # type + element type + count + values
+
+
+def _value_bytes(kind: GGUFValueType, value: Any) -> int:
+    if kind == GGUFValueType.STRING:
+        return 8 + len(value.encode())
+    return _SCALAR_BYTES[kind]
+
+
+def metadata_bytes(fields: Iterable[Field]) -> int:
+    """Bytes of the key/value section as gguf-py's `GGUFWriter` writes it."""
+    return sum(field.nbytes for field in fields)
+
+
+def uint_field(key: str, value: int) -> Field:
+    """An unsigned 32-bit pair."""
+    return Field(key, value, GGUFValueType.UINT32)
+
+
+def float_field(key: str, value: float) -> Field:
+    """A 32-bit float pair."""
+    return Field(key, value, GGUFValueType.FLOAT32)
+
+
+def bool_field(key: str, value: bool) -> Field:
+    """A boolean pair."""
+    return Field(key, value, GGUFValueType.BOOL)
+
+
+def string_field(key: str, value: str) -> Field:
+    """A text pair."""
+    return Field(key, value, GGUFValueType.STRING)
+
+
+def array_field(
+    key: str, value: tuple[int, ...] | tuple[str, ...], element: GGUFValueType
+) -> Field:
+    """A pair of several values of one type."""
+    return Field(key, value, GGUFValueType.ARRAY, element)
