@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from allocator.allocation import Allocation
+from allocator.checked import seal, unseal
 from allocator.codecs.bank import Bank
 from allocator.errors import TargetError, VerifyError
 from allocator.materialize.gguf import llama_cpp_options, tensor_type_file, write_gguf
@@ -30,6 +31,7 @@ FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
 """Not `model.safetensors`: stock transformers skips an unknown quantization method with a warning,
 and would then run on random weights; without that file it refuses the directory."""
 QUANT_METHOD = "moe-allocator"
+MANIFEST = "manifest.json"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "generation_config.json", "chat_template.jinja")  # fmt: skip
 
@@ -66,15 +68,34 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """From a checkpoint directory.
 
         Raises:
-            VerifyError: if it has none.
+            VerifyError: if it has none, it is damaged, or it names files that it cannot hold.
         """
         try:
-            return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError) as error:
+            found = msgspec.convert(unseal((folder / MANIFEST).read_bytes()), cls)
+            found._check()
+        except (OSError, ValueError, RecursionError) as error:
             raise VerifyError(
                 f"{folder}: no readable manifest.json ({error}); needed a directory written by "
-                "`allocator materialize`"
+                "`allocator materialize`: materialize it again"
             ) from None
+        return found
+
+    def _check(self) -> None:
+        """Raises:
+        ValueError: if a field says what no written directory has.
+        """
+        if self.schema != 1:
+            raise ValueError(f"schema {self.schema}, needed 1")
+        if self.container not in FILE:
+            raise ValueError(f"container {self.container!r}, needed {' or '.join(FILE)}")
+        if self.file != FILE[self.container]:
+            raise ValueError(f"file {self.file!r}, needed {FILE[self.container]!r} beside it")
+        for name in self.sha256:
+            if name in ("", ".", "..", MANIFEST) or set(name) & {"/", "\\", "\0"}:
+                raise ValueError(f"sha256 of {name!r}, needed names of files beside it")
+        for name in (self.file, "allocation.json"):
+            if name not in self.sha256:
+                raise ValueError(f"no sha256 of {name}")
 
 
 @dataclass(frozen=True)
@@ -141,9 +162,7 @@ def materialize(
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
-        (place / "manifest.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        )
+        (place / MANIFEST).write_bytes(seal(manifest))
     return Written(folder, manifest)
 
 
@@ -171,11 +190,11 @@ def _holds(folder: Path, allocation: Allocation, container: str) -> bool:
         return False
     if not any(folder.iterdir()):
         return True
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         return False
     manifest = Manifest.read(folder)
     same = (manifest.allocation, manifest.container) == (allocation.digest, container)
-    return same and {p.name for p in folder.iterdir()} <= {*manifest.sha256, "manifest.json"}
+    return same and {p.name for p in folder.iterdir()} <= {*manifest.sha256, MANIFEST}
 
 
 @contextmanager
