@@ -119,7 +119,7 @@ def log_damage(path: Path, error: Exception, then: str = "measured again") -> No
 def save_arrays(path: Path, arrays: Mapping[str, Array], of: str = "") -> None:
     """Writes arrays as safetensors with their checksum, to the disk, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(whole, part, {CHECKSUM: arrays_checksum(whole, f"{path.name} {of}")})

@@ -200,16 +200,39 @@ class _RepairingLock(JournalFileSymlinkLock):
         self._path = path
         self._lock_target_file = f"{path.parent}/./{path.name}"
         self._flock: int | None = None
+        self._link = 0  # inode, while it is held
+        self._file: tuple[int, int] | None = None  # the journal's device and inode
+
+    def check_file(self) -> None:
+        """Raises:
+        StudyError: if the journal is not the file that it was, as when it is deleted or restored.
+        """
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            now = None
+        else:
+            now = found.st_dev, found.st_ino
+        self._file = self._file or now
+        if now != self._file:
+            raise StudyError(
+                f"{self._path}: removed or replaced while a search was using it; stop all searches "
+                "of this study, put the file in its place, and run the same command again"
+            )
 
     def acquire(self) -> bool:
         with accessing(self._path):
+            self.check_file()
             flock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(flock, fcntl.LOCK_EX)
+                self.check_file()
                 with suppress(FileNotFoundError):
                     if os.readlink(self._lock_file) == self._lock_target_file:
                         os.unlink(self._lock_file)
                 super().acquire()  # calls `release` where it breaks a link
+                with suppress(FileNotFoundError):
+                    self._link = os.lstat(self._lock_file).st_ino
             except BaseException:
                 os.close(flock)
                 raise
@@ -224,9 +247,19 @@ class _RepairingLock(JournalFileSymlinkLock):
         return True
 
     def release(self) -> None:
+        """Removes the link and ends the flock.
+
+        A link that somebody removed or broke meanwhile is no error: the flock held all the time, and
+        stock Optuna's append is one write at the end of the file, as ours is. Another's link stays.
+        """
         flock, self._flock = self._flock, None
         try:
-            super().release()
+            mine = flock is None or os.lstat(self._lock_file).st_ino == self._link
+            if mine:
+                super().release()
+        except (FileNotFoundError, RuntimeError):
+            if flock is None:  # Optuna's `acquire` tells a broken link by it
+                raise
         finally:
             if flock is not None:
                 os.close(flock)
@@ -238,6 +271,7 @@ class _CheckedFile(JournalFileBackend):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), lock_obj=_RepairingLock(path))
         self._path = path
+        self._lock: _RepairingLock
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         plain = [json.loads(json.dumps(log)) for log in logs]
@@ -247,6 +281,7 @@ class _CheckedFile(JournalFileBackend):
         """Raises:
         StudyError: at a record that is none, or is not as it was written.
         """
+        self._lock.check_file()
         try:
             for log in super().read_logs(log_number_from):
                 _check_record(log)

@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage
 
 from allocator import api, estimate
 from allocator.allocation import Allocation
+from allocator.checked import unseal
 from allocator.errors import (
     BudgetError,
     CalibrationError,
@@ -295,7 +296,7 @@ def test_score_of_a_type_file_is_that_of_its_allocation(study, options):
 
 def test_an_edited_record_is_refused(study, options):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     data["allocation"]["formats"]["embedding"] = "BF16"
     pick.write_text(json.dumps(data))
     with pytest.raises(SpaceError, match="edited by hand"):
@@ -307,7 +308,7 @@ def test_an_edited_record_is_refused(study, options):
 
 def test_a_record_with_other_importance_is_not_scored_with_ours(study, options):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     pick.write_text(json.dumps(data | {"importance": "0" * 64}))
     for verb in (api.score, api.explain):
         with pytest.raises(SpaceError, match="encoded with importance 000000000000"):
@@ -321,7 +322,7 @@ def test_a_record_with_other_importance_is_not_scored_with_ours(study, options):
 
 def test_a_record_cannot_name_places(study, options, tmp_path):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     pick.write_text(json.dumps(data | {"name": "../../evil"}))
     (made,) = api.reproduce(pick, tmp_path / "deep" / "er", **options)
     assert made.folder.parent == tmp_path / "deep" / "er"
@@ -393,7 +394,7 @@ def test_a_search_that_mixes_formats_is_written_and_verified(
 
 def test_reproduce_notices_other_bytes(study, options, tmp_path):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     data["sha256"] = {"gguf": "0" * 64}
     pick.write_text(json.dumps(data))
     with pytest.raises(VerifyError, match="records 000000000000"):

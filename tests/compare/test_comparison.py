@@ -323,6 +323,7 @@ def test_damaged_runs_are_named(finished, study_cache, tmp_path):
     shutil.copytree(finished, copy)
     path = next((copy / "runs").glob("*.json"))
     whole = json.loads(path.read_text())
+    del whole["checksum"]
     for change, match in (
         ({"course": []}, "not the file"),
         ({"schema": 2}, "not the file"),
