@@ -249,8 +249,8 @@ class _RepairingLock(JournalFileSymlinkLock):
     def release(self) -> None:
         """Removes the link and ends the flock.
 
-        A link that somebody removed or broke meanwhile is no error: the flock held all the time, and
-        stock Optuna's append is one write at the end of the file, as ours is. Another's link stays.
+        A link that somebody removed or broke meanwhile is no error: the flock held all the time,
+        and stock Optuna's append is one write at the end of the file too. Another's link stays.
         """
         flock, self._flock = self._flock, None
         try:

@@ -1,8 +1,9 @@
 """Writes a set of golden files: `python tests/golden/make.py tests/golden/<version>`.
 
-The checkpoint, the documents and the study are the same on every machine: they come from sha256, not
-from a library's random numbers. The study is searched, its pick is materialized and a comparison of
-one run is made by the command line of the code that is checked out; what is committed is then copied.
+The checkpoint, the documents and the study are the same on every machine: they come from sha256,
+not from a library's random numbers. The study is searched, its pick is materialized and a
+comparison of one run is made by the command line of the code that is checked out; what is committed
+is then copied.
 """
 
 import hashlib
