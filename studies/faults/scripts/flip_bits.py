@@ -38,7 +38,7 @@ from allocator.tables import front_table
 from allocator.workspace import Workspace
 
 OUTCOMES = ("rebuilt", "refused", "harmless", "SILENT", "TRACEBACK")
-TRIALS = 5
+TRIALS = 16
 PROTECTED = ("checkpoint", "target", "weights", "search_documents", "rungs", "measured_documents")
 """Lines of study.toml that the study's lock holds."""
 
