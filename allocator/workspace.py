@@ -521,7 +521,7 @@ def _read_importance(path: Path) -> dict[str, Floats]:
     from safetensors.numpy import load_file
 
     try:
-        vectors = load_file(path)
+        vectors: dict[str, Floats] = load_file(path)
         if any(v.dtype != np.float32 for v in vectors.values()):
             raise ValueError("not all of it is float32")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
