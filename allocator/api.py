@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import optuna
 import pandas as pd
@@ -26,7 +25,6 @@ from allocator.errors import (
     VerifyError,
 )
 from allocator.estimate import estimate
-from allocator.files import write_whole
 from allocator.inventory import read_inventory
 from allocator.launch import search, trials_table, write_front
 from allocator.materialize.checkpoint import Manifest, Written
@@ -39,7 +37,7 @@ from allocator.plan import plan as _plan
 from allocator.planned import planned_inventory
 from allocator.priors import Prior, published, transferred
 from allocator.profile import Profile
-from allocator.records import AllocationRecord, codec
+from allocator.records import AllocationRecord, codec, note_digests
 from allocator.report import evaluate
 from allocator.search_space import SearchSpace, bind
 from allocator.space import SETTINGS, canonical, largest_first
@@ -257,6 +255,10 @@ def materialize(
         container: `gguf` or `safetensors`; the study's target by default.
         record: note the weights' sha256 in the allocation file, for `reproduce`.
         options: of `Workspace`.
+
+    Raises:
+        StudyError: if the allocation file was changed meanwhile, and `record` is set; the
+            checkpoint of the earlier one is there then.
     """
     workspace = Workspace(study, **options)
     path = Path(allocation)
@@ -273,8 +275,7 @@ def materialize(
         workload=wanted.workload,
     )
     if record:
-        digests = wanted.sha256 | {container: written.manifest.sha256[written.manifest.file]}
-        write_whole(path, msgspec.structs.replace(wanted, sha256=digests).to_bytes())
+        note_digests(path, wanted, {container: written.manifest.sha256[written.manifest.file]})
     return written
 
 

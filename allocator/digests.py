@@ -5,7 +5,7 @@ is remembered belongs to a path and an `Identity`; a file that changed has none,
 changed within the last seconds, which could change again without its time telling, none is kept.
 
 One JSON per file, written whole at most once a second, so that a kill costs a second's work. Best
-effort: where nothing can be written, digests are computed again.
+effort: where nothing can be written, or what was written is damaged, digests are computed again.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from allocator.files import write_whole
+from allocator.checked import read_checked, write_checked
 
 _SAVE_SECONDS = 1.0
+_FORM = 2  # of these files; those without a checksum had none in their names
 _SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system (FAT) ticks every two seconds
 
 
@@ -93,21 +94,17 @@ class Digests:
         """Writes what is not yet on disk, beside what other processes found meanwhile."""
         for identity in self._unsaved:
             record = _Record(identity, self._load(identity) | self._known[identity])
-            data = msgspec.json.format(msgspec.json.encode(record), indent=1)
             with suppress(OSError):
-                write_whole(self._path(identity), data)
+                write_checked(self._path(identity), record)
         self._unsaved.clear()
         self._saved = time.monotonic()
 
     def _path(self, identity: str) -> Path:
-        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-{_FORM}.json"
 
     def _load(self, identity: str) -> dict[str, str]:
-        try:
-            record = msgspec.json.decode(self._path(identity).read_bytes(), type=_Record)
-        except (OSError, ValueError):
-            return {}
-        return record.digests if record.file == identity else {}
+        record = read_checked(self._path(identity), _Record)
+        return record.digests if record is not None and record.file == identity else {}
 
 
 def _name(file: Path, identity: Identity) -> str:

@@ -1,7 +1,14 @@
 """Optuna's journal, such that kill -9 leaves it readable.
 
 In: its path. Out: an Optuna storage whose every append repairs the tail first. Invariants: no byte
-of a journal is dropped without a copy beside it; a record is never glued to a torn one.
+of a journal is dropped without a copy beside it; a record is never glued to a torn one; a record
+of ours that changed since it was written is never replayed.
+
+Every record that is appended here carries its `checksum` (see `checked`), one more key that Optuna
+reads past: stock Optuna opens our journals, and appends to them. A record without one is taken if
+it holds nothing but keys that Optuna writes, as journals of earlier versions and of stock tools do:
+what has changed within those cannot be seen. Databases are left to their own integrity checks:
+sqlite's and PostgreSQL's pages, and whatever transaction log they have.
 
 How Optuna 5 appends (`optuna/storages/journal/_file.py`): one `write` of `record + newline`, then
 fsync, under a lock that is a symbolic link `<journal>.lock`. Three things follow.
@@ -20,19 +27,47 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Generator
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from allocator.checked import CHECKSUM, checksum
 from allocator.errors import StudyError, first_line
 from allocator.files import accessing
 
 _RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
 _BLOCK_BYTES = 1 << 16
+# of all records of Optuna 4 and 5, see optuna/storages/journal/_storage.py
+_STOCK_KEYS = [
+    "op_code",
+    "worker_id",
+    "study_id",
+    "study_name",
+    "directions",
+    "user_attr",
+    "system_attr",
+    "trial_id",
+    "datetime_start",
+    "datetime_complete",
+    "state",
+    "value",
+    "values",
+    "distributions",
+    "params",
+    "user_attrs",
+    "system_attrs",
+    "intermediate_values",
+    "param_name",
+    "param_value_internal",
+    "distribution",
+    "step",
+    "intermediate_value",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -165,16 +200,39 @@ class _RepairingLock(JournalFileSymlinkLock):
         self._path = path
         self._lock_target_file = f"{path.parent}/./{path.name}"
         self._flock: int | None = None
+        self._link = 0  # inode, while it is held
+        self._file: tuple[int, int] | None = None  # the journal's device and inode
+
+    def check_file(self) -> None:
+        """Raises:
+        StudyError: if the journal is not the file that it was, as when it is deleted or restored.
+        """
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            now = None
+        else:
+            now = found.st_dev, found.st_ino
+        self._file = self._file or now
+        if now != self._file:
+            raise StudyError(
+                f"{self._path}: removed or replaced while a search was using it; stop all searches "
+                "of this study, put the file in its place, and run the same command again"
+            )
 
     def acquire(self) -> bool:
         with accessing(self._path):
+            self.check_file()
             flock = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(flock, fcntl.LOCK_EX)
+                self.check_file()
                 with suppress(FileNotFoundError):
                     if os.readlink(self._lock_file) == self._lock_target_file:
                         os.unlink(self._lock_file)
                 super().acquire()  # calls `release` where it breaks a link
+                with suppress(FileNotFoundError):
+                    self._link = os.lstat(self._lock_file).st_ino
             except BaseException:
                 os.close(flock)
                 raise
@@ -189,12 +247,61 @@ class _RepairingLock(JournalFileSymlinkLock):
         return True
 
     def release(self) -> None:
+        """Removes the link and ends the flock.
+
+        A link that somebody removed or broke meanwhile is no error: the flock held all the time,
+        and stock Optuna's append is one write at the end of the file too. Another's link stays.
+        """
         flock, self._flock = self._flock, None
         try:
-            super().release()
+            mine = flock is None or os.lstat(self._lock_file).st_ino == self._link
+            if mine:
+                super().release()
+        except (FileNotFoundError, RuntimeError):
+            if flock is None:  # Optuna's `acquire` tells a broken link by it
+                raise
         finally:
             if flock is not None:
                 os.close(flock)
+
+
+class _CheckedFile(JournalFileBackend):
+    """Optuna's journal file, with a checksum in every record."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lock_obj=_RepairingLock(path))
+        self._path = path
+        self._lock: _RepairingLock
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        plain = [json.loads(json.dumps(log)) for log in logs]
+        super().append_logs([{**log, CHECKSUM: checksum(log)} for log in plain])
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Raises:
+        StudyError: at a record that is none, or is not as it was written.
+        """
+        self._lock.check_file()
+        try:
+            for log in super().read_logs(log_number_from):
+                _check_record(log)
+                yield log
+        except (ValueError, RecursionError) as error:
+            raise _damaged(self._path, first_line(error)) from None
+
+
+def _check_record(record: Any) -> None:
+    """Raises:
+    ValueError: if it is not as it was written, or holds what nobody writes.
+    """
+    if not isinstance(record, dict) or "op_code" not in record:
+        raise ValueError("no record")
+    known = record.pop(CHECKSUM, None)
+    if known is None:
+        if odd := set(record).difference(_STOCK_KEYS):
+            raise ValueError(f"no {CHECKSUM}, and an unknown key {min(odd)[:40]!r}")
+    elif known != checksum(record):
+        raise ValueError(f"its {CHECKSUM} is not that of its content")
 
 
 def open_journal(path: Path) -> BaseStorage:
@@ -206,10 +313,10 @@ def open_journal(path: Path) -> BaseStorage:
     if not path.parent.is_dir():
         raise StudyError(f"{path}: needed an existing folder, {path.parent} is none; create it")
     with accessing(path):
-        backend = JournalFileBackend(str(path), lock_obj=_RepairingLock(path))
+        backend = _CheckedFile(path)
         try:
             return JournalStorage(backend)
-        except OSError:
+        except (OSError, StudyError):
             raise
         except Exception as error:  # a replay fails in whatever way a damaged record makes it
             raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
@@ -225,9 +332,12 @@ def _damaged(path: Path, why: str) -> StudyError:
 
 
 def _first_bad_line(path: Path) -> int | None:
-    """Number, from 1, of the first whole line that is no record."""
+    """Number, from 1, of the first whole line that is no record, or not as it was written."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n") and not _is_record(line):
+            try:
+                if line.endswith(b"\n"):
+                    _check_record(json.loads(line))
+            except (ValueError, RecursionError):
                 return number
     return None

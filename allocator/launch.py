@@ -6,7 +6,7 @@ the input is said before anything is measured; the pick is made on the selection
 finalists that include the unperturbed knapsack, so there it is never worse than that.
 """
 
-import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
@@ -22,18 +23,17 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from allocator.allocation import Allocation
-from allocator.calibration import documents as calibration
 from allocator.calibration.profiler import importance_digest
+from allocator.checked import seal
 from allocator.closing import close_abandoned
-from allocator.errors import StudyError
+from allocator.errors import SpaceError, StudyError
 from allocator.files import write_whole
 from allocator.first_trials import first_trials
 from allocator.front import Point
 from allocator.front import front as front_of
 from allocator.leases import Leases, left_here
 from allocator.memory import Budget, DeviceMemory
-from allocator.proxy.scorer import mean
-from allocator.records import AllocationRecord, codec
+from allocator.records import AllocationRecord, changing, codec
 from allocator.search_lock import search_lock
 from allocator.specification import DeviceSpec
 from allocator.storage import journal_path, reaching, repair_storage
@@ -49,6 +49,8 @@ from allocator.trials import (
 )
 from allocator.workers import run_workers
 from allocator.workspace import Workspace
+
+_log = logging.getLogger(__name__)
 
 N_KNAPSACK = 3
 """Unperturbed knapsack solutions among the first trials: at the cap, and below it."""
@@ -386,13 +388,7 @@ def finalists_of(running: Search) -> tuple[list[FrozenTrial], FrozenTrial | None
 
 
 def _selection_loss(workspace: Workspace, allocation: Allocation) -> float:
-    scorer = workspace.selection_scorer
-    key = f"{calibration.digest(scorer.documents)[:16]}-{allocation.digest[:32]}"
-    path = workspace.profiler.folder / f"selection-{key}.json"
-    if not path.exists():
-        loss = mean(scorer.score(allocation).kl, scorer.documents)
-        write_whole(path, json.dumps({"loss": loss}).encode())
-    return float(json.loads(path.read_text())["loss"])
+    return workspace.profiler.selection_loss(allocation, workspace.selection_scorer)
 
 
 def _write_importance(workspace: Workspace) -> None:
@@ -428,12 +424,13 @@ def _record(
         | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / workspace.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},
-        sha256=_known_digests(path, allocation),
         workload={}
         if limit.workload is None
         else {n: getattr(limit.workload, n) for n in ("context", "sequences", "reserve")},
     )
-    write_whole(path, record.to_bytes())
+    with changing(path):
+        known = _known_digests(path, allocation)
+        write_whole(path, msgspec.structs.replace(record, sha256=known).to_bytes())
     return path
 
 
@@ -444,7 +441,11 @@ def _prefixed(prefix: str, sizes: dict[str, int]) -> dict[str, int]:
 def _known_digests(path: Path, allocation: Allocation) -> dict[str, str]:
     if not path.exists():
         return {}
-    old = AllocationRecord.read(path)
+    try:
+        old = AllocationRecord.read(path)
+    except SpaceError as error:
+        _log.warning("%s; written anew", error)
+        return {}
     return old.sha256 if old.digest == allocation.digest else {}
 
 
@@ -506,5 +507,5 @@ def write_front(workspace: Workspace, study: optuna.Study) -> pd.DataFrame:
         "front": rows.to_dict("records"),
         "trials": table.to_dict("records"),
     }
-    write_whole(workspace.folder / "front.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_whole(workspace.folder / "front.json", seal(data))
     return rows

@@ -5,10 +5,10 @@ calibration tokens, target, saliency, codec), so every study with the same input
 """
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from allocator.checked import unseal
 from allocator.errors import StudyError
 from allocator.targets import Group
 
@@ -71,23 +71,23 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int = 2
 
     @classmethod
-    def read(cls, path: Path) -> "Profile":
+    def read(cls, path: Path, of: str = "") -> "Profile":
         """From its file.
 
+        Args:
+            path: of the file; one of an earlier form has no checksum.
+            of: digest of the inputs that it was measured for.
+
         Raises:
-            StudyError: if the file is no profile.
+            StudyError: if the file is no profile, or is damaged.
         """
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls, strict=False)
-        except (OSError, msgspec.DecodeError) as error:
+            plain = unseal(path.read_bytes(), f"{path.name} {of}")
+            return msgspec.convert(plain, cls, strict=False)
+        except (OSError, ValueError) as error:
             raise StudyError(
                 f"{path}: no profile ({error}); run `allocator profile` again"
             ) from None
-
-    def to_bytes(self) -> bytes:
-        """As JSON that a person can open."""
-        plain: Any = msgspec.to_builtins(self, str_keys=True)
-        return msgspec.json.format(msgspec.json.encode(plain), indent=1)
 
 
 def bundle_of(group: Group) -> str:

@@ -2,12 +2,15 @@
 
 In: an allocation and what is known of it. Out: `allocations/<name>.json`, an `AllocationRecord`.
 Invariant: a record names the checkpoint, the importance vectors and the codec that it
-needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal.
+needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal; it carries a
+checksum of its content (`checked`), and whoever changes one holds its folder's lock.
 """
 
 import builtins
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +19,9 @@ from typing import Any
 import msgspec
 
 from allocator.allocation import Allocation
-from allocator.errors import SpaceError
+from allocator.checked import seal, unseal
+from allocator.errors import SpaceError, StudyError
+from allocator.files import accessing, locked, write_whole
 
 
 class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,12 +78,15 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """From its file.
 
         Raises:
-            SpaceError: if the file is no allocation record.
+            SpaceError: if the file is no allocation record, or is damaged.
         """
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError) as error:
-            raise SpaceError(f"{path}: no allocation file ({error})") from None
+            record = msgspec.convert(unseal(path.read_bytes()), cls)
+        except (OSError, ValueError, RecursionError) as error:
+            raise SpaceError(
+                f"{path}: no allocation file ({error}); restore it from a copy, or search again (a "
+                "hand-made change is taken where the file has no line `checksum`)"
+            ) from None
         if record.schema != 1:
             raise SpaceError(f"{path}: schema {record.schema}, needed 1; use a newer allocator")
         if not re.fullmatch("[0-9a-f]{64}", record.importance):
@@ -87,7 +95,37 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def to_bytes(self) -> builtins.bytes:
         """As JSON that a person can open."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        return seal(self)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Holds the lock of all who change a record beside `path`, for as long as it takes to write."""
+    with accessing(path), locked(path.with_name(".lock")):
+        yield
+
+
+def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) -> None:
+    """Adds the sha256 of written checkpoints to a record, if it is still the one they are of.
+
+    Args:
+        path: of the record.
+        read: what it held when the checkpoints were begun.
+        digests: sha256 of the weights' file, per container.
+
+    Raises:
+        StudyError: if it holds something else now; nothing is written then.
+        SpaceError: if it cannot be read any more.
+    """
+    with changing(path):
+        now = AllocationRecord.read(path)
+        if msgspec.structs.replace(now, sha256=read.sha256) != read:
+            raise StudyError(
+                f"{path}: changed while its checkpoint was written (a search ended?), so no sha256 "
+                "was recorded; materialize it again"
+            )
+        known = msgspec.structs.replace(now, sha256=now.sha256 | digests)
+        write_whole(path, known.to_bytes())
 
 
 def importance_name(digest: str) -> str:
@@ -108,8 +146,8 @@ def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
         SpaceError: if the file is neither.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise SpaceError(f"{path}: cannot be read as an allocation ({error})") from None
     if isinstance(data, dict) and "allocation" in data:
         record = AllocationRecord.read(path)

@@ -4,7 +4,6 @@ In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invar
 from the committed files alone: no checkpoint, no journal, no torch.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from allocator.allocation import Allocation
+from allocator.checked import unseal
 from allocator.errors import StudyError
 from allocator.formats import format_named
 from allocator.records import AllocationRecord
@@ -36,11 +36,16 @@ def front_table(folder: str | Path) -> pd.DataFrame:
     """
     path = Path(folder) / "front.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = unseal(path.read_bytes())
+        if odd := set(data) - {"schema", "split", "lock", "front", "trials"}:
+            raise ValueError(f"unknown key {min(odd)!r}")
         schema, trials = data["schema"], data["trials"]
         chosen = {row["trial"] for row in data["front"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path}: no front ({error!r}); run `allocator search` first") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StudyError(
+            f"{path}: no front ({error!r}); run `allocator search`, or write it again: "
+            "`allocator front`"
+        ) from None
     if schema != 1:
         raise StudyError(f"{path}: schema {schema}, needed 1; write it again: `allocator front`")
     if not trials:

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
@@ -24,12 +25,14 @@ from allocator.calibration.documents import Document
 from allocator.calibration.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.calibration.streamed import StreamedProfiler
 from allocator.codecs.bank import Bank
+from allocator.codecs.source import Floats
 from allocator.errors import (
     AllocatorError,
     CalibrationError,
     CheckpointError,
     SpaceError,
     StudyError,
+    first_line,
 )
 from allocator.formats import fallback
 from allocator.inventory import Inventory, read_inventory
@@ -277,13 +280,11 @@ class Workspace:
         Raises:
             CheckpointError: if neither a committed file nor the study's calibration gives them.
         """
-        from safetensors.numpy import load_file
-
         path = self.importance_path(importance)
         if beside is not None and not path.is_file():
             path = beside.parent / path.name
         if path.is_file():
-            vectors = load_file(path)
+            vectors = _read_importance(path)
             if importance_digest(vectors) != importance:
                 raise CheckpointError(
                     f"{path}: not the importance it is named for; restore the file"
@@ -557,6 +558,20 @@ def _use_threads(n: int) -> None:
     import torch
 
     torch.set_num_threads(n)
+
+
+def _read_importance(path: Path) -> dict[str, Floats]:
+    """Committed vectors, float32; their digest is still to be compared."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        vectors: dict[str, Floats] = load_file(path)
+        if any(v.dtype != np.float32 for v in vectors.values()):
+            raise ValueError("not all of it is float32")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({first_line(error)}); restore the file") from None
+    return vectors
 
 
 def _read_splits(path: Path, n: int) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from allocator import api, estimate
 from allocator.allocation import Allocation
 from allocator.calibration.profiler import Profiler, importance_digest
+from allocator.checked import unseal
 from allocator.codecs import bank
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import encode
@@ -310,7 +311,7 @@ def test_score_of_a_type_file_is_that_of_its_allocation(study, options):
 
 def test_an_edited_record_is_refused(study, options):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     data["allocation"]["formats"]["embedding"] = "BF16"
     pick.write_text(json.dumps(data))
     with pytest.raises(SpaceError, match="edited by hand"):
@@ -347,7 +348,7 @@ def test_a_record_is_scored_with_the_importance_it_was_encoded_with(study, optio
 
 def test_a_record_without_its_importance_is_not_scored_with_ours(study, options):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     pick.write_text(json.dumps(data | {"importance": "0" * 64}))
     with pytest.raises(CheckpointError, match=r"importance 000000000000 is neither in .* restore"):
         api.score(study, pick, **options)
@@ -360,7 +361,7 @@ def test_a_record_without_its_importance_is_not_scored_with_ours(study, options)
 
 def test_a_record_cannot_name_places(study, options, tmp_path):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     pick.write_text(json.dumps(data | {"name": "../../evil"}))
     (made,) = api.reproduce(pick, tmp_path / "deep" / "er", **options)
     assert made.folder.parent == tmp_path / "deep" / "er"
@@ -478,7 +479,7 @@ def test_a_search_that_mixes_formats_is_written_and_verified(
 
 def test_reproduce_notices_other_bytes(study, options, tmp_path):
     pick = study / "allocations/pick.json"
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     data["sha256"] = {"gguf": "0" * 64}
     pick.write_text(json.dumps(data))
     with pytest.raises(VerifyError, match="records 000000000000"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from allocator import api
+from allocator.checked import unseal
 from allocator.cli import main
 from allocator.errors import StudyError
 from allocator.evaluate.llamacpp import LlamaCpp
@@ -108,7 +109,7 @@ def test_settings_are_priced_and_explained(searched):
 
 def test_it_is_written_with_what_llama_cpp_must_be_told(searched, tmp_path):
     folder, result, options = searched
-    record = json.loads(result.pick.read_text())
+    record = unseal(result.pick.read_bytes())
     record["allocation"] |= {"kv_format": "q8_0", "micro_batch": 16, "experts_used": 1}
     changed = AllocationRecord.read(result.pick).decision.from_json(record["allocation"])
     path = folder / "allocations" / "told.json"
@@ -175,7 +176,7 @@ def test_settings_are_explained_in_order_where_no_device_counts_them(searched, t
     head, _, tail = toml.read_text().partition("[budget.device]")
     tail = tail[tail.index("[calibration]") :]
     toml.write_text(f'{head}[budget]\nfile = "1GiB"\n{tail}')
-    record = json.loads(result.pick.read_text())
+    record = unseal(result.pick.read_bytes())
     record["allocation"] |= {"kv_format": "q8_0", "micro_batch": 64, "experts_used": 1}
     plain = study / "plain.json"
     plain.write_text(json.dumps(record["allocation"]))

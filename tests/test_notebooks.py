@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from allocator.checked import unseal
+
 with warnings.catch_warnings():  # the Jupyter packages' own deprecations, at import
     warnings.simplefilter("ignore", DeprecationWarning)
     import nbformat
@@ -114,7 +116,7 @@ def test_a_changed_digest_fails_the_notebook(run, monkeypatch, tmp_path):
     )
     shutil.copytree(REFERENCE / "allocations", study / "allocations")
     pick = study / "allocations/pick.json"
-    pick.write_text(json.dumps(json.loads(pick.read_text()) | {"sha256": {"gguf": "0" * 64}}))
+    pick.write_text(json.dumps(unseal(pick.read_bytes()) | {"sha256": {"gguf": "0" * 64}}))
     monkeypatch.setenv("ALLOCATOR_STUDY", str(study))
     with pytest.raises(CellExecutionError, match="VerifyError"):
         run(ROOT / "notebooks/reproduce.ipynb")

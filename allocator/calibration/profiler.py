@@ -4,30 +4,40 @@ In: a checkpoint in a layout, and calibration documents. Out: a folder named by 
 inputs: `statistics.json` and `importance.safetensors` (one pass of the original), `curvature.json`
 (second-order loss of every group, expert and format: one more pass, with gradients), `losses.jsonl`
 (measured KL of a few changes, each of one bundle of groups or one layer's count), and
-`profile.json` when all is there. Invariant: a kill costs at most the line being measured.
+`profile.json` when all is there. Invariants: a kill costs at most the line being measured; every
+file carries a checksum of its content and of what it belongs to, and a damaged one is measured
+again, with one line.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from allocator.allocation import KV_FORMAT, Allocation
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document
 from allocator.calibration.statistics import Statistics, collect
+from allocator.checked import (
+    load_arrays,
+    log_damage,
+    read_checked,
+    save_arrays,
+    seal_line,
+    unseal,
+    write_checked,
+)
 from allocator.codecs.bank import Bank
 from allocator.codecs.source import Floats, group_weights
 from allocator.errors import CalibrationError
@@ -37,6 +47,7 @@ from allocator.profile import Change, Profile, bundle_of
 from allocator.proxy.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.proxy.model import SwapModel, destination
 from allocator.proxy.scorer import Scorer, mean
+from allocator.proxy.stream import AnyScorer
 from allocator.proxy.weights import Candidate
 from allocator.search_space import Experts, SearchSpace, bind
 from allocator.space import KV, Space
@@ -51,6 +62,9 @@ _LOOK = FORWARDS_WITH_SLOPE + 1  # and the original's own forward
 _SALIENCY_BITS = 2.0625  # the format whose loss ranks experts
 PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
 """Each layer's loss is measured at these shares of its experts."""
+_FORM = 2  # of the files in a profile's folder; those of another form are in folders of their own
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,30 +132,77 @@ STATISTICS, CURVATURE = "statistics", "curvature"
 """Stages that are kept layer by layer where the checkpoint is streamed."""
 
 
+class _Prices(msgspec.Struct, forbid_unknown_fields=True):
+    """`curvature.json`."""
+
+    curvature: dict[str, dict[str, list[float]]]
+
+
+class _Around(_Prices, forbid_unknown_fields=True):
+    """`around-*.json`."""
+
+    moves: dict[str, dict[str, list[float]]]
+
+
+class _Loss(msgspec.Struct, forbid_unknown_fields=True):
+    """`selection-*.json`: nats per token."""
+
+    loss: float
+
+
+class _Routing(msgspec.Struct, forbid_unknown_fields=True):
+    """`statistics.json`; `importance` names the vectors beside it."""
+
+    importance: str
+    saliency: dict[str, dict[int, list[float]]]
+    counts: dict[int, list[int]]
+    n_tokens: int
+    unreached: list[tuple[int, int]]
+
+
 class Lines:
-    """A JSON-lines file that is appended to; a torn last line is dropped.
+    """A JSON-lines file that is appended to; rows that cannot be used are dropped, with one line.
 
     Args:
         path: of the file.
+        of: what its rows belong to.
+        wanted: whether a whole row can be used.
 
     Attributes:
         rows: what it holds.
+        n_dropped: rows that were damaged or not wanted, a torn last one not counted.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, of: str = "", wanted: Callable[[dict[str, Any]], bool] = lambda row: True
+    ) -> None:
+        self.path, self._of = path, f"{path.name} {of}"
+        self.rows: list[dict[str, Any]] = []
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        try:
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise CalibrationError(f"{path}: damaged ({error}); delete it, and run again") from None
+        lines, kept = whole.split(b"\n") if whole else [], []
+        odd: list[tuple[int, Exception]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = unseal(line, self._of, required=True)
+                if not wanted(row):
+                    raise ValueError("no finite number for anything that is asked for")
+            except (ValueError, RecursionError) as error:
+                odd.append((number, error))
+            else:
+                kept.append(line)
+                self.rows.append(row)
+        self.n_dropped = len(odd)
+        if odd:
+            number, why = odd[0]
+            more = f", and {len(odd) - 1} more" if odd[1:] else ""
+            log_damage(path.with_name(f"{path.name}, line {number}{more}"), why)
         if path.exists():
-            write_whole(path, whole + b"\n" if whole else b"")
+            write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, in the file first."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path, "ab") as file:
+            file.write(seal_line(row, self._of) + b"\n")
         self.rows.append(row)
 
     def sync(self) -> None:
@@ -174,7 +235,7 @@ class Profiler:
     ) -> None:
         self.inputs = inputs
         self.layout = inputs.layout
-        self.folder = cache / "profiles" / inputs.digest[:32]
+        self.folder = cache / "profiles" / f"{inputs.digest[:32]}-{_FORM}"
         self.cache = cache
         self.threads = threads
         self.progress = progress
@@ -187,23 +248,28 @@ class Profiler:
     def statistics(self) -> Statistics:
         """Importance, saliency and routing; measured once."""
         path, weights = self.folder / "statistics.json", self.folder / "importance.safetensors"
-        with self._missing(path) as missing:
-            if missing:
-                found = self._collect()
-                write_whole(weights, save(found.importance))
-                plain = {
-                    "saliency": found.saliency,
-                    "counts": found.counts,
-                    "n_tokens": found.n_tokens,
-                    "unreached": found.unreached,
-                }
-                write_whole(path, json.dumps(plain, indent=1).encode())
-                self._forget(STATISTICS)
-        data = msgspec.convert(
-            {**json.loads(path.read_text()), "importance": {}}, Statistics, strict=False
-        )
-        data.importance.update(load_file(weights))
-        return data
+
+        def read(quiet: bool) -> Statistics | None:
+            found = read_checked(path, _Routing, self._of, quiet=quiet)
+            vectors = None if found is None else load_arrays(weights, self._of)
+            if found is None or vectors is None:
+                return None
+            if importance_digest(vectors) != found.importance:
+                log_damage(weights, ValueError(f"not the vectors that {path.name} names"))
+                return None
+            return Statistics(
+                vectors, found.saliency, found.counts, found.n_tokens, found.unreached
+            )
+
+        def build() -> None:
+            found = self._collect()
+            save_arrays(weights, found.importance, self._of)
+            named = importance_digest(found.importance)
+            plain = _Routing(named, found.saliency, found.counts, found.n_tokens, found.unreached)
+            write_checked(path, plain, self._of)
+            self._forget(STATISTICS)
+
+        return self._kept(path, read, build)
 
     @cached_property
     def bank(self) -> Bank:
@@ -229,12 +295,12 @@ class Profiler:
     def curvature(self) -> dict[str, dict[str, list[float]]]:
         """Second-order loss around the original, by group and format; measured once."""
         path = self.folder / "curvature.json"
-        with self._missing(path) as missing:
-            if missing:
-                write_whole(path, json.dumps(self._curvature()).encode())
-                self._forget(CURVATURE)
-        prices: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
-        return prices
+
+        def build() -> None:
+            write_checked(path, _Prices(self._curvature()), self._of)
+            self._forget(CURVATURE)
+
+        return self._kept(path, self._reads(path, _Prices), build).curvature
 
     def _collect(self) -> Statistics:
         return collect(self.swap.model, self.layout, self.inputs.documents, progress=self.progress)
@@ -277,13 +343,25 @@ class Profiler:
         documents = scorer.documents[start : start + n]
         name = f"around-{allocation.digest[:32]}-{calibration.digest(documents)[:16]}.json"
         path = self.folder / name
-        if not path.exists():
+        prices = read_checked(path, _Around, self._of)
+        if prices is None:
             scorer.ensure_reference(start + n)
             self.swap.put_allocation(allocation)
             found = measure(self.swap, documents, reference=lambda i: scorer.reference(start + i))
-            write_whole(path, json.dumps(self._priced_around(allocation, found)).encode())
-        curvature, moves = json.loads(path.read_text())
-        return Around(curvature, moves, _LOOK * sum(len(d.ids) for d in documents))
+            prices = _Around(*self._priced_around(allocation, found))
+            write_checked(path, prices, self._of)
+        return Around(prices.curvature, prices.moves, _LOOK * sum(len(d.ids) for d in documents))
+
+    def selection_loss(self, allocation: Allocation, scorer: AnyScorer) -> float:
+        """The loss of an allocation on a scorer's documents, nats per token; kept by content."""
+        key = f"{calibration.digest(scorer.documents)[:16]}-{allocation.digest[:32]}"
+        path = self.folder / f"selection-{key}.json"
+        known = read_checked(path, _Loss, self._of)
+        if known is None:
+            known = _Loss(mean(scorer.score(allocation).kl, scorer.documents))
+            if math.isfinite(known.loss):
+                write_checked(path, known, self._of)
+        return known.loss
 
     def look_tokens(self, scorer: Scorer) -> int:
         """The most forward tokens that `around` costs."""
@@ -341,21 +419,51 @@ class Profiler:
     def profile(self) -> Profile:
         """The finished profile; of several processes one builds it, and the others wait."""
         path = self.folder / "profile.json"
-        with self._missing(path) as missing:
-            if missing:
-                write_whole(path, self._build().to_bytes())
-        return Profile.read(path)
+        build = partial(self._write_profile, path)
+        return self._kept(path, self._reads(path, Profile), build)
+
+    def _write_profile(self, path: Path) -> None:
+        write_checked(path, self._build(), self._of)
+
+    @property
+    def _of(self) -> str:
+        """What the files of the folder belong to."""
+        return self.inputs.digest
+
+    def _reads(self, path: Path, kind: type[T]) -> Callable[[bool], T | None]:
+        return lambda quiet: read_checked(path, kind, self._of, quiet=quiet)
+
+    def _kept(self, path: Path, read: Callable[[bool], T | None], build: Callable[[], None]) -> T:
+        """What a stage has left; of several processes one builds what is missing or damaged.
+
+        Args:
+            path: of the stage's last file.
+            read: gets whether to be quiet; returns None where `build` is needed.
+            build: leaves the files.
+        """
+        if not self._building and (found := read(True)) is not None:
+            return found
+        with self._alone():
+            if (found := read(False)) is None:
+                build()
+                found = read(False)
+        if found is None:
+            raise CalibrationError(
+                f"{path}: does not come back as it was written; needed finite values, and a disk "
+                "that keeps what it is given"
+            )
+        return found
 
     @contextmanager
-    def _missing(self, path: Path) -> Iterator[bool]:
-        """Whether this process, and it alone, has to build what goes there."""
-        if path.exists() or self._building:
-            yield not path.exists()
+    def _alone(self) -> Iterator[None]:
+        """Holds the lock of those who build, once."""
+        if self._building:
+            yield
             return
         with locked(self.folder / "building"):
             self._building = True
             try:
-                yield not path.exists()
+                yield
             finally:
                 self._building = False
 
@@ -442,9 +550,14 @@ class Profiler:
         return (n_layers - self._first_layer(change)) / n_layers
 
     def _losses(self) -> tuple[list[Change], dict[int, dict[int, float]]]:
-        lines = Lines(self.folder / "losses.jsonl")
-        done = {row["change"]: row["kl"] for row in lines.rows}
         changes = list(self.changes())
+        asked = {_line(c) for c in changes}
+        lines = Lines(
+            self.folder / "losses.jsonl",
+            self._of,
+            lambda row: _is_loss(row) and row["change"] in asked,
+        )
+        done = {row["change"]: row["kl"] for row in lines.rows}
         bar = tqdm(
             total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
         )
@@ -479,7 +592,7 @@ class Profiler:
         """What the original loses by every setting of a space alone, nats per token; kept."""
         wanted = settings_of(space)
         with locked(self.folder / "settings"):
-            lines = Lines(self.folder / "settings.jsonl")
+            lines = Lines(self.folder / "settings.jsonl", self._of, _is_loss)
             done = {row["change"]: row["kl"] for row in lines.rows}
             for setting, kl in self._measured([s for s in wanted if _line(s) not in done]):
                 done[_line(setting)] = kl
@@ -528,6 +641,12 @@ def settings_of(space: Space) -> list[Setting]:
         for value in values
         if len(values) > 1 and value != original[name]
     ]
+
+
+def _is_loss(row: dict[str, Any]) -> bool:
+    """Whether a row is a change's name and a finite number."""
+    kl = row.get("kl")
+    return isinstance(row.get("change"), str) and isinstance(kl, float) and math.isfinite(kl)
 
 
 def _line(change: Measured) -> str:

@@ -12,24 +12,22 @@ arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from allocator.calibration.documents import Document, batches
+from allocator.checked import load_arrays, save_arrays
 from allocator.codecs.source import Floats
-from allocator.errors import CalibrationError
 from allocator.families import Role
-from allocator.files import write_whole
 from allocator.profile import OBSERVED
 from allocator.proxy.experts import use_observer, use_sorted_experts
+from allocator.proxy.kept import LayerFiles
 from allocator.proxy.model import token_ids
-from allocator.proxy.stream import StreamedModel
+from allocator.proxy.stream import States, StreamedModel
 from allocator.targets import Group, Layout
 
 
@@ -190,6 +188,7 @@ def collect_streamed(
     documents: Sequence[Document],
     *,
     scratch: Path,
+    of: str = "",
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> Statistics:
@@ -200,6 +199,7 @@ def collect_streamed(
         documents: tokens to run.
         scratch: an existing folder, where a layer's states and the sums so far wait; a pass over
             the same documents goes on from there.
+        of: what the files there belong to.
         batch_tokens: tokens per forward pass of a layer.
         progress: shows a bar over layers.
     """
@@ -207,14 +207,12 @@ def collect_streamed(
     sums: dict[str, _MeanSquare] = {}
     experts = _of_layers(layout)
     n_layers = layout.inventory.n_layers
-    kept = streamed.layer_files(scratch, documents, batch_tokens)
-    states, first = streamed.begin(kept.chosen), kept.last("states", n_layers)
+    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
+    states = streamed.begin(kept.chosen)
     handles = _watch(streamed.model, layout, sums)
     try:
-        for layer in range(first):
-            _layer_sums(layout, layer, sums, experts).load(scratch)
-        if first:
-            states.hidden = kept.load("states", first)
+        layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
+        first = _continued(kept, states, layers_sums)
         layers = tqdm(
             range(first, n_layers), desc="calibration", unit="layer", disable=not progress,
             initial=first, total=n_layers,
@@ -222,7 +220,7 @@ def collect_streamed(
         for layer in layers:
             observe = experts[layer].observe if layer in experts else None
             streamed.run(layer, [states], observe=observe)
-            _layer_sums(layout, layer, sums, experts).save(scratch)
+            layers_sums[layer].save()
             kept.save("states", layer + 1, states.hidden)
             kept.drop("states", layer)
     finally:
@@ -237,48 +235,58 @@ def collect_streamed(
 class _LayerSums:
     """What a pass has summed in one layer, to and from a file."""
 
-    layer: int
+    path: Path
+    of: str
     products: Mapping[str, _MeanSquare]
     experts: _Experts | None
 
-    def save(self, folder: Path) -> None:
+    def save(self) -> None:
         found: dict[str, Any] = {}
         for name, sums in self.products.items():
             found[name] = torch.as_tensor(sums.total).cpu().numpy()
             found[f"n {name}"] = np.array(sums.n)
         if self.experts is not None:
             found |= {name: np.asarray(values) for name, values in vars(self.experts).items()}
-        stream = BytesIO()
-        np.savez(stream, **found)
-        write_whole(self._path(folder), stream.getbuffer())
+        save_arrays(self.path, found, self.of)
 
-    def load(self, folder: Path) -> None:
-        """Raises:
-        CalibrationError: if the file is missing or damaged.
-        """
-        try:
-            with np.load(BytesIO(self._path(folder).read_bytes())) as found:
-                for name, sums in self.products.items():
-                    sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
-                for name, values in () if self.experts is None else vars(self.experts).items():
-                    if found[name].shape != tuple(values.shape):
-                        raise ValueError(f"{name} has shape {found[name].shape}")
-                    torch.as_tensor(values)[:] = torch.from_numpy(found[name])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise CalibrationError(
-                f"{self._path(folder)}: missing or damaged ({error}); delete its folder, "
-                "and run again"
-            ) from None
+    def read(self) -> dict[str, Any] | None:
+        """None if the file is missing or damaged."""
+        return load_arrays(self.path, self.of)
 
-    def _path(self, folder: Path) -> Path:
-        return folder / f"sums-{self.layer}.npz"
+    def take(self, found: dict[str, Any]) -> None:
+        """Goes on from what `read` has found."""
+        for name, sums in self.products.items():
+            sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
+        for name, values in () if self.experts is None else vars(self.experts).items():
+            torch.as_tensor(values)[:] = torch.from_numpy(found[name])
 
 
 def _layer_sums(
-    layout: Layout, layer: int, sums: Mapping[str, _MeanSquare], experts: Mapping[int, _Experts]
+    layout: Layout,
+    layer: int,
+    sums: Mapping[str, _MeanSquare],
+    experts: Mapping[int, _Experts],
+    folder: Path,
+    of: str,
 ) -> _LayerSums:
     mine = {name: s for name, s in sums.items() if layout.groups[name].layer == layer}
-    return _LayerSums(layer, mine, experts.get(layer))
+    return _LayerSums(folder / f"sums-{layer}.safetensors", of, mine, experts.get(layer))
+
+
+def _continued(kept: LayerFiles, states: States, layers_sums: Sequence[_LayerSums]) -> int:
+    """The layer that a pass goes on at, with what it had come to; 0 where anything is missing."""
+    for first in range(len(layers_sums), 0, -1):
+        if (hidden := kept.load("states", first)) is None:
+            continue
+        found = [layer.read() for layer in layers_sums[:first]]
+        whole = [values for values in found if values is not None]
+        if len(whole) < first:
+            return 0
+        for layer, values in zip(layers_sums, whole, strict=False):
+            layer.take(values)
+        states.hidden = hidden
+        return first
+    return 0
 
 
 def _of_layers(layout: Layout) -> dict[int, _Experts]:

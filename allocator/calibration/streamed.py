@@ -10,13 +10,13 @@ changes need all rows; where prices are of a sample they are made in formats tha
 ones nearest to `ANCHOR_BITS` take hours for what a pass reads in minutes.
 """
 
-import json
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from allocator.calibration.profiler import (
@@ -29,10 +29,10 @@ from allocator.calibration.profiler import (
     Profiler,
 )
 from allocator.calibration.statistics import Statistics, collect_streamed
+from allocator.checked import read_checked, write_checked
 from allocator.codecs import ggml
 from allocator.codecs.source import Floats, Ints, read_rows
 from allocator.families import Role
-from allocator.files import write_whole
 from allocator.formats import FORMATS, Format, format_named
 from allocator.proxy.backward import measure_streamed
 from allocator.proxy.curvature import Curvature
@@ -49,6 +49,12 @@ _STATES_BYTES = 256 << 20
 _LEAST_ROWS = 16
 
 
+class _Settled(msgspec.Struct, forbid_unknown_fields=True):
+    """`settled.json`: rows of prices whose layers' gradients may be relied on."""
+
+    n_rows: int
+
+
 class StreamedProfiler(Profiler):
     """See the module."""
 
@@ -63,6 +69,7 @@ class StreamedProfiler(Profiler):
             self.streamed,
             self.inputs.documents,
             scratch=self._scratch(STATISTICS),
+            of=self._of,
             progress=self.progress,
         )
 
@@ -77,14 +84,15 @@ class StreamedProfiler(Profiler):
 
     def _curvature(self) -> dict[str, dict[str, list[float]]]:
         scratch = self._scratch(CURVATURE)
-        lines, settled = Lines(scratch / "prices.jsonl"), scratch / "settled.json"
-        if not settled.exists() or json.loads(settled.read_text()) > len(lines.rows):
-            for path in scratch.glob("gradients-*"):  # their layers' prices are lost
-                path.unlink()
+        lines, path = Lines(scratch / "prices.jsonl", self._of), scratch / "settled.json"
+        settled = read_checked(path, _Settled, self._of)
+        if settled is None or lines.n_dropped or settled.n_rows > len(lines.rows):
+            for gradients in scratch.glob("gradients-*"):  # their layers' prices are lost
+                gradients.unlink()
 
         def settle() -> None:
             lines.sync()
-            write_whole(settled, json.dumps(len(lines.rows)).encode())
+            write_checked(path, _Settled(len(lines.rows)), self._of)
 
         def take(group: Group, expert: int | None, curvature: Curvature) -> None:
             rows = self._rows(group, expert, curvature)
@@ -101,7 +109,7 @@ class StreamedProfiler(Profiler):
         documents = self.inputs.documents[: self.inputs.n_curvature]
         measure_streamed(
             self.streamed, documents, take, settle,
-            scratch=scratch, progress=self.progress,
+            scratch=scratch, of=self._of, progress=self.progress,
         )  # fmt: skip
         prices: dict[str, dict[str, list[float]]] = {}
         for group in self.layout.groups.values():

@@ -8,8 +8,6 @@ pick is made on the selection split, and the figures are from the report split (
 if given), which no run ever sees.
 """
 
-import io
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +25,7 @@ from allocator.allocation import Allocation
 from allocator.baselines import hand_rule
 from allocator.calibration import documents as calibration
 from allocator.calibration.documents import Document, interleaved
+from allocator.checked import load_arrays, save_arrays, seal
 from allocator.closing import close_abandoned
 from allocator.compare.runs import Run, RunResult, compare_spec
 from allocator.errors import AllocatorError, BudgetError, StudyError
@@ -170,14 +169,13 @@ class Bench:
             importance, beside = encoded
             scorer = self.workspace.scorer_with(importance, scorer.documents, beside=beside)
         documents = scorer.documents[:n]
-        name = (
-            f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}.npy"
-        )
-        path = self.workspace.cache / "held-out" / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _npy(scorer.score(allocation, 0, len(documents)).kl))
-        return np.asarray(np.load(path))
+        name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
+        path = self.workspace.cache / "held-out" / f"{name}.safetensors"
+        known = load_arrays(path)
+        if known is None:
+            known = {"kl": np.asarray(scorer.score(allocation, 0, len(documents)).kl)}
+            save_arrays(path, known)
+        return np.asarray(known["kl"])
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Its token-weighted mean, nats per token."""
@@ -203,7 +201,7 @@ class Bench:
             began = time.monotonic()
             search.run(tokens=run.tokens - pick_tokens(self.workspace))
             result = self._result(run, search, time.monotonic() - began)
-            write_whole(done, (json.dumps(result) + "\n").encode())
+            write_whole(done, seal(result))
 
     def _search(self, run: Run, folder: Path) -> Search:
         workspace = self.workspace
@@ -385,12 +383,6 @@ class Bench:
 def ratio(loss: float, other: float) -> float:
     """Of two losses; NaN where there is nothing to compare with."""
     return float(loss) / float(other) if other > 0 else math.nan
-
-
-def _npy(values: Floats) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
 
 
 def _hull_loss(points: list[Point], nbytes: int) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from allocator.checked import unseal
 from allocator.errors import StudyError
 from allocator.specification import CompareSpec, StudySpec
 
@@ -140,7 +141,7 @@ class Spent(msgspec.Struct):
         return (self.sampler + self.storage) / max(total, 1e-9)
 
 
-class RunResult(msgspec.Struct):
+class RunResult(msgspec.Struct, forbid_unknown_fields=True):
     """A finished run's file.
 
     Attributes:
@@ -184,8 +185,8 @@ def results(folder: Path) -> list[RunResult]:
     found = []
     for path in sorted((folder / "runs").glob("*.json")):
         try:
-            found.append(msgspec.json.decode(path.read_bytes(), type=RunResult))
-        except msgspec.DecodeError as error:
+            found.append(msgspec.convert(unseal(path.read_bytes()), RunResult))
+        except ValueError as error:
             raise StudyError(
                 f"{path}: not the file of a finished run ({error}); restore it, or move it away "
                 "and compare again"

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from allocator.allocation import Allocation
+from allocator.checked import seal, unseal
 from allocator.codecs.bank import Bank
 from allocator.errors import CheckpointError, TargetError, VerifyError
 from allocator.inventory import Inventory
@@ -35,6 +36,7 @@ FILE = {"gguf": "model.gguf", "safetensors": "encoded.safetensors"}
 """Not `model.safetensors`: stock transformers skips an unknown quantization method with a warning,
 and would then run on random weights; without that file it refuses the directory."""
 QUANT_METHOD = "moe-allocator"
+MANIFEST = "manifest.json"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,15 +71,35 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """From a checkpoint directory.
 
         Raises:
-            VerifyError: if it has none.
+            VerifyError: if it has none, it is damaged, or it names files that it cannot hold.
         """
         try:
-            return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError) as error:
+            found = msgspec.convert(unseal((folder / MANIFEST).read_bytes()), cls)
+            found._check()
+        except (OSError, ValueError, RecursionError) as error:
             raise VerifyError(
                 f"{folder}: no readable manifest.json ({error}); needed a directory written by "
-                "`allocator materialize`"
+                "`allocator materialize`: materialize it again"
             ) from None
+        return found
+
+    def _check(self) -> None:
+        """Raises:
+        ValueError: if a field says what no written directory has.
+        """
+        if self.schema != 1:
+            raise ValueError(f"schema {self.schema}, needed 1")
+        if self.container not in FILE:
+            raise ValueError(f"container {self.container!r}, needed {' or '.join(FILE)}")
+        if self.file != FILE[self.container]:
+            raise ValueError(f"file {self.file!r}, needed {FILE[self.container]!r} beside it")
+        for name in self.sha256:
+            parts = name.split("/")
+            if name == MANIFEST or {"", ".", ".."} & {*parts} or {"\\", "\0"} & {*name}:
+                raise ValueError(f"sha256 of {name!r}, needed names of files beside it")
+        for name in (self.file, "allocation.json"):
+            if name not in self.sha256:
+                raise ValueError(f"no sha256 of {name}")
 
 
 @dataclass(frozen=True)
@@ -144,15 +166,13 @@ def materialize(
             file_bytes=(place / FILE[container]).stat().st_size,
             tensor_bytes=size.tensors,
             overhead_bytes=size.overhead,
-            sha256={name: file_digest(place / name) for name in _files(place)},
+            sha256={name: file_digest(place / name) for name in files_in(place)},
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
         _check_written(place / manifest.file, folder, allocation, target, source)
         layout.inventory.check_unchanged()
-        (place / "manifest.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        )
+        (place / MANIFEST).write_bytes(seal(manifest))
     return Written(folder, manifest, options)
 
 
@@ -180,15 +200,15 @@ def _holds(folder: Path, allocation: Allocation, container: str) -> bool:
         return False
     if not any(folder.iterdir()):
         return True
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         return False
     manifest = Manifest.read(folder)
     same = (manifest.allocation, manifest.container) == (allocation.digest, container)
-    return same and set(_files(folder)) <= {*manifest.sha256, "manifest.json"}
+    return same and set(files_in(folder)) <= {*manifest.sha256, MANIFEST}
 
 
-def _files(folder: Path) -> list[str]:
-    """Every file of a directory and of those in it, by its name from there."""
+def files_in(folder: Path) -> list[str]:
+    """Names every file of a directory and of those in it, from there."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 

@@ -30,7 +30,7 @@ from allocator.errors import VerifyError
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.formats import Format, format_named
 from allocator.inventory import read_json
-from allocator.materialize.checkpoint import FILE, Manifest, file_digest
+from allocator.materialize.checkpoint import FILE, MANIFEST, Manifest, file_digest, files_in
 from allocator.materialize.exact import (
     EXACT_TOLERANCE,
     Exact,
@@ -40,6 +40,7 @@ from allocator.materialize.exact import (
 from allocator.materialize.gguf import read_gguf
 from allocator.materialize.load import load
 from allocator.materialize.source import BankSource
+from allocator.memory import FileBytes
 from allocator.proxy.model import device_of
 from allocator.proxy.scorer import mean
 from allocator.proxy.stream import AnyScorer, StreamedModel, StreamedScorer
@@ -125,6 +126,7 @@ def verify(
             f"{manifest.allocation[:12]}; materialize it again"
         )
     size = allocation.nbytes(bank.layout, target_named(manifest.container))
+    _check_sizes(folder, manifest, size)
     found = dict(_tensors(folder, manifest, bank))
     nbytes = sum(data.nbytes for data, _ in found.values())
     file_bytes = (folder / manifest.file).stat().st_size
@@ -202,12 +204,25 @@ def _check_llama_cpp(folder: Path, found: float, limit: float, exact: Exact) -> 
 
 
 def _check_digests(folder: Path, manifest: Manifest) -> None:
+    if odd := {*files_in(folder)} - {*manifest.sha256, MANIFEST}:
+        raise VerifyError(
+            f"{folder / min(odd)}: not in the manifest; move it away, or materialize it again"
+        )
     for name, digest in manifest.sha256.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file() or file_digest(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             raise VerifyError(
                 f"{path}: missing or changed since it was written; materialize it again"
             )
+
+
+def _check_sizes(folder: Path, manifest: Manifest, size: FileBytes) -> None:
+    told = (manifest.file_bytes, manifest.tensor_bytes, manifest.overhead_bytes)
+    if told != (size.file, size.tensors, size.overhead):
+        raise VerifyError(
+            f"{folder}: the manifest says {told[0]} bytes = {told[1]} of tensors + {told[2]}, the "
+            f"allocation takes {size.file} = {size.tensors} + {size.overhead}; materialize it again"
+        )
 
 
 def _tensors(

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from allocator.calibration.documents import Document
 from allocator.families import Role
 from allocator.proxy.curvature import Curvature, drawn, product_name, watch_products
-from allocator.proxy.kept import Batches
+from allocator.proxy.kept import Batches, LayerFiles
 from allocator.proxy.model import moe_block
-from allocator.proxy.stream import Routing, StreamedModel
+from allocator.proxy.stream import Routing, States, StreamedModel
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
@@ -39,6 +39,7 @@ def measure_streamed(
     settle: Callable[[], None] = lambda: None,
     *,
     scratch: Path,
+    of: str = "",
     seed: int = 0,
     batch_tokens: int = 1024,
     progress: bool = False,
@@ -52,6 +53,7 @@ def measure_streamed(
             pass goes on, for those of the layer where it was and what follows.
         settle: called when a layer's groups are taken, before the pass notes that it is behind it.
         scratch: an existing folder, where states and gradients of these documents wait.
+        of: what the files there belong to.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass of a layer.
         progress: shows a bar over layers.
@@ -60,34 +62,41 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    kept = streamed.layer_files(scratch, documents, batch_tokens)
+    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
     with torch.inference_mode(False), torch.no_grad():
-        if not kept.has("gradients", n_layers):
-            first = kept.last("states", n_layers)
-            states = streamed.begin(kept.chosen)
-            if first:
-                states.hidden = kept.load("states", first)
-            bar.update(first)
-            for layer in range(first, n_layers):
-                streamed.run(layer, [states])
-                kept.save("states", layer + 1, states.hidden)
-                bar.update()
-            gradients = passed.head(states.hidden, seed)
+        for last in range(n_layers + 1):
+            if (known := kept.load("gradients", last)) is not None:
+                break
+        if known is None:
+            known = passed.head(_states(streamed, kept, n_layers), seed)
             settle()
-            kept.save("gradients", n_layers, gradients)
+            kept.save("gradients", n_layers, known)
         elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
-            passed.head(kept.load("states", n_layers), seed)
-        last = min(i for i in range(n_layers + 1) if kept.has("gradients", i))
-        gradients = kept.load("gradients", last)
+            passed.head(_states(streamed, kept, n_layers), seed)
+        gradients = known
         bar.update(2 * n_layers - last - bar.n)
         for layer in reversed(range(last)):
-            before = kept.load("states", layer) if layer else streamed.begin(kept.chosen).hidden
-            gradients = passed.layer(layer, before, gradients)
+            gradients = passed.layer(layer, _states(streamed, kept, layer), gradients)
             settle()
             kept.save("gradients", layer, gradients)
             bar.update()
     bar.close()
     passed.embedding(kept.chosen, gradients)
+
+
+def _states(streamed: StreamedModel, kept: LayerFiles, layer: int) -> Batches:
+    """The original's states before a layer, from the nearest ones that are kept whole."""
+    first, hidden = layer, None
+    while first and (hidden := kept.load("states", first)) is None:
+        first -= 1
+    if hidden is None:
+        states = streamed.begin(kept.chosen)
+    else:
+        states = States(streamed.original, [0], hidden)
+    for at in range(first, layer):
+        streamed.run(at, [states])
+        kept.save("states", at + 1, states.hidden)
+    return states.hidden
 
 
 @dataclass

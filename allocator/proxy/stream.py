@@ -108,15 +108,22 @@ class StreamedModel:
             self._kept.setdefault(kept.layer, []).append(kept)
 
     def layer_files(
-        self, folder: Path, documents: Sequence[Document], batch_tokens: int
+        self, folder: Path, documents: Sequence[Document], batch_tokens: int, of: str = ""
     ) -> LayerFiles:
-        """Where a pass over these documents keeps its states, and its batches."""
+        """Where a pass over these documents keeps its states, and its batches.
+
+        Args:
+            folder: an existing one, of this pass alone.
+            documents: of the pass.
+            batch_tokens: tokens per batch.
+            of: what its files belong to.
+        """
         chosen = [
             [documents[i] for i in batch]
             for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
         ]
         width = int(self.inventory.config["hidden_size"])
-        return LayerFiles(folder, chosen, width, self.device)
+        return LayerFiles(folder, chosen, width, self.device, of)
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """The original's states before the first layer, for documents by batch."""

@@ -141,7 +141,7 @@ def test_every_change_is_measured(inputs, finished):
     assert profile.saliency_method == "fisher"
     assert (1, 5) in profile.unreached
     path = Profiler(inputs, finished).folder / "profile.json"
-    assert Profile.read(path) == profile
+    assert Profile.read(path, inputs.digest) == profile
 
 
 def test_curvature_is_of_every_offered_format_and_expert(inputs, finished):

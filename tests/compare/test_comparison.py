@@ -16,6 +16,7 @@ import pytest
 
 from allocator import api
 from allocator.allocation import Allocation
+from allocator.checked import unseal
 from allocator.compare import table as compare
 from allocator.compare.bench import Bench
 from allocator.compare.pool import estimate_runs, run_all
@@ -302,7 +303,7 @@ def test_inputs_are_looked_at_before_the_first_run(folder, study_cache, checkpoi
     check("shares a document with search or selection", heldout=calibration)
     # of another checkpoint with the same shapes
     pick = api.search(copy, trials=1, cache=study_cache, threads=1).pick
-    record = json.loads(pick.read_text())
+    record = unseal(pick.read_bytes())
     other.write_text(json.dumps(record | {"checkpoint": "0" * 64}))
     check("reference 'a': .*is for checkpoint", new=f"references.a = '{other}'\nreport_documents")
 
@@ -339,7 +340,7 @@ def test_damaged_runs_are_named(finished, study_cache, tmp_path):
     copy = tmp_path / "study"
     shutil.copytree(finished, copy)
     path = next((copy / "runs").glob("*.json"))
-    whole = json.loads(path.read_text())
+    whole = unseal(path.read_bytes())
     for change, match in (
         ({"course": []}, "not the file"),
         ({"schema": 2}, "not the file"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from allocator.allocation import Allocation
+from allocator.checked import seal, unseal
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import encode
 from allocator.errors import AllocatorError, VerifyError
@@ -81,7 +82,7 @@ def copy(precise, tmp_path):
 
 def resign(folder, **changes):
     """Makes the manifest agree with the files again."""
-    data = json.loads((folder / "manifest.json").read_text()) | changes
+    data = unseal((folder / "manifest.json").read_bytes()) | changes
     data["sha256"] = {name: file_digest(folder / name) for name in data["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(data))
 
@@ -207,7 +208,7 @@ def test_a_changed_allocation_is_found(case, copy, which, signed):
     refused(folder, made, "the manifest says" if signed else "changed since it was written")
     if signed:
         resign(folder, allocation=other.digest)
-        refused(folder, made, "predicted|other bytes|is stored as")
+        refused(folder, made, "the allocation takes|other bytes|is stored as")
 
 
 def test_a_missing_file_is_found(case, copy, which):
@@ -218,13 +219,65 @@ def test_a_missing_file_is_found(case, copy, which):
     refused(folder, case(*which[:2]), "no readable manifest")
 
 
-def test_a_manifest_that_points_outside_is_refused(case, copy):
+def outside(data, folder):
+    """A file that is there, whole, and elsewhere."""
+    data["sha256"]["../copy/allocation.json"] = data["sha256"]["allocation.json"]
+
+
+def file_outside(data, folder):
+    """The case that passed once: another file, and no digest of it."""
+    data["file"] = "../elsewhere.gguf"
+    del data["sha256"]["model.gguf"]
+    shutil.move(folder / "model.gguf", folder.parent / "elsewhere.gguf")
+
+
+def file_unsigned(data, folder):
+    del data["sha256"]["model.gguf"]
+
+
+def allocation_unsigned(data, folder):
+    del data["sha256"]["allocation.json"]
+
+
+def something_beside(data, folder):
+    (folder / "model-00002.gguf").write_bytes(b"")
+
+
+def other_sizes(data, folder):
+    data["tensor_bytes"] += 32
+    data["overhead_bytes"] -= 32
+
+
+def other_container(data, folder):
+    data["container"] = "onnx"
+
+
+def other_schema(data, folder):
+    data["schema"] = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (outside, "names of files beside it"),
+        (file_outside, "needed 'model.gguf' beside it"),
+        (file_unsigned, "no sha256 of model.gguf"),
+        (allocation_unsigned, "no sha256 of allocation.json"),
+        (something_beside, "model-00002.gguf: not in the manifest"),
+        (other_sizes, "the manifest says"),
+        (other_container, "'onnx', needed gguf or safetensors"),
+        (other_schema, "schema 2, needed 1"),
+    ],
+)
+@pytest.mark.parametrize("form", ["earlier", "sealed"])
+def test_a_manifest_that_no_directory_has_is_refused(case, copy, change, match, form):
     which = ("qwen3", "gguf", "gguf")
     folder = copy(which)
-    data = json.loads((folder / "manifest.json").read_text())
-    data["sha256"]["../copy/allocation.json"] = data["sha256"]["allocation.json"]
-    (folder / "manifest.json").write_text(json.dumps(data))
-    refused(folder, case(*which[:2]), "changed since it was written")
+    data = unseal((folder / "manifest.json").read_bytes())
+    change(data, folder)
+    text = json.dumps(data).encode() if form == "earlier" else seal(data)
+    (folder / "manifest.json").write_bytes(text)
+    refused(folder, case(*which[:2]), match)
 
 
 def test_another_checkpoint_is_refused(case, precise, make_checkpoint, which, tmp_path):
@@ -270,7 +323,7 @@ def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypat
 
 def test_manifest_refuses_unknown_keys(copy):
     folder = copy(("qwen3", "gguf", "gguf"))
-    data = json.loads((folder / "manifest.json").read_text()) | {"surprise": 1}
+    data = unseal((folder / "manifest.json").read_bytes()) | {"surprise": 1}
     (folder / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(AllocatorError, match="surprise"):
         Manifest.read(folder)
