@@ -330,7 +330,7 @@ def test_a_record_is_scored_with_the_importance_it_was_encoded_with(study, optio
     other = {name: v[..., ::-1].copy() for name, v in vectors.items()}
     digest = importance_digest(other)
     save_file(other, workspace.importance_path(digest))
-    data = json.loads(pick.read_text())
+    data = unseal(pick.read_bytes())
     foreign = pick.with_name("foreign.json")
     foreign.write_text(json.dumps(data | {"importance": digest}))
     found = api.score(study, foreign, **options)
@@ -561,7 +561,8 @@ def with_tokenizer(study):
         (study / "model/tokenizer.json").write_text(json.dumps(raw))
         config = json.loads((study / "model/config.json").read_text()) | changes
         (study / "model/config.json").write_text(json.dumps(config))
-        toml.write_text(toml.read_text().replace(source, "model"))
+        text = toml.read_text().replace(source, "model").replace('tokenizer = "none"\n', "")
+        toml.write_text(text)
         return study
 
     return give
@@ -627,7 +628,8 @@ def test_verify_refuses_first(study, options, never, tmp_path, monkeypatch):
     importance = AllocationRecord.read(pick).importance
     monkeypatch.setattr(Workspace, "bank_for", lambda *_: pytest.fail("encoded weights"))
     digest = Workspace(study, **options).inventory.digest
-    manifest = Manifest("gguf", "a", digest, importance, "model.gguf", 1, 1, 0, {})
+    named = dict.fromkeys(("model.gguf", "allocation.json"), "0")
+    manifest = Manifest("gguf", "a", digest, importance, "model.gguf", 1, 1, 0, named)
     (tmp_path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
     for told, match in (
         ({"tolerance": -1.0}, "0 or more"),

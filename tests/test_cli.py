@@ -75,7 +75,7 @@ def test_inspect(run, checkpoints):
 def check_profile_line(out, study, cache):
     """What is printed, against the stages' files and the study's documents."""
     folder = Workspace(study, cache=cache, threads=1).profiler.folder
-    curvature = json.loads((folder / "curvature.json").read_text())
+    curvature = json.loads((folder / "curvature.json").read_text())["curvature"]
     changes = (folder / "losses.jsonl").read_text().splitlines()
     profile = json.loads((folder / "profile.json").read_text())
     numbers = [int(n.replace(",", "")) for n in re.findall(r"(?<!\w)[\d,]*\d(?!\w)", out)]

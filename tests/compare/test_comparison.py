@@ -316,7 +316,7 @@ def test_a_reference_without_its_importance_stops_before_the_first_run(
     text = (copy / "study.toml").read_text().replace('target = "gguf"', 'target = "safetensors"')
     (copy / "study.toml").write_text(text)
     pick = api.search(copy, trials=1, cache=study_cache, threads=1).pick
-    record = json.loads(pick.read_text()) | {"importance": "0" * 64}
+    record = unseal(pick.read_bytes()) | {"importance": "0" * 64}
     (copy / "odd.json").write_text(json.dumps(record))
     named = "references.a = 'odd.json'\nreport_documents"
     (copy / "study.toml").write_text(text.replace("report_documents", named))

@@ -1,6 +1,5 @@
 """Rounding of activations is told from another function of the weights."""
 
-import json
 import os
 import shutil
 import struct
@@ -12,6 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
+from allocator.checked import seal, unseal
 from allocator.errors import VerifyError
 from allocator.evaluate.llamacpp import LlamaCpp
 from allocator.formats import FORMATS
@@ -110,9 +110,9 @@ def patched(folder, key, code, value):
     at = data.index(struct.pack("<Q", len(text)) + text) + 8 + len(text) + 4
     struct.pack_into(f"<{code}", data, at, value)
     path.write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = unseal((folder / "manifest.json").read_bytes())
     manifest["sha256"]["model.gguf"] = file_digest(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 @pytest.mark.parametrize(
