@@ -241,7 +241,7 @@ class Faults:
             ("cache: selection-*.json", every(own, "selection-*.json"), fresh),
             ("cache: streamed profile", every(other, "*.json*"), streamed),
             ("cache: digests", every(self.cache, "digests/*.json"), self.digest),
-            ("cache: encoded weights", every(self.cache, "bank/*.slots"), fresh),
+            ("cache: encoded weights", every(self.cache, "bank/*.checked"), fresh),
             ("cache: held-out losses", every(self.cache, "held-out/*"), self.compare),
             ("stopped: statistics", every(self.root, "stopped/statistics/*"),
              self.stopped("statistics")),
