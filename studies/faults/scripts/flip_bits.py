@@ -30,6 +30,7 @@ import make
 from allocator import api
 from allocator.compare.bench import Bench
 from allocator.compare.runs import chosen_runs, results
+from allocator.compare.table import table as comparison
 from allocator.errors import AllocatorError
 from allocator.inventory import read_inventory
 from allocator.proxy.kept import LayerFiles
@@ -135,10 +136,9 @@ class Faults:
         return api.verify(self.study, self.out, documents=2, tolerance=1.0, **self.options)
 
     def compare(self) -> Any:
-        """Finished runs, and held-out losses."""
-        bench = Bench(self.study, "gguf", cache=self.cache, threads=1)
-        runs = results(self.study)
-        return runs, [bench.kl("report", a).tolist() for r in runs for a in bench.check(r)]
+        """Finished runs, and the rows that all held-out losses come to."""
+        rows = comparison(self.study, text=None, cache=self.cache, threads=1)
+        return results(self.study), rows.to_dict("records")
 
     def front(self) -> Any:
         """The table of notebooks."""
@@ -324,14 +324,16 @@ def stopped_after(what: str, layer: int) -> Iterator[None]:
         LayerFiles.save = plain  # type: ignore[method-assign]
 
 
-def run(n_flips: int, seed: int, *, verbose: bool = False) -> dict[str, Counter[str]]:
-    """Outcomes by kind, the flips spread evenly over kinds."""
+def run(
+    n_flips: int, seed: int, *, only: tuple[str, ...] = (), verbose: bool = False
+) -> dict[str, Counter[str]]:
+    """Outcomes by kind, the flips spread evenly over kinds (`only` these, or all)."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rng, table = random.Random(seed), {}
     log = logging.getLogger("allocator")
     with tempfile.TemporaryDirectory() as scratch:
         faults = Faults(Path(scratch))
-        kinds = faults.prepare()
+        kinds = [k for k in faults.prepare() if not only or k.name in only]
         log.addHandler(faults.lines)
         log.propagate = False
         try:
