@@ -88,13 +88,19 @@ def test_every_line_carries_its_checksum(path):
 def test_stock_optuna_sees_the_same_trials_and_appends(ours, path):
     theirs = optuna.load_study(study_name="s", storage=stock(path))
     assert theirs.trials == ours.trials
-    add(theirs, 2)
+    add(theirs, 1)
+    trial = theirs.ask()
+    trial.report(0.5, step=1)
+    trial.storage.set_trial_system_attr(trial._trial_id, "y", 1)
+    theirs.tell(trial, 0.5)
+    theirs.set_user_attr("z", 2)
+    theirs.add_trial(theirs.trials[0])  # whose record has all of a trial's keys
     assert b"checksum" not in path.read_bytes().splitlines()[-1]
     again = optuna.load_study(study_name="s", storage=open_storage(None, path.parent))
-    assert len(ours.trials) == 5
+    assert len(ours.trials) == 6
     assert again.trials == ours.trials == theirs.trials
     add(again, 1)
-    assert len(optuna.load_study(study_name="s", storage=stock(path)).trials) == 6
+    assert len(optuna.load_study(study_name="s", storage=stock(path)).trials) == 7
 
 
 @pytest.mark.parametrize(
@@ -150,8 +156,7 @@ def test_a_flipped_bit_never_shows_other_trials(ours, path):
             again = optuna.load_study(study_name="s", storage=open_storage(None, path.parent))
             assert again.trials == wanted
         except StudyError as error:
-            n_refused += 1
-            assert f"line {whole[:start].count(10) + 1} is no record" in str(error)
+            n_refused += f"line {whole[:start].count(10) + 1} is no record" in str(error)
     assert n_refused == stop - start
 
 
@@ -261,7 +266,7 @@ def test_two_write_while_somebody_removes_the_link(ours, path, process):
     remover = process("-c", REMOVE, path.with_name("journal.lock"))
     writers = [process("-c", APPEND, path.parent, 150) for _ in range(2)]
     for writer in writers:
-        out, err = writer.communicate()
+        _, err = writer.communicate()
         assert (writer.returncode, err) == (0, "")
     assert stopped(remover) > 0
     assert len(optuna.load_study(study_name="s", storage=stock(path)).trials) == 3 + 300
@@ -308,7 +313,7 @@ def test_a_search_whose_journal_is_deleted_is_one_line(
         assert search.poll() is None, search.communicate()
         time.sleep(0.02)
     path.unlink()
-    out, err = search.communicate(timeout=120)
+    _, err = search.communicate(timeout=120)
     assert search.returncode == 2, err
     assert "Traceback" not in err
     assert "did not possess" not in err
