@@ -10,7 +10,7 @@ import flip_bits
 
 N_KINDS = 24
 REFUSED = ("study: journal", "study: allocations", "study: runs", "written: weights")
-REBUILT = ("cache: importance", "cache: losses.jsonl", "cache: digests", "cache: held-out losses")
+REBUILT = ("cache: importance", "cache: losses.jsonl", "cache: digests", "cache: curvature.json")
 
 
 def check(table, n_kinds, shown):

@@ -30,7 +30,6 @@ import make
 from allocator import api
 from allocator.compare.bench import Bench
 from allocator.compare.runs import chosen_runs, results
-from allocator.compare.table import table as comparison
 from allocator.errors import AllocatorError
 from allocator.inventory import read_inventory
 from allocator.proxy.kept import LayerFiles
@@ -136,9 +135,10 @@ class Faults:
         return api.verify(self.study, self.out, documents=2, tolerance=1.0, **self.options)
 
     def compare(self) -> Any:
-        """Finished runs, and the rows that all held-out losses come to."""
-        rows = comparison(self.study, text=None, cache=self.cache, threads=1)
-        return results(self.study), rows.to_dict("records")
+        """Finished runs, and held-out losses."""
+        bench = Bench(self.study, "gguf", cache=self.cache, threads=1)
+        runs = results(self.study)
+        return runs, [bench.kl("report", a).tolist() for r in runs for a in bench.check(r)]
 
     def front(self) -> Any:
         """The table of notebooks."""
