@@ -20,6 +20,7 @@ from allocator import api, estimate
 from allocator.allocation import Allocation
 from allocator.calibration.profiler import Profiler, importance_digest
 from allocator.checked import unseal
+from allocator.cli import main
 from allocator.codecs import bank
 from allocator.codecs.bank import Bank
 from allocator.codecs.ggml import encode
@@ -402,6 +403,54 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
     elsewhere = {**options, "cache": tmp_path / "empty_cache"}
     again = api.reproduce(pick, tmp_path / "three", **elsewhere)  # nothing but the committed files
     assert [w.manifest for w in again] == [made[w.manifest.container].manifest for w in again]
+
+
+@pytest.fixture
+def search_meanwhile(study, options, monkeypatch):
+    """A search of the study runs to its end after `materialize` wrote, before it records."""
+    real, ran = api._materialize, []
+
+    def writing(*args, **kwargs):
+        written = real(*args, **kwargs)
+        ran.append(api.search(study, **options))
+        return written
+
+    monkeypatch.setattr(api, "_materialize", writing)
+    return ran
+
+
+def test_a_pick_of_a_search_that_ends_meanwhile_stays(
+    study, options, tmp_path, capsys, search_meanwhile
+):
+    """Nothing is recorded, and one line says so."""
+    path = study / "allocations/pick.json"
+    new = AllocationRecord.read(path)
+    done = api.search(study, **options)
+    found = [allocation_of(t) for t in complete_trials(done.study)]
+    other = next(a for a in found if a.digest != new.digest)
+    old = msgspec.structs.replace(new, allocation=other.to_json(), digest=other.digest)
+    path.write_bytes(old.to_bytes())
+    command = ["materialize", path, tmp_path / "out", "--record", "--quiet"]
+    command += ["--cache", options["cache"], "--threads", "1"]
+    assert main([str(word) for word in command]) == 2
+    assert len(search_meanwhile) == 1
+    shown = capsys.readouterr().err.splitlines()
+    (line,) = [text for text in shown if "changed while" in text]
+    assert line.startswith(f"allocator materialize: {path}: changed while its checkpoint")
+    assert "Traceback" not in "".join(shown)
+    assert AllocationRecord.read(path) == new
+    assert new.sha256 == {}
+    assert Manifest.read(tmp_path / "out").allocation == old.digest
+
+
+def test_a_search_that_leaves_the_pick_does_not_hinder_the_record(
+    study, options, tmp_path, search_meanwhile
+):
+    path = study / "allocations/pick.json"
+    made = api.materialize(study, path, tmp_path / "out", record=True, **options)
+    assert len(search_meanwhile) == 1
+    digest = file_digest(made.folder / made.manifest.file)
+    assert AllocationRecord.read(path).sha256 == {"gguf": digest}
 
 
 def test_a_shard_that_is_replaced_during_a_search(study, study_cache, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
@@ -539,3 +541,89 @@ def test_around_leaves_the_model_fit_for_scoring(near):
         assert np.array_equal(near.scorer.score(allocation).kl, kl)
     near.profiler.swap.reset()
     assert near.scorer.score_installed().kl == pytest.approx(0, abs=1e-6)
+
+
+def resealed(line, profiler, **changes):
+    """A row with a checksum that holds, made by hand of what the module says it is over."""
+    row = {k: v for k, v in json.loads(line).items() if k != "checksum"} | changes
+    body = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    of = f"losses.jsonl {profiler.inputs.digest}\n"
+    return json.dumps(row | {"checksum": sha256(of.encode() + body.encode()).hexdigest()[:32]})
+
+
+def flipped(line):
+    """One bit of a digit of the loss."""
+    at = line.index('"kl":') + 9
+    return line[:at] + chr(ord(line[at]) ^ 1) + line[at + 1 :]
+
+
+DAMAGED_ROWS = {
+    "another profile's": lambda line, p: resealed(line, of_another(p)),
+    "of a change that is not asked for": lambda line, p: resealed(line, p, change="layers.9"),
+    "a change that is no text": lambda line, p: resealed(line, p, change=[1]),
+    "text for a loss": lambda line, p: resealed(line, p, kl="0.5"),
+    "no loss": lambda line, p: resealed(line, p, kl=None),
+    "nan": lambda line, p: re.sub('"kl":[^,]*', '"kl":NaN', line),
+    "inf": lambda line, p: re.sub('"kl":[^,]*', '"kl":Infinity', line),
+    "without a checksum": lambda line, p: re.sub(',"checksum":"[^"]*"', "", line),
+    "a flipped bit": lambda line, p: flipped(line),
+    "two rows in one": lambda line, p: line[:20] + line,
+    "nesting": lambda line, p: "[" * 100_000,
+    "bytes": lambda line, p: "\udcff\udcfe",
+    "empty": lambda line, p: "",
+}
+
+
+def of_another(profiler):
+    other = dataclasses.replace(profiler.inputs, n_measured=3)
+    return SimpleNamespace(inputs=other)
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ROWS)
+def test_a_row_that_cannot_be_used_is_measured_again(inputs, copied, caplog, monkeypatch, kind):
+    """One line says so; the profile is the undisturbed one, to the byte."""
+    cache, folder = copied
+    expected = (folder / "profile.json").read_bytes()
+    (folder / "profile.json").unlink()
+    path, profiler = folder / "losses.jsonl", Profiler(inputs, cache)
+    lines = path.read_text().splitlines()
+    name = json.loads(lines[4])["change"]
+    lines[4] = DAMAGED_ROWS[kind](lines[4], profiler)
+    path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    measured, real = [], Profiler._measured
+
+    def watched(self, changes):
+        measured.extend(module._line(c) for c in changes)
+        return real(self, changes)
+
+    monkeypatch.setattr(Profiler, "_measured", watched)
+    profiler.profile()
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1
+    assert "losses.jsonl, line 5: damaged (" in said[0]
+    assert "measured again" in said[0]
+    assert "\n" not in said[0]
+    assert measured == [name]
+    assert (folder / "profile.json").read_bytes() == expected
+    assert len(rows(path)) == len(lines)
+    caplog.clear()
+    (folder / "profile.json").unlink()
+    Profiler(inputs, cache).profile()
+    assert not caplog.records  # the damaged row is gone
+    assert measured == [name]
+
+
+def test_foreign_rows_beside_all_others_change_nothing(inputs, copied, caplog):
+    """A torn last line included: of several damaged rows one line speaks."""
+    cache, folder = copied
+    expected = (folder / "profile.json").read_bytes()
+    (folder / "profile.json").unlink()
+    path, profiler = folder / "losses.jsonl", Profiler(inputs, cache)
+    lines = path.read_text().splitlines()
+    foreign = [resealed(lines[2], of_another(profiler), kl=9.0), '{"change":"x","kl":1}', "7"]
+    path.write_text("\n".join([*lines[:3], *foreign, *lines[3:], lines[2][:31]]))
+    profiler.profile()
+    assert (folder / "profile.json").read_bytes() == expected
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "losses.jsonl, line 4, and 2 more: damaged (" in said
+    assert path.read_text().splitlines() == lines

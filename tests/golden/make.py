@@ -44,6 +44,7 @@ CONFIG = {
 STUDY = """schema = 1
 checkpoint = "../checkpoint"
 target = "gguf"
+tokenizer = "none"
 trials = 8
 
 [budget]
@@ -132,7 +133,11 @@ def main(out: Path) -> None:
                 [sys.executable, "-m", "allocator.cli", *arguments], cwd=root, check=True
             )
         profile = next((cache / "profiles").glob("*/profile.json"))
-        shutil.copytree(study / "allocations", out / "study" / "allocations")
+        shutil.copytree(
+            study / "allocations",
+            out / "study" / "allocations",
+            ignore=shutil.ignore_patterns(".lock"),
+        )
         (out / "study" / "runs").mkdir()
         for run in (study / "runs").glob("*.json"):
             shutil.copy(run, out / "study" / "runs")

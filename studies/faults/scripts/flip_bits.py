@@ -241,7 +241,7 @@ class Faults:
             ("cache: selection-*.json", every(own, "selection-*.json"), fresh),
             ("cache: streamed profile", every(other, "*.json*"), streamed),
             ("cache: digests", every(self.cache, "digests/*.json"), self.digest),
-            ("cache: encoded weights", every(self.cache, "bank/*.slots"), fresh),
+            ("cache: encoded weights", every(self.cache, "bank/*.checked"), fresh),
             ("cache: held-out losses", every(self.cache, "held-out/*"), self.compare),
             ("stopped: statistics", every(self.root, "stopped/statistics/*"),
              self.stopped("statistics")),
@@ -324,14 +324,16 @@ def stopped_after(what: str, layer: int) -> Iterator[None]:
         LayerFiles.save = plain  # type: ignore[method-assign]
 
 
-def run(n_flips: int, seed: int, *, verbose: bool = False) -> dict[str, Counter[str]]:
-    """Outcomes by kind, the flips spread evenly over kinds."""
+def run(
+    n_flips: int, seed: int, *, only: tuple[str, ...] = (), verbose: bool = False
+) -> dict[str, Counter[str]]:
+    """Outcomes by kind, the flips spread evenly over kinds (`only` these, or all)."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rng, table = random.Random(seed), {}
     log = logging.getLogger("allocator")
     with tempfile.TemporaryDirectory() as scratch:
         faults = Faults(Path(scratch))
-        kinds = faults.prepare()
+        kinds = [k for k in faults.prepare() if not only or k.name in only]
         log.addHandler(faults.lines)
         log.propagate = False
         try:
