@@ -411,7 +411,7 @@ def reproduce(
     """
     path = Path(allocation)
     record = AllocationRecord.read(path)
-    folder = Path(study) if study is not None else path.resolve().parent.parent
+    folder = Path(study if study is not None else Path(os.path.realpath(path)).parent.parent)
     parent = Path(out) if out is not None else folder / "out"
     check_same_checkpoint(record.checkpoint, Workspace(folder, **options).inventory)
     parent.mkdir(parents=True, exist_ok=True)

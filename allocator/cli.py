@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from allocator.errors import AllocatorError
+from allocator.errors import AllocatorError, SpaceError
 from allocator.units import parse_bytes, parse_seconds, show_bytes
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _device(args: argparse.Namespace) -> Any:
 
     given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
     if "preset" in given:
-        given["preset"] = str(Path(given["preset"]).resolve())
+        given["preset"] = os.path.realpath(given["preset"])
     return DeviceSpec(**given) if given else None
 
 
@@ -558,16 +558,18 @@ def _parser() -> argparse.ArgumentParser:
 def _default_study(args: argparse.Namespace) -> None:
     """An allocation in STUDY/allocations belongs to STUDY."""
     if getattr(args, "study", "") is None:
-        args.study = args.allocation.resolve().parent.parent
+        if not args.allocation.is_file():
+            raise SpaceError(f"{args.allocation}: no such allocation file")
+        args.study = Path(os.path.realpath(args.allocation)).parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
     args = _parser().parse_args(argv)
-    _default_study(args)
     try:
         import optuna
 
+        _default_study(args)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         args.run(args)
     except AllocatorError as error:

@@ -8,6 +8,7 @@ cache (profiles, bank) only saves time.
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -102,7 +103,7 @@ class Workspace:
             raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
         self.spec = StudySpec.read(self.folder)
         self.target = target or self.spec.target
-        self.cache = cache or default_cache()
+        self.cache = _checked_cache(cache or default_cache())
         self.bank_cap = bank_cap()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.progress = progress
@@ -558,6 +559,19 @@ def _use_threads(n: int) -> None:
     import torch
 
     torch.set_num_threads(n)
+
+
+def _checked_cache(path: Path) -> Path:
+    """Refuses a cache that can be no folder, which every file in it would be called damaged for."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: {error}; needed a folder for the cache") from None
+    if not stat.S_ISDIR(mode):
+        raise StudyError(f"{path}: no folder; needed one for the cache")
+    return path
 
 
 def _read_importance(path: Path) -> dict[str, Floats]:

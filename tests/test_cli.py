@@ -364,6 +364,30 @@ def test_bad_options(run, study, arguments, match):
     assert {n for n in after if after[n] != before.get(n)} <= {"search.lock"}
 
 
+def test_paths_that_lead_nowhere_are_one_line(run, study, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for verb in ("explain", "score", "materialize", "reproduce"):
+        refused(run(verb, loop, *(["out"] if verb == "materialize" else [])), "loop")
+    refused(run("search", study, "--device", loop), "loop")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    refused(run("evaluate", study, "--text", tmp_path / "deep.jsonl"), "deep.jsonl:1: no JSON")
+
+
+@pytest.mark.parametrize("spoil", ["a file", "below a file", "a loop", "too long"])
+def test_a_cache_that_can_be_no_folder_is_one_line(study, tmp_path, capsys, spoil):
+    file, loop = tmp_path / "file", tmp_path / "loop"
+    file.write_text("kept")
+    loop.symlink_to(loop)
+    cache = {"a file": file, "below a file": file / "cache", "a loop": loop / "cache"}
+    place = cache.get(spoil, tmp_path / ("x" * 300))
+    before = state(study)
+    code = main(["search", str(study), "--dry-run", "--cache", str(place)])
+    refused((code, *capsys.readouterr()), "needed (a folder|one) for the cache")
+    assert state(study) == before
+    assert file.read_text() == "kept"
+
+
 def test_bad_paths(run, study, checkpoints, tmp_path):
     nowhere = tmp_path / "nowhere"
     pick = study / "allocations/pick.json"

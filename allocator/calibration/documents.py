@@ -46,7 +46,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise CalibrationError(f"{path}:{number}: no JSON ({error})") from None
                 if not isinstance(record, dict) or not ("ids" in record or "text" in record):
                     raise CalibrationError(f"{path}:{number}: needed an object with ids or text")
