@@ -47,6 +47,8 @@ from allocator.trials import allocation_of, complete_trials
 from allocator.workspace import Workspace
 
 torch.set_num_threads(1)
+ROUNDING = 1e-7
+"""Nats: a trial is scored in other batches than a score, which processors round otherwise."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_search_leaves_a_study_that_keeps_its_promises(study, options):
     done = complete_trials(result.study)
     best = done[0]
     losses = workspace.scorer.score(allocation_of(best))
-    assert np.mean(losses.kl) == pytest.approx(best.values[0], rel=1e-6)
+    assert np.mean(losses.kl) == pytest.approx(best.values[0], rel=1e-6, abs=ROUNDING)
     record = AllocationRecord.read(result.pick)
     assert record.decision.digest in {allocation_of(t).digest for t in done}
     assert record.checkpoint == workspace.inventory.digest
@@ -284,7 +286,7 @@ def test_score_is_the_trials_loss(study, options):
     pick = study / "allocations/pick.json"
     record = AllocationRecord.read(pick)
     found = api.score(study, pick, **options)
-    assert found["loss"] == pytest.approx(record.loss["search"], rel=1e-6)
+    assert found["loss"] == pytest.approx(record.loss["search"], rel=1e-6, abs=ROUNDING)
     assert found["bytes"]["encoded"] == record.bytes["encoded"]
     plain = study / "plain.json"
     plain.write_text(json.dumps(record.allocation))
