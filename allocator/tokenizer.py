@@ -237,8 +237,11 @@ def _converted(path: Path) -> str:
 
 
 def _added_in_files(path: Path) -> dict[str, int]:
-    file = path / "added_tokens.json"
-    return dict(read_json(file)) if file.is_file() else {}
+    """Ids by text of the tokens that the files name beside `vocab.json`."""
+    file, config = path / "added_tokens.json", path / "tokenizer_config.json"
+    found = dict(read_json(file)) if file.is_file() else {}
+    named = (read_json(config) if config.is_file() else {}).get("added_tokens_decoder") or {}
+    return found | {a["content"]: int(number) for number, a in named.items()}
 
 
 def _first(value: Any) -> int | None:

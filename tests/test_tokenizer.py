@@ -121,6 +121,14 @@ FORMS = {
     "a merge of unknown tokens": pair(merges__txt="#version: 0.2\nt h\nq z\n"),
     "a vocabulary that is no object": pair(vocab__json=[1, 2]),
     "added tokens that are lost": pair(added_tokens__json={"<lost>": 300}),
+    "added tokens that the config puts elsewhere": pair(
+        tokenizer_config__json={"tokenizer_class": "Qwen2Tokenizer",
+                                "added_tokens_decoder": {"400": {"content": "<far>"}}}
+    ),
+    "added tokens of the config that are no tokens": pair(
+        tokenizer_config__json={"tokenizer_class": "Qwen2Tokenizer",
+                                "added_tokens_decoder": {"400": "<far>"}}
+    ),
     "nothing": {},
 }  # fmt: skip
 

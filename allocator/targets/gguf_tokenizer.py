@@ -95,8 +95,15 @@ def _tokens(found: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int,
             f"{found.path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} "
             "rows; this tokenizer belongs to another checkpoint"
         )
+    rows = tuple(texts.get(n, f"[PAD{n}]") for n in range(n_vocab))
+    if len(first := {text: n for n, text in reversed(list(enumerate(rows)))}) < n_vocab:
+        again = next(n for n, text in enumerate(rows) if first[text] != n)
+        raise CheckpointError(  # llama.cpp aborts the whole process on such a file
+            f"{found.path}: tokens {first[rows[again]]} and {again} are both {rows[again]!r}, "
+            "needed one id for each text; fetch the tokenizer's files again"
+        )
     return (
-        tuple(texts.get(n, f"[PAD{n}]") for n in range(n_vocab)),
+        rows,
         tuple(types.get(n, int(TokenType.UNUSED)) for n in range(n_vocab)),
     )
 

@@ -369,6 +369,28 @@ def test_rows_without_a_token_are_unused(copied):
     assert found["tokenizer.ggml.token_type"][8189:] == (1, 4, 5)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"8191": _added("a")})),
+        ("tokenizer.json", lambda raw: raw["added_tokens"].append({"id": 8191} | _added("a"))),
+    ],
+)
+def test_a_text_with_two_ids_is_refused_as_llama_cpp_aborts_on_it(copied, file, change):
+    def drop_last(raw):
+        raw["model"]["vocab"] = {t: n for t, n in raw["model"]["vocab"].items() if n < 8191}
+        raw["model"]["merges"].pop()
+
+    edit(copied / "tokenizer.json", drop_last)
+    edit(copied / file, change)
+    with pytest.raises(CheckpointError, match=r"tokens \d+ and 8191 are both 'a', needed one id"):
+        values(read_inventory(copied))
+
+
+def _added(text):
+    return {"content": text, "special": False}
+
+
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
