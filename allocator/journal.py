@@ -32,6 +32,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
+from weakref import finalize
 
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -200,21 +201,22 @@ class _RepairingLock(JournalFileSymlinkLock):
         self._path = path
         self._lock_target_file = f"{path.parent}/./{path.name}"
         self._flock: int | None = None
-        self._link = 0  # inode, while it is held
-        self._file: tuple[int, int] | None = None  # the journal's device and inode
+        # both stay open, so that no other file can have their inodes
+        self._link: int | None = None  # while the lock is held
+        self._file: int | None = None
 
     def check_file(self) -> None:
         """Raises:
         StudyError: if the journal is not the file that it was, as when it is deleted or restored.
         """
         try:
-            found = os.stat(self._path)
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDONLY)
+                finalize(self, os.close, self._file)
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
-            now = None
-        else:
-            now = found.st_dev, found.st_ino
-        self._file = self._file or now
-        if now != self._file:
+            same = self._file is None  # not made yet
+        if not same:
             raise StudyError(
                 f"{self._path}: removed or replaced while a search was using it; stop all searches "
                 "of this study, put the file in its place, and run the same command again"
@@ -232,7 +234,7 @@ class _RepairingLock(JournalFileSymlinkLock):
                         os.unlink(self._lock_file)
                 super().acquire()  # calls `release` where it breaks a link
                 with suppress(FileNotFoundError):
-                    self._link = os.lstat(self._lock_file).st_ino
+                    self._link = os.open(self._lock_file, os.O_PATH | os.O_NOFOLLOW)
             except BaseException:
                 os.close(flock)
                 raise
@@ -253,16 +255,20 @@ class _RepairingLock(JournalFileSymlinkLock):
         and stock Optuna's append is one write at the end of the file too. Another's link stays.
         """
         flock, self._flock = self._flock, None
+        link, self._link = self._link, None
         try:
-            mine = flock is None or os.lstat(self._lock_file).st_ino == self._link
-            if mine:
+            if flock is None or self._is_there(link):
                 super().release()
         except (FileNotFoundError, RuntimeError):
             if flock is None:  # Optuna's `acquire` tells a broken link by it
                 raise
         finally:
-            if flock is not None:
-                os.close(flock)
+            for handle in (flock, link):
+                if handle is not None:
+                    os.close(handle)
+
+    def _is_there(self, link: int | None) -> bool:
+        return link is not None and os.path.samestat(os.lstat(self._lock_file), os.fstat(link))
 
 
 class _CheckedFile(JournalFileBackend):
