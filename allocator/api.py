@@ -225,7 +225,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
 
 
 def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
-    """A row per decision in which two allocation files differ: `decision`, `one`, `other`.
+    """Lists the decisions in which two allocation files differ: `decision`, `one`, `other`.
 
     Args:
         one: a record as `search` writes it, or a plain `allocation.json`.

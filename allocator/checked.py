@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def checksum(plain: Mapping[str, Any], of: str = "") -> str:
-    """The checksum of an object, as JSON gives it back, without its own key.
+    """Computes the checksum of an object, as JSON gives it back, without its own key.
 
     Args:
         plain: keys are text, and sequences lists.
@@ -49,18 +49,18 @@ def checksum(plain: Mapping[str, Any], of: str = "") -> str:
 
 
 def seal(value: Any, of: str = "") -> bytes:
-    """An object (a dict, or a struct) as JSON that a person can open, with its checksum."""
+    """Encodes an object (a dict, or a struct) as JSON to read, with its checksum."""
     return msgspec.json.format(seal_line(value, of), indent=1) + b"\n"
 
 
 def seal_line(value: Any, of: str = "") -> bytes:
-    """The same in one line, without its newline."""
+    """Encodes as `seal` does, in one line and without its newline."""
     plain = msgspec.json.decode(msgspec.json.encode(value))
     return msgspec.json.encode({**plain, CHECKSUM: checksum(plain, of)})
 
 
 def unseal(data: bytes, of: str = "", *, required: bool = False) -> dict[str, Any]:
-    """The object in JSON, without its checksum, which holds.
+    """Decodes an object whose checksum holds, and returns it without the checksum.
 
     Args:
         data: as `seal` and `seal_line` write it, or an earlier form without a checksum.
@@ -89,7 +89,7 @@ def write_checked(path: Path, value: Any, of: str = "") -> None:
 
 
 def read_checked(path: Path, kind: type[T], of: str = "", *, quiet: bool = False) -> T | None:
-    """A JSON file of the cache.
+    """Reads a JSON file of the cache.
 
     Args:
         path: of the file.
@@ -131,7 +131,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Array], of: str = "") -> None:
 
 
 def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
-    """Arrays of the cache; None, after one line, if they are damaged, and if they are missing."""
+    """Reads arrays of the cache; None if they are missing or, after one line, damaged."""
     if not path.exists():
         return None
     try:
@@ -147,7 +147,7 @@ def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
 
 
 def arrays_checksum(arrays: Mapping[str, Array], of: str = "") -> str:
-    """Of names, types, shapes and bytes."""
+    """Computes the checksum of names, types, shapes and bytes."""
     total = hashlib.sha256(of.encode() + b"\n")
     for name in sorted(arrays):
         array = arrays[name]

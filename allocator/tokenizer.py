@@ -144,13 +144,13 @@ class Tokenizer:
 
 
 def carried_files(path: Path) -> list[Path]:
-    """Files of a checkpoint that a runtime needs beside the weights, relative to its directory."""
+    """Lists the files that a runtime needs beside the weights, relative to the checkpoint."""
     found = {file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(path) for file in found)
 
 
 def read_tokenizer(inventory: Inventory) -> Tokenizer | None:
-    """The tokenizer of a checkpoint; None if it has no file of one. Read once per version.
+    """Reads the tokenizer of a checkpoint, once per version; None if it has no file of one.
 
     A checkpoint with `vocab.json` and `merges.txt` alone is converted by transformers, offline and
     without code of the checkpoint: the class that its config names says how text is cut.

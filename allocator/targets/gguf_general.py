@@ -32,7 +32,7 @@ _TYPES = {_TEXT: (str,), _WHOLE: (int,), _REAL: (int, float)}
 
 
 def general_name(inventory: Inventory) -> str:
-    """The last part of config.json's `_name_or_path` if that is a hub id, else type and size.
+    """Names the model: by the hub id in config.json's `_name_or_path`, else by type and size.
 
     llama.cpp's converter takes the directory's name too. Ours may not: whoever rebuilds a file from
     a checkpoint in another place must get the same bytes.
@@ -53,7 +53,7 @@ def _size(n: int) -> str:
 
 
 def sampling(inventory: Inventory) -> Iterator[Field]:
-    """What generation_config.json says of sampling; llama.cpp's programs start from it.
+    """Yields what generation_config.json says of sampling, which llama.cpp's programs start from.
 
     Raises:
         CheckpointError: if a value is of the wrong kind.

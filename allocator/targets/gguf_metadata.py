@@ -63,7 +63,7 @@ def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list
 
 
 def hyperparameters(inventory: Inventory, *, n_experts: int, experts_used: int) -> list[Field]:
-    """The pairs that say how the model is computed; none of them is read from another file.
+    """Lists the pairs that say how the model is computed; reads no file beside config.json.
 
     Raises:
         CheckpointError: if `config.json` lacks or contradicts what is needed.
@@ -202,7 +202,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def yarn_betas(inventory: Inventory) -> tuple[float, float] | None:
-    """`beta_fast` and `beta_slow` that llama.cpp must be told; None where its own are right.
+    """Returns `beta_fast` and `beta_slow` that llama.cpp must be told; None for its own.
 
     Its loaders of these architectures read neither from the file.
     """
