@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "api": "allocator.api",
-    "load": "allocator.materialize.load",
-    "allocation_of": "allocator.trials",
-    "Allocation": "allocator.allocation",
-    "AllocationRecord": "allocator.records",
-    "Workspace": "allocator.workspace",
+    "load": "allocator.export.safetensors.loading",
+    "allocation_of": "allocator.study.trials",
+    "Allocation": "allocator.decision.allocation",
+    "AllocationRecord": "allocator.decision.records",
+    "StudyFolder": "allocator.app.study_folder",
 }
 __all__ = ["__version__", *_PUBLIC]
 

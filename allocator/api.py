@@ -13,10 +13,22 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from allocator.compare.pool import CompareEstimate, check_comparison, estimate_runs, run_all
-from allocator.compare.runs import Run, chosen_runs
-from allocator.compare.table import write_results
-from allocator.diff import difference
+from allocator.app.estimate import estimate
+from allocator.app.planning import RUNTIME, Plan, first_paths, write_first
+from allocator.app.planning import plan as _plan
+from allocator.app.search_stage import search, trials_table, write_front
+from allocator.app.study_file import DeviceSpec
+from allocator.app.study_folder import StudyFolder, check_same_checkpoint
+from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.outline import planned_inventory
+from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
+from allocator.comparison.runs import Run, chosen_runs
+from allocator.comparison.table import write_results
+from allocator.decision.budget import Budget
+from allocator.decision.difference import difference
+from allocator.decision.records import AllocationRecord, codec, note_digests
+from allocator.decision.search_space import SearchSpace, bind
+from allocator.decision.space import SETTINGS, canonical, largest_first
 from allocator.errors import (
     CalibrationError,
     CheckpointError,
@@ -24,29 +36,17 @@ from allocator.errors import (
     TargetError,
     VerifyError,
 )
-from allocator.estimate import estimate
-from allocator.inventory import read_inventory
-from allocator.launch import search, trials_table, write_front
-from allocator.materialize.checkpoint import Manifest, Written
-from allocator.materialize.checkpoint import materialize as _materialize
-from allocator.materialize.verify import SAFETENSORS_TOLERANCE, Verification, check_tolerance
-from allocator.materialize.verify import verify as _verify
-from allocator.memory import Budget
-from allocator.plan import RUNTIME, Plan, first_paths, write_first
-from allocator.plan import plan as _plan
-from allocator.planned import planned_inventory
-from allocator.priors import Prior, published, transferred
-from allocator.profile import Profile
-from allocator.records import AllocationRecord, codec, note_digests
-from allocator.report import evaluate
-from allocator.search_space import SearchSpace, bind
-from allocator.space import SETTINGS, canonical, largest_first
-from allocator.specification import DeviceSpec
-from allocator.storage import journal_path, open_storage
-from allocator.surrogate import from_profile
+from allocator.evaluation.held_out import evaluate
+from allocator.export.checkpoint import Manifest, Written
+from allocator.export.checkpoint import materialize as _materialize
+from allocator.export.verification import SAFETENSORS_TOLERANCE, Verification, check_tolerance
+from allocator.export.verification import verify as _verify
+from allocator.prediction.priors import Prior, published, transferred
+from allocator.prediction.profile import Profile
+from allocator.prediction.surrogate import from_profile
+from allocator.study.storages import journal_path, open_storage
 from allocator.targets import GGUF, target_named
-from allocator.targets.gguf_tokenizer import check_tokenizer
-from allocator.workspace import Workspace, check_same_checkpoint
+from allocator.targets.gguf.tokenizer import check_tokenizer
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
@@ -98,7 +98,7 @@ def plan(
         micro_batch: tokens computed at once.
         profile: study of a smaller relative, whose losses are taken over; measured if need be.
         out: folder for the allocations that fit.
-        options: of `Workspace`, for the profile.
+        options: of `StudyFolder`, for the profile.
 
     Raises:
         AllocatorError: one line on whatever is wrong.
@@ -121,49 +121,49 @@ def plan(
 
 
 def _transferred(study: str | Path, **options: Any) -> Prior:
-    workspace = Workspace(study, target=RUNTIME, **options)
-    measured = workspace.profile
-    space = bind(SearchSpace(schema=1), workspace.layout, measured.saliency)
+    study_folder = StudyFolder(study, target=RUNTIME, **options)
+    measured = study_folder.profile
+    space = bind(SearchSpace(schema=1), study_folder.layout, measured.saliency)
     return transferred(from_profile(measured, space), str(study))
 
 
 def profile(study: str | Path, **options: Any) -> Profile:
     """Builds or continues a study's profile."""
-    return Workspace(study, **options).profile
+    return StudyFolder(study, **options).profile
 
 
 def front(study: str | Path, *, storage: str | None = None, **options: Any) -> pd.DataFrame:
     """The non-dominated COMPLETE trials, smallest first; also written to `front.json`."""
-    workspace = Workspace(study, **options)
-    path = journal_path(storage, workspace.folder)
+    study_folder = StudyFolder(study, **options)
+    path = journal_path(storage, study_folder.folder)
     try:
         if path is not None and not path.exists():
             raise KeyError(path)
         opened = optuna.load_study(
-            study_name=workspace.study_name(storage),
-            storage=open_storage(storage, workspace.folder),
+            study_name=study_folder.study_name(storage),
+            storage=open_storage(storage, study_folder.folder),
         )
     except KeyError:
         raise StudyError(
-            f"{workspace.folder}: no study yet in {storage or 'its own journal'}; launch "
+            f"{study_folder.folder}: no study yet in {storage or 'its own journal'}; launch "
             "`allocator search` first, or name the --storage that it was launched with"
         ) from None
-    return write_front(workspace, opened)
+    return write_front(study_folder, opened)
 
 
 def score(
     study: str | Path, allocation: str | Path, *, base: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Scores any allocation on the search split: loss, per domain, bytes, effective bits."""
-    workspace = Workspace(study, **options)
-    decision, importance = workspace.read_encoded(allocation, base=base)
-    size = decision.nbytes(workspace.layout)
-    scored = workspace.splits[0][: workspace.spec.calibration.search_documents]
-    scorer = workspace.scorer_with(importance, scored, beside=Path(allocation))
+    study_folder = StudyFolder(study, **options)
+    decision, importance = study_folder.read_encoded(allocation, base=base)
+    size = decision.nbytes(study_folder.layout)
+    scored = study_folder.splits[0][: study_folder.spec.calibration.search_documents]
+    scorer = study_folder.scorer_with(importance, scored, beside=Path(allocation))
     return scorer.summary(scorer.score(decision)) | {
         "digest": decision.digest,
         "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
-        "effective_bits": size.encoded * 8 / workspace.inventory.n_searched_weights,
+        "effective_bits": size.encoded * 8 / study_folder.inventory.n_searched_weights,
         "experts": decision.counts,
     }
 
@@ -180,12 +180,12 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     Raises:
         SpaceError: if the study's space does not hold the allocation.
     """
-    workspace = Workspace(study, **options)
-    decision = workspace.read_allocation(allocation)
-    surrogate, space = workspace.surrogate, workspace.space
-    device = workspace.spec.budget.device
+    study_folder = StudyFolder(study, **options)
+    decision = study_folder.read_allocation(allocation)
+    surrogate, space = study_folder.surrogate, study_folder.space
+    device = study_folder.spec.budget.device
     costs = space.costs(
-        Budget(1 << 62, "weights") if device is None else device.budget(workspace.folder)
+        Budget(1 << 62, "weights") if device is None else device.budget(study_folder.folder)
     )
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)
@@ -254,21 +254,21 @@ def materialize(
         out: directory to make.
         container: `gguf` or `safetensors`; the study's target by default.
         record: note the weights' sha256 in the allocation file, for `reproduce`.
-        options: of `Workspace`.
+        options: of `StudyFolder`.
 
     Raises:
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
     """
-    workspace = Workspace(study, **options)
+    study_folder = StudyFolder(study, **options)
     path = Path(allocation)
     wanted = AllocationRecord.read(path)
-    check_same_checkpoint(wanted.checkpoint, workspace.inventory)
-    bank = workspace.bank_for(wanted.importance)
-    container = container or workspace.spec.target
+    check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
+    encodings = study_folder.encodings_for(wanted.importance)
+    container = container or study_folder.spec.target
     written = _materialize(
         wanted.decision,
-        bank,
+        encodings,
         Path(out),
         container=container,
         importance=wanted.importance,
@@ -298,33 +298,35 @@ def verify(
         tolerance: how far the runtime may be off, nats per token; by default 1e-5 in transformers
             and 5e-3 in llama.cpp, whose kernels round activations to 8 bits.
         encode: encodes every group anew from the checkpoint, without the cache, and compares.
-        options: of `Workspace`.
+        options: of `StudyFolder`.
 
     Raises:
         VerifyError: at the first thing that is not as it should be.
     """
-    workspace = Workspace(study, **options)
+    study_folder = StudyFolder(study, **options)
     manifest = Manifest.read(Path(folder))
-    check_same_checkpoint(manifest.checkpoint, workspace.inventory)
+    check_same_checkpoint(manifest.checkpoint, study_folder.inventory)
     check_tolerance(tolerance)
-    if documents is not None and not 0 < documents <= len(workspace.splits[0]):
+    if documents is not None and not 0 < documents <= len(study_folder.splits[0]):
         raise CalibrationError(
-            f"{documents} documents: needed 1..{len(workspace.splits[0])}, the search split"
+            f"{documents} documents: needed 1..{len(study_folder.splits[0])}, the search split"
         )
-    paths = sorted((workspace.folder / "allocations").glob("*.json"))
+    paths = sorted((study_folder.folder / "allocations").glob("*.json"))
     records = {path.name: AllocationRecord.read(path) for path in paths}
-    bank = workspace.bank_for(manifest.importance)
-    scored = documents or workspace.spec.calibration.search_documents
-    scorer = workspace.scorer_on(
-        workspace.splits[0][:scored], model=workspace.model_with(bank), progress="torch"
+    encodings = study_folder.encodings_for(manifest.importance)
+    scored = documents or study_folder.spec.calibration.search_documents
+    scorer = study_folder.scorer_on(
+        study_folder.splits[0][:scored],
+        model=study_folder.model_with(encodings),
+        progress="torch",
     )
     found = _verify(
         Path(folder),
-        bank,
+        encodings,
         scorer,
         tolerance=tolerance,
         encode=encode,
-        progress=workspace.progress,
+        progress=study_folder.progress,
     )
     for name, record in records.items():
         known = record.loss.get("search")
@@ -352,10 +354,10 @@ def compare(
     Args:
         study: its folder; `runs/*.json`, `compare.csv`, `summary.csv` and `compare.png` go there.
         text: a further held-out file.
-        cache: as of `Workspace`.
+        cache: as of `StudyFolder`.
         threads: processes at a time, one core each; all cores by default.
         on_run: called when a run is finished.
-        chosen: only these runs, see `allocator.compare.runs.chosen_runs`.
+        chosen: only these runs, see `allocator.comparison.runs.chosen_runs`.
 
     Returns:
         What `summary.csv` holds: medians and ranges over seeds, of all finished runs.
@@ -403,7 +405,7 @@ def reproduce(
         out: parent directory; `<study>/out` by default.
         study: if the file lies elsewhere.
         containers: which; by default those whose sha256 the file records, else the target.
-        options: of `Workspace`.
+        options: of `StudyFolder`.
 
     Raises:
         CheckpointError: if the source checkpoint is another one.
@@ -413,7 +415,7 @@ def reproduce(
     record = AllocationRecord.read(path)
     folder = Path(study if study is not None else Path(os.path.realpath(path)).parent.parent)
     parent = Path(out) if out is not None else folder / "out"
-    check_same_checkpoint(record.checkpoint, Workspace(folder, **options).inventory)
+    check_same_checkpoint(record.checkpoint, StudyFolder(folder, **options).inventory)
     parent.mkdir(parents=True, exist_ok=True)
     rebuilt = []
     for container in containers or tuple(record.sha256) or (record.decision.target,):

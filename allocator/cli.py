@@ -167,7 +167,7 @@ _DEVICE = {
 
 def _device(args: argparse.Namespace) -> Any:
     """What the command line says of a device; None if nothing."""
-    from allocator.specification import DeviceSpec
+    from allocator.app.study_file import DeviceSpec
 
     given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
     if "preset" in given:
@@ -225,7 +225,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    from allocator.diff import difference  # and not the api, which loads torch
+    from allocator.decision.difference import difference  # and not the api, which loads torch
 
     found = difference(args.one, args.other)
     if len(found.rows):

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from allocator.digests import Identity
+from allocator.checkpoint.inventory import read_inventory
+from allocator.decision.search_space import SearchSpace, bind
+from allocator.files.digests import Identity
 from allocator.formats import FORMATS
-from allocator.inventory import read_inventory
-from allocator.profile import Change, Profile, bundle_of
-from allocator.search_space import SearchSpace, bind
-from allocator.surrogate import from_profile
+from allocator.prediction.profile import Change, Profile, bundle_of
+from allocator.prediction.surrogate import from_profile
 from allocator.targets import TARGETS
 
 SMALL = {
@@ -210,7 +210,7 @@ def by_safetensors():
 @pytest.fixture(scope="session")
 def make_documents():
     """Random documents of given lengths."""
-    from allocator.calibration.documents import Document
+    from allocator.scoring.documents import Document
 
     def make(lengths, seed=0, vocab_size=512):
         rng = np.random.default_rng(seed)
@@ -477,10 +477,10 @@ def formula_search(
 
     `share` places the budget between the floor and the ceiling.
     """
-    from allocator.first_trials import first_trials
-    from allocator.memory import Budget
+    from allocator.decision.budget import Budget
     from allocator.samplers import make_sampler
-    from allocator.study import Search, open_study
+    from allocator.study.initial_trials import first_trials
+    from allocator.study.search import Search, open_study
 
     layout = TARGETS[target].layout(read_inventory(checkpoint))
     profile = synthetic_profile(layout)
@@ -636,7 +636,7 @@ PROXY = """
 import sys
 from pathlib import Path
 from optuna.storages import run_grpc_proxy_server
-from allocator.storage import open_storage
+from allocator.study.storages import open_storage
 
 run_grpc_proxy_server(open_storage(sys.argv[1], Path()), host="localhost", port=int(sys.argv[2]))
 """
@@ -676,7 +676,7 @@ def opened(tmp_path):
     """`opened(spec)`: a storage of its own, as another process has it; closed at the end."""
     made = []
 
-    from allocator.storage import open_storage
+    from allocator.study.storages import open_storage
 
     def make(spec, folder=tmp_path):
         made.append(open_storage(spec, folder))

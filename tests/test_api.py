@@ -16,15 +16,18 @@ import torch
 from optuna.storages import InMemoryStorage
 from safetensors.numpy import load_file, save_file
 
-from allocator import api, estimate
-from allocator.allocation import Allocation
-from allocator.calibration.profiler import Profiler, importance_digest
-from allocator.checked import unseal
+from allocator import api
+from allocator.app import estimate
+from allocator.app.search_stage import N_FINALISTS, finalists_of
+from allocator.app.study_folder import StudyFolder
+from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main
-from allocator.codecs import bank
-from allocator.codecs.bank import Bank
+from allocator.codecs import encodings as encodings
+from allocator.codecs.encodings import Encodings
 from allocator.codecs.ggml import encode
-from allocator.codecs.source import group_weights
+from allocator.decision.allocation import Allocation
+from allocator.decision.records import AllocationRecord
+from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import (
     AllocatorError,
     BudgetError,
@@ -34,17 +37,15 @@ from allocator.errors import (
     StudyError,
     VerifyError,
 )
+from allocator.export.checkpoint import Manifest, file_digest
+from allocator.files.checksums import unseal
 from allocator.formats import FORMATS, offered
-from allocator.inventory import read_inventory
-from allocator.launch import N_FINALISTS, finalists_of
-from allocator.materialize.checkpoint import Manifest, file_digest
-from allocator.proxy.scorer import Scorer
-from allocator.records import AllocationRecord
+from allocator.profiling.profiler import Profiler, importance_digest
 from allocator.samplers.auto import ROUND
-from allocator.search_space import SearchSpace, bind
+from allocator.scoring.scorer import Scorer
+from allocator.study.trials import allocation_of, complete_trials
 from allocator.targets import GGUF
-from allocator.trials import allocation_of, complete_trials
-from allocator.workspace import Workspace
+from allocator.targets.group_weights import group_weights
 
 torch.set_num_threads(1)
 ROUNDING = 1e-7
@@ -91,27 +92,27 @@ def test_inspect_lists_every_searched_weight(checkpoints):
 
 def test_search_leaves_a_study_that_keeps_its_promises(study, options):
     result = api.search(study, **options)
-    workspace = Workspace(study, **options)
-    limit = workspace.budget()
+    study_folder = StudyFolder(study, **options)
+    limit = study_folder.budget()
     trials = result.study.get_trials()
     assert len(trials) == 8
     assert sum(result.trials.values()) == 8
     for trial in trials:
-        size = allocation_of(trial).nbytes(workspace.layout)
+        size = allocation_of(trial).nbytes(study_folder.layout)
         assert size.encoded <= limit.nbytes
         assert trial.constraints["budget"] == size.encoded - limit.nbytes
     done = complete_trials(result.study)
     best = done[0]
-    losses = workspace.scorer.score(allocation_of(best))
+    losses = study_folder.scorer.score(allocation_of(best))
     assert np.mean(losses.kl) == pytest.approx(best.values[0], rel=1e-6, abs=ROUNDING)
     record = AllocationRecord.read(result.pick)
     assert record.decision.digest in {allocation_of(t).digest for t in done}
-    assert record.checkpoint == workspace.inventory.digest
+    assert record.checkpoint == study_folder.inventory.digest
     assert record.bytes["budget"] == limit.nbytes
-    assert record.bytes["encoded"] == record.decision.nbytes(workspace.layout).encoded
+    assert record.bytes["encoded"] == record.decision.nbytes(study_folder.layout).encoded
     assert AllocationRecord.read(result.knapsack).kind == "knapsack"
     selection = {
-        a.digest: np.mean(workspace.selection_scorer.score(a).kl)
+        a.digest: np.mean(study_folder.selection_scorer.score(a).kl)
         for a in (allocation_of(t) for t in done[:3])
     }
     assert record.loss["selection"] <= min(selection.values()) + 1e-6
@@ -141,8 +142,8 @@ def test_estimate_writes_nothing_and_brackets_the_budget(fresh, options):
     assert state(fresh) == before
     assert found.floor < found.budget.nbytes < found.ceiling
     assert found.total_seconds > 0
-    workspace = Workspace(fresh, **options)
-    assert found.floor == workspace.unranked_space.smallest.nbytes(workspace.layout).encoded
+    study_folder = StudyFolder(fresh, **options)
+    assert found.floor == study_folder.unranked_space.smallest.nbytes(study_folder.layout).encoded
 
 
 def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, mo
     assert api.estimate(fresh, sampler="knapsack", **options).total_seconds == 8 * scored
 
     cold = api.estimate(fresh, **(options | {"cache": tmp_path / "cold"}))
-    folder = Workspace(finished_study, **options).profiler.folder
+    folder = StudyFolder(finished_study, **options).profiler.folder
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     # of two layers, a change in the second one, or of the head, runs the second one
     late = ("layers.1", "head")
@@ -176,8 +177,8 @@ def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, mo
 @pytest.mark.parametrize("kind", ["file", "weights"])
 def test_a_budget_under_the_floor_names_both_numbers(fresh, options, kind):
     before = state(fresh)
-    workspace = Workspace(fresh, **options)
-    size = workspace.unranked_space.smallest.nbytes(workspace.layout)
+    study_folder = StudyFolder(fresh, **options)
+    size = study_folder.unranked_space.smallest.nbytes(study_folder.layout)
     floor = size.file if kind == "file" else size.encoded
     budget = {"file": "budget", "weights": "weights_budget"}[kind]
     for verb in (api.search, api.estimate):
@@ -230,13 +231,13 @@ def test_finalists_are_different_allocations(formula):
 def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):
     pick = study / "allocations/pick.json"
     table = api.explain(study, pick, **options).set_index("decision")
-    workspace = Workspace(study, **options)
-    decision, layout = AllocationRecord.read(pick).decision, workspace.layout
+    study_folder = StudyFolder(study, **options)
+    decision, layout = AllocationRecord.read(pick).decision, study_folder.layout
     assert len(table) == len(layout.groups) + 1  # and the retained count
-    params = workspace.space.params(decision)
-    whole = workspace.space.complete(params)
-    predicted = workspace.surrogate.predict(whole)
-    jumps = predicted - workspace.surrogate.losses(whole).sum()
+    params = study_folder.space.params(decision)
+    whole = study_folder.space.complete(params)
+    predicted = study_folder.surrogate.predict(whole)
+    jumps = predicted - study_folder.surrogate.losses(whole).sum()
     assert jumps > 0
     assert table["predicted_loss"].sum() == pytest.approx(predicted - jumps / 2, rel=1e-9)
     steps = 0
@@ -245,10 +246,10 @@ def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):
             if row[side] is None or row[side] != row[side]:
                 continue
             value = int(row[side]) if name.startswith("experts") else row[side]
-            moved = workspace.space.allocation({**whole, name: value})
+            moved = study_folder.space.allocation({**whole, name: value})
             nbytes = moved.nbytes(layout).encoded - decision.nbytes(layout).encoded
             assert row[f"{side}_bytes"] == nbytes
-            loss = workspace.surrogate.predict({**whole, name: value}) - predicted
+            loss = study_folder.surrogate.predict({**whole, name: value}) - predicted
             assert row[f"{side}_loss"] == pytest.approx(loss, abs=1e-9)
             assert (nbytes >= 0) if side == "up" else (nbytes <= 0)
             steps += 1
@@ -270,7 +271,7 @@ def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
     stub = SimpleNamespace(
         space=space, surrogate=loss, read_allocation=lambda path: decision, spec=spec
     )
-    monkeypatch.setattr(api, "Workspace", lambda folder: stub)
+    monkeypatch.setattr(api, "StudyFolder", lambda folder: stub)
     table = api.explain("study", "allocation").set_index("decision")
     row = table.loc[f"format.{group}"]
     assert row["value"] == "IQ2_XXS*8+IQ1_S"
@@ -294,7 +295,7 @@ def test_score_is_the_trials_loss(study, options):
 
 
 def test_score_of_a_type_file_is_that_of_its_allocation(study, options):
-    workspace = Workspace(study, **options)
+    study_folder = StudyFolder(study, **options)
     path = study / "types.txt"
     path.write_text("ffn_down_exps=q5_0\nattn_q=q4_0\n")
     with pytest.raises(SpaceError, match="--base"):
@@ -302,10 +303,10 @@ def test_score_of_a_type_file_is_that_of_its_allocation(study, options):
     found = api.score(study, path, base="Q8_0", **options)
     formats = {
         g: "Q5_0" if g.endswith("experts.down") else "Q4_0" if g.endswith("attention.q") else "Q8_0"
-        for g in workspace.layout.groups
+        for g in study_folder.layout.groups
     }
     expected = Allocation.of(
-        target="gguf", retained=dict.fromkeys(workspace.layout.layers, tuple(range(8))),
+        target="gguf", retained=dict.fromkeys(study_folder.layout.layers, tuple(range(8))),
         formats=formats, experts_used=2,
     )  # fmt: skip
     assert found["digest"] == expected.digest
@@ -328,19 +329,21 @@ def test_a_record_is_scored_with_the_importance_it_was_encoded_with(study, optio
     """As after a search on a processor that rounds otherwise; far enough to tell them apart."""
     pick = study / "allocations/pick.json"
     ours = api.score(study, pick, **options)
-    workspace = Workspace(study, **options)
-    vectors = workspace.profiler.statistics.importance
+    study_folder = StudyFolder(study, **options)
+    vectors = study_folder.profiler.statistics.importance
     other = {name: v[..., ::-1].copy() for name, v in vectors.items()}
     digest = importance_digest(other)
-    save_file(other, workspace.importance_path(digest))
+    save_file(other, study_folder.importance_path(digest))
     data = unseal(pick.read_bytes())
     foreign = pick.with_name("foreign.json")
     foreign.write_text(json.dumps(data | {"importance": digest}))
     found = api.score(study, foreign, **options)
     decision = AllocationRecord.read(foreign).decision
-    bank = Bank(workspace.cache / "bank", workspace.layout, other)
-    documents = workspace.scorer.documents
-    by_hand = workspace.scorer_on(documents, model=workspace.model_with(bank)).score(decision)
+    encodings = Encodings(study_folder.cache / "bank", study_folder.layout, other)
+    documents = study_folder.scorer.documents
+    by_hand = study_folder.scorer_on(documents, model=study_folder.model_with(encodings)).score(
+        decision
+    )
     assert found["loss"] == pytest.approx(np.mean(by_hand.kl), rel=1e-9)
     assert found["loss"] != ours["loss"]
     assert api.score(study, pick, **options)["loss"] == ours["loss"]
@@ -466,7 +469,7 @@ def test_a_shard_that_is_replaced_during_a_search(study, study_cache, tmp_path, 
     shutil.copytree(study_cache / "profiles", cache / "profiles")  # but nothing encoded
     shard, old = checkpoint / "model.safetensors", tmp_path / "old"
     options = {"cache": cache, "threads": 1, "trials": 10}
-    read, replaced = bank.read_rows, []
+    read, replaced = encodings.read_rows, []
 
     def reading(*args):
         if not replaced:
@@ -478,7 +481,7 @@ def test_a_shard_that_is_replaced_during_a_search(study, study_cache, tmp_path, 
         return read(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank, "read_rows", reading)
+        patch.setattr(encodings, "read_rows", reading)
         with pytest.raises(CheckpointError, match=f"{shard}: changed or replaced") as caught:
             api.search(study, **options)
     assert "\n" not in str(caught.value)
@@ -490,7 +493,7 @@ def test_a_shard_that_is_replaced_during_a_search(study, study_cache, tmp_path, 
     inventory = read_inventory(checkpoint)
     weights = GGUF.layout(inventory)
     importance = load_file(next((study / "allocations").glob("importance-*")))
-    held = bank.Bank(cache / "bank", weights, importance)
+    held = encodings.Encodings(cache / "bank", weights, importance)
     name = "layers.0.experts.down"
     there = [f.name for f in weights.groups[name].offered() if held.has(name, f.name, 0)]
     assert there
@@ -558,9 +561,9 @@ def test_evaluate_puts_everything_in_one_table(study, options):
     named = table.set_index("name")
     assert named.loc["original", "kl"] == pytest.approx(0, abs=1e-6)
     assert {"* pick", "* knapsack"} <= set(named.index)
-    workspace = Workspace(study, **options)
-    held_out = {d.ids for d in workspace.report}
-    assert not held_out & {d.ids for s in workspace.splits for d in s}
+    study_folder = StudyFolder(study, **options)
+    held_out = {d.ids for d in study_folder.report}
+    assert not held_out & {d.ids for s in study_folder.splits for d in s}
     record = AllocationRecord.read(study / "allocations/pick.json")
     assert named.loc["* pick", "bytes"] == record.bytes["encoded"]
     assert named.loc["* pick", "kl"] > 0
@@ -677,8 +680,8 @@ def test_a_tokenizer_of_another_checkpoint_is_refused_first(with_tokenizer, opti
 def test_verify_refuses_first(study, options, never, tmp_path, monkeypatch):
     pick = study / "allocations/pick.json"
     importance = AllocationRecord.read(pick).importance
-    monkeypatch.setattr(Workspace, "bank_for", lambda *_: pytest.fail("encoded weights"))
-    digest = Workspace(study, **options).inventory.digest
+    monkeypatch.setattr(StudyFolder, "bank_for", lambda *_: pytest.fail("encoded weights"))
+    digest = StudyFolder(study, **options).inventory.digest
     named = dict.fromkeys(("model.gguf", "allocation.json"), "0")
     manifest = Manifest("gguf", "a", digest, importance, "model.gguf", 1, 1, 0, named)
     (tmp_path / "manifest.json").write_bytes(msgspec.json.encode(manifest))
@@ -739,7 +742,7 @@ def test_tasks_add_figures_row_by_row(with_tokenizer, options, make_documents, m
         figures = {"acc": 0.5, "token_perplexity": float(len(calls))}
         return {name: figures for name in names}
 
-    monkeypatch.setattr("allocator.evaluate.tasks.run_tasks", three)
+    monkeypatch.setattr("allocator.evaluation.lm_eval_tasks.run_tasks", three)
     with pytest.raises(VerifyError, match="no more"):
         api.evaluate(study, [plain], documents="all", tasks=True, on_table=tables.append, **options)
     figures = tables[-1]["lm_eval_perplexity"].dropna().tolist()

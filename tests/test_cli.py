@@ -14,12 +14,12 @@ import time
 import pytest
 import torch
 
+from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.errors import StudyError
-from allocator.materialize.checkpoint import file_digest
-from allocator.proxy.scorer import Scorer
-from allocator.search_lock import search_lock
-from allocator.workspace import Workspace
+from allocator.export.checkpoint import file_digest
+from allocator.scoring.scorer import Scorer
+from allocator.study.folder_lock import search_lock
 
 torch.set_num_threads(1)
 
@@ -74,7 +74,7 @@ def test_inspect(run, checkpoints):
 
 def check_profile_line(out, study, cache):
     """What is printed, against the stages' files and the study's documents."""
-    folder = Workspace(study, cache=cache, threads=1).profiler.folder
+    folder = StudyFolder(study, cache=cache, threads=1).profiler.folder
     curvature = json.loads((folder / "curvature.json").read_text())["curvature"]
     changes = (folder / "losses.jsonl").read_text().splitlines()
     profile = json.loads((folder / "profile.json").read_text())
@@ -149,7 +149,7 @@ def test_progress_goes_to_stderr_alone(run, fresh):
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])
 def test_a_search_ends_within_its_tokens(run, fresh, study_cache, sampler):
-    base = Workspace(fresh, cache=study_cache, threads=1).base_tokens
+    base = StudyFolder(fresh, cache=study_cache, threads=1).base_tokens
     trial = 6 * 32
     look = 6 * trial
     tokens = base + 30 * trial
@@ -488,7 +488,7 @@ def test_rows_that_were_measured_are_shown_and_kept(run, study, tmp_path, monkey
 
 
 def test_a_csv_that_cannot_be_written_is_refused_first(run, study, tmp_path, monkeypatch):
-    monkeypatch.setattr(Workspace, "__init__", None)
+    monkeypatch.setattr(StudyFolder, "__init__", None)
     refused(run("evaluate", study, "--csv", tmp_path), "cannot be written")
     refused(run("evaluate", study, "--csv", tmp_path / "no/rows.csv"), "no such folder")
     monkeypatch.setattr(os, "access", lambda *_: False)

@@ -10,15 +10,15 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from allocator.compare.bench import Bench
-from allocator.compare.runs import results
-from allocator.materialize.checkpoint import Manifest
-from allocator.profile import Profile
-from allocator.records import AllocationRecord
-from allocator.storage import open_storage
-from allocator.tables import front_table
-from allocator.trials import RESULT, allocation_of
-from allocator.workspace import Workspace
+from allocator.app.study_folder import StudyFolder
+from allocator.app.tables import front_table
+from allocator.comparison.bench import Bench
+from allocator.comparison.runs import results
+from allocator.decision.records import AllocationRecord
+from allocator.export.checkpoint import Manifest
+from allocator.prediction.profile import Profile
+from allocator.study.storages import open_storage
+from allocator.study.trials import RESULT, allocation_of
 
 GOLDEN = Path(__file__).parent / "golden"
 SETS = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name.isdecimal())
@@ -33,18 +33,18 @@ def golden(request):
 
 
 @pytest.fixture
-def workspace(golden, tmp_path):
+def study_folder(golden, tmp_path):
     """Its study, on the checkpoint that it was searched on."""
     make.write_checkpoint(tmp_path / "checkpoint")
     folder = make.write_study(tmp_path / "study")
     shutil.copytree(golden / "study", folder, dirs_exist_ok=True)
-    return Workspace(folder, cache=tmp_path / "cache", threads=1)
+    return StudyFolder(folder, cache=tmp_path / "cache", threads=1)
 
 
-def test_a_journal_resumes_with_its_trials(golden, workspace):
+def test_a_journal_resumes_with_its_trials(golden, study_folder):
     """Against front.json, by its text; under the lock of today's inputs."""
     front = json.loads((golden / "study/front.json").read_text())
-    study = workspace.study(workspace.budget())
+    study = study_folder.study(study_folder.budget())
     shown = {t["trial"]: t for t in front["trials"]}
     trials = [t for t in study.get_trials() if RESULT in t.user_attrs]
     assert [t.number for t in trials] == sorted(shown)
@@ -52,10 +52,10 @@ def test_a_journal_resumes_with_its_trials(golden, workspace):
         row = shown[trial.number]
         assert trial.state.name == row["state"]
         assert trial.user_attrs[RESULT]["loss"] == row["loss"]
-        size = allocation_of(trial).nbytes(workspace.layout)
+        size = allocation_of(trial).nbytes(study_folder.layout)
         assert (size.encoded, size.file) == (row["bytes"], row["file_bytes"])
     study.set_user_attr("resumed", True)  # appended to, then opened anew
-    again = optuna.load_study(study_name="study", storage=open_storage(None, workspace.folder))
+    again = optuna.load_study(study_name="study", storage=open_storage(None, study_folder.folder))
     assert again.user_attrs["resumed"]
     assert len(again.trials) == len(study.trials)
 
@@ -69,14 +69,14 @@ def test_stock_optuna_reads_a_journal(golden, tmp_path):
     assert study.trials == ours.trials
 
 
-def test_records_decide_what_they_decided(golden, workspace):
+def test_records_decide_what_they_decided(golden, study_folder):
     manifest = Manifest.read(golden / "manifest")
     for name in ("pick", "knapsack"):
         record = AllocationRecord.read(golden / f"study/allocations/{name}.json")
-        assert record.checkpoint == workspace.inventory.digest
-        assert record.decision.nbytes(workspace.layout).encoded == record.bytes["encoded"]
-        bank = workspace.bank_for(record.importance)
-        assert bank.layout.inventory.digest == manifest.checkpoint
+        assert record.checkpoint == study_folder.inventory.digest
+        assert record.decision.nbytes(study_folder.layout).encoded == record.bytes["encoded"]
+        encodings = study_folder.encodings_for(record.importance)
+        assert encodings.layout.inventory.digest == manifest.checkpoint
     pick = AllocationRecord.read(golden / "study/allocations/pick.json")
     assert (manifest.allocation, manifest.importance) == (pick.digest, pick.importance)
     assert manifest.sha256[manifest.file] == pick.sha256["gguf"]
@@ -84,12 +84,12 @@ def test_records_decide_what_they_decided(golden, workspace):
     assert plain == pick.allocation
 
 
-def test_a_profile_a_front_and_runs_read(golden, workspace):
+def test_a_profile_a_front_and_runs_read(golden, study_folder):
     record = AllocationRecord.read(golden / "study/allocations/pick.json")
-    inputs = workspace.profiler.inputs.digest
+    inputs = study_folder.profiler.inputs.digest
     profile = Profile.read(golden / "profile.json", inputs)
     assert (profile.checkpoint, profile.importance) == (record.checkpoint, record.importance)
     assert len(front_table(golden / "study")) == 8
     (run,) = results(golden / "study")
-    pick, _ = Bench(workspace.folder, "gguf", cache=workspace.cache).check(run)
-    assert pick.nbytes(workspace.layout).encoded <= run.weights
+    pick, _ = Bench(study_folder.folder, "gguf", cache=study_folder.cache).check(run)
+    assert pick.nbytes(study_folder.layout).encoded <= run.weights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allocator.checked import unseal
+from allocator.files.checksums import unseal
 
 with warnings.catch_warnings():  # the Jupyter packages' own deprecations, at import
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # the Jupyter packages' own deprecations, at im
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REFERENCE = ROOT / "studies/reference"
-SECONDS = 300  # reproduce, where the bank is cold and no sha256 is recorded
+SECONDS = 300  # reproduce, where nothing is encoded yet and no sha256 is recorded
 
 
 @pytest.fixture

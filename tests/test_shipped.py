@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from allocator.calibration.profiler import importance_digest
-from allocator.devices import read_device
-from allocator.inventory import read_inventory
-from allocator.records import AllocationRecord
-from allocator.search_space import SearchSpace
-from allocator.specification import StudySpec
+from allocator.app.device_presets import read_device
+from allocator.app.study_file import StudySpec
+from allocator.checkpoint.inventory import read_inventory
+from allocator.decision.records import AllocationRecord
+from allocator.decision.search_space import SearchSpace
+from allocator.profiling.profiler import importance_digest
 from allocator.targets import TARGETS
 from allocator.units import parse_bytes
 

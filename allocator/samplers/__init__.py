@@ -16,13 +16,13 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from allocator.decision.budget import Budget
 from allocator.errors import StudyError
-from allocator.memory import Budget
+from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.auto import AutoSampler, Look
 from allocator.samplers.evolution import LevelSwitchSampler
 from allocator.samplers.knapsack import KnapsackSampler
-from allocator.surrogate import Surrogate
-from allocator.trials import ABANDONED, DOUBLED, PROPOSAL, not_abandoned
+from allocator.study.trials import ABANDONED, DOUBLED, PROPOSAL, not_abandoned
 
 SAMPLERS = ("auto", "knapsack", "random", "tpe", "nsga2", "evolution")
 

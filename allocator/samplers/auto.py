@@ -10,8 +10,8 @@ the study's trials and the seed alone, so a resumed study proposes what an undis
   averaged, incumbents being near each other, and count the more the more there are
   (`Surrogate.nearby`).
 - Every proposal solves the result exactly, under multipliers drawn from their posterior given all
-  finished trials (Thompson sampling; `allocator.posterior`), lost races included: those are
-  compared with the incumbent on the documents that both have seen.
+  finished trials (Thompson sampling; `allocator.prediction.posterior`), lost races included: those
+  are compared with the incumbent on the documents that both have seen.
 """
 
 import time
@@ -22,14 +22,14 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.allocation import Allocation
+from allocator.decision.allocation import Allocation
+from allocator.decision.budget import Budget
+from allocator.decision.space import Params
 from allocator.errors import SpaceError
-from allocator.memory import Budget
-from allocator.posterior import Observation, Posterior, fit
+from allocator.prediction.posterior import Observation, Posterior, fit
+from allocator.prediction.surrogate import Around, Floats, Surrogate
 from allocator.samplers.knapsack import SolvingSampler
-from allocator.space import Params
-from allocator.surrogate import Around, Floats, Surrogate
-from allocator.trials import (
+from allocator.study.trials import (
     LOOKED,
     LOSSES,
     PROPOSAL,

@@ -8,7 +8,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.space import Space
+from allocator.decision.space import Space
 
 
 class WholeSampler(BaseSampler):

@@ -14,9 +14,7 @@ The selection among the offspring of a generation is the study's (`Selection`).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,53 +22,15 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.errors import StudyError
+from allocator.decision.space import Costs, Params, largest_first
 from allocator.samplers.base import WholeSampler
-from allocator.space import Costs, Params, largest_first
-from allocator.trials import best_complete, key_of, proposed
+from allocator.study.trials import best_complete, key_of, proposed
 
 _SWITCHES = 3  # drawn twice from 1.._SWITCHES, the lesser taken: 1 is likeliest
 _MOST_CHANGES = 10
 _LOWERED_FIRST = 0.25  # share of draws
 _LEAST_RETURN = 0.8  # of the bytes that lowering saved, raising spends at least this share
 _ATTEMPTS = 100
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How the offspring of a generation are narrowed down before the full search split.
-
-    Attributes:
-        n_offspring: trials of a generation.
-        steps: `(documents, survivors)`: scored on so many documents, so many go on; the documents
-            ascend, the survivors do not.
-    """
-
-    n_offspring: int
-    steps: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def over(cls, n_documents: int) -> "Selection":
-        """The default: 16 on an eighth of the split, 4 on three eighths, 1 on all of it."""
-        wanted = ((n_documents // 8, 4), (3 * n_documents // 8, 1))
-        steps = {max(d, 1): survivors for d, survivors in wanted if max(d, 1) < n_documents}
-        return cls(16, tuple(steps.items()))
-
-    def check(self, n_documents: int) -> None:
-        """Raises:
-        StudyError: if this is no narrowing down to a split of `n_documents`.
-        """
-        documents = [0, *(d for d, _ in self.steps), n_documents]
-        survivors = [self.n_offspring, *(s for _, s in self.steps), 1]
-        if not _ascend(documents, least=1) or not _ascend(survivors[::-1], least=0):
-            raise StudyError(
-                f"selection of {self.n_offspring} offspring in steps {self.steps}: needed "
-                f"documents that ascend below {n_documents}, survivors that do not ascend"
-            )
-
-
-def _ascend(values: Sequence[int], *, least: int) -> bool:
-    return all(b - a >= least for a, b in pairwise(values))
 
 
 class LevelSwitchSampler(WholeSampler):

@@ -15,11 +15,11 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.memory import Budget
+from allocator.decision.budget import Budget
+from allocator.decision.space import Params
+from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.base import WholeSampler
-from allocator.space import Params
-from allocator.surrogate import Surrogate
-from allocator.trials import best_complete, key_of, proposed
+from allocator.study.trials import best_complete, key_of, proposed
 
 MULTIPLIERS = "knapsack:multipliers"
 _SIGMAS = (0.05, 0.1, 0.2, 0.4)

@@ -6,7 +6,7 @@ every tensor of the file, so sizes predicted from it are the sizes written.
 """
 
 from allocator.errors import TargetError
-from allocator.targets.gguf import GGUF
+from allocator.targets.gguf.contract import GGUF
 from allocator.targets.layout import Group, Kept, Layout, Target
 from allocator.targets.safetensors import SAFETENSORS
 

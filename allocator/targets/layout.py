@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
 from allocator.errors import TargetError
 from allocator.families import Role
 from allocator.formats import FORMATS, Format, offered
-from allocator.inventory import DTYPE_BYTES, MXFP4, Inventory
-from allocator.memory import DeviceMemory, Settings, Workload
+from allocator.targets.device_memory import DeviceMemory, Settings, Workload
 
 
 @dataclass(frozen=True, slots=True)

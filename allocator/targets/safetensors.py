@@ -9,8 +9,8 @@ group's and the format's (`layers.3.experts.down.IQ1_S`); kept tensors keep name
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
+from allocator.checkpoint.inventory import DTYPE_BYTES, Inventory
 from allocator.formats import FORMATS, Format, Parts, parts
-from allocator.inventory import DTYPE_BYTES, Inventory
 from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape

@@ -8,15 +8,15 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator.closing import close_abandoned
-from allocator.inventory import read_inventory
-from allocator.memory import Budget
+from allocator.checkpoint.inventory import read_inventory
+from allocator.decision.budget import Budget
+from allocator.prediction.surrogate import Around
 from allocator.samplers.auto import ROUND
 from allocator.samplers.knapsack import MULTIPLIERS
-from allocator.storage import open_storage
-from allocator.surrogate import Around
+from allocator.study.outcomes import close_abandoned
+from allocator.study.storages import open_storage
+from allocator.study.trials import ABANDONED, LOOKED, allocation_of, complete_trials
 from allocator.targets import TARGETS
-from allocator.trials import ABANDONED, LOOKED, allocation_of, complete_trials
 
 N_FIRST, N_TRIALS = 2, 15
 LOOK_TOKENS = 50

@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from allocator.checkpoint.inventory import read_inventory
+from allocator.decision.budget import Budget
+from allocator.decision.search_space import Experts, Pin, SearchSpace, bind
 from allocator.errors import StudyError
-from allocator.first_trials import Queued
 from allocator.formats import FORMATS
-from allocator.inventory import read_inventory
-from allocator.memory import Budget
-from allocator.samplers.evolution import Selection, offspring, random_start
-from allocator.search_space import Experts, Pin, SearchSpace, bind
+from allocator.samplers.evolution import offspring, random_start
+from allocator.study.generations import Selection
+from allocator.study.initial_trials import Queued
+from allocator.study.trials import allocation_of, complete_trials
 from allocator.targets import SAFETENSORS, TARGETS
-from allocator.trials import allocation_of, complete_trials
 
 STEPS = Selection(8, ((2, 3), (6, 1)))
 

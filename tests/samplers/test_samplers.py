@@ -11,12 +11,12 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator.closing import close_abandoned
 from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
-from allocator.samplers.evolution import Selection
-from allocator.storage import open_storage, repair_storage
-from allocator.trials import ABANDONED, allocation_of
+from allocator.study.generations import Selection
+from allocator.study.outcomes import close_abandoned
+from allocator.study.storages import open_storage, repair_storage
+from allocator.study.trials import ABANDONED, allocation_of
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
 N_FIRST = 2
@@ -181,8 +181,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import FormulaScorer, formula_search
-from allocator.samplers.evolution import Selection
-from allocator.storage import open_storage
+from allocator.study.generations import Selection
+from allocator.study.storages import open_storage
 
 begun = []
 

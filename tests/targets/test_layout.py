@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from allocator.checkpoint.inventory import read_inventory
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role
 from allocator.formats import FORMATS
-from allocator.inventory import read_inventory
 from allocator.targets import GGUF, SAFETENSORS, TARGETS, target_named
 from allocator.targets.safetensors import entries, header
 

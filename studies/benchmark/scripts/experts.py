@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from allocator.profile import SALIENCIES
-from allocator.proxy.scorer import Scorer
-from allocator.proxy.weights import Candidate
-from allocator.workspace import Workspace
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.search_space import SALIENCIES
+from allocator.scoring.candidates import Candidate
+from allocator.scoring.scorer import Scorer
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent.parent
 class Layers:
     """KL of one layer keeping some experts, everything else the original's."""
 
-    def __init__(self, workspace, documents):
-        self.swap, self.layout = workspace.profiler.swap, workspace.layout
+    def __init__(self, study_folder, documents):
+        self.swap, self.layout = study_folder.profiler.swap, study_folder.layout
         self.scorer = Scorer(self.swap, documents, from_original=True)
         self.known = {}
 
@@ -71,13 +71,13 @@ def main():
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--held", type=int, default=24)
     args = parser.parse_args()
-    workspace = Workspace(HERE, threads=1)
-    saliency = workspace.profile.saliency
-    search = Layers(workspace, workspace.splits[0][: args.documents])
-    held = Layers(workspace, workspace.splits[1][: args.held])
-    n = workspace.inventory.n_experts
+    study_folder = StudyFolder(HERE, threads=1)
+    saliency = study_folder.profile.saliency
+    search = Layers(study_folder, study_folder.splits[0][: args.documents])
+    held = Layers(study_folder, study_folder.splits[1][: args.held])
+    n = study_folder.inventory.n_experts
     rows = []
-    for layer in workspace.layout.layers:
+    for layer in study_folder.layout.layers:
         alone = np.array(
             [search.kl(layer, [e for e in range(n) if e != gone]) for gone in range(n)]
         )

@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from allocator.calibration.documents import batches
-from allocator.compare.bench import Bench
-from allocator.compare.runs import compare_spec
-from allocator.knapsack import Options, solve
-from allocator.launch import pick_tokens
-from allocator.memory import Budget
-from allocator.proxy.experts import use_sorted_experts, use_watcher
-from allocator.proxy.model import destination, view_of
-from allocator.proxy.scorer import mean
-from allocator.space import split
+from allocator.app.search_stage import pick_tokens
+from allocator.comparison.bench import Bench
+from allocator.comparison.runs import compare_spec
+from allocator.decision.budget import Budget
+from allocator.decision.space import split
+from allocator.prediction.knapsack import Options, solve
+from allocator.scoring.documents import batches
+from allocator.scoring.experts import use_sorted_experts, use_watcher
+from allocator.scoring.scorer import mean
+from allocator.scoring.swap_model import destination, view_of
 
 HERE = Path(__file__).resolve().parent.parent
 BATCH, CHECKS, COLDEST, SPREAD = 8, 4, 0.1, 0.3
@@ -43,8 +43,8 @@ class Relaxed:
     """
 
     def __init__(self, bench, start, budget):
-        self.workspace = workspace = bench.workspace
-        self.space, self.swap = workspace.space, workspace.profiler.swap
+        self.study_folder = study_folder = bench.study_folder
+        self.space, self.swap = study_folder.space, study_folder.profiler.swap
         self.start = start
         costs = self.space.costs(budget)
         counts = self.space.layer_counts(start)
@@ -67,7 +67,7 @@ class Relaxed:
             held = self.retained[layer] if expert else None
             formats = sorted({f for v in names for f, _ in split(v, max(n, 1))})
             self.decoded[group] = torch.from_numpy(
-                np.stack([workspace.profiler.bank.decoded(group, f, held) for f in formats])
+                np.stack([study_folder.profiler.encodings.decoded(group, f, held) for f in formats])
             )
             # choices x formats x experts: 1 where a choice stores an expert so
             stores = np.zeros((len(names), len(formats), n or 1))
@@ -163,19 +163,19 @@ def gradients(relaxed, scorer, start):
 
 def search(bench, weights, tokens, rate):
     """Params of the roundings with their loss on the search documents, and the tokens spent."""
-    workspace = bench.workspace
+    study_folder = bench.study_folder
     budget = Budget(weights, "weights")
-    start = workspace.surrogate.solve(budget)
-    scorer, looked = workspace.scorer, workspace.look_scorer
+    start = study_folder.surrogate.solve(budget)
+    scorer, looked = study_folder.scorer, study_folder.look_scorer
     looked.ensure_reference(looked.n_documents)
     scorer.ensure_reference(scorer.n_documents)
 
     def scored(params):
-        kl = scorer.score(workspace.space.allocation(params)).kl
+        kl = scorer.score(study_folder.space.allocation(params)).kl
         return float(mean(kl, scorer.documents)), params
 
     found = [scored(start)]
-    spent = workspace.base_tokens + scorer.n_tokens + pick_tokens(workspace)
+    spent = study_folder.base_tokens + scorer.n_tokens + pick_tokens(study_folder)
     step_tokens = 3 * max(
         sum(len(d.ids) for d in looked.documents[i : i + BATCH])
         for i in range(0, looked.n_documents - BATCH + 1, BATCH)
@@ -188,7 +188,7 @@ def search(bench, weights, tokens, rate):
     for step in range(1, n_steps + 1):
         temperature = COLDEST ** ((step - 1) / max(n_steps - 1, 1))
         odds = relaxed.odds(temperature)
-        workspace.profiler.swap.put_allocation(workspace.space.allocation(start))
+        study_folder.profiler.swap.put_allocation(study_folder.space.allocation(start))
         relaxed.install(odds)
         at = (step - 1) * BATCH % (looked.n_documents // BATCH * BATCH)
         slopes = relaxed.slopes(gradients(relaxed, looked, at))
@@ -235,7 +235,7 @@ def main():
         if any((r["weights"], r["rate"]) == (weights, args.rate) for r in rows):
             continue
         found, spent = search(bench, weights, spec.tokens, args.rate)
-        finalists = [bench.workspace.space.allocation(p) for _, p in found]
+        finalists = [bench.study_folder.space.allocation(p) for _, p in found]
         alone = finalists[0]
         pick = min(finalists, key=lambda a: bench.loss("selection", a))
         row = {"weights": weights, "rate": args.rate, "spent": spent, "is_start": pick == alone}

@@ -14,18 +14,18 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from allocator.compare.runs import compare_spec
-from allocator.memory import Budget
-from allocator.proxy.scorer import Scorer
-from allocator.repair import repair
-from allocator.workspace import Workspace
+from allocator.app.study_folder import StudyFolder
+from allocator.comparison.runs import compare_spec
+from allocator.decision.budget import Budget
+from allocator.decision.feasibility import repair
+from allocator.scoring.scorer import Scorer
 
 HERE = Path(__file__).resolve().parent.parent
 
 
-def proposals(workspace, budget, n, near):
+def proposals(study_folder, budget, n, near):
     """Random params, repaired; `near` draws factors around the knapsack instead, of that spread."""
-    space, surrogate = workspace.space, workspace.surrogate
+    space, surrogate = study_folder.space, study_folder.surrogate
     costs = space.costs(budget)
     rng = np.random.default_rng(0)
     for _ in range(n):
@@ -49,8 +49,8 @@ def main():
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--target", default="safetensors")
     args = parser.parse_args()
-    workspace = Workspace(HERE, target=args.target, threads=1)
-    scorer = Scorer(workspace.profiler.swap, workspace.splits[0][: args.documents])
+    study_folder = StudyFolder(HERE, target=args.target, threads=1)
+    scorer = Scorer(study_folder.profiler.swap, study_folder.splits[0][: args.documents])
     path = HERE / "surrogate.csv"
     done = (
         pd.read_csv(path)
@@ -65,7 +65,7 @@ def main():
                 ].i
             )
             for i, params in enumerate(
-                proposals(workspace, Budget(weights, "weights"), args.n, near)
+                proposals(study_folder, Budget(weights, "weights"), args.n, near)
             ):
                 if i in have:
                     continue
@@ -74,8 +74,8 @@ def main():
                     "weights": weights,
                     "kind": kind,
                     "i": i,
-                    "predicted": workspace.surrogate.predict(params),
-                    "measured": scorer.score(workspace.space.allocation(params)).kl.mean(),
+                    "predicted": study_folder.surrogate.predict(params),
+                    "measured": scorer.score(study_folder.space.allocation(params)).kl.mean(),
                 }
                 done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
                 done.to_csv(path, index=False, float_format="%.6g")
@@ -84,7 +84,7 @@ def main():
             ]
             ratio = mine.predicted / mine.measured
             print(
-                f"{args.target} {weights * 8 / workspace.inventory.n_searched_weights:.2f} bits, {len(mine)} {kind}: "
+                f"{args.target} {weights * 8 / study_folder.inventory.n_searched_weights:.2f} bits, {len(mine)} {kind}: "
                 f"rank correlation {spearmanr(mine.predicted, mine.measured)[0]:.3f}, predicted / measured "
                 f"median {ratio.median():.3f}, 5..95 % {ratio.quantile(0.05):.3f}..{ratio.quantile(0.95):.3f}",
                 flush=True,

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from allocator import api
-from allocator.proxy.scorer import mean
-from allocator.records import AllocationRecord
-from allocator.specification import DeviceSpec
-from allocator.workspace import Workspace
+from allocator.app.study_file import DeviceSpec
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.records import AllocationRecord
+from allocator.scoring.scorer import mean
 
 HERE = Path(__file__).resolve().parents[1]
 TOTALS = (43_250_000, 41_400_000)  # weights alone: about 2.25 and 1.75 effective bits
@@ -48,9 +48,9 @@ def search(out, name, space, device, trials, threads):
     folder = folder_of(out, name, space)
     found = api.search(folder, device=device, trials=trials, threads=threads)
     record = AllocationRecord.read(found.pick)
-    workspace = Workspace(folder, threads=threads)
-    documents = workspace.report[:REPORT]
-    scorer = workspace.scorer_on(documents)
+    study_folder = StudyFolder(folder, threads=threads)
+    documents = study_folder.report[:REPORT]
+    scorer = study_folder.scorer_on(documents)
     allocation = record.decision
     kl = scorer.score(allocation).kl
     weights = [len(d.ids) for d in documents]
@@ -62,7 +62,7 @@ def search(out, name, space, device, trials, threads):
         "bits": round(record.effective_bits, 3),
         "experts": next(iter(allocation.counts.values())),
         **allocation.settings._asdict(),
-        "token_bytes": allocation.token_bytes(workspace.layout, device.context or 256),
+        "token_bytes": allocation.token_bytes(study_folder.layout, device.context or 256),
         "memory": memory,
         "kl": [float(v) for v in kl],
         "tokens": weights,

@@ -42,7 +42,7 @@ def resident():
 
 def measure(path, case, threads):
     """In a process of its own; prints its result as the last line."""
-    from allocator.evaluate.llamacpp import LlamaCpp, _library
+    from allocator.export.gguf.llamacpp import LlamaCpp, _library
 
     _library()
     before = resident()["VmRSS"]
@@ -89,7 +89,7 @@ def bandwidth(threads):
 def allocation_of(layout, case):
     from dataclasses import replace
 
-    from allocator.baselines import mixed
+    from allocator.decision.baselines import mixed
 
     experts, rest, retained, used, kv_format = CASES[case]
     rankings = dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts)))
@@ -137,12 +137,12 @@ def main():
     if args.measure:
         return measure(Path(args.measure[0]), args.measure[1], args.threads)
 
-    from allocator.calibration.profiler import importance_digest
-    from allocator.codecs.bank import Bank
-    from allocator.inventory import read_inventory
-    from allocator.materialize.checkpoint import materialize
-    from allocator.memory import Workload
+    from allocator.checkpoint.inventory import read_inventory
+    from allocator.codecs.encodings import Encodings
+    from allocator.export.checkpoint import materialize
+    from allocator.profiling.profiler import importance_digest
     from allocator.targets import GGUF
+    from allocator.targets.device_memory import Workload
 
     path = HERE / "runtime.json"
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -150,13 +150,13 @@ def main():
     if missing := [c for c in CASES if c not in results]:
         runpy.run_path(str(BUILD))["build"](args.out / "checkpoint", layers=3, experts=16, fp8=True)
         layout = GGUF.layout(read_inventory(args.out / "checkpoint"))
-        bank = Bank(args.out / "bank", layout, {}, threads=args.threads)
+        encodings = Encodings(args.out / "bank", layout, {}, threads=args.threads)
     for case in missing:
         print(time.strftime("%H:%M:%S"), case, flush=True)
         allocation, folder = allocation_of(layout, case), args.out / "gguf"
         shutil.rmtree(folder, ignore_errors=True)
         written = materialize(
-            allocation, bank, folder, container="gguf", importance=importance_digest({})
+            allocation, encodings, folder, container="gguf", importance=importance_digest({})
         )
         command = [sys.executable, __file__, "--out", str(args.out), "--threads", str(args.threads)]
         file = written.folder / written.manifest.file

@@ -29,12 +29,12 @@ import pandas as pd
 import xxhash
 
 from allocator import api
-from allocator.codecs import bank
+from allocator.app.study_folder import StudyFolder
+from allocator.checkpoint.inventory import Inventory
+from allocator.codecs import encodings
+from allocator.export import checkpoint
 from allocator.formats import offered
-from allocator.inventory import Inventory
-from allocator.materialize import checkpoint
 from allocator.targets import layout
-from allocator.workspace import Workspace
 
 ROOT = Path(__file__).parents[3]
 spent: dict[str, float] = defaultdict(float)
@@ -68,8 +68,8 @@ class Hasher:
 
 
 CHECKS = [
-    (bank, "_wrong", "read slots"),
-    (bank.SlotDigests, "match", "read slots"),
+    (encodings, "_wrong", "read slots"),
+    (encodings.SlotDigests, "match", "read slots"),
     (Inventory, "_check", "identities of files"),
     (Inventory, "check_unchanged", "identities of files"),
     (checkpoint, "_check_written", "written file"),
@@ -82,7 +82,7 @@ def watching():
     spent.clear()
     hashes = SimpleNamespace(xxh3_128=Hasher, xxh3_128_digest=xxhash.xxh3_128_digest)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(bank, "xxhash", hashes))
+        stack.enter_context(mock.patch.object(encodings, "xxhash", hashes))
         for where, name, shown in CHECKS:
             function = timed(shown, getattr(where, name))
             stack.enter_context(mock.patch.object(where, name, function))
@@ -99,7 +99,7 @@ def unchecked():
     """Leaves out all that is read again for a check; digests are still taken."""
     with ExitStack() as stack:
         for where, name, instead in (
-            (bank, "_wrong", present),
+            (encodings, "_wrong", present),
             (Inventory, "_check", lambda *args: None),
             (Inventory, "check_unchanged", lambda *args: None),
             (checkpoint, "_check_written", lambda *args: None),
@@ -152,7 +152,7 @@ def search(study, cache, trials):
 def materialize(study, container, folder, rounds):
     """The pick: from an empty bank, and then, in turn with and without checks, from a full one."""
     used, pick = folder / f"cache-{container}", study / "allocations/pick.json"
-    Workspace(study, cache=used).inventory.digest  # the checkpoint's own is no part of it
+    StudyFolder(study, cache=used).inventory.digest  # the checkpoint's own is no part of it
 
     def write():
         shutil.rmtree(folder / container, ignore_errors=True)

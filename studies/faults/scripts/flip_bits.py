@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "tests/golden"))
 import make
 
 from allocator import api
-from allocator.compare.bench import Bench
-from allocator.compare.runs import chosen_runs, results
+from allocator.app.study_folder import StudyFolder
+from allocator.app.tables import front_table
+from allocator.checkpoint.inventory import read_inventory
+from allocator.comparison.bench import Bench
+from allocator.comparison.runs import chosen_runs, results
+from allocator.decision.records import AllocationRecord
 from allocator.errors import AllocatorError
-from allocator.inventory import read_inventory
-from allocator.proxy.kept import LayerFiles
-from allocator.records import AllocationRecord
-from allocator.tables import front_table
-from allocator.workspace import Workspace
+from allocator.scoring.layer_files import LayerFiles
 
 OUTCOMES = ("rebuilt", "refused", "harmless", "SILENT", "TRACEBACK")
 TRIALS = 16
@@ -150,7 +150,7 @@ class Faults:
 
     def stage(self, stage: str) -> Any:
         """A streamed stage that was stopped, to its end."""
-        profiler = Workspace(self.streamed, **self.options).profiler
+        profiler = StudyFolder(self.streamed, **self.options).profiler
         if stage == "statistics":
             found = profiler.statistics
             vectors = {name: v.tolist() for name, v in found.importance.items()}
@@ -189,13 +189,16 @@ class Faults:
 
     def keep(self, stage: str) -> None:
         """Copies a stopped stage's files aside: a finished stage removes them."""
-        folder = Workspace(self.streamed, **self.options).profiler.folder / stage
+        folder = StudyFolder(self.streamed, **self.options).profiler.folder / stage
         shutil.copytree(folder, self.root / "stopped" / stage)
 
     def stopped(self, stage: str) -> Callable[[], Any]:
         """Puts a stopped stage back, then finishes it."""
-        folder = Workspace(self.streamed, **self.options).profiler.folder
-        left = {"statistics": ["statistics.json", "curvature.json"], "curvature": ["curvature.json"]}
+        folder = StudyFolder(self.streamed, **self.options).profiler.folder
+        left = {
+            "statistics": ["statistics.json", "curvature.json"],
+            "curvature": ["curvature.json"],
+        }
 
         def read() -> Any:
             for name in (*left[stage], "profile.json"):
@@ -210,8 +213,8 @@ class Faults:
 
     def kinds(self) -> list[Kind]:
         """All kinds of files, with where they may be damaged."""
-        own = Workspace(self.study, **self.options).profiler.folder
-        other = Workspace(self.streamed, **self.options).profiler.folder
+        own = StudyFolder(self.study, **self.options).profiler.folder
+        other = StudyFolder(self.streamed, **self.options).profiler.folder
 
         def whole(*paths: Path) -> list[tuple[Path, int, int]]:
             assert paths
@@ -228,7 +231,7 @@ class Faults:
                 at += len(line)
             return found
 
-        searched = {bytes(str(list(d.ids)), "ascii") for d in Workspace(self.study).splits[0]}
+        searched = {bytes(str(list(d.ids)), "ascii") for d in StudyFolder(self.study).splits[0]}
         fresh, again = lambda: self.afresh(self.study), lambda: self.remeasured(self.study)
         streamed = lambda: self.remeasured(self.streamed)  # noqa: E731
         table = [

@@ -16,8 +16,8 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from allocator.formats import offered
-from allocator.knapsack import Options, combine, lp_bound, solve, union
-from allocator.nested import Nested, nested_bound, solve_nested
+from allocator.prediction.knapsack import Options, combine, lp_bound, solve, union
+from allocator.prediction.nested_knapsack import Nested, nested_bound, solve_nested
 
 SHAPES = [
     (2048, 2048),

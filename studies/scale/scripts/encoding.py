@@ -2,7 +2,7 @@
 
     python studies/scale/scripts/encoding.py --out DIR [--experts 64] [--rounds 2]
 
-Written: `materialize` to GGUF from an empty bank: reading, encoding, the bank's files and the file
+Written: `materialize` to GGUF from an empty encodings: reading, encoding, the encodings' files and the file
 itself, synced, with its sha256. Raw: `ggml_quantize_chunk` on the same float32 weights, in memory
 already, over the same threads; what builds ggml's tables is in neither. Seconds of the clock, and of the
 processors (these other jobs of the machine hardly change). Two allocations: the committed
@@ -22,16 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.allocation import Allocation
+from allocator.app.study_folder import StudyFolder
+from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs import ggml
-from allocator.codecs.bank import Bank
-from allocator.codecs.source import group_weights, read_tensor
+from allocator.codecs.encodings import Encodings
+from allocator.decision.allocation import Allocation
+from allocator.decision.records import AllocationRecord
+from allocator.export.checkpoint import materialize
 from allocator.formats import fallback
-from allocator.inventory import read_inventory
-from allocator.materialize.checkpoint import materialize
-from allocator.records import AllocationRecord
 from allocator.targets import GGUF
-from allocator.workspace import Workspace
+from allocator.targets.group_weights import group_weights
 
 HERE = Path(__file__).resolve().parents[1]
 REFERENCE = HERE.parent / "reference"
@@ -40,11 +41,11 @@ THREADS = len(os.sched_getaffinity(0))
 
 def reference(out):
     """Layout, allocation and importance of the committed allocation."""
-    workspace = Workspace(REFERENCE, cache=out / "cache")
+    study_folder = StudyFolder(REFERENCE, cache=out / "cache")
     path = REFERENCE / "allocations/pick.json"
     record = AllocationRecord.read(path)
-    importance = workspace.bank_for(record.importance).importance
-    return workspace.layout, record.decision, importance
+    importance = study_folder.encodings_for(record.importance).importance
+    return study_folder.layout, record.decision, importance
 
 
 def large(out, experts):
@@ -123,12 +124,14 @@ def now():
 
 
 def written_seconds(layout, allocation, importance, out):
-    """Of `materialize`, from an empty bank: clock and processors."""
+    """Of `materialize`, from an empty encodings: clock and processors."""
     for name in ("encoding-bank", "encoding-written"):
         shutil.rmtree(out / name, ignore_errors=True)
-    bank = Bank(out / "encoding-bank", layout, importance, threads=THREADS)
+    encodings = Encodings(out / "encoding-bank", layout, importance, threads=THREADS)
     began = now()
-    materialize(allocation, bank, out / "encoding-written", container="gguf", importance="0" * 64)
+    materialize(
+        allocation, encodings, out / "encoding-written", container="gguf", importance="0" * 64
+    )
     return now() - began
 
 

@@ -86,10 +86,10 @@ class Meter:
 
     def install(self):
         """Counts what this process reads, encodes and decodes."""
-        from allocator.calibration import streamed
+        from allocator.checkpoint.inventory import Inventory
         from allocator.codecs import ggml, source
-        from allocator.inventory import Inventory
-        from allocator.proxy.stream import StreamedScorer
+        from allocator.profiling import streamed_profiler as streamed
+        from allocator.scoring.streamed import StreamedScorer
 
         read_raw, chunks = source.read_raw, Inventory._chunks
         collect, measure, score = (
@@ -140,16 +140,16 @@ class Meter:
 
 
 def workspace_of(out, kind):
-    from allocator.workspace import Workspace
+    from allocator.app.study_folder import StudyFolder
 
-    return Workspace(out / f"study-{kind}", cache=out / "cache", threads=2)
+    return StudyFolder(out / f"study-{kind}", cache=out / "cache", threads=2)
 
 
-def candidates_of(workspace):
+def candidates_of(study_folder):
     """Four that have no format in common: every matrix in one, as llama-quantize would store it."""
-    from allocator.baselines import mixed
+    from allocator.decision.baselines import mixed
 
-    layout = workspace.layout
+    layout = study_folder.layout
     n_experts = layout.inventory.n_experts
     everyone = dict.fromkeys(layout.layers, tuple(range(n_experts)))
     return {
@@ -185,28 +185,28 @@ def profile(out, kind, dimensions):
 
 
 def score(out, kind, dimensions):
-    workspace = workspace_of(out, kind)
-    candidates = candidates_of(workspace)
-    losses = workspace.scorer.score_many(list(candidates.values()))
+    study_folder = workspace_of(out, kind)
+    candidates = candidates_of(study_folder)
+    losses = study_folder.scorer.score_many(list(candidates.values()))
     rows = {}
     for (name, allocation), found in zip(candidates.items(), losses, strict=True):
-        size = allocation.nbytes(workspace.layout)
-        bits = size.encoded * 8 / workspace.inventory.n_searched_weights
-        kl = workspace.scorer.summary(found)["loss"]
+        size = allocation.nbytes(study_folder.layout)
+        bits = size.encoded * 8 / study_folder.inventory.n_searched_weights
+        kl = study_folder.scorer.summary(found)["loss"]
         rows[name] = {"bits": round(bits, 3), "bytes": size.file, "kl": kl}
-    return {"candidates": rows, "tokens": workspace.scorer.n_tokens}
+    return {"candidates": rows, "tokens": study_folder.scorer.n_tokens}
 
 
 def materialize(out, kind, dimensions):
-    from allocator.calibration.profiler import importance_digest
-    from allocator.materialize.checkpoint import materialize as write
-    from allocator.materialize.gguf import read_gguf
+    from allocator.export.checkpoint import materialize as write
+    from allocator.export.gguf.files import read_gguf
+    from allocator.profiling.profiler import importance_digest
 
-    workspace = workspace_of(out, kind)
-    allocation = list(candidates_of(workspace).values())[-1]
-    profiler = workspace.profiler
+    study_folder = workspace_of(out, kind)
+    allocation = list(candidates_of(study_folder).values())[-1]
+    profiler = study_folder.profiler
     written = write(
-        allocation, profiler.bank, out / f"gguf-{kind}", container="gguf",
+        allocation, profiler.encodings, out / f"gguf-{kind}", container="gguf",
         importance=importance_digest(profiler.statistics.importance),
     )  # fmt: skip
     tensors = read_gguf(written.folder / written.manifest.file)

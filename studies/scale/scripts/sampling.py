@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from allocator.calibration.streamed import StreamedProfiler
-from allocator.memory import Budget
-from allocator.proxy.scorer import mean
-from allocator.surrogate import from_profile
-from allocator.workspace import Workspace
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.budget import Budget
+from allocator.prediction.surrogate import from_profile
+from allocator.profiling.streamed_profiler import StreamedProfiler
+from allocator.scoring.scorer import mean
 
 BITS = (3.0, 2.25, 1.75)
 
@@ -30,22 +30,22 @@ def main():
     parser.add_argument("--rows", type=float, nargs="+", default=[1, 1 / 4, 1 / 16, 1 / 64])
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
-    workspace = Workspace(given.study)
+    study_folder = StudyFolder(given.study)
     rows, whole = [], {}
     for share in (None, *given.rows):
         began = time.perf_counter()
-        profiler = workspace.profiler
+        profiler = study_folder.profiler
         if share is not None:
             inputs = replace(profiler.inputs, sampled_rows=share)
-            profiler = StreamedProfiler(inputs, workspace.cache, threads=workspace.threads)
+            profiler = StreamedProfiler(inputs, study_folder.cache, threads=study_folder.threads)
         profile = profiler.profile()
         seconds = time.perf_counter() - began
-        surrogate = from_profile(profile, profiler.space(workspace.search_space))
+        surrogate = from_profile(profile, profiler.space(study_folder.search_space))
         for bits in BITS:
-            nbytes = int(bits / 8 * workspace.inventory.n_searched_weights)
+            nbytes = int(bits / 8 * study_folder.inventory.n_searched_weights)
             params = surrogate.solve(Budget(nbytes, "weights"))
             allocation = surrogate.space.allocation(params)
-            scorer = workspace.selection_scorer
+            scorer = study_folder.selection_scorer
             kl = mean(scorer.score(allocation).kl, scorer.documents)
             whole.setdefault(bits, kl)
             row = {"rows": share or "in memory", "bits": bits, "kl": kl, "ratio": kl / whole[bits]}

@@ -23,10 +23,10 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from allocator.calibration.documents import batches
-from allocator.launch import prepare
-from allocator.trials import LOOKED, RESULT
-from allocator.workspace import Workspace
+from allocator.app.search_stage import prepare
+from allocator.app.study_folder import StudyFolder
+from allocator.scoring.documents import batches
+from allocator.study.trials import LOOKED, RESULT
 
 EVERY = 10
 """Trials from one plain forward to the next."""
@@ -75,12 +75,12 @@ def main():
 
 def measured(folder, given):
     """One row per trial; the plain forwards beside them."""
-    workspace = Workspace(folder, threads=given.threads)
-    limit = workspace.budget()
-    search = prepare(workspace, limit, workspace.study(limit))
-    scorer = workspace.scorer
+    study_folder = StudyFolder(folder, threads=given.threads)
+    limit = study_folder.budget()
+    search = prepare(study_folder, limit, study_folder.study(limit))
+    scorer = study_folder.scorer
     scorer.ensure_reference(scorer.n_documents)  # no trial's; the profile has encoded everything
-    plain = Plain(workspace.inventory.path, scorer.documents, scorer.batch_tokens)
+    plain = Plain(study_folder.inventory.path, scorer.documents, scorer.batch_tokens)
     for _ in range(3):
         plain.run()
     rows, began, before = [], time.perf_counter(), dict(search.seconds)

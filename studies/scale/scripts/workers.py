@@ -23,9 +23,9 @@ from pathlib import Path
 
 import optuna
 
-from allocator.leases import LEASE
-from allocator.storage import open_storage
-from allocator.trials import PROPOSAL, allocation_of, not_abandoned
+from allocator.study.leases import LEASE
+from allocator.study.storages import open_storage
+from allocator.study.trials import PROPOSAL, allocation_of, not_abandoned
 
 OWN = {"allocations", "front.json", "out", "runs"}  # what a search writes
 

@@ -1,0 +1,197 @@
+"""What a launch would take: from a few seconds of the real thing, and the rates of what is slow.
+
+In: a study folder. Out: bytes, counts and seconds. Invariant: nothing is written; the seconds are
+an upper estimate (every trial scored in full, every format encoded anew).
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allocator.app.study_file import DeviceSpec
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.budget import Budget
+from allocator.profiling.streamed_profiler import StreamedProfiler
+from allocator.samplers.auto import ROUND
+from allocator.scoring.scorer import Scorer
+from allocator.scoring.streamed import StreamedModel
+from allocator.targets.device_memory import DeviceMemory
+
+_ENCODE_WEIGHTS_PER_SECOND = 7e5
+"""All offered formats of one weight, one core (the sum over ggml's types, measured)."""
+_ENCODE_ONE_PER_SECOND = 4e6
+"""One format, the median of them."""
+_TABLES_SECONDS = 12.0
+"""ggml's own tables for the smallest formats, made once by every process."""
+_PRICE_WEIGHTS_PER_SECOND = 6e6
+"""The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
+
+
+@dataclass(frozen=True)
+class SearchEstimate:
+    """What a launch would do, measured on a few documents.
+
+    Attributes:
+        floor: bytes of the smallest allocation, counted as the budget counts.
+        ceiling: of the largest.
+        budget: the limit.
+        beside: floor and ceiling as the limit beside it counts, if there is one.
+        memory: of both, itemised, where it is a device's.
+        groups: number of groups with more than one format.
+        counts: possible retained counts.
+        seconds_per_full_trial: to score one allocation on the full search split.
+        profile_ready: whether the profile exists already.
+        profile_seconds: to build it, if not.
+        total_seconds: an upper estimate of the launch: every trial scored in full, every look of
+            `auto` around a new incumbent.
+        notes: what is left out, and what the runtime must be told.
+    """
+
+    floor: int
+    ceiling: int
+    budget: Budget
+    beside: tuple[int, int] | None
+    memory: tuple[DeviceMemory, DeviceMemory] | None
+    groups: int
+    counts: tuple[int, ...]
+    seconds_per_full_trial: float
+    profile_ready: bool
+    profile_seconds: float
+    total_seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    trial: float
+    profile: float
+    look: float
+
+
+def estimate(
+    study: str | Path,
+    *,
+    budget: str | None = None,
+    weights_budget: str | None = None,
+    device: DeviceSpec | None = None,
+    trials: int | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> SearchEstimate:
+    """Prices a launch without starting it: `search --dry-run`."""
+    study_folder = StudyFolder(study, **options)
+    limit = study_folder.budget(file=budget, weights=weights_budget, device=device)
+    study_folder.check_launch(sampler=sampler, seed=seed, trials=trials)
+    space = study_folder.unranked_space
+    seconds = (
+        _in_memory(study_folder) if study_folder.spec.streamed is None else _streamed(study_folder)
+    )
+    ready = (study_folder.profiler.folder / "profile.json").exists()
+    profile_seconds = 0.0 if ready else seconds.profile
+    n_trials = trials or study_folder.spec.trials
+    looks = math.ceil(n_trials / ROUND) if (sampler or study_folder.spec.sampler) == "auto" else 0
+    memory, ends = None, (space.smallest, space.largest)
+    if limit.workload is not None:
+        smallest, largest = (a.device_memory(space.layout, limit.workload) for a in ends)
+        memory = smallest, largest
+    (floor, ceiling), *beside = (
+        (ends[0].used(space.layout, each), ends[1].used(space.layout, each))
+        for each in limit.limits
+    )
+    return SearchEstimate(
+        floor=floor,
+        ceiling=ceiling,
+        budget=limit,
+        beside=beside[0] if beside else None,
+        memory=memory,
+        groups=sum(len(v) > 1 for v in space.formats.values()),
+        counts=space.counts,
+        seconds_per_full_trial=seconds.trial,
+        profile_ready=ready,
+        profile_seconds=profile_seconds,
+        total_seconds=profile_seconds + seconds.trial * n_trials + looks * seconds.look,
+        notes=space.layout.notes,
+    )
+
+
+def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int) -> float:
+    """Of a candidate's forward pass; with the model in memory, timed on some search documents."""
+    if study_folder.spec.streamed is not None:
+        return _streamed(study_folder).trial / study_folder.scorer.n_tokens
+    chosen = study_folder.splits[0][:documents]
+    scorer = Scorer(study_folder.profiler.swap, chosen, threads=threads)
+    scorer.ensure_reference(len(chosen))
+    began = time.perf_counter()
+    scorer.score_installed()
+    return (time.perf_counter() - began) / scorer.n_tokens
+
+
+def _in_memory(study_folder: StudyFolder) -> _Seconds:
+    per_token = seconds_per_token(study_folder, documents=16, threads=study_folder.threads)
+    weights = study_folder.inventory.n_searched_weights
+    pricing = weights / _PRICE_WEIGHTS_PER_SECOND
+    encoding = weights / _ENCODE_WEIGHTS_PER_SECOND / study_folder.threads + _TABLES_SECONDS
+    passes = study_folder.profiler.forward_tokens
+    # watching every input of the statistics pass takes half as long as the pass itself
+    tokens = sum(passes.values()) + passes["statistics"] / 2
+    look_tokens = study_folder.profiler.look_tokens(study_folder.look_scorer)
+    return _Seconds(
+        trial=per_token * study_folder.scorer.n_tokens,
+        profile=per_token * tokens + encoding + pricing,
+        look=per_token * look_tokens + 2 * pricing,  # each format's loss, and its move
+    )
+
+
+def _streamed(study_folder: StudyFolder) -> _Seconds:
+    """Reading is paid once per pass, computing once per candidate."""
+    spec = study_folder.spec.streamed
+    assert spec is not None
+    weights = study_folder.inventory.n_searched_weights
+    reading, per_token = _one_expert(study_folder)
+    together = spec.candidates
+    encoding = weights * together / _ENCODE_ONE_PER_SECOND / study_folder.threads
+    computing = per_token * study_folder.scorer.n_tokens * (together + 1)
+    passes = study_folder.profiler.forward_tokens
+    n_changes = sum(1 for _ in study_folder.profiler.changes())
+    assert isinstance(study_folder.profiler, StreamedProfiler)
+    # statistics, curvature there and back
+    n_passes = 3 + math.ceil(n_changes / study_folder.profiler.side_by_side)
+    priced = (
+        spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / study_folder.threads + _TABLES_SECONDS
+    )
+    anchors = 2 * weights / _ENCODE_ONE_PER_SECOND / study_folder.threads
+    return _Seconds(
+        trial=(reading + computing + encoding) / together,
+        profile=n_passes * reading + per_token * sum(passes.values()) + priced + anchors,
+        look=0.0,
+    )
+
+
+def _one_expert(study_folder: StudyFolder) -> tuple[float, float]:
+    """Seconds to read the whole checkpoint, and of a token through all layers: from one expert."""
+    model, inventory = study_folder.model, study_folder.inventory
+    assert isinstance(model, StreamedModel)
+    groups = model.projections(study_folder.layout.layers[0])
+    began = time.perf_counter()
+    weights = [model.expert(model.original, g, 0) for g in groups]
+    n_read = sum(w.numel() for w in weights)
+    reading = (time.perf_counter() - began) / n_read
+    model.weights.forget()
+    began = time.perf_counter()
+    for w in weights:
+        _ = float((torch.ones(_TIMED_TOKENS, w.shape[1], device=w.device) @ w.T)[0, 0])
+    computing = (time.perf_counter() - began) / n_read / _TIMED_TOKENS
+    idle = 1 - inventory.experts_used / inventory.n_experts
+    experts = sum(
+        math.prod(g.shape) for g in study_folder.layout.groups.values() if g.role.is_expert
+    )
+    active = inventory.n_searched_weights - idle * experts
+    return reading * inventory.n_searched_weights, computing * active
+
+
+_TIMED_TOKENS = 256

@@ -1,0 +1,377 @@
+"""What a model would take, and a first allocation for a device, from its `config.json` alone.
+
+In: an inventory by shapes, a device budget, a prior. Out: a `Plan`: parameters, floor and ceiling
+in each target, and candidates at asked retained counts, itemised. Invariant: bytes are those that a
+search would count; losses come from priors, so they are predictions and never measurements, and
+which experts a candidate keeps is a placeholder, since no ranking is known.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from allocator.checkpoint.inventory import MXFP4, Inventory
+from allocator.decision.allocation import Allocation
+from allocator.decision.baselines import HAND_COUNTS, hand_rule
+from allocator.decision.budget import Budget
+from allocator.decision.search_space import Experts, SearchSpace, bind
+from allocator.decision.space import Space
+from allocator.errors import BudgetError, SpaceError, TargetError
+from allocator.families import Role
+from allocator.files.atomic import write_whole
+from allocator.prediction.priors import Prior
+from allocator.prediction.surrogate import Surrogate
+from allocator.targets import TARGETS, Layout, Target
+from allocator.targets.device_memory import DeviceMemory
+
+RUNTIME = "gguf"
+"""The target whose runtime's memory is known."""
+
+_SEED_MODEL = ("deepseek_v3", 61, 256)
+_SEED_PAPER = (
+    "hand rule: formats by role and layer of arXiv 2509.25689, which reports 103 GB for its "
+    "DeepSeek-V3 with fewer experts",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A model in numbers; parameters without those of multi-token prediction.
+
+    Attributes:
+        family: transformers' name of the architecture.
+        parameters: in all.
+        active: that a token passes through, embedding and head counted whole.
+        embedding: of those, in the embedding, of which a token reads one row.
+        nextn: parameters of multi-token prediction, which no target stores.
+        layers: of the decoder.
+        moe_layers: of those, with routed experts.
+        experts: routed, per MoE layer.
+        experts_used: of those, per token.
+    """
+
+    family: str
+    parameters: int
+    active: int
+    embedding: int
+    nextn: int
+    layers: int
+    moe_layers: int
+    experts: int
+    experts_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Between what sizes a target's tensor data can be chosen at a retained count.
+
+    Attributes:
+        target: its name.
+        experts: retained, in every MoE layer.
+        floor: bytes with every group in its smallest format.
+        ceiling: bytes with every group in its largest.
+    """
+
+    target: str
+    experts: int
+    floor: int
+    ceiling: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An allocation that the plan looks at.
+
+    Attributes:
+        name: `first` (least expected loss within the budget), `floor` (where nothing fits), `hand
+            rule`, or `first, hand rule's bytes`.
+        experts: retained, in every MoE layer.
+        memory: what it occupies.
+        spare: bytes that the budget leaves; negative where it does not fit.
+        fits: in memory, and in what a token may read.
+        token_bytes: that a decoded token reads at full context.
+        tokens_per_second: that the bandwidth allows at most; None where it is unknown.
+        loss: expected, nats per token; None where the prior's space does not hold the allocation.
+        allocation: its experts are placeholders.
+    """
+
+    name: str
+    experts: int
+    memory: DeviceMemory
+    spare: int
+    fits: bool
+    token_bytes: int
+    tokens_per_second: float | None
+    loss: float | None
+    allocation: Allocation
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """See the module.
+
+    Attributes:
+        summary: the model.
+        bounds: per target, at all experts, at those asked for, and at the least that a search
+            offers.
+        candidates: per count, largest first; none without a budget.
+        notes: what must be known to read the figures.
+    """
+
+    summary: Summary
+    bounds: tuple[Bounds, ...]
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+
+def plan(
+    inventory: Inventory,
+    *,
+    prior: Prior,
+    budget: Budget | None = None,
+    counts: Sequence[int] = (),
+    kv_format: str | None = None,
+    micro_batch: int | None = None,
+) -> Plan:
+    """Everything that is known before a weight is fetched.
+
+    Args:
+        inventory: by shapes (`planned_inventory`), or read.
+        prior: of losses.
+        budget: a device's; without it there are no candidates.
+        counts: retained experts per MoE layer to look at; by default all, and the shares of
+            `HAND_COUNTS`.
+        kv_format: of keys and values; the runtime's default if None.
+        micro_batch: tokens computed at once; the runtime's default if None.
+
+    Raises:
+        SpaceError: if a count is none that the router can serve.
+        TargetError: if the runtime does not store keys and values so.
+    """
+    chosen = tuple(dict.fromkeys(counts)) or _usual_counts(inventory)
+    chosen = tuple(sorted(chosen, reverse=True))
+    _check_counts(inventory, chosen)
+    layouts, notes = {}, []
+    for target in TARGETS.values():
+        try:
+            layouts[target.name] = target.layout(inventory)
+        except TargetError as error:
+            notes.append(f"no figures for target {target.name}: {error}")
+    least = _least_count(inventory)
+    offered = sorted({inventory.n_experts, least, *chosen}, reverse=True)
+    found = Plan(
+        summary=summarised(inventory),
+        bounds=tuple(_bounds(TARGETS[n], x, c) for n, x in layouts.items() for c in offered),
+        candidates=(),
+        notes=(
+            *notes,
+            *dict.fromkeys(note for x in layouts.values() for note in x.notes),
+            *_quantized(inventory),
+            "floor and ceiling are tensor data, without a file's header",
+        ),
+    )
+    if budget is None or RUNTIME not in layouts:
+        return found
+    spec = SearchSpace(
+        schema=1,
+        kv_format=None if kv_format is None else [kv_format],
+        micro_batch=None if micro_batch is None else [micro_batch],
+    )
+    candidates = tuple(
+        c for count in chosen for c in _candidates(spec, layouts[RUNTIME], prior, budget, count)
+    )
+    return replace(found, candidates=candidates, notes=(*found.notes, *_caveats(inventory, prior)))
+
+
+def summarised(inventory: Inventory) -> Summary:
+    """The model in numbers."""
+    sizes: dict[str, int] = {"": 0, "nextn": 0, "routed": 0, "embedding": 0}
+    for tensor in inventory.tensors.values():
+        nextn = tensor.role is Role.NEXTN
+        sizes["nextn" if nextn else ""] += prod(tensor.shape)
+        if not nextn and (tensor.role.is_expert or tensor.role is Role.EXPERT_BIAS):
+            sizes["routed"] += prod(tensor.shape)
+        if tensor.role is Role.EMBEDDING:
+            sizes["embedding"] += prod(tensor.shape)
+    used, n = inventory.experts_used, inventory.n_experts
+    return Summary(
+        family=inventory.family.model_type,
+        parameters=sizes[""],
+        active=sizes[""] - sizes["routed"] * (n - used) // n,
+        embedding=sizes["embedding"],
+        nextn=sizes["nextn"],
+        layers=inventory.n_layers,
+        moe_layers=len(inventory.moe_layers),
+        experts=n,
+        experts_used=used,
+    )
+
+
+def first_paths(found: Plan, folder: Path) -> dict[Path, Candidate]:
+    """Where `write_first` writes the allocations that fit.
+
+    Raises:
+        BudgetError: if the plan has none.
+        SpaceError: if something else is there.
+    """
+    first = {folder / f"first-{c.experts}.json": c for c in found.candidates if c.name == "first"}
+    if not first:
+        raise BudgetError(
+            "no allocation to write: none of the counts fits the device, or none was given; give "
+            "--device-memory, or fewer --experts"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SpaceError(f"{folder}: is a file, needed a folder for the allocations; name another")
+    for path in first:
+        if path.is_dir():
+            raise SpaceError(f"{path}: is a folder, needed room for a file; name another --out")
+    return first
+
+
+def write_first(found: Plan, folder: Path) -> tuple[Path, ...]:
+    """Writes the allocations that fit, as `first-<experts>.json`.
+
+    The experts that they retain are placeholders: the first of every router group.
+
+    Raises:
+        AllocatorError: as `first_paths`.
+    """
+    first = first_paths(found, folder)
+    for path, candidate in first.items():
+        text = json.dumps(candidate.allocation.to_json(), indent=1) + "\n"
+        write_whole(path, text.encode())
+    return tuple(first)
+
+
+# -- counts
+
+
+def _usual_counts(inventory: Inventory) -> tuple[int, ...]:
+    groups, least = inventory.expert_groups, inventory.least_experts(inventory.experts_used)
+    shares = (round(s * inventory.n_experts / groups) * groups for s in HAND_COUNTS)
+    return tuple(dict.fromkeys(max(n, least) for n in shares))
+
+
+def _least_count(inventory: Inventory) -> int:
+    """The fewest that a search offers by default."""
+    groups = inventory.expert_groups
+    least = max(inventory.n_experts // 4, inventory.least_experts(inventory.experts_used))
+    return -(-least // groups) * groups
+
+
+def _check_counts(inventory: Inventory, counts: Sequence[int]) -> None:
+    groups, least = inventory.expert_groups, inventory.least_experts(inventory.experts_used)
+    for count in counts:
+        if not least <= count <= inventory.n_experts or count % groups:
+            raise SpaceError(
+                f"{count} experts: the router needs {least}..{inventory.n_experts}"
+                + (f", in multiples of {groups}" if groups > 1 else "")
+            )
+
+
+# -- bytes
+
+
+def _bounds(target: Target, layout: Layout, count: int) -> Bounds:
+    kept = sum(target.padded(k.nbytes(count)) for k in layout.kept)
+    sizes = [
+        [target.padded(f.nbytes(g.shape_with(count))) for f in g.offered()]
+        for g in layout.groups.values()
+    ]
+    return Bounds(target.name, count, kept + sum(map(min, sizes)), kept + sum(map(max, sizes)))
+
+
+# -- candidates
+
+
+def _candidates(
+    spec: SearchSpace, layout: Layout, prior: Prior, budget: Budget, count: int
+) -> list[Candidate]:
+    experts = Experts(minimum=count, maximum=count)
+    space = bind(_with_experts(spec, experts), layout, None)
+    surrogate = prior.surrogate(space)
+    found = [_first(surrogate, budget) or _measured("floor", surrogate, budget, space.smallest)]
+    share = count / layout.inventory.n_experts
+    for _, by_hand in hand_rule(layout, space.rankings, retained=(share,)):
+        told = replace(by_hand, kv_format=space.kv_formats[0], micro_batch=space.micro_batches[0])
+        hand = _measured("hand rule", surrogate, budget, told)
+        same = replace(budget, nbytes=hand.memory.total)
+        equal = _first(surrogate, same, name="first, hand rule's bytes")
+        found += [hand] if equal is None else [hand, _against(equal, budget)]
+    return found
+
+
+def _with_experts(spec: SearchSpace, experts: Experts) -> SearchSpace:
+    return SearchSpace(
+        schema=1, experts=experts, kv_format=spec.kv_format, micro_batch=spec.micro_batch
+    )
+
+
+def _first(surrogate: Surrogate, budget: Budget, *, name: str = "first") -> Candidate | None:
+    """The allocation of least expected loss within a budget; None if nothing fits."""
+    try:
+        params = surrogate.solve(budget)
+    except BudgetError:
+        return None
+    return _measured(name, surrogate, budget, surrogate.space.allocation(params))
+
+
+def _against(candidate: Candidate, budget: Budget) -> Candidate:
+    spare = budget.nbytes - candidate.memory.total
+    return replace(candidate, spare=spare, fits=candidate.fits and spare >= 0)
+
+
+def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Allocation) -> Candidate:
+    space: Space = surrogate.space
+    layout, workload = space.layout, budget.workload
+    assert workload is not None
+    memory = allocation.device_memory(layout, workload)
+    read = allocation.token_bytes(layout, workload.context)
+    try:
+        loss = surrogate.predict(space.complete(space.params(allocation)))
+    except SpaceError:  # a fallback that no search offers
+        loss = None
+    return Candidate(
+        name=name,
+        experts=max(allocation.counts.values()),
+        memory=memory,
+        spare=budget.nbytes - memory.total,
+        fits=allocation.fits(layout, budget),
+        token_bytes=read,
+        tokens_per_second=workload.tokens_per_second(read),
+        loss=loss,
+        allocation=allocation,
+    )
+
+
+def _quantized(inventory: Inventory) -> tuple[str, ...]:
+    """What config.json says of quantized weights, where the plan does not take it as it is."""
+    found = inventory.config.get("quantization_config")
+    if found is None or any(t.dtype == MXFP4 for t in inventory.tensors.values()):
+        return ()
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method == "fp8":
+        return ()
+    return (
+        f"config.json has quant_method {str(method)[:40]!r}: planned as the bfloat16 checkpoint "
+        "that it was made from",
+    )
+
+
+def _caveats(inventory: Inventory, prior: Prior) -> tuple[str, ...]:
+    pruning = (
+        "they include pruning"
+        if prior.pruned
+        else "they leave out what pruning itself costs, so compare them at one retained count only"
+    )
+    groups = inventory.expert_groups
+    shape = (inventory.family.model_type, inventory.n_layers, inventory.n_experts)
+    return (
+        *(_SEED_PAPER if shape == _SEED_MODEL else ()),
+        f"losses are predictions, not measurements: {prior.source}; {pruning}",
+        "which experts are kept is a placeholder, "
+        + (f"the first of each of {groups} router groups" if groups > 1 else "those from 0 on")
+        + ": no ranking is known without weights",
+    )

@@ -1,0 +1,127 @@
+"""The committed files of a study as tables, for notebooks and reports.
+
+In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invariant: read-only, and
+from the committed files alone: no checkpoint, no journal, no torch.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from allocator.decision.allocation import Allocation
+from allocator.decision.records import AllocationRecord
+from allocator.errors import StudyError
+from allocator.files.checksums import unseal
+from allocator.formats import format_named
+
+SEARCHED = ("knapsack", "proposal")
+"""Kinds of trials that are not baselines; a baseline's kind is its name."""
+BASELINE_COLUMNS = ("calibration", "target", "split", "name", "bytes", "kl")
+OUTSIDE = "outside"
+"""Row of an allocation's grid for the tensors outside the layers: embedding and head."""
+
+
+def front_table(folder: str | Path) -> pd.DataFrame:
+    """Every scored trial of `front.json`, losses on the search split in nats per token.
+
+    Returns:
+        The columns of `api.trials_table`, and `series` (`knapsack`, `proposal` or `baseline`),
+        `complete` (scored on the full split; a lost race's loss is over its first `tokens` only)
+        and `on_front`.
+
+    Raises:
+        StudyError: if the folder has no readable `front.json`, or it holds no trial.
+    """
+    path = Path(folder) / "front.json"
+    try:
+        data = unseal(path.read_bytes())
+        if odd := set(data) - {"schema", "split", "lock", "front", "trials"}:
+            raise ValueError(f"unknown key {min(odd)!r}")
+        schema, trials = data["schema"], data["trials"]
+        chosen = {row["trial"] for row in data["front"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StudyError(
+            f"{path}: no front ({error!r}); run `allocator search`, or write it again: "
+            "`allocator front`"
+        ) from None
+    if schema != 1:
+        raise StudyError(f"{path}: schema {schema}, needed 1; write it again: `allocator front`")
+    if not trials:
+        raise StudyError(f"{path}: no scored trial yet; give the search more --trials or --time")
+    table = pd.DataFrame(trials)
+    return table.assign(
+        series=table["kind"].where(table["kind"].isin(SEARCHED), "baseline"),
+        complete=table["state"] == "COMPLETE",
+        on_front=table["trial"].isin(chosen),
+    )
+
+
+def baselines_table(folder: str | Path) -> pd.DataFrame:
+    """The held-out baselines of `baselines.csv`: `kl` in nats per token; no rows without the file.
+
+    Raises:
+        StudyError: if a column is missing.
+    """
+    path = Path(folder) / "baselines.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=BASELINE_COLUMNS)
+    table = pd.read_csv(path)
+    if missing := [c for c in BASELINE_COLUMNS if c not in table]:
+        raise StudyError(f"{path}: no column {missing[0]!r}, got {list(table)}; write it again")
+    return table
+
+
+def allocation_grid(allocation: Allocation) -> pd.DataFrame:
+    """Formats, layers x roles; where a layer has no such tensor, the empty string.
+
+    Experts in parts are counted: `IQ2_XXS*8+IQ1_S*16`. Rows are layer numbers as text, ascending,
+    then `OUTSIDE`; columns are group names without their `layers.<n>.`, such as `experts.down`, and
+    those outside the layers last.
+    """
+    layers: dict[int, dict[str, str]] = {}
+    outside: dict[str, str] = {}
+    for group, text in allocation.formats:
+        fmt = "+".join(f"{name}*{n}" if n else name for name, n in _counted(text))
+        if group.startswith("layers."):
+            _, layer, role = group.split(".", 2)
+            layers.setdefault(int(layer), {})[role] = fmt
+        else:
+            outside[group] = fmt
+    rows = {str(layer): layers[layer] for layer in sorted(layers)} | {OUTSIDE: outside}
+    roles = sorted({role for row in layers.values() for role in row}) + sorted(outside)
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=roles).fillna("")
+
+
+def grid_bits(grid: pd.DataFrame) -> pd.DataFrame:
+    """Effective bits per weight of a grid's formats, for display; NaN where it is empty."""
+    return grid.map(lambda cell: _bits(cell) if cell else math.nan)
+
+
+def _counted(text: str) -> list[tuple[str, int]]:
+    """Formats of a group and the number of experts in each; 0 for a plain format."""
+    pieces = [piece.partition(":") for piece in text.split("+")]
+    return [(name, experts.count(",") + 1 if experts else 0) for name, _, experts in pieces]
+
+
+def _bits(cell: str) -> float:
+    pieces = [piece.partition("*") for piece in cell.split("+")]
+    rows = [(format_named(name).bits, int(n or 1)) for name, _, n in pieces]
+    return sum(bits * n for bits, n in rows) / sum(n for _, n in rows)
+
+
+def records_table(records: Sequence[AllocationRecord]) -> pd.DataFrame:
+    """What is known of allocations, one column each: bytes, bits, losses, retained experts."""
+    columns = {}
+    for record in records:
+        counts = record.decision.counts.values()
+        columns[record.name] = (
+            {"from a trial of kind": record.kind}
+            | {f"{name} (bytes)": n for name, n in record.bytes.items()}
+            | {"effective bits": round(record.effective_bits, 4)}
+            | {f"KL on {s} (nats/token)": round(v, 5) for s, v in record.loss.items()}
+            | {"retained experts per layer": " ".join(map(str, counts))}
+            | {"digest": record.digest[:12]}
+        )
+    return pd.DataFrame(columns)

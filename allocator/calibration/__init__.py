@@ -1,1 +1,0 @@
-"""Calibration text, and what one pass over it says about a model."""

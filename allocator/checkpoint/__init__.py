@@ -1,0 +1,1 @@
+"""A checkpoint as released: what it holds, its tensors and its tokenizer."""

@@ -1,0 +1,134 @@
+"""A checkpoint's tensors as float32.
+
+In: a tensor of an inventory, whole or by rows. Out: its values. Invariant: FP8 in blocks is decoded
+as torch does: the code's value times its block's factor (F32, F16 or BF16), in float32; a value
+that is no number is refused.
+"""
+
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from allocator.checkpoint.inventory import Inventory, Stored, TensorInfo
+from allocator.errors import CheckpointError
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+_Stored = TypeVar("_Stored", bound=Stored)
+
+
+def _e4m3() -> Floats:
+    """Values of the 256 codes: sign, 4 bits of exponent (bias 7), 3 of mantissa.
+
+    There is no infinity, and one NaN per sign (OCP 8-bit floating point specification, 5.1).
+    """
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    # 2^(e-7) (1 + m/8); without an exponent 2^-6 m/8
+    magnitude = np.ldexp(np.where(exponent, mantissa + 8.0, mantissa), np.maximum(exponent, 1) - 10)
+    magnitude[codes & 127 == 127] = np.nan
+    values: Floats = np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+    return values
+
+
+_E4M3 = _e4m3()
+
+
+def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
+    """The stored bytes of one tensor.
+
+    Raises:
+        CheckpointError: if the file ends before it, or changed since its header was read.
+    """
+    with inventory.reading(info.file) as file:
+        data = np.fromfile(file, np.uint8, count=info.nbytes, offset=info.offset)
+    if data.size != info.nbytes:
+        raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
+    return data
+
+
+def read_tensor(inventory: Inventory, name: str) -> Floats:
+    """One tensor of the checkpoint as float32; exact for every dtype it may have.
+
+    Raises:
+        CheckpointError: if its file ends early, or it has values that are no numbers.
+    """
+    return _read(inventory, inventory.tensors[name])
+
+
+def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
+    """Rows `start` to `stop` of a matrix, as `read_tensor` gives them.
+
+    Of the file, only they are read; of FP8, whole blocks.
+
+    Raises:
+        CheckpointError: as `read_tensor`.
+    """
+    info = inventory.tensors[name]
+    if info.scale is None:
+        return _read(inventory, _rows_of(info, start, stop))
+    block = inventory.scale_block[0]
+    first = start // block * block
+    scale = _rows_of(info.scale, start // block, -(-stop // block))
+    return _read(inventory, replace(_rows_of(info, first, stop), scale=scale))[start - first :]
+
+
+def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
+    row_bytes = stored.nbytes // stored.shape[0]
+    return replace(
+        stored,
+        shape=(stop - start, *stored.shape[1:]),
+        offset=stored.offset + start * row_bytes,
+        nbytes=(stop - start) * row_bytes,
+    )
+
+
+def _read(inventory: Inventory, info: TensorInfo) -> Floats:
+    raw = read_raw(inventory, info)
+    if info.scale is not None:
+        scale = _floats(read_raw(inventory, info.scale), info.scale.dtype)
+        values = _scaled(
+            raw.reshape(info.shape), scale.reshape(info.scale.shape), inventory.scale_block
+        )
+        if values is None:
+            raise CheckpointError(
+                f"{info.file}: {info.name} holds a NaN code, or a factor in {info.scale.name} is "
+                "too large; needed finite weights: fetch the checkpoint again"
+            )
+    else:
+        values = _floats(raw, info.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(values.sum()) or np.isfinite(values).all()  # a sum is cheaper
+    if not finite:
+        raise CheckpointError(
+            f"{info.file}: {info.name} holds a NaN or an infinity; needed finite weights: fetch "
+            "the checkpoint again"
+        )
+    return values.reshape(info.shape)
+
+
+def _floats(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
+    """Stored floats as float32, exactly."""
+    if dtype == "BF16":
+        bits = raw.view(np.uint16).astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    return raw.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def _scaled(codes: npt.NDArray[np.uint8], scale: Floats, block: tuple[int, int]) -> Floats | None:
+    """Decoded E4M3 codes times their block's factor; None if a product is not finite.
+
+    Works through the matrix by rows of blocks, so that it needs little beside the result.
+    """
+    values = np.empty(codes.shape, np.float32)
+    rows, columns = (min(b, n) for b, n in zip(block, codes.shape, strict=True))
+    for number, factors in enumerate(scale):
+        at = slice(number * rows, (number + 1) * rows)
+        np.take(_E4M3, codes[at], out=values[at], mode="clip")  # another mode needs a copy
+        with np.errstate(over="ignore", invalid="ignore"):
+            values[at] *= np.repeat(factors, columns)[: codes.shape[1]]
+        if not np.isfinite(values[at]).all():
+            return None
+    return values

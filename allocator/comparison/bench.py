@@ -1,0 +1,408 @@
+"""One run of a comparison, and what its answer is compared with.
+
+In: a study folder with a `[compare]` section, and one of its targets. Out: `runs/<run>.json` for a
+run; held-out losses of allocations, references and the baseline. Invariants: no run spends more
+forward tokens than it was given, profile, the original's own passes and the pick included; every
+run begins with the same first trial, the knapsack alone; trials are scored on the search split, the
+pick is made on the selection split, and the figures are from the report split (and a further text,
+if given), which no run ever sees.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.app.search_stage import check_tokens, finalists_of, pick_tokens, prepare
+from allocator.app.study_file import CompareSpec
+from allocator.app.study_folder import StudyFolder, check_same_checkpoint
+from allocator.comparison.runs import Run, RunResult, compare_spec
+from allocator.decision.allocation import Allocation
+from allocator.decision.baselines import hand_rule
+from allocator.decision.budget import Budget
+from allocator.decision.front import Point, baseline_loss, lower_hull
+from allocator.decision.records import read_allocation
+from allocator.errors import AllocatorError, BudgetError, StudyError
+from allocator.files.atomic import write_whole
+from allocator.files.checksums import load_arrays, save_arrays, seal
+from allocator.scoring import documents as calibration
+from allocator.scoring.documents import Document, interleaved
+from allocator.scoring.scorer import mean
+from allocator.scoring.streamed import AnyScorer
+from allocator.study.folder_lock import search_lock
+from allocator.study.outcomes import close_abandoned
+from allocator.study.search import Search, open_study
+from allocator.study.storages import open_storage, repair_storage
+from allocator.study.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
+
+Floats = npt.NDArray[np.float64]
+
+Reference = tuple[Allocation, tuple[str, Path] | None]
+"""An allocation, and what it is encoded with, as of `Bench.kl`."""
+
+N_POINTS = 4
+"""Points of a run's course whose held-out loss is measured; the first and the last are among."""
+_SCREEN_DOCUMENTS = 8  # every baseline near the budget; those near the hull again on all
+
+
+class Bench:
+    """A comparison's folder, opened for one target.
+
+    Args:
+        folder: of the study.
+        target: of these runs.
+        text: a further held-out file.
+        cache: as of `StudyFolder`.
+        threads: as of `StudyFolder`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        target: str,
+        *,
+        text: Path | None = None,
+        cache: Path | None = None,
+        threads: int = 1,
+    ) -> None:
+        self.folder = folder
+        self.study_folder = StudyFolder(folder, cache=cache, threads=threads, target=target)
+        self._text = text
+        self._baselines: dict[tuple[str, int], float] = {}
+        self._references: dict[int, dict[str, Reference]] = {}
+
+    @cached_property
+    def spec(self) -> CompareSpec:
+        """The section of study.toml."""
+        return compare_spec(self.folder)
+
+    def check_inputs(self, runs: Sequence[Run]) -> None:
+        """Reads what these runs need and is cheap to read.
+
+        Raises:
+            AllocatorError: one line on whatever is wrong.
+        """
+        _ = self.splits
+        for run in runs:
+            try:
+                self._check_run(run)
+            except AllocatorError as error:
+                raise StudyError(f"{run.name}: {error}") from None
+            self.reference_files(run.weights)
+
+    def check_importance(self, runs: Sequence[Run]) -> None:
+        """Looks for what references are encoded with; needs this study's statistics.
+
+        Raises:
+            CheckpointError: if a file of importance vectors is missing or damaged.
+        """
+        for run in runs:
+            for _, encoded in self.reference_files(run.weights).values():
+                if encoded is not None:
+                    self.study_folder.encodings_for(encoded[0], beside=encoded[1])
+
+    def _check_run(self, run: Run) -> None:
+        self.study_folder.unranked_space.check_budget(Budget(run.weights, "weights"))
+        check_tokens(self.study_folder, run.tokens, "raise tokens under [compare]")
+
+    # -- held-out losses
+
+    @cached_property
+    def splits(self) -> dict[str, Sequence[Document]]:
+        """Held-out documents by name.
+
+        Raises:
+            AllocatorError: if one cannot be read, is too short, or is no held-out one.
+        """
+        n = self.spec.report_documents
+        report = self.study_folder.report
+        if n is not None and n > len(report):
+            raise StudyError(
+                f"{self.folder}/study.toml: report_documents = {n} under [compare], the report "
+                f"split has {len(report)}; lower it"
+            )
+        found: dict[str, Sequence[Document]] = {"report": report[:n]}
+        if self._text is not None:
+            text = self.study_folder.read_documents(self._text)
+            used = {d.ids for split in self.study_folder.splits for d in split}
+            if any(d.ids in used for d in text):
+                raise StudyError(
+                    f"{self._text}: shares a document with search or selection; needed a text that "
+                    "no run sees"
+                )
+            found["text"] = interleaved(text)[:n]
+        return found
+
+    @cached_property
+    def _scorers(self) -> dict[str, AnyScorer]:
+        scorers = {name: self.study_folder.scorer_on(found) for name, found in self.splits.items()}
+        return {**scorers, "selection": self.study_folder.selection_scorer}
+
+    def kl(
+        self,
+        split: str,
+        allocation: Allocation,
+        n: int | None = None,
+        *,
+        encoded: tuple[str, Path] | None = None,
+    ) -> Floats:
+        """Per-document KL, kept in the cache.
+
+        Args:
+            split: `selection` or a held-out one.
+            allocation: what is scored.
+            n: the first documents only.
+            encoded: digest of the importance it is encoded with, and its file; this study's
+                importance by default.
+        """
+        scorer = self._scorers[split]
+        importance = self.study_folder.profile.importance
+        if encoded is not None and encoded[0] != importance:
+            importance, beside = encoded
+            scorer = self.study_folder.scorer_with(importance, scorer.documents, beside=beside)
+        documents = scorer.documents[:n]
+        name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
+        path = self.study_folder.cache / "held-out" / f"{name}.safetensors"
+        known = load_arrays(path)
+        if known is None:
+            known = {"kl": np.asarray(scorer.score(allocation, 0, len(documents)).kl)}
+            save_arrays(path, known)
+        return np.asarray(known["kl"])
+
+    def loss(self, split: str, allocation: Allocation) -> float:
+        """Its token-weighted mean, nats per token."""
+        return mean(self.kl(split, allocation), self._scorers[split].documents)
+
+    # -- one run
+
+    def run(self, run: Run) -> None:
+        """Runs or continues one run and writes its file; does nothing if it is finished."""
+        done = run.file(self.folder)
+        if done.exists():
+            return
+        self._check_run(run)
+        folder = done.parent / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with search_lock(folder, join=False) as lock:
+            if done.exists():
+                return
+            repair_storage(None, folder)
+            search = self._search(run, folder)
+            close_abandoned(search.study)
+            lock.ready()
+            began = time.monotonic()
+            search.run(tokens=run.tokens - pick_tokens(self.study_folder))
+            result = self._result(run, search, time.monotonic() - began)
+            write_whole(done, seal(result))
+
+    def _search(self, run: Run, folder: Path) -> Search:
+        study_folder = self.study_folder
+        budget = Budget(run.weights, "weights")
+        lock = study_folder.lock(budget, run.sampler, run.seed)
+        study = open_study(open_storage(None, folder), "study", lock)
+        return prepare(
+            study_folder,
+            budget,
+            study,
+            sampler=run.sampler,
+            seed=run.seed,
+            baselines=(),
+            n_knapsack=1,
+        )
+
+    def _lock(self, run: Run) -> dict[str, Any]:
+        """The inputs of a run: those of its search, and where it picks and is reported."""
+        lock = self.study_folder.lock(Budget(run.weights, "weights"), run.sampler, run.seed)
+        return {
+            **lock,
+            "selection split": calibration.digest(self.study_folder.selection_scorer.documents),
+            "report split": calibration.digest(self.splits["report"]),
+        }
+
+    def check(self, result: RunResult) -> tuple[Allocation, Allocation]:
+        """The pick and the knapsack alone of a finished run.
+
+        Raises:
+            StudyError: if it was made with other inputs than study.toml names now, or is damaged.
+        """
+        file = result.run.file(self.folder)
+        lock = self._lock(result.run)
+        odd = [key for key in lock if result.lock.get(key) != lock[key]]
+        if odd:
+            raise StudyError(
+                f"{file}: made with another {odd[0]} than study.toml names now; restore it, or "
+                "move the run away and compare again"
+            )
+        try:
+            pick, alone = (Allocation.from_json(a) for a in (result.pick, result.knapsack))
+            for allocation in (pick, alone):
+                allocation.check(self.study_folder.layout)
+        except AllocatorError as error:
+            raise StudyError(
+                f"{file}: {error}; restore it, or move it away and compare again"
+            ) from None
+        return pick, alone
+
+    def _result(self, run: Run, search: Search, seconds: float) -> dict[str, Any]:
+        finalists, alone = finalists_of(search)
+        if alone is None:
+            raise StudyError(f"{run.name}: the knapsack alone has no finite loss; see its journal")
+        losses = {t.number: self.loss("selection", allocation_of(t)) for t in finalists}
+        pick = min(finalists, key=lambda t: (losses[t.number], t.number))
+        course = [
+            self._point(tokens, trial)
+            for tokens, trial in _thinned(list(_course(search.study, search.base_tokens)))
+        ]
+        spent = search.forward_tokens()
+        spent += (len(finalists) + 1) * self.study_folder.selection_scorer.n_tokens
+        course.append(self._point(spent, pick))
+        return {
+            "schema": 1,
+            **asdict(run),
+            "lock": self._lock(run),
+            "forward_tokens": spent,
+            "base_tokens": search.base_tokens,
+            "seconds": seconds,
+            "spent": search.seconds,
+            "trials": trial_counts(search.study),
+            "course": course,
+            "knapsack": allocation_of(alone).to_json(),
+            "pick": allocation_of(pick).to_json(),
+        }
+
+    def _point(self, tokens: int, trial: FrozenTrial) -> dict[str, float]:
+        """The best so far after so many forward tokens, and its held-out losses."""
+        allocation = allocation_of(trial)
+        held = {s: self.loss(s, allocation) for s in ("selection", *self.splits)}
+        return {"tokens": tokens, "search": float(trial.values[0]), **held}
+
+    # -- references
+
+    def baseline(self, split: str, weights: int) -> float:
+        """Loss of uniform formats and role mixes at exactly these bytes (lower hull).
+
+        NaN where they do not reach so far.
+        """
+        if (split, weights) not in self._baselines:
+            self._baselines[split, weights] = self._baseline(split, weights)
+        return self._baselines[split, weights]
+
+    def _baseline(self, split: str, weights: int) -> float:
+        rows = [
+            (a, a.nbytes(self.study_folder.layout).encoded)
+            for _, a in self.study_folder.baselines(pruned=True)
+        ]
+        rows = [(a, n) for a, n in rows if 0.6 * weights < n < 1.6 * weights]
+
+        def points(chosen: list[tuple[Allocation, int]], documents: int | None) -> list[Point]:
+            losses = [float(self.kl(split, a, documents).mean()) for a, _ in chosen]
+            pairs = zip(chosen, losses, strict=True)
+            # a lossless one has no place on a hull of logarithms
+            return [Point(str(i), n, x) for i, ((_, n), x) in enumerate(pairs) if x > 0]
+
+        rough = points(rows, _SCREEN_DOCUMENTS)
+        on_hull = {p.name for p in lower_hull(rough)}
+        near = [
+            rows[int(p.name)]
+            for p in rough
+            if p.name in on_hull or not p.loss > 1.05 * _hull_loss(rough, p.nbytes)
+        ]
+        return _hull_loss(points(near, None), weights)
+
+    def by_hand(self) -> list[dict[str, Any]]:
+        """Rows of the seed paper's hand rule, at the sizes that it comes to."""
+        layout, gates = self.study_folder.layout, self.study_folder.profile.saliency["gate"]
+        rankings = {
+            x: tuple(np.argsort(-np.array(v), kind="stable").tolist()) for x, v in gates.items()
+        }
+        rows = []
+        for name, allocation in hand_rule(layout, rankings):
+            nbytes = allocation.nbytes(layout).encoded
+            for split in self.splits:
+                kl = self.kl(split, allocation)
+                rows.append(
+                    {
+                        "target": self.study_folder.target,
+                        "bits": round(nbytes * 8 / layout.inventory.n_searched_weights, 3),
+                        "sampler": name,
+                        "seed": 0,
+                        "tokens": 0,
+                        "split": split,
+                        "documents": len(kl),
+                        "kl": kl.mean(),
+                        "experts": " ".join(map(str, allocation.counts.values())),
+                        "/baseline": ratio(kl.mean(), self.baseline(split, nbytes)),
+                    }
+                )
+        return rows
+
+    def references(self, split: str, weights: int) -> dict[str, Floats]:
+        """Per-document KL of the allocations named in study.toml for these bytes."""
+        return {
+            name: self.kl(split, allocation, encoded=encoded)
+            for name, (allocation, encoded) in self.reference_files(weights).items()
+        }
+
+    def reference_files(self, weights: int) -> dict[str, Reference]:
+        """References by name.
+
+        Raises:
+            StudyError: if a file is missing, or is of another checkpoint or layout.
+        """
+        if weights not in self._references:
+            self._references[weights] = self._read_references(weights)
+        return self._references[weights]
+
+    def _read_references(self, weights: int) -> dict[str, Reference]:
+        bits = weights * 8 / self.study_folder.inventory.n_searched_weights
+        found = {}
+        for name, pattern in self.spec.references.items():
+            path = self.folder / pattern.format(
+                target=self.study_folder.target, weights=weights, bits=round(bits, 2)
+            )
+            try:
+                allocation, record = read_allocation(path)
+                if record is not None:
+                    check_same_checkpoint(record.checkpoint, self.study_folder.inventory)
+                allocation.check(self.study_folder.layout)
+            except AllocatorError as error:
+                about = "" if str(path) in str(error) else f"{path}: "
+                raise StudyError(f"reference {name!r}: {about}{error}") from None
+            found[name] = allocation, None if record is None else (record.importance, path)
+        return found
+
+
+def ratio(loss: float, other: float) -> float:
+    """Of two losses; NaN where there is nothing to compare with."""
+    return float(loss) / float(other) if other > 0 else math.nan
+
+
+def _hull_loss(points: list[Point], nbytes: int) -> float:
+    """The baseline at these bytes; NaN where the points do not reach so far."""
+    try:
+        return baseline_loss(points, nbytes)
+    except BudgetError:
+        return math.nan
+
+
+def _course(study: optuna.Study, base: int) -> Iterator[tuple[int, FrozenTrial]]:
+    """Every new best trial with the forward tokens spent by its end."""
+    tokens, best = base, math.inf
+    for trial in not_abandoned(study):
+        tokens += forward_tokens(trial)
+        if trial.state == TrialState.COMPLETE and trial.values[0] < best:
+            best = trial.values[0]
+            yield tokens, trial
+
+
+def _thinned(course: list[tuple[int, FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
+    wanted = np.linspace(0, len(course) - 1, min(N_POINTS, len(course))).round().astype(int)
+    return [course[i] for i in dict.fromkeys(wanted.tolist())]

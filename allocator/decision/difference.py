@@ -1,0 +1,127 @@
+"""Which decisions two allocation files make differently.
+
+In: two files, records or plain `allocation.json`. Out: a row per decision that differs, and one
+line on everything else that is known of both. Invariant: read-only; files for different checkpoints
+or targets are compared where they name the same decisions.
+
+The same study on another kind of processor is the usual reason: its forward passes round otherwise,
+importance vectors differ in their last bits, and encoded weights, losses and picks follow.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from allocator.decision.allocation import Allocation
+from allocator.decision.records import AllocationRecord, importance_name, read_allocation
+from allocator.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two allocation files have apart.
+
+    Attributes:
+        rows: columns `decision`, `one`, `other`; of `retained.<layer>` the experts that the other
+            file does not retain.
+        line: how many decisions that is of how many, and what differs besides.
+    """
+
+    rows: pd.DataFrame
+    line: str
+
+
+def difference(one: str | Path, other: str | Path) -> Difference:
+    """Compares two allocation files.
+
+    Raises:
+        SpaceError: if one of them is no allocation file, or importance beside it is damaged.
+    """
+    paths = Path(one), Path(other)
+    (a, a_record), (b, b_record) = (read_allocation(path) for path in paths)
+    mine, its = _decisions(a), _decisions(b)
+    shared = [name for name in mine if name in its]
+    rows = [_row(name, mine[name], its[name]) for name in shared if mine[name] != its[name]]
+    said = [f"{len(rows)} of {len(shared)} decisions differ"]
+    if alone := len(mine.keys() ^ its.keys()):
+        said.append(f"{alone} more are in one file alone")
+    if a.target != b.target:
+        said.append(f"targets {a.target} and {b.target}")
+    if a_record is not None and b_record is not None:
+        said += _of_records(paths, a_record, b_record)
+    return Difference(pd.DataFrame(rows, columns=["decision", "one", "other"]), "; ".join(said))
+
+
+def _decisions(allocation: Allocation) -> dict[str, Any]:
+    """Values by decision; of `retained.<layer>` the set of experts."""
+    return {
+        **{f"format.{group}": fmt for group, fmt in allocation.formats},
+        **{f"experts.{layer}": len(experts) for layer, experts in allocation.retained},
+        **{f"retained.{layer}": frozenset(experts) for layer, experts in allocation.retained},
+        "experts_used": allocation.experts_used,
+        "kv_format": allocation.kv_format,
+        "micro_batch": allocation.micro_batch,
+    }
+
+
+def _row(name: str, one: Any, other: Any) -> dict[str, Any]:
+    if isinstance(one, frozenset):
+        one, other = (" ".join(map(str, sorted(x))) for x in (one - other, other - one))
+    return {"decision": name, "one": one, "other": other}
+
+
+def _of_records(
+    paths: tuple[Path, Path], one: AllocationRecord, other: AllocationRecord
+) -> list[str]:
+    """What is said of checkpoints, losses, bytes and importance."""
+    said = []
+    if one.checkpoint != other.checkpoint:
+        said.append(f"other checkpoint ({one.checkpoint[:12]} and {other.checkpoint[:12]})")
+    losses = [
+        f"{split} {one.loss[split]:.6f} and {other.loss[split]:.6f}"
+        for split in one.loss
+        if split in other.loss
+    ]
+    if losses:
+        said.append(f"{', '.join(losses)} nats per token")
+    for what in ("file", "encoded"):
+        if what in one.bytes and what in other.bytes:
+            said.append(f"{one.bytes[what]:,} and {other.bytes[what]:,} {what} bytes")
+            break
+    if one.codec != other.codec:
+        said.append(f"encoded by {one.codec} and {other.codec}")
+    return [*said, _of_importance(paths, one.importance, other.importance)]
+
+
+def _of_importance(paths: tuple[Path, Path], one: str, other: str) -> str:
+    if one == other:
+        return "same importance"
+    files = [p.parent / importance_name(d) for p, d in zip(paths, (one, other), strict=True)]
+    if not all(file.is_file() for file in files):
+        return f"importance differs ({one[:12]} and {other[:12]})"
+    mine, its = (_vectors(file) for file in files)
+    shared = [n for n in mine if n in its and mine[n].shape == its[n].shape]
+    apart = max((_apart(mine[n], its[n]) for n in shared), default=0.0)
+    return f"importance differs by at most {apart:.1e} of a value in {len(shared)} shared vectors"
+
+
+def _vectors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, Any] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SpaceError(f"{path}: cannot be read ({error}); restore the file") from None
+    return found
+
+
+def _apart(one: Any, other: Any) -> float:
+    """The largest difference of two values, over the greater of both."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    greater = np.maximum(np.abs(a), np.abs(b))
+    apart = np.divide(np.abs(a - b), greater, out=np.zeros_like(a), where=greater > 0)
+    return float(apart.max(initial=0.0))

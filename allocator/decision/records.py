@@ -1,0 +1,158 @@
+"""The answer of a study, as files that a person can open and commit.
+
+In: an allocation and what is known of it. Out: `allocations/<name>.json`, an `AllocationRecord`.
+Invariant: a record names the checkpoint, the importance vectors and the codec that it
+needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal; it carries a
+checksum of its content (`checked`), and whoever changes one holds its folder's lock.
+"""
+
+import builtins
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from allocator.decision.allocation import Allocation
+from allocator.errors import SpaceError, StudyError
+from allocator.files.atomic import accessing, locked, write_whole
+from allocator.files.checksums import seal, unseal
+
+
+class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An allocation file.
+
+    Attributes:
+        name: of the file.
+        kind: the trial it comes from: `knapsack`, `proposal`, a baseline's name.
+        allocation: the decision.
+        digest: of the decision.
+        checkpoint: digest of the source checkpoint.
+        importance: digest of the importance vectors.
+        codec: the quantizer that writes its bytes.
+        bytes: encoded, kept and file bytes in the target's container; of a device's budget, its
+            items and what was beside it.
+        effective_bits: encoded bits over the searched weights.
+        loss: proxy loss per split, nats per token.
+        sha256: of the materialized weights' file, per container.
+        workload: `context`, `sequences` and `reserve`, where the budget was a whole device's.
+    """
+
+    name: str
+    kind: str
+    allocation: dict[str, Any]
+    digest: str
+    checkpoint: str
+    importance: str
+    codec: str
+    bytes: dict[str, int]
+    effective_bits: float
+    loss: dict[str, float]
+    sha256: dict[str, str] = {}  # msgspec copies it
+    schema: int = 1
+    workload: dict[str, int] = {}  # msgspec copies it
+
+    @property
+    def decision(self) -> Allocation:
+        """The allocation, checked against its digest.
+
+        Raises:
+            SpaceError: if they do not belong together.
+        """
+        allocation = Allocation.from_json(self.allocation)
+        if allocation.digest != self.digest:
+            raise SpaceError(
+                f"allocation {self.name!r}: its digest is {self.digest[:12]}…, its content's "
+                f"{allocation.digest[:12]}…; it was edited by hand: "
+                "score its `allocation` part as a file of its own"
+            )
+        return allocation
+
+    @classmethod
+    def read(cls, path: Path) -> "AllocationRecord":
+        """From its file.
+
+        Raises:
+            SpaceError: if the file is no allocation record, or is damaged.
+        """
+        try:
+            record = msgspec.convert(unseal(path.read_bytes()), cls)
+        except (OSError, ValueError, RecursionError) as error:
+            raise SpaceError(
+                f"{path}: no allocation file ({error}); restore it from a copy, or search again (a "
+                "hand-made change is taken where the file has no line `checksum`)"
+            ) from None
+        if record.schema != 1:
+            raise SpaceError(f"{path}: schema {record.schema}, needed 1; use a newer allocator")
+        if not re.fullmatch("[0-9a-f]{64}", record.importance):
+            raise SpaceError(f"{path}: importance {record.importance[:40]!r} is no sha256")
+        return record
+
+    def to_bytes(self) -> builtins.bytes:
+        """As JSON that a person can open."""
+        return seal(self)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Holds the lock of all who change a record beside `path`, for as long as it takes to write."""
+    with accessing(path), locked(path.with_name(".lock")):
+        yield
+
+
+def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) -> None:
+    """Adds the sha256 of written checkpoints to a record, if it is still the one they are of.
+
+    Args:
+        path: of the record.
+        read: what it held when the checkpoints were begun.
+        digests: sha256 of the weights' file, per container.
+
+    Raises:
+        StudyError: if it holds something else now; nothing is written then.
+        SpaceError: if it cannot be read any more.
+    """
+    with changing(path):
+        now = AllocationRecord.read(path)
+        if msgspec.structs.replace(now, sha256=read.sha256) != read:
+            raise StudyError(
+                f"{path}: changed while its checkpoint was written (a search ended?), so no sha256 "
+                "was recorded; materialize it again"
+            )
+        known = msgspec.structs.replace(now, sha256=now.sha256 | digests)
+        write_whole(path, known.to_bytes())
+
+
+def importance_name(digest: str) -> str:
+    """Name of the file, beside an allocation, of the importance vectors with this digest."""
+    return f"importance-{digest[:12]}.safetensors"
+
+
+@cache
+def codec() -> str:
+    """The quantizer that writes bytes here."""
+    return f"xllamacpp {version('xllamacpp')}"
+
+
+def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
+    """The allocation in a record, with the record; or in a plain `allocation.json`, with None.
+
+    Raises:
+        SpaceError: if the file is neither.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpaceError(f"{path}: cannot be read as an allocation ({error})") from None
+    if isinstance(data, dict) and "allocation" in data:
+        record = AllocationRecord.read(path)
+        return record.decision, record
+    try:
+        return Allocation.from_json(data), None
+    except SpaceError as error:
+        raise SpaceError(f"{path}: {error}") from None

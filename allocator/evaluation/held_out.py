@@ -1,0 +1,266 @@
+"""Held-out figures: KL and perplexity of the original, of baselines, and of found allocations.
+
+In: a study and allocation files. Out: one table. Invariant: every figure is on documents that
+neither search nor selection has seen, or on a text file that the caller names; the column `split`
+says which.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.allocation import Allocation
+from allocator.errors import CalibrationError, StudyError, first_line
+from allocator.scoring.documents import Document, interleaved
+from allocator.scoring.scorer import DocumentLosses, Scorer, by_domain, mean, perplexity
+from allocator.scoring.streamed import AnyScorer
+
+N_DOCUMENTS = 48
+
+
+def evaluate(
+    study: str | Path,
+    allocations: Sequence[str | Path] | None = None,
+    *,
+    documents: int | Literal["all"] | None = None,
+    text: str | Path | None = None,
+    pruned: bool = False,
+    tasks: bool = False,
+    domains: bool = False,
+    on_table: Callable[[pd.DataFrame], None] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """KL, perplexity and top-1 agreement on held-out documents, smallest first.
+
+    Args:
+        study: its folder.
+        allocations: files; all of `allocations/*.json` by default.
+        documents: how many, taken from the domains in turn; up to 48 by default.
+        text: JSON lines to evaluate on instead of the report split.
+        pruned: baselines also with one smaller retained count in every layer.
+        tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
+        domains: columns of KL and perplexity per domain.
+        on_table: called with the table so far whenever something was measured.
+        options: of `StudyFolder`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong, before anything is measured where it can be
+            seen then.
+    """
+    study_folder = StudyFolder(study, **options)
+    if tasks and study_folder.spec.streamed is not None:
+        raise StudyError(
+            f"{study_folder.folder}: --tasks needs the model in memory, study.toml has [streamed]; "
+            "leave --tasks out"
+        )
+    held_out = _documents(study_folder, documents, text)
+    chosen = _chosen(study_folder, allocations)
+    encoded = {name: study_folder.read_encoded(path) for name, path in chosen.items()}
+    for allocation, _ in encoded.values():
+        allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
+    suite = _Tasks(study_folder, held_out) if tasks else None
+    scorer = study_folder.scorer_on(held_out)
+    scorers = _scorers(study_folder, scorer, encoded, chosen)
+    found = {name: allocation for name, (allocation, _) in encoded.items()}
+    rows = dict(study_folder.baselines(pruned=pruned)) | found
+    table: list[dict[str, Any]] = []
+
+    def measured(row: dict[str, Any]) -> pd.DataFrame:
+        table.append(row)
+        frame = pd.DataFrame(table).sort_values("bytes", kind="stable", ignore_index=True)
+        frame["split"] = str(text or "report")
+        frame["documents"] = len(held_out)
+        if on_table is not None:
+            on_table(frame)
+        return frame
+
+    frame = measured(_original(study_folder, scorer))
+    shown = tqdm(rows.items(), desc="evaluate", disable=not study_folder.progress)
+    losses = _each(rows.values(), [scorers.get(name, scorer) for name in rows])
+    for (name, allocation), its in zip(shown, losses, strict=True):
+        row = _row(study_folder, scorer.documents, name, allocation, its, domains=domains)
+        frame = measured(row)
+    if suite is not None:
+        for _ in suite.add(frame, rows, found, scorers):
+            if on_table is not None:
+                on_table(frame)
+    return frame
+
+
+def _documents(
+    study_folder: StudyFolder, n: int | Literal["all"] | None, text: str | Path | None
+) -> list[Document]:
+    found = (
+        study_folder.report
+        if text is None
+        else interleaved(study_folder.read_documents(Path(text)))
+    )
+    if n is None or n == "all":
+        return found[: N_DOCUMENTS if n is None else None]
+    if not 0 < n <= len(found):
+        raise CalibrationError(f"{n} documents asked for, needed 1..{len(found)}, or --all")
+    return found[:n]
+
+
+def _chosen(study_folder: StudyFolder, paths: Sequence[str | Path] | None) -> dict[str, Path]:
+    """Allocation files by the name of their row."""
+    chosen = [
+        Path(p) for p in paths or sorted((study_folder.folder / "allocations").glob("*.json"))
+    ]
+    stems = Counter(path.stem for path in chosen)
+    return {f"* {p.stem if stems[p.stem] == 1 else p}": p for p in chosen}
+
+
+def _scorers(
+    study_folder: StudyFolder,
+    scorer: AnyScorer,
+    encoded: Mapping[str, tuple[Allocation, str | None]],
+    paths: Mapping[str, Path],
+) -> dict[str, AnyScorer]:
+    """What scores each allocation file as it was encoded, by row; one model per importance."""
+    found: dict[str | None, AnyScorer] = {None: scorer, study_folder.profile.importance: scorer}
+    for name, (_, importance) in encoded.items():
+        if importance not in found:
+            found[importance] = study_folder.scorer_with(
+                importance, scorer.documents, beside=paths[name]
+            )
+    return {name: found[importance] for name, (_, importance) in encoded.items()}
+
+
+def _each(
+    allocations: Iterable[Allocation], scorers: Iterable[AnyScorer]
+) -> Iterator[DocumentLosses]:
+    """Yields the losses of each allocation; neighbours with one scorer share its passes."""
+    paired = zip(allocations, scorers, strict=True)
+    for _, group in groupby(paired, key=lambda pair: id(pair[1])):
+        together = list(group)
+        yield from together[0][1].each([allocation for allocation, _ in together])
+
+
+def _original(study_folder: StudyFolder, scorer: AnyScorer) -> dict[str, Any]:
+    weights = study_folder.inventory.n_searched_weights
+    losses = scorer.score_original()
+    stored = sum(
+        t.total_bytes for t in study_folder.inventory.tensors.values() if t.role.is_encoded
+    )
+    return {
+        "name": "original",
+        "bits": stored * 8 / weights,
+        "bytes": stored,
+        "kl": mean(losses.kl, scorer.documents),
+        "perplexity": perplexity(losses.nll, scorer.documents),
+        "top1": mean(losses.top1, scorer.documents),
+    }
+
+
+def _row(
+    study_folder: StudyFolder,
+    documents: Sequence[Document],
+    name: str,
+    allocation: Allocation,
+    losses: DocumentLosses,
+    *,
+    domains: bool,
+) -> dict[str, Any]:
+    size = allocation.nbytes(study_folder.layout)
+    row: dict[str, Any] = {
+        "name": name,
+        "bits": size.encoded * 8 / study_folder.inventory.n_searched_weights,
+        "bytes": size.encoded,
+        "file_bytes": size.file,
+        "kl": mean(losses.kl, documents),
+        "perplexity": perplexity(losses.nll, documents),
+        "top1": mean(losses.top1, documents),
+        "experts": " ".join(str(n) for n in allocation.counts.values()),
+    }
+    if domains:
+        row |= {f"kl_{d}": v for d, v in by_domain(losses.kl, documents).items()}
+        nll = by_domain(losses.nll, documents)
+        row |= {f"perplexity_{d}": math.exp(v) for d, v in nll.items()}
+    return row
+
+
+class _Tasks:
+    """lm-eval's two tasks on held-out documents; what they cannot be run for is found here.
+
+    Args:
+        study_folder: of the study.
+        documents: held-out ones.
+
+    Raises:
+        CalibrationError: if there is no tokenizer, or a document is too short, or too long.
+    """
+
+    def __init__(self, study_folder: StudyFolder, documents: Sequence[Document]) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from allocator.evaluation.lm_eval_tasks import check_tasks, write_tasks
+
+        path = study_folder.inventory.path
+        if not (path / "tokenizer.json").is_file():
+            raise CalibrationError(f"{path}: no tokenizer.json, which --tasks needs")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # of the tokenizers package too, which has no class of its own
+            raise CalibrationError(
+                f"{path}: transformers refuses its tokenizer ({first_line(error)}); fetch it again"
+            ) from None
+        self._study_folder = study_folder
+        self._folder = study_folder.cache / "lm-eval"
+        self._names = write_tasks(documents, self._tokenizer, self._folder)
+        window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+        check_tasks(self._tokenizer, self._folder, self._names, window=window)
+
+    def add(
+        self,
+        frame: pd.DataFrame,
+        known: Mapping[str, Allocation],
+        found: Mapping[str, Allocation],
+        scorers: Mapping[str, AnyScorer],
+    ) -> Iterator[None]:
+        """Adds figures for the original, the found ones and their neighbours in size, row by row.
+
+        Args:
+            frame: the table.
+            known: allocations by row.
+            found: those of files.
+            scorers: of files, by row; their models hold what the files were encoded with.
+        """
+        from allocator.evaluation.lm_eval_tasks import run_tasks
+
+        chosen = {"original", *found} | _neighbours(frame, found)
+        frame["acc"] = np.nan
+        frame["lm_eval_perplexity"] = np.nan
+        ours, hidden = self._study_folder.profiler.swap, not self._study_folder.progress
+        rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
+        for at, name in tqdm(rows, desc="lm-eval", disable=hidden):
+            scorer = scorers.get(name)
+            swap = scorer.swap if isinstance(scorer, Scorer) else ours
+            if name == "original":
+                swap.reset()
+            else:
+                swap.put_allocation(known[name])
+            results = run_tasks(swap.model, self._tokenizer, self._folder, self._names)
+            frame.loc[at, "acc"] = results["report_continuation"]["acc"]
+            frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
+            yield
+
+
+def _neighbours(frame: pd.DataFrame, found: Mapping[str, Allocation]) -> set[str]:
+    """The unpruned baselines just below and above each found allocation."""
+    plain = frame[
+        ~frame["name"].isin([*found, "original"]) & ~frame["name"].str.contains("experts")
+    ]
+    names: set[str] = set()
+    for size in frame[frame["name"].isin(found)]["bytes"]:
+        names |= set(plain[plain["bytes"] <= size]["name"].tail(1))
+        names |= set(plain[plain["bytes"] >= size]["name"].head(1))
+    return names

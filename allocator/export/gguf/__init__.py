@@ -1,0 +1,1 @@
+"""GGUF files, and stock llama.cpp that runs them."""

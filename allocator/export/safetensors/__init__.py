@@ -1,0 +1,1 @@
+"""Our safetensors checkpoints, and their loader for transformers."""

@@ -1,0 +1,237 @@
+"""Opens a written safetensors checkpoint as a transformers model.
+
+In: a directory written by `materialize`. Out: the transformers model. Invariant: the encoded bytes
+stay encoded in memory; each decoder layer (and the embedding, the last norm, the head) is decoded
+when its forward begins and dropped when it ends, so resident tensor bytes are at most the file's
+plus the largest decoded layer. `dense=True` decodes everything once instead.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from allocator.checkpoint.inventory import read_json
+from allocator.codecs import ggml
+from allocator.decision.allocation import Allocation
+from allocator.errors import CheckpointError, VerifyError
+from allocator.export.checkpoint import FILE, QUANT_METHOD
+from allocator.families import Role, family_of
+from allocator.formats import Format
+from allocator.formats import parts as parts_of
+from allocator.scoring.kv_cache import attach, keys_values
+from allocator.scoring.swap_model import destination, resize_experts, set_experts_used, skeleton
+from allocator.targets import Group
+from allocator.targets.safetensors import tensor_names
+
+
+@dataclass
+class _Part:
+    """What one module needs while its forward runs.
+
+    Attributes:
+        groups: encoded: the group, its format, its bytes, and which of the layer's retained experts
+            they are (None: all, or no experts).
+        kept: stored tensors by parameter name.
+        shapes: of the parameters that are filled, by name.
+    """
+
+    groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def load(path: str | Path, *, dense: bool = False) -> Any:
+    """The model of a written safetensors checkpoint, float32, for inference.
+
+    Args:
+        path: the directory.
+        dense: decode all weights once; faster, and as large as the float32 model.
+
+    Raises:
+        VerifyError: if the directory was not written by `materialize`.
+        CheckpointError: if its file is damaged or does not fill the model.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise VerifyError(
+            f"{folder}: config.json has quant_method {quantization.get('quant_method')!r}, needed "
+            f"{QUANT_METHOD!r}; open other checkpoints with transformers"
+        )
+    allocation = Allocation.from_json(quantization.get("allocation"))
+    model = skeleton(folder)
+    layers = tuple(allocation.counts)
+    for layer, count in allocation.counts.items():
+        resize_experts(model, layer, count)
+    set_experts_used(model, layers, allocation.experts_used)
+    stored = keys_values(config, allocation.kv_format)
+    if stored is not None:
+        attach(model, lambda: stored)
+    try:
+        parts = _parts(folder, config, allocation, model)
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: a tensor that the model of its config.json has not ({error}); "
+            "materialize the checkpoint again"
+        ) from None
+    _check_complete(folder, model, parts)
+    for module_name, part in parts.items():
+        module = model.get_submodule(module_name)
+        if dense:
+            _fill(model, config, part)
+        else:
+            _empty(model, part)
+            module.register_forward_pre_hook(lambda *_, part=part: _fill(model, config, part))
+            module.register_forward_hook(lambda *_, part=part: _empty(model, part))
+    if dense and model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _parts(
+    folder: Path, config: Mapping[str, Any], allocation: Allocation, model: Any
+) -> dict[str, _Part]:
+    """Every stored tensor, by the module that needs it."""
+    stored = _stored(family_of(config), allocation)
+    parts: dict[str, _Part] = {}
+    with _opened(folder / FILE["safetensors"]) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            if name not in stored:
+                part = parts.setdefault(_module_of(name), _Part())
+                _shape(model, name)
+                part.kept[name] = file.get_tensor(name)
+                part.shapes[name] = tuple(part.kept[name].shape)
+                continue
+            group, fmt, places = stored[name]
+            data = file.get_tensor(name)
+            if places is not None and data.shape[:1] != (len(places),):
+                raise ValueError(f"{name} of shape {tuple(data.shape)}, {len(places)} experts")
+            for module in _modules_of(group, tied=bool(model.config.tie_word_embeddings)):
+                part = parts.setdefault(module, _Part())
+                target = group if module != "lm_head" else _as_head(group)
+                part.groups.append((target, fmt, data, places))
+                for parameter in _parameters_of(target):
+                    part.shapes[parameter] = tuple(_shape(model, parameter))
+    return parts
+
+
+def _stored(
+    family: Any, allocation: Allocation
+) -> dict[str, tuple[Group, Format, list[int] | None]]:
+    """What each encoded tensor of the file holds, by its name."""
+    found: dict[str, tuple[Group, Format, list[int] | None]] = {}
+    for group_name, text in allocation.formats:
+        group = _group(family, group_name)
+        held = group.experts(allocation.retained_experts)
+        in_file = parts_of(text, held)
+        for name, (fmt, experts) in zip(tensor_names(group_name, in_file), in_file, strict=True):
+            places = [held.index(e) for e in experts] if len(in_file) > 1 else None
+            found[name] = group, fmt, places
+    return found
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error}); materialize it again") from None
+
+
+def _group(family: Any, name: str) -> Group:
+    """The group that a stored name means; its shape is the stored tensor's business."""
+    layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+    role = Role(name if layer is None else name.split(".", 2)[2])
+    return Group(name, role, layer, (), (family.source_name(role, layer),), name)
+
+
+def _as_head(group: Group) -> Group:
+    return Group(group.name, Role.HEAD, None, (), ("lm_head.weight",), group.stored_as)
+
+
+def _modules_of(group: Group, *, tied: bool) -> tuple[str, ...]:
+    if group.role is Role.EMBEDDING:
+        return ("model.embed_tokens", "lm_head") if tied else ("model.embed_tokens",)
+    return ("lm_head",) if group.role is Role.HEAD else (f"model.layers.{group.layer}",)
+
+
+def _module_of(name: str) -> str:
+    """The module that is decoded as a whole around a kept tensor."""
+    pieces = name.split(".")
+    return ".".join(pieces[:3]) if pieces[1] == "layers" else name.rpartition(".")[0]
+
+
+def _parameters_of(group: Group) -> tuple[str, ...]:
+    experts = f"model.layers.{group.layer}.mlp.experts"
+    if group.role is Role.EXPERT_DOWN:
+        return (f"{experts}.down_proj",)
+    return (f"{experts}.gate_up_proj",) if group.role.is_expert else group.sources
+
+
+def _shape(model: Any, name: str) -> torch.Size:
+    module, _, attribute = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(module), attribute)
+    return tensor.shape
+
+
+def _set(model: Any, name: str, values: torch.Tensor) -> None:
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if attribute in module._buffers:
+        module._buffers[attribute] = values
+    else:
+        module._parameters[attribute] = nn.Parameter(values, requires_grad=False)
+
+
+def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
+    with torch.no_grad():
+        for name, shape in part.shapes.items():
+            kept = part.kept.get(name)
+            _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
+        for group, fmt, data, places in part.groups:
+            view = destination(model, config, group)
+            _decode_into(view if places is None else [view[i] for i in places], fmt, data)
+
+
+def _empty(model: Any, part: _Part) -> None:
+    for name in part.shapes:
+        kept = part.kept.get(name)
+        if kept is None or kept.dtype != torch.float32:  # those are the file's own memory
+            _set(model, name, _NONE)
+
+
+_NONE = torch.empty(0)
+
+
+def _decode_into(view: torch.Tensor | list[torch.Tensor], fmt: Format, data: torch.Tensor) -> None:
+    """Decodes without a second copy where the destination's rows lie together."""
+    if isinstance(view, torch.Tensor) and view.is_contiguous():
+        ggml.decode(data.numpy(), fmt, out=view.numpy())
+    elif isinstance(view, list) or (view.dim() == 3 and view[0].is_contiguous()):
+        for matrix, encoded in zip(view, data, strict=True):
+            ggml.decode(encoded.numpy(), fmt, out=matrix.numpy())
+    else:
+        view.copy_(torch.from_numpy(ggml.decode(np.ascontiguousarray(data.numpy()), fmt)))
+
+
+def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
+    """The file holds as many weights of every parameter as the model has."""
+    stored: Counter[str] = Counter()
+    for part in parts.values():
+        stored.update({name: tensor.numel() for name, tensor in part.kept.items()})
+        for group, fmt, data, _ in part.groups:
+            for name in _parameters_of(group):
+                stored[name] += data.numel() // fmt.block_bytes * fmt.block
+    for name, tensor in model.state_dict().items():
+        if stored[name] != tensor.numel():
+            raise CheckpointError(
+                f"{folder}: {stored[name]} weights of {name}, its config.json needs "
+                f"{tensor.numel()}; materialize the checkpoint again"
+            )

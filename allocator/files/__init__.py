@@ -1,0 +1,1 @@
+"""Files on disk: written whole, checked by checksum, and named by content."""

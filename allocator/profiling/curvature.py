@@ -1,0 +1,429 @@
+"""What a change of weights costs to second order: the Fisher information around a candidate.
+
+In: a `SwapModel` that holds a candidate, and documents. Out: `Curvature`, which prices any change
+of any group's weights. Invariant: one forward and one backward pass (a second one for `slope`),
+whatever is priced afterwards.
+
+Around the original, KL(original || candidate) is half the changes' quadratic form in the Fisher
+information (Amari, "Natural Gradient Works Efficiently in Learning", 1998, eq. 2.7). With labels
+drawn from the model's own distribution, a product `y = W x` whose output has the gradient `g`
+contributes, for a change `D` of `W` and with independent tokens and rows,
+
+    1/2 sum over tokens, rows r of (g_r)^2 (D_r x)^2  =  1/2 sum over r of share_r D_r A D_r,
+    A = sum over tokens of |g|^2 x x^T,   share_r = sum of g_r^2 / sum of |g|^2,
+
+the factored form of Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
+Approximate Curvature" (2015) with the weight |g|^2 kept inside the input factor (GuidedQuant, arXiv
+2505.07004, eq. 6). It sees no router that changes its choice: see
+`allocator.prediction.surrogate` for that part.
+
+Away from the original the proxy loss also has a slope, and a change of a candidate's weights by `D`
+costs `<slope, D>` beside the quadratic form: what `D` has in common with the errors that are there
+already.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from allocator.checkpoint.tensors import Floats, Ints
+from allocator.families import Role
+from allocator.scoring.documents import Document, batches
+from allocator.scoring.experts import use_sorted_experts, use_watcher
+from allocator.scoring.swap_model import SwapModel, token_ids, view_of
+from allocator.targets import Group, Layout
+
+FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
+"""Forward tokens that a token costs: one forward, and two for every backward."""
+
+
+class Product:
+    """Sums over tokens of one matrix product: weighted inputs, and rows `(out,)`.
+
+    The weighted inputs are a sum `(in, in)`, or while tokens are fewer than that, `(tokens, in)`.
+    """
+
+    def __init__(self) -> None:
+        self._few: list[torch.Tensor] = []
+        self._inputs: torch.Tensor | float = 0.0
+        self.rows: torch.Tensor | float = 0.0
+
+    def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Inputs `(tokens, in)` and the gradients `(tokens, out)` of what they gave."""
+        squares = gradient.square()
+        self.rows = self.rows + squares.sum(0).double()
+        self._few.append(x * squares.sum(-1, keepdim=True).sqrt())
+        if sum(map(len, self._few)) >= x.shape[-1]:
+            for weighted in self._few:
+                self._inputs = self._inputs + weighted.T @ weighted
+            self._few = []
+
+    def price(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
+        """Half the quadratic form of `change` `(out, in)`, which may be of some `rows` only."""
+        if not isinstance(self.rows, torch.Tensor):
+            return 0.0  # no token reached it
+        share = self._shares[rows].float()
+        change = change.to(share.device)
+        forms = torch.zeros(len(change), device=share.device)
+        if isinstance(self._inputs, torch.Tensor):
+            forms += ((change @ self._inputs) * change).sum(-1)
+        for weighted in self._few:
+            forms += (change @ weighted.T).square().sum(-1)
+        return 0.5 * float(share @ forms)
+
+    def times(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """The gradient of `price`, in the shape of `change`."""
+        if not isinstance(self.rows, torch.Tensor):
+            return torch.zeros_like(change)
+        share = self._shares[rows].float()
+        change = change.to(share.device)
+        found = torch.zeros_like(change)
+        if isinstance(self._inputs, torch.Tensor):
+            found += change @ self._inputs
+        for weighted in self._few:
+            found += change @ weighted.T @ weighted
+        return found.mul_(share[:, None])
+
+    def covered(self, rows: torch.Tensor) -> float:
+        """How much of all rows' gradients some rows have."""
+        if not isinstance(self.rows, torch.Tensor):
+            return 1.0
+        return float(self._shares[rows].sum()) or 1.0
+
+    @property
+    def _shares(self) -> torch.Tensor:
+        assert isinstance(self.rows, torch.Tensor)
+        return self.rows / self.rows.sum().clamp_min(1e-300)
+
+
+class Tangent:
+    """What going on from a change that was made costs, beyond the price of where one gets.
+
+    With the form `q`, the slope `s` and `h` what the model holds less the original, weights `e` off
+    the original cost `q(e - h) + <s, e - h>` from there: `q(e)`, and something linear in `e`. So a
+    format needs one product with the form, for both prices.
+
+    Args:
+        held: `h`, `(experts, out, in)`, or `(1, ...)` where there is one price.
+        linear: factor of `e`, in the shape of `held`.
+        constant: one per price.
+    """
+
+    def __init__(self, held: torch.Tensor, linear: torch.Tensor, constant: list[float]) -> None:
+        self._held, self._linear, self._constant = held, linear, constant
+
+    def steps(self, change: Floats, prices: Sequence[float]) -> list[float]:
+        """Nats per token of a step to weights so much off the original, of these `price`s."""
+        values = torch.from_numpy(np.ascontiguousarray(change)).to(self._held.device)
+        values = values.view_as(self._held)
+        stays = [torch.equal(a, b) for a, b in zip(values, self._held, strict=True)]
+        rows = zip(stays, prices, _inner(values, self._linear), self._constant, strict=True)
+        return [0.0 if stay else q + product + c for stay, q, product, c in rows]
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Sums of products over all axes but the first."""
+    return [float(x) for x in (a * b).flatten(1).sum(1, dtype=torch.float64)]
+
+
+class Curvature:
+    """Prices changes of weights around what `measure` saw.
+
+    Attributes:
+        n_tokens: tokens it was measured on.
+        listening: gradients that arrive are taken in.
+    """
+
+    def __init__(self, layout: Layout, n_tokens: int) -> None:
+        self._layout = layout
+        self.n_tokens = n_tokens
+        self.listening = True
+        self._products: dict[tuple[str, int], Product] = {}
+        self._slopes: dict[str, torch.Tensor] = {}
+        self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def product(self, name: str, expert: int = 0) -> Product:
+        """The sums of one matrix."""
+        return self._products.setdefault((name, expert), Product())
+
+    def add(self, product: Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Inputs of a product and the gradients of its outputs, while listening."""
+        if self.listening:
+            product.add(x, gradient)
+
+    def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Embedding rows that were looked up, and the gradients of what they gave."""
+        flat = ids.reshape(-1).cpu()
+        self._looked_up.append((flat, gradient.reshape(len(flat), -1)))
+
+    def take_slopes(self, parameters: dict[str, Any]) -> None:
+        """Keeps the gradients of parameters."""
+        found = ((name, parameter.grad) for name, parameter in parameters.items())
+        self._slopes = {name: gradient for name, gradient in found if gradient is not None}
+
+    def price_sample(self, group: Group, change: Floats, rows: Ints, expert: int = 0) -> float:
+        """Nats per token that a change of a group (of one of its experts) costs, from some rows.
+
+        What the rows cost, over their share of all rows' squared gradients.
+
+        Args:
+            group: of the layout.
+            change: new less original weights of those rows, `(rows, in)`; of heads where a group
+                has heads.
+            rows: ascending; of an embedding, all that were looked up must be among them.
+            expert: its place among those that the model held.
+        """
+        values, chosen = torch.from_numpy(np.ascontiguousarray(change)), torch.from_numpy(rows)
+        if group.role in (Role.K_B, Role.V_B):
+            return self._half(group, values, chosen) / self.n_tokens
+        product = self.product(group.name, expert)
+        found = product.price(values, chosen) / product.covered(chosen)
+        if group.role is Role.EMBEDDING:
+            found += self._lookups(values, chosen)
+        return found / self.n_tokens
+
+    def _lookups(self, values: torch.Tensor, rows: torch.Tensor) -> float:
+        squares = (
+            (gradient * values[torch.searchsorted(rows, ids)].to(gradient.device))
+            .sum(-1)
+            .square()
+            .sum()
+            for ids, gradient in self._looked_up
+        )
+        return 0.5 * float(sum(squares))
+
+    @property
+    def looked_up(self) -> Ints:
+        """Embedding rows that were looked up, ascending."""
+        return np.unique(np.concatenate([ids.numpy() for ids, _ in self._looked_up]))
+
+    def drop(self, name: str, expert: int = 0) -> None:
+        """Forgets the sums of one matrix."""
+        self._products.pop((name, expert), None)
+
+    def price(self, group: Group, change: Floats, experts: Sequence[int]) -> list[float]:
+        """Nats per token that a change of a group costs.
+
+        Args:
+            group: of the layout.
+            change: new less original weights, in the group's shape; of routed experts, `experts`.
+            experts: what the model held when this was measured, in order.
+
+        Returns:
+            One value per routed expert, else one value.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(change))
+        if group.role.is_expert:
+            found = [self.product(group.name, i).price(values[i]) for i in range(len(experts))]
+        elif group.role in (Role.K_B, Role.V_B):
+            found = [self._half(group, values)]
+        else:
+            found = [self.product(group.name).price(values)]
+            if group.role is Role.EMBEDDING:
+                found[0] += self._lookups(values, torch.arange(len(values)))
+        return [value / self.n_tokens for value in found]
+
+    def tangent(self, group: Group, held: Floats, experts: Sequence[int]) -> Tangent:
+        """Prices steps from what the model held to formats.
+
+        Args:
+            group: of the layout.
+            held: what the model held less the original, in the group's shape; of routed experts,
+                `experts`.
+            experts: what the model held when this was measured, in order.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(held))
+        slope = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        values, apart = values.to(slope.device), len(experts) or 1
+        linear = slope - self._times(group, values, experts)
+        shape = (apart, -1, values.shape[-1])
+        linear, values = (linear / self.n_tokens).reshape(shape), values.reshape(shape)
+        slopes = _inner(values, slope.reshape(shape) / self.n_tokens)
+        there = self.price(group, held, experts)
+        return Tangent(values, linear, [q - s for q, s in zip(there, slopes, strict=True)])
+
+    def _times(self, group: Group, values: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """The gradient of the sum over tokens of what `price` says, in the shape of `values`."""
+        if group.role.is_expert:
+            rows = [self.product(group.name, i).times(values[i]) for i in range(len(experts))]
+            return torch.stack(rows)
+        if group.role in (Role.K_B, Role.V_B):
+            change, chosen, product = self._rows_of_half(group, values)
+            found = product.times(change.reshape(-1, change.shape[-1]), chosen).view(change.shape)
+            return found.transpose(1, 2) if group.role is Role.K_B else found
+        found = self.product(group.name).times(values)
+        if group.role is Role.EMBEDDING:
+            for ids, gradient in self._looked_up:
+                there = ids.to(gradient.device)
+                sums = (gradient * values[there]).sum(-1, keepdim=True)
+                found.index_add_(0, there, sums * gradient)
+        return found
+
+    def slope(self, group: Group, change: Floats) -> list[float]:
+        """First-order nats per token of a change of what the model held, as `price`.
+
+        Args:
+            group: of the layout.
+            change: new less held weights, in the shape that the model held.
+        """
+        held = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        products = held * torch.from_numpy(np.ascontiguousarray(change)).to(held.device)
+        values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
+        return [float(v) / self.n_tokens for v in values]
+
+    def _half(self, group: Group, values: torch.Tensor, heads: torch.Tensor | None = None) -> float:
+        """`k_b` and `v_b` are rows of `kv_b`; `k_b` is stored transposed.
+
+        From some `heads` it is scaled up to all by their share of the half's squared gradients.
+        """
+        change, rows, product = self._rows_of_half(group, values)
+        chosen = rows if heads is None else rows.view(-1, change.shape[1])[heads].reshape(-1)
+        found = product.price(change.reshape(-1, change.shape[-1]), chosen)
+        if heads is None:
+            return found
+        return found * product.covered(rows) / product.covered(chosen)
+
+    def _rows_of_half(
+        self, group: Group, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Product]:
+        """A change by head, `(heads, rows, in)`, which rows of the whole all heads have, and it."""
+        config = self._layout.inventory.config
+        heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
+        n_rows = heads * (nope + int(config["v_head_dim"]))
+        rows = torch.arange(n_rows).view(heads, -1)
+        first = group.role is Role.K_B
+        rows = rows[:, :nope] if first else rows[:, nope:]
+        change = values.transpose(1, 2) if first else values
+        return change, rows.reshape(-1), self.product(f"layers.{group.layer}.{Role.KV_B}")
+
+
+def measure(
+    swap: SwapModel,
+    documents: Sequence[Document],
+    *,
+    reference: Callable[[int], torch.Tensor] | None = None,
+    seed: int = 0,
+    batch_tokens: int = 1024,
+) -> Curvature:
+    """One forward and one or two backward passes over `documents` of what the model holds now.
+
+    Args:
+        swap: holds the candidate; it is left as it was.
+        documents: tokens to run.
+        reference: index of a document to the original's log-probabilities `(tokens, vocabulary)`,
+            without running the model; given, the slope of the proxy loss is measured too.
+        seed: of the labels drawn from the model.
+        batch_tokens: tokens per pass.
+    """
+    layout, model = swap.layout, swap.model
+    found = Curvature(layout, sum(len(d.ids) for d in documents))
+    generator = torch.Generator().manual_seed(seed)
+    handles = _watch(model, layout, found)
+    parameters = dict(model.named_parameters()) if reference is not None else {}
+    try:
+        model.requires_grad_(reference is not None)
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
+            with torch.inference_mode(False), torch.enable_grad():
+                ids = token_ids(model, [documents[i] for i in batch])
+                embedded = model.model.embed_tokens(ids)
+                if reference is None:
+                    embedded = embedded.detach().clone().requires_grad_()
+                hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                log_probs = torch.log_softmax(model.lm_head(hidden), -1)
+                flat = log_probs.flatten(0, 1)
+                labels = drawn(flat.detach().exp(), generator)
+                (gradient,) = torch.autograd.grad(
+                    flat.gather(1, labels).sum(), embedded, retain_graph=reference is not None
+                )
+                found.add_lookup(ids, gradient)
+                if reference is not None:
+                    found.listening = False
+                    loss: Any = sum(
+                        _kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True)
+                    )
+                    loss.backward()
+                    found.listening = True
+        found.take_slopes(parameters)
+    finally:
+        model.zero_grad()  # what was stopped must not be part of the next slope
+        model.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+        use_sorted_experts(model, layout.layers)
+    return found
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label `(tokens, 1)` per row, the same on every device."""
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+    return labels.to(probabilities.device)
+
+
+def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    fixed = reference.clone()  # made in inference mode
+    return (fixed.exp() * (fixed - candidate)).sum()
+
+
+def _watch(model: Any, layout: Layout, found: Curvature) -> list[Any]:
+    groups = [g for g in layout.groups.values() if not g.role.is_expert]
+    handles = watch_products(model, layout, groups, found)
+    for layer in layout.layers:
+        use_watcher(model, layer, _on_expert(found, f"layers.{layer}"))
+    return handles
+
+
+def product_name(group: Group) -> str:
+    """Whose sums a group is priced by: `k_b` and `v_b` are halves of one product."""
+    split = group.role in (Role.K_B, Role.V_B)
+    return f"layers.{group.layer}.{Role.KV_B}" if split else group.name
+
+
+def watch_products(
+    model: Any, layout: Layout, groups: Iterable[Group], found: Curvature
+) -> list[Any]:
+    """Hooks that feed `found` with the products of groups that are no routed experts."""
+    modules = {}  # `kv_b` once, unsplit
+    for group in groups:
+        if group.role in (Role.EMBEDDING, Role.HEAD):
+            if group.role is Role.HEAD or layout.inventory.tied_embeddings:
+                modules[group.name] = model.lm_head
+            continue
+        modules[product_name(group)] = model.get_submodule(group.sources[0].removesuffix(".weight"))
+    return [
+        module.register_forward_hook(_on_output(found, name)) for name, module in modules.items()
+    ]
+
+
+def _on_output(found: Curvature, name: str) -> Callable[..., None]:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        x = args[0].detach().flatten(0, -2)
+
+        def add(gradient: torch.Tensor) -> None:
+            found.add(found.product(name), x, gradient.flatten(0, -2))
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    return hook
+
+
+def _on_expert(found: Curvature, layer: str) -> Callable[..., None]:
+    def watch(expert: int, kind: str, x: torch.Tensor, output: Any) -> None:
+        x = x.detach()
+        if kind == "down":
+            down = found.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
+            output.register_hook(lambda gradient: found.add(down, x, gradient))
+            return
+        gate = found.product(f"{layer}.{Role.EXPERT_GATE}", expert)
+        up = found.product(f"{layer}.{Role.EXPERT_UP}", expert)
+
+        def both(gradient: torch.Tensor) -> None:
+            of_gate, of_up = gradient.chunk(2, -1)
+            found.add(gate, x, of_gate)
+            found.add(up, x, of_up)
+
+        output.register_hook(both)
+
+    return watch

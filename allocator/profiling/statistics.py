@@ -1,0 +1,323 @@
+"""One pass of the original over calibration documents: importance, routing, saliency.
+
+In: a model with the original's weights and documents. Out: `Statistics`. Invariant: every group
+that multiplies something gets an importance vector with no zero rows: the mean square of each input
+channel over the tokens that reached it (llama.cpp's importance matrix), per expert for experts;
+an expert that no token reached gets the mean of its layer and is counted.
+
+Saliency `reap` is the mean over routed tokens of gate x output norm, gates renormalised (REAP,
+arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens; `gate` sums gates
+(the seed paper's code).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from allocator.checkpoint.tensors import Floats
+from allocator.decision.search_space import OBSERVED
+from allocator.families import Role
+from allocator.files.checksums import load_arrays, save_arrays
+from allocator.scoring.documents import Document, batches
+from allocator.scoring.experts import use_observer, use_sorted_experts
+from allocator.scoring.layer_files import LayerFiles
+from allocator.scoring.streamed import States, StreamedModel
+from allocator.scoring.swap_model import token_ids
+from allocator.targets import Group, Layout
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the pass measured.
+
+    Attributes:
+        importance: per group, float32 `(in,)`, `(heads, in)` or `(experts, in)`.
+        saliency: per method and MoE layer, one value per expert, higher = keep.
+        counts: tokens routed to each expert, per MoE layer.
+        n_tokens: tokens of the pass.
+        unreached: `(layer, expert)` that no token reached.
+    """
+
+    importance: dict[str, Floats]
+    saliency: dict[str, dict[int, list[float]]]
+    counts: dict[int, list[int]]
+    n_tokens: int
+    unreached: list[tuple[int, int]]
+
+
+class _MeanSquare:
+    """Mean of squares per channel, `(in,)` or `(heads, in)`, over tokens."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.n = 0
+
+    def add(self, values: torch.Tensor, heads: int | None = None) -> None:
+        rows = values.reshape(-1, values.shape[-1]) if heads is None else values
+        self.total = self.total + rows.double().square().sum(0)
+        self.n += len(rows)
+
+    def mean(self) -> Floats:
+        assert isinstance(self.total, torch.Tensor)
+        return (self.total / self.n).float().cpu().numpy()
+
+
+class _Experts:
+    """Sums of one MoE layer, per expert."""
+
+    def __init__(self, n_experts: int, hidden: int, width: int) -> None:
+        self.counts = np.zeros(n_experts, np.int64)
+        self.inputs = torch.zeros(n_experts, hidden, dtype=torch.float64)
+        self.inner = torch.zeros(n_experts, width, dtype=torch.float64)
+        self.norms, self.gates, self.products = (np.zeros(n_experts) for _ in range(3))
+
+    def observe(
+        self,
+        e: int,
+        inputs: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+        gates: torch.Tensor,
+    ) -> None:
+        norms = outputs.norm(dim=-1).double()
+        self.counts[e] += len(gates)
+        self.inputs[e] += inputs.double().square().sum(0).cpu()
+        self.inner[e] += inner.double().square().sum(0).cpu()
+        self.norms[e] += float(norms.sum())
+        self.gates[e] += float(gates.double().sum())
+        self.products[e] += float((norms * gates).sum())
+
+    def saliency(self, method: str) -> list[float]:
+        reached = np.maximum(self.counts, 1)
+        values = {
+            "reap": self.products / reached,
+            "norm": self.norms / reached,
+            "frequency": self.counts,
+            "gate": self.gates,
+        }[method]
+        return [float(v) for v in values]
+
+    def importance(self, sums: torch.Tensor) -> Floats:
+        reached = self.counts > 0
+        means = sums.numpy() / np.maximum(self.counts, 1)[:, None]
+        means[~reached] = sums.numpy().sum(0) / max(1, self.counts.sum())
+        return np.asarray(means, np.float32)
+
+
+def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
+    """Hooks that feed `sums` for every group that is no routed expert."""
+    config = layout.inventory.config
+    handles = []
+
+    def on_input(name: str) -> Callable[..., None]:
+        return lambda module, args: sums[name].add(args[0])
+
+    def on_q(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
+            sums[name].add(output.reshape(-1, heads, output.shape[-1] // heads)[..., :nope], heads)
+
+        return hook
+
+    for group in layout.groups.values():
+        if group.role.is_expert or not group.importance:
+            continue
+        sums[group.name] = _MeanSquare()
+        if group.role is Role.K_B:  # multiplies the query's part without rotation
+            attention = model.model.layers[group.layer].self_attn
+            q = attention.q_proj if config.get("q_lora_rank") is None else attention.q_b_proj
+            handles.append(q.register_forward_hook(on_q(group.name)))
+        else:
+            module = _reader(model, group)
+            handles.append(module.register_forward_pre_hook(on_input(group.name)))
+    return handles
+
+
+def _reader(model: Any, group: Group) -> Any:
+    """The module that multiplies its input by the group."""
+    if group.role in (Role.EMBEDDING, Role.HEAD):
+        return model.lm_head
+    return model.get_submodule(group.sources[0].removesuffix(".weight"))
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    layout: Layout,
+    documents: Sequence[Document],
+    *,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> Statistics:
+    """Runs the original over `documents`.
+
+    Args:
+        model: a transformers model with the original's weights and experts.
+        layout: whose groups get importance.
+        documents: tokens to run.
+        batch_tokens: tokens per forward pass.
+        progress: shows a bar.
+    """
+    sums: dict[str, _MeanSquare] = {}
+    experts = _of_layers(layout)
+    handles = _watch(model, layout, sums)
+    for layer, layer_sums in experts.items():
+        use_observer(model, layer, layer_sums.observe)
+    try:
+        bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
+        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
+            ids = token_ids(model, [documents[i] for i in batch])
+            model(input_ids=ids, use_cache=False)
+            bar.update(len(batch))
+        bar.close()
+    finally:
+        for handle in handles:
+            handle.remove()
+        use_sorted_experts(model, layout.layers)
+    return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+@torch.no_grad()  # not inference mode, see `StreamedScorer.score_many`
+def collect_streamed(
+    streamed: StreamedModel,
+    documents: Sequence[Document],
+    *,
+    scratch: Path,
+    of: str = "",
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> Statistics:
+    """What `collect` measures, in one pass over a checkpoint that need not fit in memory.
+
+    Args:
+        streamed: of the layout whose groups get importance.
+        documents: tokens to run.
+        scratch: an existing folder, where a layer's states and the sums so far wait; a pass over
+            the same documents goes on from there.
+        of: what the files there belong to.
+        batch_tokens: tokens per forward pass of a layer.
+        progress: shows a bar over layers.
+    """
+    layout = streamed.layout
+    sums: dict[str, _MeanSquare] = {}
+    experts = _of_layers(layout)
+    n_layers = layout.inventory.n_layers
+    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
+    states = streamed.begin(kept.chosen)
+    handles = _watch(streamed.model, layout, sums)
+    try:
+        layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
+        first = _continued(kept, states, layers_sums)
+        layers = tqdm(
+            range(first, n_layers), desc="calibration", unit="layer", disable=not progress,
+            initial=first, total=n_layers,
+        )  # fmt: skip
+        for layer in layers:
+            observe = experts[layer].observe if layer in experts else None
+            streamed.run(layer, [states], observe=observe)
+            layers_sums[layer].save()
+            kept.save("states", layer + 1, states.hidden)
+            kept.drop("states", layer)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for hidden in states.hidden:
+        sums[streamed.output.name].add(streamed.normed(hidden))
+    return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
+
+
+@dataclass(frozen=True)
+class _LayerSums:
+    """What a pass has summed in one layer, to and from a file."""
+
+    path: Path
+    of: str
+    products: Mapping[str, _MeanSquare]
+    experts: _Experts | None
+
+    def save(self) -> None:
+        found: dict[str, Any] = {}
+        for name, sums in self.products.items():
+            found[name] = torch.as_tensor(sums.total).cpu().numpy()
+            found[f"n {name}"] = np.array(sums.n)
+        if self.experts is not None:
+            found |= {name: np.asarray(values) for name, values in vars(self.experts).items()}
+        save_arrays(self.path, found, self.of)
+
+    def read(self) -> dict[str, Any] | None:
+        """None if the file is missing or damaged."""
+        return load_arrays(self.path, self.of)
+
+    def take(self, found: dict[str, Any]) -> None:
+        """Goes on from what `read` has found."""
+        for name, sums in self.products.items():
+            sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
+        for name, values in () if self.experts is None else vars(self.experts).items():
+            torch.as_tensor(values)[:] = torch.from_numpy(found[name])
+
+
+def _layer_sums(
+    layout: Layout,
+    layer: int,
+    sums: Mapping[str, _MeanSquare],
+    experts: Mapping[int, _Experts],
+    folder: Path,
+    of: str,
+) -> _LayerSums:
+    mine = {name: s for name, s in sums.items() if layout.groups[name].layer == layer}
+    return _LayerSums(folder / f"sums-{layer}.safetensors", of, mine, experts.get(layer))
+
+
+def _continued(kept: LayerFiles, states: States, layers_sums: Sequence[_LayerSums]) -> int:
+    """The layer that a pass goes on at, with what it had come to; 0 where anything is missing."""
+    for first in range(len(layers_sums), 0, -1):
+        if (hidden := kept.load("states", first)) is None:
+            continue
+        found = [layer.read() for layer in layers_sums[:first]]
+        whole = [values for values in found if values is not None]
+        if len(whole) < first:
+            return 0
+        for layer, values in zip(layers_sums, whole, strict=False):
+            layer.take(values)
+        states.hidden = hidden
+        return first
+    return 0
+
+
+def _of_layers(layout: Layout) -> dict[int, _Experts]:
+    inventory = layout.inventory
+    hidden = int(inventory.config["hidden_size"])
+    return {
+        layer: _Experts(
+            inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]
+        )
+        for layer in layout.layers
+    }
+
+
+def _summary(
+    layout: Layout, sums: dict[str, _MeanSquare], experts: dict[int, _Experts], n_tokens: int
+) -> Statistics:
+    importance = {name: total.mean() for name, total in sums.items()}
+    for group in layout.groups.values():
+        if group.role.is_expert and group.layer is not None:
+            layer = experts[group.layer]
+            sums_of = layer.inner if group.role is Role.EXPERT_DOWN else layer.inputs
+            importance[group.name] = layer.importance(sums_of)
+    return Statistics(
+        importance={name: np.maximum(v, v.mean() * 1e-6 + 1e-30) for name, v in importance.items()},
+        saliency={
+            method: {layer: e.saliency(method) for layer, e in experts.items()}
+            for method in OBSERVED
+        },
+        counts={layer: [int(n) for n in e.counts] for layer, e in experts.items()},
+        n_tokens=n_tokens,
+        unreached=[
+            (layer, int(i)) for layer, e in experts.items() for i in np.flatnonzero(e.counts == 0)
+        ],
+    )

@@ -1,0 +1,207 @@
+"""The curvature around the original, layer by layer: the checkpoint need not fit in memory.
+
+In: a `StreamedModel` and documents. Out: for every group, and every routed expert that a token
+reached, a `Curvature` that prices it at the moment it is known. Invariant: what
+`curvature.measure` sees around the original, up to the order of float32 sums. The layers are read
+twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards,
+when the gradients there do. So a pass that was killed goes on at the layer where it was.
+
+Backwards, a layer runs as it does forwards, in two steps (see `stream`), the other way round. The
+gradient of its output is that of its routed experts' sum. So first expert by expert: gradients of
+inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own module runs again
+with gradients on, and the gradients of its output and of what its routed experts were asked for go
+through it together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from allocator.families import Role
+from allocator.profiling.curvature import Curvature, drawn, product_name, watch_products
+from allocator.scoring.documents import Document
+from allocator.scoring.layer_files import Batches, LayerFiles
+from allocator.scoring.streamed import Routing, States, StreamedModel
+from allocator.scoring.swap_model import moe_block
+from allocator.targets import Group
+
+Take = Callable[[Group, int | None, Curvature], None]
+"""Gets a group, its expert (None where it has none), and what prices it; keeps nothing of that."""
+
+
+def measure_streamed(
+    streamed: StreamedModel,
+    documents: Sequence[Document],
+    take: Take,
+    settle: Callable[[], None] = lambda: None,
+    *,
+    scratch: Path,
+    of: str = "",
+    seed: int = 0,
+    batch_tokens: int = 1024,
+    progress: bool = False,
+) -> None:
+    """One forward and one backward pass over the original.
+
+    Args:
+        streamed: of the layout.
+        documents: tokens to run.
+        take: called for groups from the head to the first layer, then for the embedding; when a
+            pass goes on, for those of the layer where it was and what follows.
+        settle: called when a layer's groups are taken, before the pass notes that it is behind it.
+        scratch: an existing folder, where states and gradients of these documents wait.
+        of: what the files there belong to.
+        seed: of the labels drawn from the model.
+        batch_tokens: tokens per pass of a layer.
+        progress: shows a bar over layers.
+    """
+    n_tokens = sum(len(d.ids) for d in documents)
+    passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
+    n_layers = streamed.inventory.n_layers
+    bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
+    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
+    with torch.inference_mode(False), torch.no_grad():
+        for last in range(n_layers + 1):
+            if (known := kept.load("gradients", last)) is not None:
+                break
+        if known is None:
+            known = passed.head(_states(streamed, kept, n_layers), seed)
+            settle()
+            kept.save("gradients", n_layers, known)
+        elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
+            passed.head(_states(streamed, kept, n_layers), seed)
+        gradients = known
+        bar.update(2 * n_layers - last - bar.n)
+        for layer in reversed(range(last)):
+            gradients = passed.layer(layer, _states(streamed, kept, layer), gradients)
+            settle()
+            kept.save("gradients", layer, gradients)
+            bar.update()
+    bar.close()
+    passed.embedding(kept.chosen, gradients)
+
+
+def _states(streamed: StreamedModel, kept: LayerFiles, layer: int) -> Batches:
+    """The original's states before a layer, from the nearest ones that are kept whole."""
+    first, hidden = layer, None
+    while first and (hidden := kept.load("states", first)) is None:
+        first -= 1
+    if hidden is None:
+        states = streamed.begin(kept.chosen)
+    else:
+        states = States(streamed.original, [0], hidden)
+    for at in range(first, layer):
+        streamed.run(at, [states])
+        kept.save("states", at + 1, states.hidden)
+    return states.hidden
+
+
+@dataclass
+class _Pass:
+    """Backwards, from the head to the embedding."""
+
+    streamed: StreamedModel
+    found: Curvature
+    take: Take
+
+    def head(self, final: Batches, seed: int) -> Batches:
+        """Gradients of the last layer's output, of the log-likelihood of drawn labels."""
+        streamed, group = self.streamed, self.streamed.output
+        product = self.found.product(group.name)
+        generator = torch.Generator().manual_seed(seed)
+        gradients = []
+        for hidden in final:
+            leaf = hidden.flatten(0, 1).requires_grad_()
+            with torch.enable_grad():
+                normed = streamed.normed(leaf)
+            x = normed.detach()
+            probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
+            labels = drawn(probabilities, generator)
+            ones = torch.ones(len(labels), 1, device=labels.device)
+            gradient = probabilities.neg_().scatter_add_(1, labels, ones)
+            product.add(x, gradient)
+            (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
+            gradients.append(mine.view(hidden.shape))
+        if group.role is not Role.EMBEDDING:  # a tied one is also looked up
+            self.take(group, None, self.found)
+            self.found.drop(group.name)
+        return gradients
+
+    def layer(self, layer: int, before: Batches, gradients: Batches) -> Batches:
+        """Gradients of a layer's input, from those of its output."""
+        streamed = self.streamed
+        streamed.install(layer, streamed.original)
+        asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if layer in streamed.layout.layers:
+            asked = self._experts(layer, before, gradients)
+        groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
+        handles = watch_products(streamed.model, streamed.layout, groups, self.found)
+        inputs: Batches = []
+        try:
+            for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
+                leaf = hidden.requires_grad_()
+                with torch.enable_grad():
+                    outputs, through = [streamed.forward(layer, leaf)], [gradient]
+                    for x, _, gates in streamed.taken():
+                        outputs += [x, gates]
+                        through += asked[i]
+                inputs += torch.autograd.grad(outputs, leaf, through)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for group in groups:
+            self.take(group, None, self.found)
+        for group in groups:
+            self.found.drop(product_name(group))
+        streamed.leave(layer)
+        return inputs
+
+    def _experts(
+        self, layer: int, before: Batches, gradients: Batches
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
+        streamed, found = self.streamed, self.found
+        for hidden in before:
+            streamed.forward(layer, hidden)
+        routed = streamed.taken()
+        routing = Routing(routed, range(streamed.inventory.n_experts))
+        groups = streamed.projections(layer)
+        act = moe_block(streamed.model, layer).experts.act_fn
+        output = torch.cat([g.flatten(0, 1) for g in gradients])
+        of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
+        for expert in streamed.weights.in_turn(
+            sorted(routing.reached), groups, [streamed.original]
+        ):
+            gate, up, down = (streamed.expert(streamed.original, g, expert) for g in groups)
+            places, tokens = routing.places(expert)
+            x = routing.inputs[tokens]
+            before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()
+            with torch.enable_grad():
+                inner = act(before_act) * factor
+            mine = output[tokens]
+            of_gates[places] = (mine * (inner.detach() @ down.T)).sum(-1)
+            mine = mine * routing.gates[places, None]
+            of_gate, of_up = torch.autograd.grad(inner, (before_act, factor), mine @ down)
+            of_inputs.index_add_(0, tokens, of_gate @ gate + of_up @ up)
+            for group, values, gradient in zip(
+                groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
+            ):
+                found.product(group.name, expert).add(values, gradient)
+                self.take(group, expert, found)
+                found.drop(group.name, expert)
+        sizes = [len(x) for x, _, _ in routed]
+        k = routed[0][1].shape[-1]
+        return list(
+            zip(
+                torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True
+            )
+        )
+
+    def embedding(self, chosen: Sequence[Sequence[Document]], gradients: Batches) -> None:
+        """What was looked up, from the gradients of the first layer's input."""
+        for batch, gradient in zip(chosen, gradients, strict=True):
+            self.found.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
+        self.take(self.streamed.layout.groups[str(Role.EMBEDDING)], None, self.found)

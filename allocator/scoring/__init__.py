@@ -1,0 +1,1 @@
+"""The loss of a decision, measured on documents with the weights that its file would hold."""

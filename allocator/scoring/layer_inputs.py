@@ -1,0 +1,155 @@
+"""Hidden states at layer boundaries: a candidate begins in the first layer where it is a new one.
+
+In: what candidates decide, layer by layer, what entered their layers, and their losses. Out: for a
+span of documents, the deepest kept layer that the best candidate there came to by the same
+decisions, and what entered it then. Invariant: these are the very floats of that computation, over
+the same batches; a loss does not depend on what is kept.
+
+Kept is one candidate per span, the one of least loss: later ones change some of its layers. Where
+all its layers are too many bytes it is every second one, every third, and so on.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from allocator.families import Role
+from allocator.scoring.candidates import Candidate
+from allocator.targets import Layout
+
+Batch = tuple[int, ...]
+"""Documents of a forward pass."""
+Span = tuple[Batch, ...]
+"""Batches that are scored together."""
+
+
+class Choices:
+    """What candidates decide, by layer; None stands for the embedding.
+
+    Args:
+        layout: the groups.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._names: dict[int | None, list[str]] = {}
+        for name, group in layout.groups.items():
+            self._names.setdefault(group.layer, []).append(name)
+        self._layers = (None, *range(layout.inventory.n_layers))
+
+    def of(self, layer: int | None, candidate: Candidate) -> Any:
+        """What a candidate decides in a layer; equals compute alike."""
+        if layer is None:
+            return candidate.format_of[str(Role.EMBEDDING)]
+        formats = tuple(candidate.format_of[name] for name in self._names[layer])
+        told = candidate.experts_used, candidate.kv_format
+        return formats, candidate.retained_experts.get(layer), told
+
+    def before(self, candidate: Candidate) -> list[str]:
+        """By layer, a digest of all that is decided before it."""
+        digest, found = sha256(), []
+        for layer in self._layers:
+            digest.update(repr(self.of(layer, candidate)).encode())
+            found.append(digest.hexdigest())
+        return found[:-1]
+
+
+@dataclass(frozen=True)
+class _Best:
+    """What entered the layers of a candidate, by kept layer and batch."""
+
+    loss: float
+    before: Sequence[str]
+    states: Mapping[int, Mapping[Batch, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for by_batch in self.states.values() for x in by_batch.values())
+
+
+class Boundaries:
+    """What entered the layers of the best candidates so far.
+
+    Args:
+        cap_bytes: of all states.
+    """
+
+    def __init__(self, cap_bytes: float) -> None:
+        self._cap = cap_bytes
+        self._best: dict[Span, _Best] = {}
+
+    def first(self, span: Span, before: Sequence[str]) -> int:
+        """The layer that a candidate may begin with: the last kept one before which it is known."""
+        best = self._best.get(span)
+        kept = () if best is None else best.states
+        return max((i for i in kept if best and best.before[i] == before[i]), default=0)
+
+    def entered(self, span: Span, layer: int) -> Mapping[Batch, torch.Tensor]:
+        """What entered a layer, by batch, `(documents, length, hidden)` each."""
+        return self._best[span].states[layer]
+
+    def offer(
+        self,
+        span: Span,
+        loss: float,
+        before: Sequence[str],
+        states: Mapping[int, Mapping[Batch, torch.Tensor]],
+    ) -> None:
+        """Keeps a candidate if it is the best on these documents.
+
+        Args:
+            span: all batches.
+            loss: of the candidate; not a number where it broke.
+            before: its decisions, see `Choices.before`.
+            states: what entered the layers that it ran, which nobody changes any more.
+        """
+        known = self._best.get(span)
+        if not loss < (math.inf if known is None else known.loss):
+            return
+        shared = {} if known is None else known.states
+        whole = {**{i: x for i, x in shared.items() if i < min(states)}, **states}
+        offered = _Best(loss, before, whole)
+        others = sum(best.nbytes for key, best in self._best.items() if key != span)
+        every = 1
+        while others + offered.nbytes > self._cap and len(offered.states) > 1:
+            every += 1
+            offered = replace(offered, states={i: x for i, x in whole.items() if i % every == 0})
+        if others + offered.nbytes <= self._cap:
+            self._best[span] = offered
+
+
+class Entering(threading.local):
+    """What entered the layers of a model in this thread's last forward pass."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+    @contextmanager
+    def noting(self, model: Any) -> Iterator[None]:
+        """While forward passes of several threads run; each begins by emptying `states`."""
+
+        def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self.states.append(args[0].clone())
+
+        handles = [layer.register_forward_pre_hook(note) for layer in model.model.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def starting_at(model: Any, layer: int) -> Iterator[None]:
+    """The model without the layers before `layer`; it then takes their output as embeddings."""
+    whole = model.model.layers
+    model.model.layers = whole[layer:]
+    try:
+        yield
+    finally:
+        model.model.layers = whole

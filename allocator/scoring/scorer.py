@@ -1,0 +1,398 @@
+"""KL(original || candidate), per document, in nats per token.
+
+In: a `SwapModel` and documents. Out: `DocumentLosses` of any allocation on any slice of them.
+Invariant: over all positions and the full vocabulary, in float32, the same for any number of
+threads; the mean over a slice equals the token-weighted mean of its documents.
+
+The original runs once: its final hidden states are kept (tokens x hidden), its log-probabilities
+too while they fit in `cache_bytes`; beyond that the head runs again for them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from allocator.decision.allocation import Allocation
+from allocator.scoring.documents import Document, batches
+from allocator.scoring.layer_inputs import Boundaries, Choices, Entering, starting_at
+from allocator.scoring.swap_model import SwapModel, device_of, token_ids
+
+Array = npt.NDArray[np.float64]
+Row = tuple[float, float, float, float]
+T = TypeVar("T")
+R = TypeVar("R")
+_ROWS = 32  # of logits, compared at a time: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """One value per document, means over its positions.
+
+    Attributes:
+        kl: KL(original || candidate), nats per token.
+        top1: share of positions where both have the same most likely token.
+        overlap: 1 - total variation of the two distributions.
+        nll: negative log-likelihood of the next token under the candidate, nats per token.
+    """
+
+    kl: Array
+    top1: Array
+    overlap: Array
+    nll: Array
+
+    def __add__(self, other: "DocumentLosses") -> "DocumentLosses":
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return DocumentLosses(*(np.concatenate(pair) for pair in pairs))
+
+
+class Documents:
+    """Fixed documents, and what losses on the first of them come to.
+
+    Args:
+        documents: in this order.
+    """
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = tuple(documents)
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents there are."""
+        return len(self.documents)
+
+    def summary(self, losses: DocumentLosses) -> dict[str, Any]:
+        """Means of losses that began at document 0, as plain values for trial attributes."""
+        scored = self.documents[: len(losses.kl)]
+        return {
+            "loss": mean(losses.kl, scored),
+            "tokens": sum(len(d.ids) for d in scored),
+            "kl_by_domain": by_domain(losses.kl, scored),
+            "top1": mean(losses.top1, scored),
+            "overlap": mean(losses.overlap, scored),
+            "perplexity": perplexity(losses.nll, scored),
+        }
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all documents."""
+        return self.tokens(self.n_documents)
+
+    def tokens(self, stop: int) -> int:
+        """Tokens of the first `stop` documents."""
+        return sum(len(d.ids) for d in self.documents[:stop])
+
+
+class Scorer(Documents):
+    """Scores allocations on fixed documents.
+
+    Args:
+        swap: the model; several scorers may share one.
+        documents: what is scored, in this order.
+        batch_tokens: tokens per forward pass.
+        cache_bytes: memory for the original's log-probabilities.
+        boundary_bytes: memory for what entered layers before, see `Boundaries`.
+        from_original: candidates are changes of the original, so its states are kept; else those
+            of the best candidate are.
+        threads: batches that run at once, each on one core; results do not depend on it. A GPU
+            runs them one by one.
+        progress: shows a bar with this text over documents.
+    """
+
+    def __init__(
+        self,
+        swap: SwapModel,
+        documents: Sequence[Document],
+        *,
+        batch_tokens: int = 2048,
+        cache_bytes: int = 2 << 30,
+        boundary_bytes: float = 256 << 20,
+        from_original: bool = False,
+        threads: int = 1,
+        progress: str | None = None,
+    ) -> None:
+        super().__init__(documents)
+        self._threads = threads if device_of(swap.model).type == "cpu" else 1
+        self._progress = progress
+        self.swap = swap
+        self.batch_tokens = batch_tokens
+        self._cache_bytes = cache_bytes
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._log_probs: dict[int, torch.Tensor] = {}
+        self._head: torch.Tensor | None = None
+        self._top1: dict[int, torch.Tensor] = {}
+        self._choices = Choices(swap.layout)
+        self._boundaries = Boundaries(boundary_bytes)
+        self._from_original = from_original
+
+    @torch.inference_mode()
+    def score(
+        self, allocation: Allocation, start: int = 0, stop: int | None = None
+    ) -> DocumentLosses:
+        """Losses of an allocation on `documents[start:stop]`."""
+        stop = len(self.documents) if stop is None else stop
+        self.ensure_reference(stop)
+        self.swap.put_allocation(allocation)
+        return self.score_installed(start, stop)
+
+    def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:
+        """Losses of allocations on all documents, one after the other."""
+        return map(self.score, allocations)
+
+    def score_original(self) -> DocumentLosses:
+        """Losses of the original: no divergence, its own likelihoods."""
+        self.ensure_reference(len(self.documents))
+        self.swap.reset()
+        return self.score_installed()
+
+    @torch.inference_mode()
+    def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:
+        """Losses of what the model holds now; begins in the first layer that is a new one.
+
+        Weights that were not put there by `SwapModel.put` are not known to be new.
+        """
+        stop = len(self.documents) if stop is None else stop
+        self.ensure_reference(stop)
+        chosen = list(self._batches(start, stop))
+        with self._forward(chosen, note=not self._from_original) as passed:
+            found = self._losses(self.swap.model, passed.states, chosen, self._threads)
+        if not self._from_original:
+            passed.offer(float(found.kl.sum()))
+        return found
+
+    @torch.inference_mode()
+    def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
+        """Losses of any transformers model with this vocabulary, e.g. a re-opened checkpoint."""
+        stop = len(self.documents) if stop is None else stop
+        self.ensure_reference(stop)
+
+        def states_of(batch: list[int]) -> torch.Tensor:
+            return _hidden_states(model, [self.documents[i] for i in batch])
+
+        # it may decode its weights inside the forward: one batch at a time
+        return self._losses(model, states_of, list(self._batches(start, stop)), 1)
+
+    @contextmanager
+    def _forward(self, chosen: Sequence[list[int]], *, note: bool) -> Iterator["_Forward"]:
+        """Forward passes of what the model holds; `note` what enters its layers."""
+        before = self._choices.before(self.swap.held)
+        passed = _Forward(self.swap.model, self.documents, self._boundaries, chosen, before)
+        noting = passed.entering.noting(self.swap.model) if note else nullcontext()
+        with starting_at(self.swap.model, passed.first), noting:
+            yield passed
+
+    def _losses(
+        self,
+        model: Any,
+        states_of: Callable[[list[int]], torch.Tensor],
+        batches: list[list[int]],
+        threads: int,
+    ) -> DocumentLosses:
+        """Losses of a model whose last layer gives these states, by batch."""
+
+        def work(batch: list[int]) -> list[Row]:
+            pairs = zip(batch, states_of(batch), strict=True)
+            return [self._compare(i, model.lm_head(states)) for i, states in pairs]
+
+        rows: list[Row] = []
+        with tqdm(
+            total=sum(map(len, batches)),
+            desc=self._progress,
+            disable=self._progress is None,
+            leave=False,
+        ) as bar:
+            for found in _mapped(work, batches, threads):
+                rows += found
+                bar.update(len(found))
+        return losses_of(rows)
+
+    @torch.inference_mode()
+    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
+        """KL, top-1, overlap and nll of one document from another runtime's logits."""
+        self.ensure_reference(index + 1)
+        return self._compare(index, torch.from_numpy(logits))
+
+    @torch.inference_mode()
+    def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
+        """Logits `(tokens, vocabulary)` of what the model holds now, on one document."""
+        model = self.swap.model
+        logits: torch.Tensor = model.lm_head(_hidden_states(model, [self.documents[index]])[0])
+        return logits.cpu().numpy()
+
+    @torch.inference_mode()
+    def ensure_reference(self, stop: int) -> None:
+        """Runs the original on the documents before `stop` that it has not seen.
+
+        What the model holds meanwhile is put back. The batches do not depend on what was asked
+        for before, because sums over other batches differ in the last bit.
+        """
+        if all(i in self._hidden for i in range(stop)):
+            return
+        with self.swap.original() as model:
+            if self._head is None:
+                self._head = model.lm_head.weight.clone()
+            missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
+
+            with self._forward(missing, note=self._from_original) as passed:
+                found = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
+                for batch, states in zip(missing, found, strict=True):
+                    self._hidden.update(zip(batch, states, strict=True))
+            if self._from_original:
+                passed.offer(0.0)
+
+    @torch.inference_mode()
+    def reference(self, index: int) -> torch.Tensor:
+        """The original's log-probabilities on one document, `(tokens, vocabulary)`."""
+        self.ensure_reference(index + 1)
+        return self._reference(index)
+
+    def _reference(self, index: int) -> torch.Tensor:
+        if index in self._log_probs:
+            return self._log_probs[index]
+        assert self._head is not None
+        log_probs = torch.log_softmax(self._hidden[index] @ self._head.T, -1)
+        if log_probs.nbytes <= self._cache_bytes:
+            self._cache_bytes -= log_probs.nbytes
+            self._log_probs[index] = log_probs
+        return log_probs
+
+    def _compare(self, index: int, logits: torch.Tensor) -> Row:
+        p_log = self._reference(index)
+        if index not in self._top1:
+            self._top1[index] = p_log.argmax(-1)
+        logits = logits.to(p_log.device)
+        return compare(p_log, self._top1[index], logits, self.documents[index].ids)
+
+    def _batches(self, start: int, stop: int) -> Iterator[list[int]]:
+        return batches(self.documents, start, stop, n_tokens=self.batch_tokens)
+
+    def _all(self) -> list[list[int]]:
+        return list(self._batches(0, len(self.documents)))
+
+
+class _Forward:
+    """Passes of a model over batches, from the first layer that is a new one.
+
+    Attributes:
+        first: that layer; before it the model is what `boundaries` know.
+        entering: what entered its layers, where that is noted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        documents: Sequence[Document],
+        boundaries: Boundaries,
+        chosen: Sequence[list[int]],
+        before: list[str],
+    ) -> None:
+        self._model, self._documents, self._boundaries = model, documents, boundaries
+        self._span, self._before = tuple(map(tuple, chosen)), before
+        self.first = boundaries.first(self._span, before)
+        self._begin = boundaries.entered(self._span, self.first) if self.first else {}
+        self.entering = Entering()
+        self._entered: dict[int, dict[tuple[int, ...], torch.Tensor]] = {
+            layer: {} for layer in range(self.first, len(before))
+        }
+
+    def states(self, batch: list[int]) -> torch.Tensor:
+        """The last layer's output `(documents, length, hidden)`; from any thread."""
+        self.entering.states = []
+        if self.first:
+            given = {"inputs_embeds": self._begin[tuple(batch)]}
+        else:
+            given = {"input_ids": token_ids(self._model, [self._documents[i] for i in batch])}
+        found: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
+        for layer, entered in enumerate(self.entering.states, self.first):
+            self._entered[layer][tuple(batch)] = entered
+        return found
+
+    def offer(self, loss: float) -> None:
+        """Lets later candidates begin with this one's layers, if it is the best."""
+        self._boundaries.offer(self._span, loss, self._before, self._entered)
+
+
+def compare(
+    p_log: torch.Tensor, top1: torch.Tensor, logits: torch.Tensor, ids: Sequence[int]
+) -> Row:
+    """KL, top-1 agreement, overlap and nll, means over the positions of one document.
+
+    Args:
+        p_log: the original's log-probabilities, `(tokens, vocabulary)`.
+        top1: their greatest, `(tokens,)`.
+        logits: the candidate's.
+        ids: the tokens.
+    """
+    following = torch.tensor(ids[1:]).to(logits.device)
+    values: list[list[torch.Tensor]] = [[], [], [], []]
+    for start in range(0, len(logits), _ROWS):
+        rows = slice(start, start + _ROWS)
+        predicted = following[rows]
+        values[1].append(logits[rows].argmax(-1) == top1[rows])
+        q_log = torch.log_softmax(logits[rows], -1)
+        values[3].append(-q_log[: len(predicted)].gather(1, predicted[:, None])[:, 0])
+        p = p_log[rows].exp()
+        values[0].append(torch.linalg.vecdot(p, p_log[rows] - q_log))
+        values[2].append(1 - 0.5 * p.sub_(q_log.exp_()).abs_().sum(-1).double())
+    kl, agreed, overlap, nll = (float(torch.cat(v).double().mean()) for v in values)
+    return kl, agreed, overlap, nll
+
+
+def losses_of(rows: Sequence[Row]) -> DocumentLosses:
+    """What `compare` gave for each document."""
+    return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
+
+
+def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """`work` of every item, in order; several at once, each on one core.
+
+    Batches side by side use cores better than one batch on all of them: most of a small model's
+    time goes to operations too short to split.
+    """
+
+    def quiet(item: T) -> R:
+        with torch.inference_mode():  # it is a thread's own
+            return work(item)
+
+    if threads == 1 or len(items) < 2:
+        yield from map(quiet, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        yield from pool.map(quiet, items)
+
+
+def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
+    ids = token_ids(model, documents)
+    hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def mean(values: Array, documents: Sequence[Document]) -> float:
+    """Token-weighted mean of per-document values."""
+    weights = np.array([len(d.ids) for d in documents], np.float64)
+    return float(np.average(values, weights=weights))
+
+
+def by_domain(values: Array, documents: Sequence[Document]) -> dict[str, float]:
+    """Token-weighted mean per domain."""
+    domains = sorted({d.domain for d in documents})
+    return {
+        domain: mean(
+            values[[d.domain == domain for d in documents]],
+            [d for d in documents if d.domain == domain],
+        )
+        for domain in domains
+    }
+
+
+def perplexity(nll: Array, documents: Sequence[Document]) -> float:
+    """exp of the mean negative log-likelihood of all predicted tokens."""
+    n_predicted = np.array([len(d.ids) - 1 for d in documents], np.float64)
+    return math.exp(float(np.average(nll, weights=n_predicted)))

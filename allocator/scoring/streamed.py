@@ -1,0 +1,523 @@
+"""Candidates side by side, layer by layer: the checkpoint need not fit in memory.
+
+In: a layout, encoded weights, documents. Out: `DocumentLosses` of any number of allocations.
+Invariants: what `Scorer` computes, up to the order of float32 sums; in one pass every matrix of a
+layer is read from the checkpoint at most once, however many candidates there are; candidates that
+agree up to a layer are one computation up to there. In memory are hidden states (tokens x hidden of
+every different computation, twice while experts run), one layer without its routed experts, two
+routed experts (one is read ahead), and the logits of some documents.
+
+A MoE block is a sum: what its routed experts give is added to the rest of its layer. So a layer
+runs in two steps. First everything else, batch by batch, as the architecture's own module computes
+it, routed experts giving zero; their inputs and gates are kept. Then expert by expert, over all
+tokens of all candidates: its original weights are read once, encoded in whatever formats the
+candidates lack, and each candidate adds what its own decoded weights give. An expert
+that no token reaches is neither read nor encoded.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from allocator.checkpoint.tensors import Floats, read_tensor
+from allocator.decision.allocation import Allocation
+from allocator.families import Role
+from allocator.scoring.candidates import Candidate, Weights
+from allocator.scoring.documents import Document, batches
+from allocator.scoring.experts import Observer
+from allocator.scoring.kv_cache import KeysValues, attach, keys_values
+from allocator.scoring.layer_files import LayerFiles
+from allocator.scoring.layer_inputs import Choices
+from allocator.scoring.scorer import DocumentLosses, Documents, Row, Scorer, compare, losses_of
+from allocator.scoring.swap_model import (
+    check_names,
+    empty,
+    install,
+    install_kept,
+    moe_block,
+    place,
+    resize_router,
+    set_experts_used,
+    skeleton,
+)
+from allocator.targets import Group, Kept, Layout
+
+_ROWS_BYTES = 128 << 20  # of the head, decoded at a time
+_LOGITS_BYTES = 512 << 20  # of all distributions of the documents compared at a time
+_PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
+
+
+@dataclass(eq=False)
+class States:
+    """Hidden states that some candidates have in common so far.
+
+    Attributes:
+        candidate: one of them.
+        members: whose they are.
+        hidden: by batch, `(documents, length, hidden)`.
+        routed: by batch, while a layer runs.
+    """
+
+    candidate: Candidate
+    members: list[int]
+    hidden: list[torch.Tensor]
+    routed: list[Routed] = field(default_factory=list)
+
+
+class StreamedModel:
+    """A transformers model with memory for one layer at a time.
+
+    Args:
+        layout: the groups.
+        weights: where their values come from.
+        device: torch's, that computes, and holds the layer and all states.
+    """
+
+    def __init__(self, layout: Layout, weights: Weights, *, device: str = "cpu") -> None:
+        self.layout = layout
+        self.inventory = layout.inventory
+        self.weights = weights
+        self.model = skeleton(self.inventory.path, device)
+        self.inventory.check_unchanged()  # transformers has read config.json again
+        self.device = torch.device(device)
+        check_names(self.model, layout)
+        self.original = Candidate.original(layout)
+        self.choices = Choices(layout)
+        self._keys_values: dict[str, KeysValues | None] = {}
+        self._kept_as: KeysValues | None = None
+        attach(self.model, lambda: self._kept_as)
+        self._taken: list[Routed] = []
+        self._kept_values: dict[str, Floats] = {}
+        for layer in layout.layers:
+            moe_block(self.model, layer).experts.forward = self._take
+        self._groups: dict[int | None, list[Group]] = {}
+        for group in layout.groups.values():
+            self._groups.setdefault(group.layer, []).append(group)
+        self._kept: dict[int | None, list[Kept]] = {}
+        for kept in layout.kept:
+            self._kept.setdefault(kept.layer, []).append(kept)
+
+    def layer_files(
+        self, folder: Path, documents: Sequence[Document], batch_tokens: int, of: str = ""
+    ) -> LayerFiles:
+        """Where a pass over these documents keeps its states, and its batches.
+
+        Args:
+            folder: an existing one, of this pass alone.
+            documents: of the pass.
+            batch_tokens: tokens per batch.
+            of: what its files belong to.
+        """
+        chosen = [
+            [documents[i] for i in batch]
+            for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
+        ]
+        width = int(self.inventory.config["hidden_size"])
+        return LayerFiles(folder, chosen, width, self.device, of)
+
+    def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
+        """The original's states before the first layer, for documents by batch."""
+        return States(self.original, [0], self.embed(chosen, self.original))
+
+    def embed(
+        self, chosen: Sequence[Sequence[Document]], candidate: Candidate
+    ) -> list[torch.Tensor]:
+        """Embeddings of documents of one length by batch, `(documents, length, hidden)`."""
+        ids = [torch.tensor([d.ids for d in batch]) for batch in chosen]
+        group = self.layout.groups[str(Role.EMBEDDING)]
+        found = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
+        for start, rows in self._chunks(group, candidate):
+            for batch, values in zip(ids, found, strict=True):
+                here = (batch >= start) & (batch < start + len(rows))
+                values[here] = rows[batch[here] - start]
+        return [values.to(self.device) for values in found]
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies, from the last layer's output."""
+        for kept in self._kept[None]:
+            install_kept(self.model, kept, read_tensor(self.inventory, kept.source), None)
+        found: torch.Tensor = self.model.model.norm(hidden)
+        return found
+
+    def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
+        """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
+        return self.head(self.normed(hidden), candidate)
+
+    def all_logits(self, asked: Sequence[tuple[Candidate, torch.Tensor]]) -> list[torch.Tensor]:
+        """`logits` of several candidates' states; a head that some share is read once."""
+        found: dict[int, torch.Tensor] = {}
+        by_format: dict[str | None, list[int]] = {}
+        for i, (candidate, _) in enumerate(asked):
+            by_format.setdefault(candidate.format_of[self.output.name], []).append(i)
+        for places in by_format.values():
+            hidden = [asked[i][1] for i in places]
+            logits = self.logits(torch.cat(hidden), asked[places[0]][0])
+            found |= zip(places, torch.split(logits, [len(h) for h in hidden]), strict=True)
+        return [found[i] for i in range(len(asked))]
+
+    def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
+        """Logits `(tokens, vocabulary)` of what the head multiplies."""
+        found = torch.empty(len(normed), self.output.shape[0], device=self.device)
+        for start, rows in self._chunks(self.output, candidate):
+            torch.mm(normed, rows.to(self.device).T, out=found[:, start : start + len(rows)])
+        return found
+
+    def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient `(tokens, hidden)` of what the original's head multiplies."""
+        found = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
+        for start, rows in self._chunks(self.output, self.original):
+            found += gradient[:, start : start + len(rows)] @ rows.to(self.device)
+        return found
+
+    @property
+    def output(self) -> Group:
+        """The group that the head multiplies with."""
+        role = Role.EMBEDDING if self.inventory.tied_embeddings else Role.HEAD
+        return self.layout.groups[str(role)]
+
+    def _chunks(self, group: Group, candidate: Candidate) -> Iterator[tuple[int, torch.Tensor]]:
+        step = max(1, _ROWS_BYTES // (4 * group.shape[-1]))
+        return self.weights.chunks(candidate, group, step)
+
+    def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
+        """Runs one layer, in place; `observe` sees its routed experts."""
+        for held in states:
+            self.install(layer, held.candidate)
+            for i, hidden in enumerate(held.hidden):
+                held.hidden[i] = self.forward(layer, hidden)
+            held.routed = self.taken()
+        self.leave(layer)
+        if layer in self.layout.layers:
+            self._run_experts(layer, states, observe)
+
+    def leave(self, layer: int) -> None:
+        """Frees the memory of a layer."""
+        self.weights.forget()
+        self._kept_values.clear()
+        empty(self.model.model.layers[layer])
+
+    def install(self, layer: int, candidate: Candidate) -> None:
+        """Everything of a layer but its routed experts."""
+        if candidate.kv_format not in self._keys_values:
+            made = keys_values(self.inventory.config, candidate.kv_format)
+            self._keys_values[candidate.kv_format] = made
+        self._kept_as = self._keys_values[candidate.kv_format]
+        retained = candidate.retained_experts.get(layer)
+        if retained is not None:
+            resize_router(self.model, layer, len(retained))
+            set_experts_used(self.model, (layer,), candidate.experts_used)
+        for group in self._groups[layer]:
+            if not group.role.is_expert:
+                values = self.weights.of(candidate, group)
+                if group.role in (Role.K_B, Role.V_B):  # halves of one matrix
+                    install(self.model, self.inventory.config, group, values)
+                else:
+                    place(self.model, group, values)
+        for kept in self._kept[layer]:
+            install_kept(self.model, kept, self._kept_of(kept), retained)
+
+    def _kept_of(self, kept: Kept) -> Floats:
+        if kept.source not in self._kept_values:
+            self._kept_values[kept.source] = read_tensor(self.inventory, kept.source)
+        return self._kept_values[kept.source]
+
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A layer as the architecture computes it, its routed experts giving zero."""
+        inner = self.model.model
+        whole, norm = inner.layers, inner.norm
+        inner.layers, inner.norm = whole[layer : layer + 1], nn.Identity()
+        try:
+            found: torch.Tensor = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        finally:
+            inner.layers, inner.norm = whole, norm
+        return found
+
+    def taken(self) -> list[Routed]:
+        """What routed experts were asked for by `forward` since the last call, by batch."""
+        found, self._taken = self._taken, []
+        return found
+
+    def _take(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        self._taken.append((hidden, index, gates))
+        return torch.zeros_like(hidden)
+
+    def _run_experts(self, layer: int, states: Sequence[States], observe: Observer | None) -> None:
+        """Adds what the routed experts give, expert by expert."""
+        groups = self.projections(layer)
+        act = moe_block(self.model, layer).experts.act_fn
+        routings = []
+        for held in states:
+            routings.append(Routing(held.routed, held.candidate.retained_experts[layer]))
+            held.routed = []
+        reached = sorted({e for routing in routings for e in routing.reached})
+        candidates = [held.candidate for held in states]
+        for expert in self.weights.in_turn(reached, groups, candidates):
+            alike: dict[tuple[str | None, ...], list[int]] = {}
+            for i, candidate in enumerate(candidates):
+                if expert in routings[i].reached:
+                    formats = tuple(self.weights.format_of(candidate, g, expert) for g in groups)
+                    alike.setdefault(formats, []).append(i)
+            for members in alike.values():
+                weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
+                add_expert([routings[i] for i in members], expert, weights, act, observe)
+        for held, routing in zip(states, routings, strict=True):
+            routing.add_to(held.hidden)
+
+    def expert(self, candidate: Candidate, group: Group, expert: int) -> torch.Tensor:
+        """One routed expert's matrix of a projection, where the model computes."""
+        return torch.from_numpy(self.weights.of(candidate, group, expert)).to(self.device)
+
+    def groups(self, layer: int | None) -> list[Group]:
+        """Groups of a layer; of none: embedding and head."""
+        return self._groups[layer]
+
+    def projections(self, layer: int) -> list[Group]:
+        """The groups gate, up and down of a layer's routed experts."""
+        by_role = {g.role: g for g in self._groups[layer]}
+        return [by_role[role] for role in _PROJECTIONS]
+
+
+class Routing:
+    """The routed experts of one layer, over all tokens of one computation.
+
+    Args:
+        routed: by batch.
+        retained: the experts that routers chose among, in order.
+
+    Attributes:
+        inputs: of all tokens, `(tokens, hidden)`.
+        gates: of all choices, `(tokens * k,)`.
+        reached: experts that some token chose.
+    """
+
+    def __init__(self, routed: Sequence[Routed], retained: Sequence[int]) -> None:
+        self.inputs, index, gates = (torch.cat(each) for each in zip(*routed, strict=True))
+        self.gates = gates.reshape(-1)
+        self._k = index.shape[-1]
+        self._order = index.reshape(-1).argsort(stable=True)
+        counts = index.reshape(-1).bincount(minlength=len(retained)).tolist()
+        ends = np.cumsum(counts).tolist()
+        self.reached = {
+            expert: slice(end - count, end)
+            for expert, count, end in zip(retained, counts, ends, strict=True)
+            if count
+        }
+        self._sum = torch.zeros_like(self.inputs)
+
+    def places(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where an expert was chosen: among `gates`, and by which tokens."""
+        places = self._order[self.reached[expert]]
+        return places, places // self._k
+
+    def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds to what the routed experts give to some tokens."""
+        self._sum.index_add_(0, tokens, values)
+
+    def add_to(self, batches: Sequence[torch.Tensor]) -> None:
+        """Adds the sum to a layer's outputs, `(documents, length, hidden)` by batch."""
+        for hidden, mine in zip(batches, by_batch(self._sum, batches), strict=True):
+            hidden += mine
+
+
+def add_expert(
+    routings: Sequence[Routing],
+    expert: int,
+    weights: Sequence[torch.Tensor],
+    act: Any,
+    observe: Observer | None,
+) -> None:
+    """What one expert gives to its tokens in several computations, times their gates."""
+    gate, up, down = weights
+    places = [routing.places(expert) for routing in routings]
+    chosen = list(zip(routings, places, strict=True))
+    x = torch.cat([routing.inputs[tokens] for routing, (_, tokens) in chosen])
+    gates = torch.cat([routing.gates[place] for routing, (place, _) in chosen])
+    inner = act(x @ gate.T).mul_(x @ up.T)
+    outputs = inner @ down.T
+    if observe is not None:
+        observe(expert, x, inner, outputs, gates)
+    outputs.mul_(gates[:, None])
+    parts = torch.split(outputs, [len(tokens) for _, tokens in places])
+    for (routing, (_, tokens)), values in zip(chosen, parts, strict=True):
+        routing.add(tokens, values)
+
+
+def by_batch(flat: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`(tokens, hidden)` in the shapes of `batches`."""
+    sizes = [hidden.shape[0] * hidden.shape[1] for hidden in batches]
+    return [
+        part.view(hidden.shape)
+        for part, hidden in zip(torch.split(flat, sizes), batches, strict=True)
+    ]
+
+
+class StreamedScorer(Documents):
+    """Scores allocations on fixed documents, many in one pass.
+
+    Args:
+        model: several scorers may share one.
+        documents: what is scored, in this order.
+        side_by_side: candidates in one pass; more take further passes.
+        batch_tokens: tokens per forward pass of a layer.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        documents: Sequence[Document],
+        *,
+        side_by_side: int = 8,
+        batch_tokens: int = 2048,
+    ) -> None:
+        super().__init__(documents)
+        self.model = model
+        self.side_by_side = side_by_side
+        self.batch_tokens = batch_tokens
+        self._reference: dict[int, torch.Tensor] = {}
+        self._last: tuple[Candidate, list[torch.Tensor]]
+
+    def score(
+        self, allocation: Allocation, start: int = 0, stop: int | None = None
+    ) -> DocumentLosses:
+        """Losses of an allocation on `documents[start:stop]`."""
+        return self.score_many([allocation], start, stop)[0]
+
+    def score_original(self) -> DocumentLosses:
+        """Losses of the original: no divergence, its own likelihoods."""
+        return self.score_many([self.model.original])[0]
+
+    def score_many(
+        self, candidates: Sequence[Allocation | Candidate], start: int = 0, stop: int | None = None
+    ) -> list[DocumentLosses]:
+        """Losses of several candidates on `documents[start:stop]`, `side_by_side` in one pass.
+
+        The original runs with them where it has not run on these documents before; its final
+        hidden states are kept: tokens x hidden.
+        """
+        return list(self.each(candidates, start, stop))
+
+    def each(
+        self, candidates: Iterable[Allocation | Candidate], start: int = 0, stop: int | None = None
+    ) -> Iterator[DocumentLosses]:
+        """The same, as they are asked for."""
+        stop, left = len(self.documents) if stop is None else stop, iter(candidates)
+        while together := list(islice(left, self.side_by_side)):
+            yield from self._pass(together, start, stop)
+
+    @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
+    def _pass(
+        self, candidates: Sequence[Allocation | Candidate], start: int, stop: int
+    ) -> list[DocumentLosses]:
+        self.model.weights.release()
+        chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
+        wanted = [c if isinstance(c, Candidate) else Candidate.of(c) for c in candidates]
+        known = all(i in self._reference for i in range(start, stop))
+        if not known:
+            wanted.append(self.model.original)
+        final = self._final_states(wanted, chosen)
+        if not known:
+            for batch, hidden in zip(chosen, final.pop(), strict=True):
+                self._reference.update(zip(batch, hidden, strict=True))
+        self._last = wanted[len(candidates) - 1], [h for batch in final[-1] for h in batch]
+        rows: list[list[Row]] = [[] for _ in candidates]
+        for span in self._spans(start, stop, len(candidates) + 1):
+            self._compare(span, start, wanted[: len(rows)], final, rows)
+        return [losses_of(found) for found in rows]
+
+    @torch.no_grad()
+    def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
+        """Logits `(tokens, vocabulary)` of the last candidate of the last pass, on a document."""
+        candidate, states = self._last
+        logits = self.model.logits(states[index], candidate)
+        found: npt.NDArray[np.float32] = logits.cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
+        """KL, top-1, overlap and nll of a document of the last pass, from a runtime's logits."""
+        states = self._reference[index]
+        p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
+        found = torch.from_numpy(logits).to(p_log.device)
+        return compare(p_log, p_log.argmax(-1), found, self.documents[index].ids)
+
+    def _final_states(
+        self, wanted: Sequence[Candidate], chosen: list[list[int]]
+    ) -> list[list[torch.Tensor]]:
+        """The last layer's output by batch, for every one of `wanted`."""
+        states = self._split(None, [States(wanted[0], list(range(len(wanted))), [])], wanted)
+        for held in states:
+            held.hidden = self.model.embed(
+                [[self.documents[i] for i in batch] for batch in chosen], held.candidate
+            )
+        self.model.weights.forget()
+        for layer in range(self.model.inventory.n_layers):
+            states = self._split(layer, states, wanted)
+            self.model.run(layer, states)
+        found: list[list[torch.Tensor]] = [[] for _ in wanted]
+        for held in states:
+            for member in held.members:
+                found[member] = held.hidden
+        return found
+
+    def _split(
+        self, layer: int | None, states: Sequence[States], wanted: Sequence[Candidate]
+    ) -> list[States]:
+        """Computations that are still the same through a layer stay together."""
+        found = []
+        for held in states:
+            members: dict[Any, list[int]] = {}
+            for i in held.members:
+                members.setdefault(self.model.choices.of(layer, wanted[i]), []).append(i)
+            found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
+        return found
+
+    def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
+        """Documents of which `n` distributions fit in memory at once; at least one."""
+        most = max(1, _LOGITS_BYTES // (4 * n * int(self.model.inventory.config["vocab_size"])))
+        first = start
+        while first < stop:
+            last, n_tokens = first + 1, len(self.documents[first].ids)
+            while last < stop and n_tokens + len(self.documents[last].ids) <= most:
+                n_tokens += len(self.documents[last].ids)
+                last += 1
+            yield range(first, last)
+            first = last
+
+    def _compare(
+        self,
+        span: range,
+        start: int,
+        candidates: Sequence[Candidate],
+        final: Sequence[Sequence[torch.Tensor]],
+        rows: list[list[Row]],
+    ) -> None:
+        """Appends the rows of some documents."""
+        lengths = [len(self.documents[i].ids) for i in span]
+        asked = [(self.model.original, torch.cat([self._reference[i] for i in span]))]
+        for candidate, hidden in zip(candidates, final, strict=True):
+            flat = [states for batch in hidden for states in batch]
+            asked.append((candidate, torch.cat([flat[i - start] for i in span])))
+        reference, *others = self.model.all_logits(asked)
+        original = torch.split(torch.log_softmax(reference, -1), lengths)
+        tops = [log_probs.argmax(-1) for log_probs in original]
+        for logits, found in zip(others, rows, strict=True):
+            found += [
+                compare(p_log, top1, q, self.documents[i].ids)
+                for p_log, top1, q, i in zip(
+                    original, tops, torch.split(logits, lengths), span, strict=True
+                )
+            ]
+
+
+AnyScorer = Scorer | StreamedScorer
+"""With the model in memory, or layer by layer."""

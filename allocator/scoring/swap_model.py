@@ -1,0 +1,461 @@
+"""A transformers model whose weights can be exchanged group by group.
+
+In: an inventory. Out: `SwapModel`, the architecture in float32 with the original's weights, into
+which retained experts and decoded groups are put. Invariant (scored as deployed): a removed expert
+is gone from the router before top-k, gates are renormalised by the architecture's own router code,
+and the weights are the decoded ones of the file.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.tensors import Floats, read_tensor
+from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.errors import AllocatorError, CheckpointError, first_line
+from allocator.families import Role
+from allocator.formats import parts
+from allocator.scoring.candidates import Candidate
+from allocator.scoring.documents import Document
+from allocator.scoring.experts import use_sorted_experts
+from allocator.scoring.kv_cache import KeysValues, attach, keys_values
+from allocator.targets import Group, Kept, Layout
+from allocator.targets.group_weights import group_weights
+from allocator.units import show_bytes
+
+
+def skeleton(path: Path, device: str = "cpu") -> Any:
+    """The architecture of a checkpoint in float32, parameters on the meta device, buffers real.
+
+    How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
+
+    Args:
+        path: of the checkpoint.
+        device: torch's, where buffers are, and parameters will be.
+
+    Raises:
+        CheckpointError: if transformers does not accept its config.
+    """
+    from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        for key in ("n_group", "topk_group"):  # null stands for no groups
+            if getattr(config, key, 1) is None:
+                setattr(config, key, 1)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+    except (
+        OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())  # some are of several lines
+        raise CheckpointError(f"{path}: transformers refuses its config.json: {reason}") from None
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval().requires_grad_(False)
+
+
+_REASON = 120  # characters: torch lists all that it knows
+
+
+def check_device(name: str) -> None:
+    """Raises:
+    AllocatorError: if torch cannot compute there.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            float(torch.ones(1, device=name) + 1)
+    except Exception as error:  # whatever a backend raises
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        reason = first_line(error)[:_REASON]
+        raise AllocatorError(
+            f"torch device {name!r}: {reason} (torch {torch.__version__} is built for {built}); "
+            "needed cpu, or a device of this machine that this torch knows, e.g. cuda"
+        ) from None
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: its buffers are never on the meta device."""
+    found: torch.device = next(model.buffers()).device
+    return found
+
+
+def token_ids(model: Any, documents: Sequence[Document]) -> torch.Tensor:
+    """Ids of documents of one length, `(documents, length)`, where a model computes."""
+    return torch.tensor([d.ids for d in documents]).to(device_of(model))
+
+
+def moe_block(model: Any, layer: int) -> Any:
+    """The routed block of a layer."""
+    return model.model.layers[layer].mlp
+
+
+def resize_experts(model: Any, layer: int, n_experts: int) -> None:
+    """Gives a layer's router and experts room for `n_experts`; their values are undefined then."""
+    resize_router(model, layer, n_experts)
+    experts = moe_block(model, layer).experts
+    experts.num_experts = n_experts
+    _resize(experts, ("gate_up_proj", "down_proj"), n_experts, device_of(model))
+
+
+def resize_router(model: Any, layer: int, n_experts: int) -> None:
+    """Gives a layer's router room for `n_experts`; its values are undefined then."""
+    gate = moe_block(model, layer).gate
+    gate.num_experts = n_experts
+    _resize(gate, ("weight", "e_score_correction_bias"), n_experts, device_of(model))
+
+
+def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.device) -> None:
+    for name in names:
+        old = getattr(module, name, None)
+        if old is None:
+            continue
+        new = _memory((n_experts, *old.shape[1:]), device)
+        if isinstance(old, nn.Parameter):
+            setattr(module, name, nn.Parameter(new, requires_grad=False))
+        else:
+            module.register_buffer(name, new)
+
+
+def empty(module: nn.Module) -> None:
+    """Frees the memory of a module's parameters: they are on the meta device again."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:
+    """Routed experts per token, in every MoE layer."""
+    for layer in layers:
+        moe_block(model, layer).gate.top_k = experts_used
+
+
+def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # else nothing could be put in outside of inference mode
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def parameter_of(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer by its dotted name, with memory of its own.
+
+    Raises:
+        CheckpointError: if the architecture has none of that name.
+    """
+    tensor = _existing(model, name)
+    if tensor.is_meta:
+        module_name, _, attribute = name.rpartition(".")
+        memory = _memory(tuple(tensor.shape), device_of(model))
+        tensor = nn.Parameter(memory, requires_grad=False)
+        setattr(model.get_submodule(module_name), attribute, tensor)
+        if name == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
+            model.lm_head.weight = tensor
+    return tensor
+
+
+def destination(model: Any, config: Mapping[str, Any], group: Group) -> torch.Tensor:
+    """A view of the model's memory with the group's shape; writing into it installs the group."""
+    return view_of(lambda name: parameter_of(model, name), config, group)
+
+
+def view_of(
+    tensor_of: Callable[[str], torch.Tensor], config: Mapping[str, Any], group: Group
+) -> torch.Tensor:
+    """A view of a parameter, or of something of its shape, with the group's shape."""
+    if group.role.is_expert:
+        experts = f"model.layers.{group.layer}.mlp.experts"
+        if group.role is Role.EXPERT_DOWN:
+            return tensor_of(f"{experts}.down_proj")
+        fused = tensor_of(f"{experts}.gate_up_proj")
+        half = fused.shape[1] // 2
+        return fused[:, :half] if group.role is Role.EXPERT_GATE else fused[:, half:]
+    weight = tensor_of(group.sources[0])
+    if group.role in (Role.K_B, Role.V_B):
+        heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
+        halves = weight.view(heads, -1, weight.shape[-1])
+        return halves[:, :nope].transpose(1, 2) if group.role is Role.K_B else halves[:, nope:]
+    return weight
+
+
+def install(model: Any, config: Mapping[str, Any], group: Group, values: Floats) -> None:
+    """Puts a group's values, `group.shape_with(retained)`, into the model.
+
+    Raises:
+        CheckpointError: if the architecture has another shape there.
+    """
+    _fill(destination(model, config, group), values, group.name)
+
+
+def place(model: Any, group: Group, values: Floats) -> None:
+    """Makes a matrix's values a parameter of the model, which keeps no copy.
+
+    Raises:
+        CheckpointError: if the architecture has another shape there.
+    """
+    name = group.sources[0]
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    _check_shape(tuple(getattr(module, attribute).shape), values.shape, group.name)
+    there = torch.from_numpy(values).to(device_of(model))
+    setattr(module, attribute, nn.Parameter(there, requires_grad=False))
+
+
+def install_experts(
+    model: Any, config: Mapping[str, Any], group: Group, values: Floats, places: Sequence[int]
+) -> None:
+    """Puts some experts of a routed projection, `(len(places), out, in)`, into the model.
+
+    Args:
+        model: where to.
+        config: the checkpoint's.
+        group: the projection.
+        values: one matrix per expert.
+        places: where each stands among those that its layer retains.
+    """
+    view = destination(model, config, group)
+    for place, matrix in zip(places, values, strict=True):
+        _fill(view[place], matrix, group.name)
+
+
+def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...] | None) -> None:
+    """Puts a norm, or the retained rows of a router, into the model."""
+    rows = values[list(experts)] if kept.role.is_router and experts is not None else values
+    _fill(parameter_of(model, kept.source), np.ascontiguousarray(rows), kept.source)
+
+
+def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
+    _check_shape(tuple(tensor.shape), values.shape, name)
+    tensor.copy_(torch.from_numpy(values))
+
+
+def _check_shape(known: tuple[int, ...], found: tuple[int, ...], name: str) -> None:
+    if known != found:
+        raise CheckpointError(
+            f"{name} has shape {found} in the checkpoint, but {known} in the model of its "
+            "config.json; fetch both from one place"
+        )
+
+
+def check_names(model: Any, layout: Layout) -> None:
+    """Holds a checkpoint's tensors against the architecture of its config.json.
+
+    Raises:
+        CheckpointError: if a layer is of another kind there, or a tensor is missing, or of another
+            shape.
+    """
+    where = layout.inventory.path
+    there = {kept.source for kept in layout.kept}
+    there |= {name for group in layout.groups.values() for name in group.sources}
+    if layout.inventory.tied_embeddings:
+        there.add("lm_head.weight")
+    wanted = [name for name, _ in model.named_parameters()]
+    for layer in layout.inventory.moe_layers:
+        block, prefix = moe_block(model, layer), f"model.layers.{layer}.mlp"
+        if not hasattr(block, "experts"):
+            raise CheckpointError(
+                f"{where}: {prefix}.gate.weight is in the checkpoint, but config.json makes layer "
+                f"{layer} dense; fetch both from one place"
+            )
+        # the checkpoint has them one by one, as the inventory has seen
+        there |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
+        if hasattr(block.gate, "e_score_correction_bias"):
+            wanted.append(f"{prefix}.gate.e_score_correction_bias")
+    for name in wanted:
+        if name not in there:
+            raise CheckpointError(
+                f"{where}: no {name} in the checkpoint, which the model of its config.json has; "
+                "fetch both again, from one place"
+            )
+    for group in layout.groups.values():
+        try:
+            held = view_of(lambda name: _existing(model, name), layout.inventory.config, group)
+            shape = tuple(held.shape)
+        except RuntimeError:  # of another size altogether
+            shape = tuple(_existing(model, group.sources[0]).shape)
+        _check_shape(shape, group.shape, f"{where}: {group.name}")
+    for kept in layout.kept:
+        _check_shape(
+            tuple(_existing(model, kept.source).shape), kept.shape, f"{where}: {kept.source}"
+        )
+
+
+def _existing(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer, on the meta device or not.
+
+    Raises:
+        CheckpointError: if the architecture has none of that name.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        tensor: torch.Tensor = getattr(model.get_submodule(module_name), attribute)
+    except AttributeError:
+        raise CheckpointError(
+            f"{name} is in the checkpoint, but not in the model of its config.json; "
+            "fetch both from one place"
+        ) from None
+    return tensor
+
+
+def _check_memory(inventory: Inventory, device: str) -> None:
+    """Raises:
+    CheckpointError: if the model is larger than the memory that the device has free.
+    """
+    tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
+    on_gpu = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+    if needed > free:
+        raise CheckpointError(
+            f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
+            "are free; add a section [streamed] to study.toml: it is read layer by layer then"
+        )
+
+
+def free_memory() -> float:
+    """Bytes of memory that are free; infinite where the machine does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return math.inf
+
+
+class SwapModel:
+    """The original, with exchangeable parts.
+
+    Attributes:
+        model: the transformers model, float32.
+        retained: experts by MoE layer that it holds now.
+        experts_used: routed experts per token now.
+        kv_format: of keys and values now.
+        state: what each group holds now: `(format or parts, retained experts)`; "" for the
+            original's.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        decoded: Callable[[str, str, tuple[int, ...] | None], Floats],
+        *,
+        device: str = "cpu",
+    ) -> None:
+        """Loads the original.
+
+        Args:
+            layout: groups of the target.
+            decoded: group name, format, experts to decoded values.
+            device: torch's, that holds the model.
+        """
+        self.layout = layout
+        self.inventory: Inventory = layout.inventory
+        self._decoded = decoded
+        _check_memory(self.inventory, device)
+        self.model = skeleton(self.inventory.path, device)
+        self.inventory.check_unchanged()  # transformers has read config.json again
+        if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
+            self.model.config.tie_word_embeddings = False
+        check_names(self.model, layout)
+        use_sorted_experts(self.model, self.inventory.moe_layers)
+        self.retained: dict[int, tuple[int, ...]] = {}
+        self.experts_used = self.inventory.experts_used
+        self.kv_format = KV_FORMAT
+        self._keys_values: KeysValues | None = None
+        attach(self.model, lambda: self._keys_values)
+        self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+        self._kept = {k.source: read_tensor(self.inventory, k.source) for k in layout.kept}
+        for kept in layout.kept:
+            if not kept.role.is_router:
+                install_kept(self.model, kept, self._kept[kept.source], None)
+        self.reset()
+
+    @property
+    def held(self) -> Candidate:
+        """What it computes now."""
+        formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
+        return Candidate(formats, dict(self.retained), self.experts_used, self.kv_format)
+
+    def reset(self) -> None:
+        """The original's weights, all experts, its own number of experts used, exact keys."""
+        self.put(Candidate.original(self.layout))
+
+    @contextmanager
+    def original(self) -> Iterator[Any]:
+        """The model as the original; what it held before is put back afterwards."""
+        before = self.held
+        self.reset()
+        try:
+            yield self.model
+        finally:
+            self.put(before)
+
+    def put_allocation(self, allocation: Allocation) -> None:
+        """Makes the model what an allocation's file computes."""
+        self.put(Candidate.of(allocation))
+
+    def put(self, candidate: Candidate) -> None:
+        """Makes the model the candidate; decodes only what changes."""
+        retained = candidate.retained_experts
+        for layer, experts in retained.items():
+            if self.retained.get(layer) != experts:
+                self._retain(layer, experts)
+        for name, fmt in candidate.format_of.items():
+            group = self.layout.groups[name]
+            held = None
+            if group.role.is_expert and group.layer is not None:
+                held = retained[group.layer]
+            wanted = (fmt or "", held)
+            if self.state.get(name) == wanted:
+                continue
+            before, _ = self.state.pop(name, ("", None))  # nothing is known if what follows fails
+            if fmt is None:
+                values = group_weights(self.layout, group)
+                values = values if held is None else values[list(held)]
+                install(self.model, self.inventory.config, group, values)
+            elif held is None:
+                values = self._decoded(name, fmt, None)
+                install(self.model, self.inventory.config, group, values)
+            else:
+                self._put_experts(group, before, fmt, held)
+            self.state[name] = wanted
+        self.experts_used = candidate.experts_used
+        set_experts_used(self.model, self.layout.layers, self.experts_used)
+        if candidate.kv_format != self.kv_format:
+            self._keys_values = keys_values(self.inventory.config, candidate.kv_format)
+            self.kv_format = candidate.kv_format
+
+    def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:
+        """Decodes the experts of a projection that are not held in their format already."""
+        known = {e: fmt for fmt, experts in parts(before, held) for e in experts} if before else {}
+        for fmt, experts in parts(text, held):
+            new = tuple(e for e in experts if known.get(e) != fmt)
+            if new:
+                values = self._decoded(group.name, fmt.name, new)
+                places = [held.index(e) for e in new]
+                install_experts(self.model, self.inventory.config, group, values, places)
+
+    def _retain(self, layer: int, experts: tuple[int, ...]) -> None:
+        self.retained.pop(layer, None)  # nothing is known if what follows fails
+        for name, group in self.layout.groups.items():
+            if group.role.is_expert and group.layer == layer:
+                self.state.pop(name, None)
+        resize_experts(self.model, layer, len(experts))
+        for kept in self.layout.kept:
+            if kept.role.is_router and kept.layer == layer:
+                install_kept(self.model, kept, self._kept[kept.source], experts)
+        self.retained[layer] = experts

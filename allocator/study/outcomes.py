@@ -1,0 +1,65 @@
+"""How trials end: each is told once, by whoever closes it first.
+
+In: verdicts, and trials whose worker died. Out: closed trials. Invariant: how trials that ended
+together did is written in one piece (`VERDICTS`) before the first of them is told; what a death
+leaves untold of them is told by it, and everything else is abandoned: proposed and made again.
+"""
+
+from collections.abc import Sequence
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.study.trials import ABANDONED
+
+VERDICTS = "verdicts"
+"""User attributes of a study begin so: how trials that ended together did, by number. One for each
+worker, of its last batch or generation."""
+Verdict = tuple[str, list[float] | None]
+"""A trial's state by name, and its values."""
+
+
+def close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
+    """Tells a trial; False if somebody else has closed it."""
+    state, values = verdict
+    try:
+        study.tell(number, values, state=TrialState[state])
+    except (UpdateFinishedTrialError, ValueError):  # the latter where Optuna sees it beforehand
+        if not study.get_trials(deepcopy=False)[number].state.is_finished():
+            raise
+        return False
+    return True
+
+
+def abandon(study: optuna.Study, trial_id: int, number: int, why: str | bool = True) -> bool:
+    """Closes a trial so that its proposal is made again; False if somebody else has closed it."""
+    try:
+        study._storage.set_trial_user_attr(trial_id, ABANDONED, why)
+    except UpdateFinishedTrialError:
+        return False
+    return close(study, number, (TrialState.FAIL.name, None))
+
+
+def close_abandoned(study: optuna.Study, dead: Sequence[FrozenTrial] | None = None) -> int:
+    """Closes RUNNING trials of dead workers.
+
+    Args:
+        study: theirs.
+        dead: all that are RUNNING by default, which is right only where no other search lives.
+
+    Returns:
+        How many were abandoned; those that had ended, but for being told so, are not among them.
+    """
+    if dead is None:
+        dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    verdicts = _verdicts(study)
+    ended = [t for t in dead if str(t.number) in verdicts]
+    for trial in ended:
+        close(study, trial.number, verdicts[str(trial.number)])
+    return sum(abandon(study, t._trial_id, t.number) for t in dead if t not in ended)
+
+
+def _verdicts(study: optuna.Study) -> dict[str, Verdict]:
+    written = (v for key, v in study.user_attrs.items() if key.startswith(VERDICTS))
+    return {number: verdict for verdicts in written for number, verdict in verdicts.items()}

@@ -1,0 +1,90 @@
+"""What a trial says of itself: the names of its attributes, and what samplers and studies read.
+
+In: Optuna's trials. Out: the allocation that one scored, its cost, the best of several. Invariant:
+an abandoned trial (its process died) counts for nothing; its proposal is made again.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from allocator.decision.allocation import Allocation
+from allocator.errors import StudyError
+
+ALLOCATION, KIND, LOSSES, RESULT = "allocation", "kind", "losses", "result"
+ABANDONED = "abandoned"
+"""User attribute of a trial whose process died, or gave it up; see `is_abandoned`."""
+DOUBLED = "doubled"
+"""Its value where another worker was scoring the same: the next try has other random numbers."""
+PROPOSAL = "proposal"
+"""System attribute of a trial: the number that its random state is from; abandoned ones free it."""
+LOOKED = "auto:forward_tokens"
+"""System attribute of the trial before which a look was taken: what that cost."""
+
+Key = tuple[tuple[str, Any], ...]
+
+
+def allocation_of(trial: FrozenTrial) -> Allocation:
+    """What a trial scored; the only reader of a trial's decision.
+
+    Raises:
+        StudyError: if the trial scored nothing.
+    """
+    if ALLOCATION not in trial.user_attrs:
+        raise StudyError(f"trial {trial.number} scored no allocation ({trial.state.name})")
+    return Allocation.from_json(trial.user_attrs[ALLOCATION])
+
+
+def is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether a trial counts as no proposal: it failed because its process died or gave it up.
+
+    One that ended otherwise with that attribute was told just before it would have been taken over.
+    """
+    return trial.state == TrialState.FAIL and ABANDONED in trial.user_attrs
+
+
+def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
+    """Trials before a number (all by default) that were not abandoned."""
+    trials = study.get_trials(deepcopy=False)[:before]
+    return [t for t in trials if not is_abandoned(t)]
+
+
+def forward_tokens(trial: FrozenTrial) -> int:
+    """Tokens through all layers that a trial cost, the look before it included."""
+    scored: int = trial.user_attrs.get(RESULT, {}).get("tokens", 0)
+    looked: int = trial.system_attrs.get(LOOKED, 0)
+    return scored + looked
+
+
+def best_complete(
+    trials: Iterable[FrozenTrial], *, nbytes: float = float("inf")
+) -> FrozenTrial | None:
+    """The COMPLETE trial of least loss within some bytes; of equal ones the first."""
+    done = (t for t in trials if t.state == TrialState.COMPLETE and t.values[1] <= nbytes)
+    return min(done, key=lambda t: (t.values[0], t.number), default=None)
+
+
+def key_of(params: dict[str, Any]) -> Key:
+    """Tells proposals apart."""
+    return tuple(sorted(params.items()))
+
+
+def proposed(study: Study) -> set[Key]:
+    """Keys of all proposals so far."""
+    return {key_of(t.params) for t in not_abandoned(study)}
+
+
+def trial_counts(study: Study) -> dict[str, int]:
+    """How many trials ended how; abandoned ones, which were made again, are left out."""
+    states = [t.state for t in not_abandoned(study)]
+    return {
+        s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    }
+
+
+def complete_trials(study: Study) -> list[FrozenTrial]:
+    """Trials scored on the full search split, best loss first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(trials, key=lambda t: (t.values[0], t.values[1], t.number))

@@ -1,0 +1,1 @@
+"""Target `gguf`: stock llama.cpp."""

@@ -1,0 +1,1 @@
+"""Conformance cases that a new family, codec, runtime or sampler inherits."""

@@ -1,0 +1,140 @@
+"""llama.cpp cuts text, by the file that is written, as the tokenizers library by the checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.tokenizer import read_tokenizer
+from allocator.export.gguf.llamacpp import LlamaCpp
+from allocator.targets.gguf import tokenizer as gguf_tokenizer
+
+REFERENCE = Path(__file__).parents[3] / "studies/reference/model"
+NFC = tokenizers.normalizers.NFC()
+
+
+def differences(file, strings, n=2000):
+    """Strings that the two cut otherwise; and those of them that are still cut so in NFC."""
+    found = read_tokenizer(file.inventory)
+    library = tokenizers.Tokenizer.from_file(str(found.path / "tokenizer.json"))
+    chosen = strings([a.content for a in found.added.values()], n=n)
+    raw, composed = [], []
+    with LlamaCpp(file.path, context=32, threads=1) as runtime:
+        for text in chosen:
+            ids = [*found.prefix, *library.encode(text, add_special_tokens=False).ids]
+            if runtime.tokenize(text, markup=True) == ids:
+                continue
+            raw.append(text)
+            if runtime.tokenize(NFC.normalize_str(text), markup=True) != ids:
+                composed.append(text)
+    assert len(set(chosen)) > 0.95 * n
+    return raw, composed
+
+
+def test_the_reference_models_strings(tokenizer_file, strings):
+    assert differences(tokenizer_file(REFERENCE), strings, n=700) == ([], [])
+
+
+@pytest.mark.slow
+def test_the_reference_models_2000_strings(tokenizer_file, strings):
+    assert differences(tokenizer_file(REFERENCE), strings) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_wrong_pre_tokenizer_is_seen(tokenizer_file, strings, monkeypatch):
+    monkeypatch.setattr(gguf_tokenizer, "_pre_tokenizer", lambda *_: "qwen2")
+    gguf_tokenizer._fields.cache_clear()
+    raw, _ = differences(tokenizer_file(REFERENCE), strings)
+    assert len(raw) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [
+        ("deepseek-v3", "deepseek-v3"),
+        ("deepseek-v3.1", "deepseek-v3"),
+        ("llama-3.1", "llama-bpe"),
+        ("qwen3", "qwen2"),
+    ],
+)
+def test_a_released_tokenizers_2000_strings(released, tokenizer_file, strings, name, pre):
+    """llama.cpp composes no characters: it cuts by NFC only what is in NFC already."""
+    file = tokenizer_file(released(name))
+    fields = {f.key: f.value for f in gguf_tokenizer.tokenizer(file.inventory)}
+    assert fields["tokenizer.ggml.pre"] == pre
+    raw, composed = differences(file, strings)
+    assert composed == []
+    if name == "qwen3":  # the only one of these whose normalizer is NFC
+        assert all(NFC.normalize_str(text) != text for text in raw)
+    else:
+        assert raw == []
+    print(f"{name}: {len(raw)} of 2000 strings differ, all of them not in NFC")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.1", "qwen3", "llama-3.1"])
+def test_released_markup_in_raw_text_is_no_control_token(released, tokenizer_file, name):
+    """What looks special must not be spoken by a user's text; it is read where markup is asked."""
+    file = tokenizer_file(released(name))
+    fields = {f.key: f.value for f in gguf_tokenizer.tokenizer(file.inventory)}
+    with LlamaCpp(file.path, context=32, threads=1) as runtime:
+        prefix = runtime.tokenize("")
+        for number, added in read_tokenizer(file.inventory).added.items():
+            assert runtime.tokenize(added.content, markup=True) == [*prefix, number]
+            control = fields["tokenizer.ggml.token_type"][number] == 3
+            assert (runtime.tokenize(added.content) == [*prefix, number]) is not control
+            if added.content[:2] + added.content[-2:] in ("<||>", "<｜｜>"):
+                assert control
+
+
+def test_every_pre_tokenizer_of_the_table_is_compared():
+    """gpt-2 is the reference model's; the others are held against released files."""
+    assert set(gguf_tokenizer._PRE_TOKENIZERS.values()) == {
+        "gpt-2", "qwen2", "llama-bpe", "deepseek-v3",
+    }  # fmt: skip
+
+
+def test_markup_of_added_tokens(tokenizer_file, tmp_path):
+    """Types as llama.cpp's converter gives them, seen in what llama.cpp cuts."""
+    raw = json.loads((REFERENCE / "tokenizer.json").read_text())
+    texts = [
+        "<|User|>",
+        "<｜Bot｜>",
+        "<unused7>",
+        "<pad>",
+        "<think>",
+        "[INST]",
+        "<|open",
+        "special",
+    ]
+    raw["added_tokens"] += [
+        {"id": 8192 + n, "content": text, "special": text == "special", "single_word": False,
+         "lstrip": False, "rstrip": False, "normalized": False}
+        for n, text in enumerate(texts)
+    ]  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    shutil.copy(REFERENCE / "tokenizer_config.json", tmp_path)
+    file = tokenizer_file(tmp_path)
+    with LlamaCpp(file.path, context=32, threads=1) as runtime:
+        seen = {t: runtime.tokenize(t) == [8192 + n] for n, t in enumerate(texts)}
+        assert all(runtime.tokenize(t, markup=True) == [8192 + n] for n, t in enumerate(texts))
+    assert [t for t, one in seen.items() if one] == ["<think>", "[INST]", "<|open"]
+
+
+def test_tokens_that_the_config_alone_names_are_added(tokenizer_file, tmp_path):
+    """As transformers reads them."""
+    shutil.copy(REFERENCE / "tokenizer.json", tmp_path)
+    config = json.loads((REFERENCE / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "0": {"content": "<|endoftext|>", "special": True},
+        "8190": {"content": "<think>", "special": False},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    file = tokenizer_file(tmp_path)
+    assert read_tokenizer(read_inventory(file.inventory.path)).texts[8190] == "<think>"
+    with LlamaCpp(file.path, context=32, threads=1) as runtime:
+        assert runtime.tokenize("<think>") == [8190]
