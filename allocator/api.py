@@ -162,7 +162,7 @@ def score(
     scorer = study_folder.scorer_with(importance, scored, beside=Path(allocation))
     return scorer.summary(scorer.score(decision)) | {
         "digest": decision.digest,
-        "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
+        "bytes": {"encoded": size.encoded, "kept": size.full_precision, "file": size.file},
         "effective_bits": size.encoded * 8 / study_folder.inventory.n_searched_weights,
         "experts": decision.counts,
     }
@@ -189,7 +189,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     )
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)
-    loss, predicted = surrogate.around(params), surrogate.predict(params)
+    loss, predicted = surrogate.loss_at(params), surrogate.predict(params)
     rows = []
     told = (name for name in space.distributions if name in SETTINGS)
     for name in (*(f"format.{g}" for g in space.formats), *space.count_params, *told):

@@ -471,7 +471,8 @@ class FormulaScorer:
 
 def formula_search(
     checkpoint, storage, sampler, *, target="safetensors", bounds="file", share=0.4, seed=0,
-    scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4, around=None, look_tokens=0,
+    scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4, local_prices=None,
+    gradient_tokens=0,
 ):  # fmt: skip
     """A `Search` of a checkpoint of zeros under synthetic measurements.
 
@@ -491,7 +492,7 @@ def formula_search(
     study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
     study.sampler = make_sampler(
         sampler, seed=seed, surrogate=surrogate, budget=budget, population=population,
-        around=around, look_tokens=look_tokens,
+        local_prices=local_prices, gradient_tokens=gradient_tokens,
     )  # fmt: skip
     return Search(
         study=study,

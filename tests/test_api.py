@@ -265,7 +265,7 @@ def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
         space.params(space.smallest) | {"experts.1": 10, f"format.{group}": "IQ2_XXS*8+IQ1_S"}
     )
     loss = SimpleNamespace(
-        around=lambda params: lambda name, value: 0.0, predict=lambda params: 0.0
+        loss_at=lambda params: lambda name, value: 0.0, predict=lambda params: 0.0
     )
     spec = SimpleNamespace(budget=SimpleNamespace(device=None))
     stub = SimpleNamespace(

@@ -139,11 +139,11 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
     passes = study_folder.profiler.forward_tokens
     # watching every input of the statistics pass takes half as long as the pass itself
     tokens = sum(passes.values()) + passes["statistics"] / 2
-    look_tokens = study_folder.profiler.look_tokens(study_folder.look_scorer)
+    gradient_tokens = study_folder.profiler.gradient_tokens(study_folder.gradient_scorer)
     return _Seconds(
         trial=per_token * study_folder.scorer.n_tokens,
         profile=per_token * tokens + encoding + pricing,
-        look=per_token * look_tokens + 2 * pricing,  # each format's loss, and its move
+        look=per_token * gradient_tokens + 2 * pricing,  # each format's loss, and its move
     )
 
 

@@ -275,7 +275,7 @@ def _check_counts(inventory: Inventory, counts: Sequence[int]) -> None:
 
 
 def _bounds(target: Target, layout: Layout, count: int) -> Bounds:
-    kept = sum(target.padded(k.nbytes(count)) for k in layout.kept)
+    kept = sum(target.padded(k.nbytes(count)) for k in layout.full_precision)
     sizes = [
         [target.padded(f.nbytes(g.shape_with(count))) for f in g.offered()]
         for g in layout.groups.values()

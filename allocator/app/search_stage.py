@@ -39,7 +39,7 @@ from allocator.study.initial_trials import first_trials
 from allocator.study.leases import Leases, left_here
 from allocator.study.outcomes import close_abandoned
 from allocator.study.search import Search
-from allocator.study.storages import journal_path, reaching, repair_storage
+from allocator.study.storages import journal_path, mend_storage, reaching
 from allocator.study.trials import (
     KIND,
     RESULT,
@@ -134,7 +134,7 @@ def search(
         check_tokens(study_folder, tokens, "raise --tokens")
         tokens -= pick_tokens(study_folder)
     with search_lock(study_folder.folder, join=join) as lock, reaching(storage):
-        messages = repair_storage(storage, study_folder.folder) if lock.exclusive_start else []
+        messages = mend_storage(storage, study_folder.folder) if lock.exclusive_start else []
         opened = study_folder.study(limit, storage=storage, sampler=sampler, seed=seed)
         if lock.exclusive_start and (closed := _close_dead(opened, storage, study_folder.folder)):
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
@@ -422,7 +422,7 @@ def _record(
         bytes={
             "budget": limit.nbytes,
             "encoded": size.encoded,
-            "kept": size.kept,
+            "kept": size.full_precision,
             "overhead": size.overhead,
             "file": size.file,
         }

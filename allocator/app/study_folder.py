@@ -376,7 +376,7 @@ class StudyFolder:
         return self.scorer_on(self.splits[0][: self.spec.calibration.search_documents])
 
     @cached_property
-    def look_scorer(self) -> Scorer:
+    def gradient_scorer(self) -> Scorer:
         """What gradients are taken on: search documents that trials are not scored on.
 
         Where too few are left, those that trials are scored on.
@@ -538,12 +538,12 @@ class StudyFolder:
         name, chosen = self._sampler_and_seed(sampler, seed)
         looking: dict[str, Any] = {}
         if self.spec.streamed is None:  # a gradient needs the model in memory, twice
-            looking["around"] = lru_cache(64)(
-                lambda allocation, part: self.profiler.around(
-                    allocation, self.look_scorer, part=part
+            looking["local_prices"] = lru_cache(64)(
+                lambda allocation, part: self.profiler.local_prices(
+                    allocation, self.gradient_scorer, part=part
                 )
             )
-            looking["look_tokens"] = self.profiler.look_tokens(self.look_scorer)
+            looking["gradient_tokens"] = self.profiler.gradient_tokens(self.gradient_scorer)
         return make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget, **looking)
 
     def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:

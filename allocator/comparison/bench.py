@@ -40,7 +40,7 @@ from allocator.scoring.streamed import AnyScorer
 from allocator.study.folder_lock import search_lock
 from allocator.study.outcomes import close_abandoned
 from allocator.study.search import Search, open_study
-from allocator.study.storages import open_storage, repair_storage
+from allocator.study.storages import mend_storage, open_storage
 from allocator.study.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
 
 Floats = npt.NDArray[np.float64]
@@ -194,7 +194,7 @@ class Bench:
         with search_lock(folder, join=False) as lock:
             if done.exists():
                 return
-            repair_storage(None, folder)
+            mend_storage(None, folder)
             search = self._search(run, folder)
             close_abandoned(search.study)
             lock.ready()

@@ -18,8 +18,8 @@ from allocator.decision.budget import Budget, FileBytes
 from allocator.errors import FormatError, SpaceError
 from allocator.families import Role
 from allocator.formats import Parts, in_parts, parts
-from allocator.targets import Kept, Layout, Target, target_named
-from allocator.targets.device_memory import MICRO_BATCH, DeviceMemory, Settings, Workload
+from allocator.targets import FullPrecision, Layout, Target, target_named
+from allocator.targets.device_memory import MICRO_BATCH, DeviceMemory, RuntimeSettings, Workload
 
 KV_FORMAT = "f16"
 """How the runtimes store keys and values unless told otherwise."""
@@ -77,9 +77,9 @@ class Allocation:
         )
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> RuntimeSettings:
         """What the runtime is told."""
-        return Settings(self.experts_used, self.kv_format, self.micro_batch or MICRO_BATCH)
+        return RuntimeSettings(self.experts_used, self.kv_format, self.micro_batch or MICRO_BATCH)
 
     @cached_property
     def retained_experts(self) -> dict[int, tuple[int, ...]]:
@@ -197,7 +197,7 @@ class Allocation:
             k.nbytes(self._count(k.layer))
             if same
             else _source_bytes(layout, k.source, k.shape, k.shape_with(self._count(k.layer)))
-            for k in layout.kept
+            for k in layout.full_precision
         ]
         header = target.header_bytes(
             layout,
@@ -212,7 +212,7 @@ class Allocation:
         """Bytes of its tensors in memory, each padded as in its file."""
         target = target_named(self.target)
         encoded = (self.group_bytes(layout, name) for name in layout.groups)
-        kept = (k.nbytes(self._count(k.layer)) for k in layout.kept)
+        kept = (k.nbytes(self._count(k.layer)) for k in layout.full_precision)
         return sum(map(target.padded, (*encoded, *kept)))
 
     def device_memory(self, layout: Layout, workload: Workload) -> DeviceMemory:
@@ -244,7 +244,9 @@ class Allocation:
             )
             for name in layout.groups
         )
-        kept = sum(kept_share(k, self._count(k.layer), self.experts_used) for k in layout.kept)
+        kept = sum(
+            kept_share(k, self._count(k.layer), self.experts_used) for k in layout.full_precision
+        )
         target = target_named(self.target)
         return read + kept + target.kv_bytes(layout.inventory, self.kv_format, context)
 
@@ -332,7 +334,7 @@ def token_share(
     return nbytes
 
 
-def kept_share(kept: Kept, count: int, experts_used: int) -> int:
+def kept_share(kept: FullPrecision, count: int, experts_used: int) -> int:
     """What decoding one token reads of a tensor in full precision, rounded up.
 
     Args:

@@ -23,14 +23,14 @@ class FileBytes:
     """
 
     encoded: int
-    kept: int
+    full_precision: int
     padding: int
     header: int
 
     @property
     def tensors(self) -> int:
         """Bytes of all tensors."""
-        return self.encoded + self.kept
+        return self.encoded + self.full_precision
 
     @property
     def overhead(self) -> int:

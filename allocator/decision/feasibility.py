@@ -10,7 +10,7 @@ from typing import Any
 from allocator.decision.space import Costs, Loss, Params, Space, largest_first
 
 
-def repair(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
+def make_feasible(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
     """Makes a proposal feasible: steps down, cheapest predicted loss per byte saved first.
 
     Deterministic; a proposal within the budget comes back as it is.

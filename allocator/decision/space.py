@@ -24,7 +24,7 @@ from allocator.decision.budget import Budget
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, in_parts, parts_text
 from allocator.targets import Layout, target_named
-from allocator.targets.device_memory import MICRO_BATCH, Settings
+from allocator.targets.device_memory import MICRO_BATCH, RuntimeSettings
 
 Params = dict[str, Any]
 Loss = Callable[[str, Any], float]
@@ -154,10 +154,10 @@ class Space:
         """The first value of every setting that may be chosen, and `experts_used`."""
         return {name: values[0] for name, values in self.choices.items() if name in SETTINGS}
 
-    def settings(self, params: Params) -> Settings:
+    def settings(self, params: Params) -> RuntimeSettings:
         """What complete params tell the runtime."""
         batch = params.get(BATCH, self.micro_batches[0])
-        return Settings(
+        return RuntimeSettings(
             params["experts_used"], params.get(KV, self.kv_formats[0]), batch or MICRO_BATCH
         )
 
@@ -299,8 +299,8 @@ def _made_of(allocation: Allocation, layout: Layout, budget: Budget) -> str:
     if budget.bounds != "device":
         size = allocation.nbytes(layout)
         return (
-            f"{size.encoded:,} encoded, {size.kept:,} routers and norms, {size.overhead:,} file "
-            "overhead"
+            f"{size.encoded:,} encoded, {size.full_precision:,} routers and norms, "
+            f"{size.overhead:,} file overhead"
         )
     assert budget.workload is not None
     memory = allocation.device_memory(layout, budget.workload)
@@ -375,7 +375,7 @@ class Costs:
         self.beside = None if budget.beside is None else Costs(space, budget.beside)
         self.each = (self,) if self.beside is None else (self, self.beside)
         self._overhead: dict[tuple[str, str], int] = {}
-        self._settings: dict[tuple[Settings, int], int] = {}
+        self._settings: dict[tuple[RuntimeSettings, int], int] = {}
 
     def group(self, name: str, value: str, count: int) -> int:
         """Bytes of a group in a format or mix when its layer retains `count`."""
@@ -396,7 +396,9 @@ class Costs:
         """Bytes of a layer's router when it retains `count`."""
         if not self.padded:
             return 0
-        kept = (k for k in self.space.layout.kept if k.layer == layer and k.role.is_router)
+        kept = (
+            k for k in self.space.layout.full_precision if k.layer == layer and k.role.is_router
+        )
         return sum(self._target.padded(k.nbytes(count)) for k in kept)
 
     @cached_property
@@ -405,7 +407,7 @@ class Costs:
         if not self.padded:
             return 0
         layout = self.space.layout
-        norms = (k for k in layout.kept if not k.role.is_router)
+        norms = (k for k in layout.full_precision if not k.role.is_router)
         return self._header + sum(self._target.padded(k.nbytes(0)) for k in norms)
 
     @property
@@ -420,7 +422,7 @@ class Costs:
             experts_used=largest.experts_used,
         )
 
-    def settings(self, settings: Settings, n_experts: int) -> int:
+    def settings(self, settings: RuntimeSettings, n_experts: int) -> int:
         """Bytes of a device beside the weights, where a layer retains at most `n_experts`."""
         if self.budget.bounds != "device":
             return 0
@@ -436,7 +438,7 @@ class Costs:
             ).total
         return self._settings[key]
 
-    def room(self, settings: Settings, count: int) -> int:
+    def capacity(self, settings: RuntimeSettings, count: int) -> int:
         """Bytes for groups and routers where every layer retains `count`, under each limit.
 
         Beside the weights of a device nothing depends on their formats, so a second limit is a
@@ -448,9 +450,9 @@ class Costs:
             return room
         layers = self.space.layout.layers
         uncounted = sum(self.layer(x, count) - self.beside.layer(x, count) for x in layers)
-        return min(room, self.beside.room(settings, count) + uncounted)
+        return min(room, self.beside.capacity(settings, count) + uncounted)
 
-    def left(self, params: Params) -> int:
+    def spare_bytes(self, params: Params) -> int:
         """Bytes that complete params leave of the limit that they leave least of."""
         return min(c.budget.nbytes - c.total(params) for c in self.each)
 
@@ -480,10 +482,10 @@ class Costs:
         counts = {self.space.layer_of[name]: count}
         return token_share(self.space.layout, name, nbytes, experts_used, counts)
 
-    def other_reads(self, count: int, settings: Settings) -> int:
+    def other_reads(self, count: int, settings: RuntimeSettings) -> int:
         """Bytes that decoding a token reads beside the groups, where layers retain `count`."""
         layout, context = self.space.layout, self.budget.context
-        kept = sum(kept_share(k, count, settings.experts_used) for k in layout.kept)
+        kept = sum(kept_share(k, count, settings.experts_used) for k in layout.full_precision)
         return kept + self._target.kv_bytes(layout.inventory, settings.kv_format, context)
 
     def token_bytes(self, params: Params) -> int:
@@ -507,8 +509,8 @@ class Costs:
             return read
         return read + self.other_reads(max(counts.values()), settings)
 
-    def hold(self, params: Params) -> bool:
+    def fits(self, params: Params) -> bool:
         """Whether complete params are within every limit."""
         limit = self.budget.token_bytes
         fast = limit is None or self.token_bytes(params) <= limit
-        return fast and self.left(params) >= 0
+        return fast and self.spare_bytes(params) >= 0

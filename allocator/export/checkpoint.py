@@ -238,8 +238,8 @@ def _write_safetensors(
         for name in layout.groups:
             for part in range(len(allocation.parts(layout, name))):
                 file.write(np.ascontiguousarray(source.encoded(name, part)).data)
-        for kept in layout.kept:
-            file.write(source.kept_raw(kept).data)
+        for kept in layout.full_precision:
+            file.write(source.full_precision_raw(kept).data)
         file.flush()
         os.fsync(file.fileno())
 

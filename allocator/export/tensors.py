@@ -13,7 +13,7 @@ import numpy.typing as npt
 from allocator.checkpoint.tensors import Floats, read_raw, read_tensor
 from allocator.codecs.encodings import Encodings, SlotDigests
 from allocator.decision.allocation import Allocation
-from allocator.targets import Kept, Layout
+from allocator.targets import FullPrecision, Layout
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -66,19 +66,19 @@ class EncodedTensors:
         *rows, width = self.layout.groups[name].shape
         return (*((len(experts), *rows[1:]) if experts else rows), fmt.nbytes((1, width)))
 
-    def kept(self, kept: Kept) -> Floats:
+    def full_precision(self, kept: FullPrecision) -> Floats:
         """A kept tensor as float32, retained rows only."""
         return np.ascontiguousarray(
             read_tensor(self.layout.inventory, kept.source)[self._rows(kept)]
         )
 
-    def kept_raw(self, kept: Kept) -> Bytes:
+    def full_precision_raw(self, kept: FullPrecision) -> Bytes:
         """The same in the checkpoint's own dtype: `(rows, bytes)` or `(bytes,)`."""
         info = self.layout.inventory.tensors[kept.source]
         raw = read_raw(self.layout.inventory, info).reshape(info.shape[0], -1)
         return np.ascontiguousarray(raw[self._rows(kept)])
 
-    def _rows(self, kept: Kept) -> slice | list[int]:
+    def _rows(self, kept: FullPrecision) -> slice | list[int]:
         if kept.role.is_router and kept.layer is not None:
             return list(self.allocation.retained_experts[kept.layer])
         return slice(None)

@@ -233,7 +233,7 @@ def _tensors(
     if manifest.container == "gguf":
         stored = read_gguf(folder / manifest.file)
         names = {g.stored_as: g.name for g in encodings.layout.groups.values()}
-        names |= {k.stored_as: k.source for k in encodings.layout.kept}
+        names |= {k.stored_as: k.source for k in encodings.layout.full_precision}
         for name, (fmt, _, data) in stored.items():
             yield names.get(name, name), (data, fmt)
         return
@@ -261,7 +261,7 @@ def _check_weights(
     layout = source.layout
     parts = {group: source.allocation.parts(layout, group) for group in layout.groups}
     names = {group: tensor_names(group, held) for group, held in parts.items()}
-    expected = {*chain.from_iterable(names.values()), *(k.source for k in layout.kept)}
+    expected = {*chain.from_iterable(names.values()), *(k.source for k in layout.full_precision)}
     if set(found) != expected:
         odd = min(set(found) ^ expected)
         raise VerifyError(f"{folder}: tensor {odd} is not in both file and allocation")
@@ -278,8 +278,12 @@ def _check_weights(
                 )
             shape = source.shape(group, part)
             _check_decoding(f"{folder}: {name}", fmt, stored.reshape(shape)[..., :1, :])
-    for kept in layout.kept:
-        raw = source.kept(kept) if manifest.container == "gguf" else source.kept_raw(kept)
+    for kept in layout.full_precision:
+        raw = (
+            source.full_precision(kept)
+            if manifest.container == "gguf"
+            else source.full_precision_raw(kept)
+        )
         if found[kept.source][0].tobytes() != raw.tobytes():
             raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
 

@@ -163,7 +163,7 @@ def transferred(relative: Surrogate, name: str) -> Prior:
         found = {
             fmt: float(loss) / GAUSSIAN_ERROR[fmt] * (1 if group.layer is None else n)
             for fmt, loss in zip(
-                space.formats[group_name], relative.smooth[group_name][-1], strict=True
+                space.formats[group_name], relative.error_losses[group_name][-1], strict=True
             )
             if GAUSSIAN_ERROR.get(fmt)
         }

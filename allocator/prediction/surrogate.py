@@ -43,7 +43,7 @@ Prices = Mapping[str, Mapping[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class LocalPrices:
     """What a gradient says around a candidate.
 
     Attributes:
@@ -80,7 +80,7 @@ class Surrogate:
     """
 
     space: Space
-    smooth: Mapping[str, Floats]
+    error_losses: Mapping[str, Floats]
     coupling: Mapping[str, float]
     counts: Mapping[int, Floats]
     settings: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Surrogate:
         """The same with these multipliers instead."""
         return replace(self, multipliers=dict(multipliers))
 
-    def towards(self, prices: Prices) -> "Surrogate":
+    def with_curvature_at(self, prices: Prices) -> "Surrogate":
         """The same with curvature halfway, geometrically, to the one around a candidate.
 
         The loss of a candidate is the integral of the curvature on the way to it; on the reference
@@ -105,13 +105,15 @@ class Surrogate:
         and either end alone is off by 10 to 20 %.
         """
         there = _smooth(self.space, prices)
-        return replace(self, smooth={g: np.sqrt(v * there[g]) for g, v in self.smooth.items()})
+        return replace(
+            self, error_losses={g: np.sqrt(v * there[g]) for g, v in self.error_losses.items()}
+        )
 
     def table(self, moves: Prices, held: Mapping[int, int]) -> dict[str, Floats]:
         """Prices of moves from a candidate that held these counts, by group `counts x options`."""
         return _smooth(self.space, moves, held)
 
-    def nearby(
+    def local(
         self, params: Params, tables: Sequence[Mapping[str, Floats]], *, share: float
     ) -> "Surrogate":
         """The change of loss from complete `params`: a share of the moves', the rest this one's.
@@ -126,10 +128,10 @@ class Surrogate:
             tables: of moves from candidates near it; their mean counts.
             share: of the moves.
         """
-        noise = max(self.noise(self.losses(params)), 1e-12)
+        noise = max(self.routing_loss(self.losses(params)), 1e-12)
         counts = self.space.layer_counts(params)
         mixed = {}
-        for group, rows in self.smooth.items():
+        for group, rows in self.error_losses.items():
             own = rows * self._weight(group, noise)
             moved = np.mean([t[group] for t in tables], axis=0)
             column = self.space.formats[group].index(params[f"format.{group}"])
@@ -157,7 +159,7 @@ class Surrogate:
         found = []
         for group, names in self.space.formats.items():
             column = names.index(params[f"format.{group}"])
-            found.append(self.smooth[group][self._row(params, group), column])
+            found.append(self.error_losses[group][self._row(params, group), column])
         for layer, losses in self.counts.items():
             found.append(losses[self.space.counts.index(self._count(params, layer))])
         found += [losses[params[name]] for name, losses in self.settings.items()]
@@ -166,22 +168,22 @@ class Surrogate:
     def predict(self, params: Params) -> float:
         """Predicted loss of complete params."""
         losses = self.losses(params)
-        return float(losses.sum()) + self.noise(losses)
+        return float(losses.sum()) + self.routing_loss(losses)
 
-    def noise(self, losses: Floats) -> float:
+    def routing_loss(self, losses: Floats) -> float:
         """The loss by jumps that goes with `losses`."""
         return sqrt(float(self._couplings @ losses))
 
     def shares(self, params: Params) -> Floats:
         """Derivative of the predicted loss's logarithm by each multiplier's logarithm."""
         losses = self.losses(params)
-        noise = max(self.noise(losses), 1e-12)
+        noise = max(self.routing_loss(losses), 1e-12)
         total = float(losses.sum()) + noise
         return np.asarray(losses * (1 + self._couplings / (2 * noise)) / max(total, 1e-12))
 
-    def around(self, params: Params) -> Loss:
+    def loss_at(self, params: Params) -> Loss:
         """Losses of single values, the noise being that of complete `params`."""
-        noise = max(self.noise(self.losses(params)), 1e-12)
+        noise = max(self.routing_loss(self.losses(params)), 1e-12)
 
         def loss(param: str, value: Any) -> float:
             if param in SETTINGS:
@@ -189,7 +191,7 @@ class Surrogate:
             if param.startswith("format."):
                 group = param.removeprefix("format.")
                 column = self.space.formats[group].index(value)
-                alone = float(self.smooth[group][self._row(params, group), column])
+                alone = float(self.error_losses[group][self._row(params, group), column])
                 return alone * self._weight(group, noise)
             layers = self.space.count_params[param]
             index = self.space.counts.index(value)
@@ -212,7 +214,7 @@ class Surrogate:
         """
         costs = self.space.costs(budget)
         smallest = self.space.complete(self.space.params(self.space.smallest))
-        noise = self.noise(self.losses(smallest)) / 2
+        noise = self.routing_loss(self.losses(smallest)) / 2
         best: tuple[float, Params] | None = None
         for _ in range(_ROUNDS):
             params = self._solve_under(costs, max(noise, 1e-12))
@@ -223,18 +225,18 @@ class Surrogate:
             if best is not None and found >= best[0]:
                 break
             best = found, params
-            noise = self.noise(self.losses(params))
+            noise = self.routing_loss(self.losses(params))
         assert best is not None
         return best[1]
 
     def _solve_under(self, costs: Costs, noise: float) -> Params | None:
         """The optimum of the losses that are independent under a noise, over all settings.
 
-        Settings are few: each is solved for by itself, those that lose least alone first, until
-        one loses more alone than the best in all. Micro-batches lose nothing: the solution takes
+        Settings are few: each is solved for by itself, those that lose least alone first, until one
+        loses more alone than the best in all. Micro-batches lose nothing: the solution takes
         the largest for which it leaves room.
         """
-        losses = {g: rows * self._weight(g, noise) for g, rows in self.smooth.items()}
+        losses = {g: rows * self._weight(g, noise) for g, rows in self.error_losses.items()}
         space, best = self.space, None
         least = self._least(losses)
         for alone, used, kv in sorted(
@@ -256,7 +258,7 @@ class Surrogate:
             return None
         params = best[1]
         for batch in space.micro_batches if BATCH in space.choices else ():
-            if costs.hold({**params, BATCH: batch}):
+            if costs.fits({**params, BATCH: batch}):
                 return {**params, BATCH: batch}
         return params
 
@@ -279,7 +281,7 @@ class Surrogate:
             sizes = self._sizes[costs.budget.bounds] = _Sizes(self.space, costs)
         full = {**self.space.first_settings, **told}
         settings = self.space.settings(full)
-        capacity = np.array([costs.room(settings, n) for n in self.space.counts], np.int64)
+        capacity = np.array([costs.capacity(settings, n) for n in self.space.counts], np.int64)
 
         def solved(
             priced: Mapping[str, Floats], first_row: int = 0, **options: int
@@ -417,7 +419,7 @@ class Surrogate:
 
     def _row(self, params: Params, group: str) -> int:
         """Where `smooth` has a group at the retained count of params."""
-        if len(self.smooth[group]) == 1:
+        if len(self.error_losses[group]) == 1:
             return 0
         return self.space.counts.index(self._count(params, self.space.layer_of[group]))
 

@@ -43,7 +43,7 @@ from allocator.files.checksums import (
     write_checked,
 )
 from allocator.prediction.profile import Change, Profile, bundle_of
-from allocator.prediction.surrogate import Around
+from allocator.prediction.surrogate import LocalPrices
 from allocator.profiling.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.profiling.statistics import Statistics, collect
 from allocator.scoring import documents as calibration
@@ -328,7 +328,7 @@ class Profiler:
         bar.close()
         return prices
 
-    def around(self, allocation: Allocation, scorer: Scorer, *, part: int) -> Around:
+    def local_prices(self, allocation: Allocation, scorer: Scorer, *, part: int) -> LocalPrices:
         """What a gradient says around a candidate; kept by content.
 
         Curvature of experts that the candidate does not retain is the original's, scaled as their
@@ -351,7 +351,9 @@ class Profiler:
             found = measure(self.swap, documents, reference=lambda i: scorer.reference(start + i))
             prices = _Around(*self._priced_around(allocation, found))
             write_checked(path, prices, self._of)
-        return Around(prices.curvature, prices.moves, _LOOK * sum(len(d.ids) for d in documents))
+        return LocalPrices(
+            prices.curvature, prices.moves, _LOOK * sum(len(d.ids) for d in documents)
+        )
 
     def selection_loss(self, allocation: Allocation, scorer: AnyScorer) -> float:
         """The loss of an allocation on a scorer's documents, nats per token; kept by content."""
@@ -364,8 +366,8 @@ class Profiler:
                 write_checked(path, known, self._of)
         return known.loss
 
-    def look_tokens(self, scorer: Scorer) -> int:
-        """The most forward tokens that `around` costs."""
+    def gradient_tokens(self, scorer: Scorer) -> int:
+        """The most forward tokens that `local_prices` costs."""
         n = min(self.inputs.n_curvature, scorer.n_documents)
         sizes = [len(d.ids) for d in scorer.documents]
         starts = range(0, scorer.n_documents - n + 1, n)

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from allocator.decision.budget import Budget
 from allocator.errors import StudyError
 from allocator.prediction.surrogate import Surrogate
-from allocator.samplers.auto import AutoSampler, Look
+from allocator.samplers.auto import AutoSampler, GradientStep
 from allocator.samplers.evolution import LevelSwitchSampler
 from allocator.samplers.knapsack import KnapsackSampler
 from allocator.study.trials import ABANDONED, DOUBLED, PROPOSAL, not_abandoned
@@ -65,7 +65,7 @@ class SeededSampler(BaseSampler):
 
     Attributes:
         sampling_seconds: what the last proposal took, looks apart.
-        looking_seconds: of the gradient before it.
+        gradient_seconds: of the gradient before it.
         generational: the inner sampler asks the search to run generations.
         on_trial: called with a trial's id before anything is proposed for it.
     """
@@ -76,7 +76,7 @@ class SeededSampler(BaseSampler):
         self._make = make
         self._seed = seed
         self._inner = make(seed)
-        self.sampling_seconds = self.looking_seconds = 0.0
+        self.sampling_seconds = self.gradient_seconds = 0.0
         self.generational: bool = getattr(self._inner, "generational", False)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -110,8 +110,8 @@ class SeededSampler(BaseSampler):
         """As the inner sampler."""
         began = time.perf_counter()
         proposed: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
-        self.looking_seconds = getattr(self._inner, "looking_seconds", 0.0)
-        self.sampling_seconds = time.perf_counter() - began - self.looking_seconds
+        self.gradient_seconds = getattr(self._inner, "gradient_seconds", 0.0)
+        self.sampling_seconds = time.perf_counter() - began - self.gradient_seconds
         return proposed
 
     def sample_independent(
@@ -136,8 +136,8 @@ def make_sampler(
     surrogate: Surrogate,
     budget: Budget,
     population: int = 20,
-    around: Look | None = None,
-    look_tokens: int = 0,
+    local_prices: GradientStep | None = None,
+    gradient_tokens: int = 0,
 ) -> BaseSampler:
     """A sampler by its name in study.toml.
 
@@ -147,15 +147,15 @@ def make_sampler(
         surrogate: predicted losses.
         budget: the hard limit.
         population: of NSGA-II.
-        around: what a gradient says around a candidate, for `auto`.
-        look_tokens: forward tokens of that.
+        local_prices: what a gradient says around a candidate, for `auto`.
+        gradient_tokens: forward tokens of that.
 
     Raises:
         StudyError: if there is none of that name, or the seed is negative.
     """
     makers: dict[str, Callable[[int], BaseSampler]] = {
         "auto": lambda s: AutoSampler(
-            surrogate, budget, seed=s, around=around, look_tokens=look_tokens
+            surrogate, budget, seed=s, local_prices=local_prices, gradient_tokens=gradient_tokens
         ),
         "random": lambda s: RandomSampler(seed=s),
         "tpe": lambda s: TPESampler(seed=s),

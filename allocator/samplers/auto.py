@@ -4,11 +4,11 @@ In: the surrogate, the budget, the finished trials, and (where it fits) a way to
 Out: params within the byte target. Invariant: as of `SolvingSampler`; what is proposed depends on
 the study's trials and the seed alone, so a resumed study proposes what an undisturbed one does.
 
-- Rounds of `ROUND` proposals begin with a look around the incumbent (`Look`), each on other
-  documents. Its curvature makes the surrogate that of the place where the search is
-  (`Surrogate.towards`). Its slope prices every single switch from there; slopes of all rounds are
-  averaged, incumbents being near each other, and count the more the more there are
-  (`Surrogate.nearby`).
+- Rounds of `ROUND` proposals begin with a gradient step at the incumbent (`GradientStep`), each on
+  other documents. Its curvature makes the surrogate that of the place where the search is
+  (`Surrogate.with_curvature_at`). Its slope prices every single switch from there; slopes of all
+  rounds are averaged, incumbents being near each other, and count the more the more there are
+  (`Surrogate.local`).
 - Every proposal solves the result exactly, under multipliers drawn from their posterior given all
   finished trials (Thompson sampling; `allocator.prediction.posterior`), lost races included: those
   are compared with the incumbent on the documents that both have seen.
@@ -27,7 +27,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.space import Params
 from allocator.errors import SpaceError
 from allocator.prediction.posterior import Observation, Posterior, fit
-from allocator.prediction.surrogate import Around, Floats, Surrogate
+from allocator.prediction.surrogate import Floats, LocalPrices, Surrogate
 from allocator.samplers.knapsack import SolvingSampler
 from allocator.study.trials import (
     LOOKED,
@@ -50,7 +50,7 @@ LOOKED_AT = "auto:incumbent"
 
 _Here = tuple[Params, list[Mapping[str, Floats]]]
 """The incumbent, and what the looks price every switch from there."""
-Look = Callable[[Allocation, int], Around]
+GradientStep = Callable[[Allocation, int], LocalPrices]
 """An allocation, and which part of the documents to use, to what a gradient says around it."""
 
 
@@ -61,11 +61,11 @@ class AutoSampler(SolvingSampler):
         surrogate: predicted losses.
         budget: the hard limit.
         seed: of this trial.
-        around: None where no gradient is to be had.
-        look_tokens: forward tokens of a look.
+        local_prices: None where no gradient is to be had.
+        gradient_tokens: forward tokens of a look.
 
     Attributes:
-        looking_seconds: what the look before the last proposal took.
+        gradient_seconds: what the look before the last proposal took.
     """
 
     at_the_cap = 0.95
@@ -76,13 +76,13 @@ class AutoSampler(SolvingSampler):
         budget: Budget,
         *,
         seed: int,
-        around: Look | None = None,
-        look_tokens: int = 0,
+        local_prices: GradientStep | None = None,
+        gradient_tokens: int = 0,
     ) -> None:
         super().__init__(surrogate, budget, seed=seed)
-        self._around = around
-        self._look_tokens = look_tokens
-        self.looking_seconds = 0.0
+        self._local_prices = local_prices
+        self._look_tokens = gradient_tokens
+        self.gradient_seconds = 0.0
         self._posterior: Posterior
         self._here: _Here | None = None
         self._near = False  # whether what is aimed at is near enough to it
@@ -92,7 +92,7 @@ class AutoSampler(SolvingSampler):
         done = not_abandoned(study)
         own = _own(done)
         rounds = sum(i % ROUND == 0 for i in range(own, own + n))
-        looks = self._around is not None and best_complete(done) is not None
+        looks = self._local_prices is not None and best_complete(done) is not None
         return rounds * self._look_tokens if looks else 0
 
     def _learn(self, study: Study, trial: FrozenTrial) -> None:
@@ -104,14 +104,14 @@ class AutoSampler(SolvingSampler):
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
             study._storage.set_trial_system_attr(trial._trial_id, LOOKED_AT, number)
         if looks := self._looks(done):
-            assert self._around is not None
+            assert self._local_prices is not None
             began = time.perf_counter()
-            seen = [self._around(allocation_of(t), part) for part, t in enumerate(looks)]
-            self.looking_seconds = time.perf_counter() - began
+            seen = [self._local_prices(allocation_of(t), part) for part, t in enumerate(looks)]
+            self.gradient_seconds = time.perf_counter() - began
             if not self._place:
                 tokens = seen[-1].forward_tokens
                 study._storage.set_trial_system_attr(trial._trial_id, LOOKED, tokens)
-            self._global = self._surrogate.towards(seen[-1].curvature)
+            self._global = self._surrogate.with_curvature_at(seen[-1].curvature)
             tables: list[Mapping[str, Floats]] = [
                 self._surrogate.table(look.moves, allocation_of(t).counts)
                 for t, look in zip(looks, seen, strict=True)
@@ -130,7 +130,7 @@ class AutoSampler(SolvingSampler):
         if self._here is not None and self._near:
             params, tables = self._here
             share = min(factor * len(tables) / (len(tables) + NOISE), 1.0)
-            surrogate = surrogate.nearby(params, tables, share=share)
+            surrogate = surrogate.local(params, tables, share=share)
         return surrogate, multipliers
 
     def _looks(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -139,7 +139,7 @@ class AutoSampler(SolvingSampler):
         What was the best then is noted with the trial that began the round: trials that ran beside
         it may have ended since.
         """
-        if self._around is None:
+        if self._local_prices is None:
             return []
         begins = range(len(done) - _own(done), len(done) + 1, ROUND)
         incumbents = [_best_then(done, begin) for begin in begins]

@@ -78,7 +78,7 @@ def random_start(costs: Costs, rng: np.random.Generator) -> Params:
     """The largest of everything, random units lowered until the budget holds."""
     space = costs.space
     walk = _Walk(costs, space.complete(space.params(space.largest)), rng)
-    while (walk.left < 0 or not costs.hold(walk.params)) and walk.lower():
+    while (walk.left < 0 or not costs.fits(walk.params)) and walk.lower():
         pass
     return walk.params
 
@@ -95,7 +95,7 @@ def offspring(costs: Costs, parent: Params, rng: np.random.Generator) -> Params 
         pay = walk.lower if walk.left < 0 else walk.raise_within
         if not pay(least=walk.debt / walk.changes_left):
             return None
-    held = walk.debt <= 0 and walk.params != parent and costs.hold(walk.params)
+    held = walk.debt <= 0 and walk.params != parent and costs.fits(walk.params)
     return walk.params if held else None
 
 
@@ -113,7 +113,7 @@ class _Walk:
     _directions: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.left = self.costs.left(self.params)
+        self.left = self.costs.spare_bytes(self.params)
 
     @property
     def changes_left(self) -> int:

@@ -47,7 +47,7 @@ from allocator.scoring.swap_model import (
     set_experts_used,
     skeleton,
 )
-from allocator.targets import Group, Kept, Layout
+from allocator.targets import FullPrecision, Group, Layout
 
 _ROWS_BYTES = 128 << 20  # of the head, decoded at a time
 _LOGITS_BYTES = 512 << 20  # of all distributions of the documents compared at a time
@@ -103,8 +103,8 @@ class StreamedModel:
         self._groups: dict[int | None, list[Group]] = {}
         for group in layout.groups.values():
             self._groups.setdefault(group.layer, []).append(group)
-        self._kept: dict[int | None, list[Kept]] = {}
-        for kept in layout.kept:
+        self._kept: dict[int | None, list[FullPrecision]] = {}
+        for kept in layout.full_precision:
             self._kept.setdefault(kept.layer, []).append(kept)
 
     def layer_files(
@@ -226,7 +226,7 @@ class StreamedModel:
         for kept in self._kept[layer]:
             install_kept(self.model, kept, self._kept_of(kept), retained)
 
-    def _kept_of(self, kept: Kept) -> Floats:
+    def _kept_of(self, kept: FullPrecision) -> Floats:
         if kept.source not in self._kept_values:
             self._kept_values[kept.source] = read_tensor(self.inventory, kept.source)
         return self._kept_values[kept.source]

@@ -27,7 +27,7 @@ from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
-from allocator.targets import Group, Kept, Layout
+from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
@@ -233,7 +233,9 @@ def install_experts(
         _fill(view[place], matrix, group.name)
 
 
-def install_kept(model: Any, kept: Kept, values: Floats, experts: tuple[int, ...] | None) -> None:
+def install_kept(
+    model: Any, kept: FullPrecision, values: Floats, experts: tuple[int, ...] | None
+) -> None:
     """Puts a norm, or the retained rows of a router, into the model."""
     rows = values[list(experts)] if kept.role.is_router and experts is not None else values
     _fill(parameter_of(model, kept.source), np.ascontiguousarray(rows), kept.source)
@@ -260,7 +262,7 @@ def check_names(model: Any, layout: Layout) -> None:
             shape.
     """
     where = layout.inventory.path
-    there = {kept.source for kept in layout.kept}
+    there = {kept.source for kept in layout.full_precision}
     there |= {name for group in layout.groups.values() for name in group.sources}
     if layout.inventory.tied_embeddings:
         there.add("lm_head.weight")
@@ -289,7 +291,7 @@ def check_names(model: Any, layout: Layout) -> None:
         except RuntimeError:  # of another size altogether
             shape = tuple(_existing(model, group.sources[0]).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")
-    for kept in layout.kept:
+    for kept in layout.full_precision:
         _check_shape(
             tuple(_existing(model, kept.source).shape), kept.shape, f"{where}: {kept.source}"
         )
@@ -378,8 +380,10 @@ class SwapModel:
         self._keys_values: KeysValues | None = None
         attach(self.model, lambda: self._keys_values)
         self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-        self._kept = {k.source: read_tensor(self.inventory, k.source) for k in layout.kept}
-        for kept in layout.kept:
+        self._kept = {
+            k.source: read_tensor(self.inventory, k.source) for k in layout.full_precision
+        }
+        for kept in layout.full_precision:
             if not kept.role.is_router:
                 install_kept(self.model, kept, self._kept[kept.source], None)
         self.reset()
@@ -455,7 +459,7 @@ class SwapModel:
             if group.role.is_expert and group.layer == layer:
                 self.state.pop(name, None)
         resize_experts(self.model, layer, len(experts))
-        for kept in self.layout.kept:
+        for kept in self.layout.full_precision:
             if kept.role.is_router and kept.layer == layer:
                 install_kept(self.model, kept, self._kept[kept.source], experts)
         self.retained[layer] = experts

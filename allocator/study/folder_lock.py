@@ -52,7 +52,7 @@ def search_lock(
 
         with search_lock(study_dir, join=join) as lock:
             if lock.exclusive_start:
-                repair_storage(spec, study_dir)
+                mend_storage(spec, study_dir)
             storage = open_storage(spec, study_dir)
             ...                # close the trials that a killed search left RUNNING
             lock.ready()       # others may join from here on

@@ -49,7 +49,7 @@ def first_trials(
         target = space.between(budget, 1 - i / max(1, n_knapsack))
         add("knapsack", space.allocation(surrogate.solve(target)))
     for name, allocation in baselines:
-        if _held(space, allocation) and costs.hold(_full(space, allocation)):
+        if _held(space, allocation) and costs.fits(_full(space, allocation)):
             add(name, allocation)
     return list(queue.values())
 

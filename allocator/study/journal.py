@@ -91,7 +91,7 @@ def remove_stale_lock(path: Path) -> str | None:
     return f"{lock}: removed the lock of a search that was killed while it wrote"
 
 
-def repair_journal(path: Path) -> str | None:
+def mend_journal(path: Path) -> str | None:
     """Makes the journal end in a whole record; returns one line to show, or None if it did.
 
     A last line that is not a record is cut off, and kept beside the journal in `<name>.torn-<n>`,
@@ -187,7 +187,7 @@ def _keep(path: Path, tail: bytes) -> Path:
     return kept
 
 
-class _RepairingLock(JournalFileSymlinkLock):
+class _MendingLock(JournalFileSymlinkLock):
     """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
 
     Covers what no start can repair: a search killed, or a disk filled, beside a living one. Ours
@@ -240,7 +240,7 @@ class _RepairingLock(JournalFileSymlinkLock):
                 raise
         self._flock = flock
         try:
-            shown = repair_journal(self._path)
+            shown = mend_journal(self._path)
         except BaseException:
             self.release()
             raise
@@ -275,9 +275,9 @@ class _CheckedFile(JournalFileBackend):
     """Optuna's journal file, with a checksum in every record."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), lock_obj=_RepairingLock(path))
+        super().__init__(str(path), lock_obj=_MendingLock(path))
         self._path = path
-        self._lock: _RepairingLock
+        self._lock: _MendingLock
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         plain = [json.loads(json.dumps(log)) for log in logs]

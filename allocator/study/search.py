@@ -40,7 +40,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget, FileBytes
-from allocator.decision.feasibility import repair
+from allocator.decision.feasibility import make_feasible
 from allocator.decision.space import Costs, Params, Space
 from allocator.errors import StudyError
 from allocator.prediction.surrogate import Surrogate
@@ -419,15 +419,15 @@ class Search:
         frozen = self.study._storage.get_trial(trial._trial_id)
         kind = self._kind(frozen)
         clock.lap("storage")
-        for name, attribute in (("sampler", "sampling_seconds"), ("gradient", "looking_seconds")):
+        for name, attribute in (("sampler", "sampling_seconds"), ("gradient", "gradient_seconds")):
             spent = getattr(self.study.sampler, attribute, 0.0)
             self.seconds["storage"] -= spent
             self.seconds[name] += spent
-        params = repair(
+        params = make_feasible(
             self.space,
             self._costs,
             trial.params,
-            self.surrogate.around(self.space.complete(trial.params)),
+            self.surrogate.loss_at(self.space.complete(trial.params)),
         )
         allocation = self.space.allocation(params)
         size = allocation.nbytes(self.space.layout)
@@ -519,7 +519,7 @@ class Search:
     def _record(self, candidate: _Candidate, *, lost: bool) -> Verdict:
         trial, size = candidate.trial, candidate.size
         result = self.scorer.summary(candidate.losses) | {
-            "bytes": {"encoded": size.encoded, "kept": size.kept, "file": size.file},
+            "bytes": {"encoded": size.encoded, "kept": size.full_precision, "file": size.file},
             "effective_bits": size.encoded * 8 / self.space.layout.inventory.n_searched_weights,
             "predicted": self.surrogate.predict(candidate.params),
             "repaired": candidate.params != self.space.complete(trial.params),

@@ -16,7 +16,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 
 from allocator.errors import StudyError, first_line
-from allocator.study.journal import open_journal, remove_stale_lock, repair_journal
+from allocator.study.journal import mend_journal, open_journal, remove_stale_lock
 
 _PROXY = "grpc://"
 _MOST_PORT = 65535
@@ -61,7 +61,7 @@ def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
     return _open_proxy(spec) if spec.startswith(_PROXY) else _open_database(spec)
 
 
-def repair_storage(spec: str | None, study_dir: Path) -> list[str]:
+def mend_storage(spec: str | None, study_dir: Path) -> list[str]:
     """Mends what a killed search left behind in the folder's own journal; returns lines to show.
 
     Call it only where nobody else writes, i.e. under `SearchLock.exclusive_start`: it removes
@@ -69,12 +69,12 @@ def repair_storage(spec: str | None, study_dir: Path) -> list[str]:
     mends itself, `journal:PATH` is mended by the next append.
 
     Raises:
-        StudyError: as `repair_journal` and `journal_path`.
+        StudyError: as `mend_journal` and `journal_path`.
     """
     path = journal_path(spec, study_dir)
     if path is None or spec is not None:
         return []
-    lines = (remove_stale_lock(path), repair_journal(path))
+    lines = (remove_stale_lock(path), mend_journal(path))
     return [line for line in lines if line is not None]
 
 

@@ -7,12 +7,21 @@ every tensor of the file, so sizes predicted from it are the sizes written.
 
 from allocator.errors import TargetError
 from allocator.targets.gguf.contract import GGUF
-from allocator.targets.layout import Group, Kept, Layout, Target
+from allocator.targets.layout import FullPrecision, Group, Layout, Target
 from allocator.targets.safetensors import SAFETENSORS
 
 TARGETS: dict[str, Target] = {target.name: target for target in (GGUF, SAFETENSORS)}
 
-__all__ = ["GGUF", "SAFETENSORS", "TARGETS", "Group", "Kept", "Layout", "Target", "target_named"]
+__all__ = [
+    "GGUF",
+    "SAFETENSORS",
+    "TARGETS",
+    "FullPrecision",
+    "Group",
+    "Layout",
+    "Target",
+    "target_named",
+]
 
 
 def target_named(name: str) -> Target:

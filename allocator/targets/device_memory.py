@@ -18,7 +18,7 @@ MOST_CELLS = 2**31 - 1
 MOST_BYTES = 2**60
 
 
-class Settings(NamedTuple):
+class RuntimeSettings(NamedTuple):
     """What a runtime is told beside the weights.
 
     Attributes:

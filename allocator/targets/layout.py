@@ -1,4 +1,4 @@
-"""The nouns that all targets share: `Group`, `Kept`, `Layout`, and the `Target` contract."""
+"""What all targets share: `Group`, `FullPrecision`, `Layout`, and the `Target` contract."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
 from allocator.errors import TargetError
 from allocator.families import Role
 from allocator.formats import FORMATS, Format, offered
-from allocator.targets.device_memory import DeviceMemory, Settings, Workload
+from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class FullPrecision:
     """A tensor kept in full precision: a norm, a router, a router's bias.
 
     Attributes:
@@ -91,7 +91,7 @@ class Layout:
     target: str
     inventory: Inventory
     groups: Mapping[str, Group]
-    kept: tuple[Kept, ...]
+    full_precision: tuple[FullPrecision, ...]
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -173,7 +173,7 @@ class Target(ABC):
         self,
         inventory: Inventory,
         workload: Workload,
-        settings: Settings,
+        settings: RuntimeSettings,
         *,
         weights: int,
         n_experts: int,

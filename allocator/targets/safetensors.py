@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, Inventory
 from allocator.formats import FORMATS, Format, Parts, parts
-from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
+from allocator.targets.layout import (
+    FullPrecision,
+    Group,
+    Layout,
+    Target,
+    in_file_order,
+    plain_groups,
+)
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
@@ -41,7 +48,7 @@ def entries(
         stored = parts(formats[group.name], group.experts(retained))
         for name, (fmt, held) in zip(tensor_names(group.name, stored), stored, strict=True):
             rows.append(_encoded(name, group, fmt, len(held)))
-    for kept in layout.kept:
+    for kept in layout.full_precision:
         shape = kept.shape_with(len(retained.get(kept.layer or 0, ())))
         dtype = layout.inventory.tensors[kept.source].dtype
         rows.append((kept.source, dtype, shape))
@@ -87,7 +94,7 @@ class SafetensorsTarget(Target):
     def layout(self, inventory: Inventory) -> Layout:
         """Groups as the checkpoint stores them; experts of a projection stacked."""
         kept = tuple(
-            Kept(t.name, t.name, t.role, t.layer, t.shape, t.dtype)
+            FullPrecision(t.name, t.name, t.role, t.layer, t.shape, t.dtype)
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role != "nextn"
         )

@@ -10,7 +10,7 @@ import pytest
 from allocator.app.study_file import BudgetSpec, DeviceSpec, chosen_budget
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
-from allocator.decision.feasibility import repair
+from allocator.decision.feasibility import make_feasible
 from allocator.decision.front import Point, front
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError, StudyError, TargetError
@@ -81,7 +81,11 @@ def test_memory_is_the_sum_of_what_is_listed(surrogate, layouts):
     memory = allocation.device_memory(layout, WORK)
     assert isinstance(memory, DeviceMemory)
     size = allocation.nbytes(layout)
-    assert memory.weights == size.encoded + size.kept + size.padding == size.file - size.header
+    assert (
+        memory.weights
+        == size.encoded + size.full_precision + size.padding
+        == size.file - size.header
+    )
     cells, row = 8 * 256, 2 * (128 + 32)  # latent and rotated key, two bytes each
     assert memory.kv_cache == 6 * cells * row
     assert memory.reserve == 1 << 20
@@ -140,7 +144,7 @@ def test_reading_is_counted_as_used(surrogate, layouts):
         if group.role.is_expert:
             nbytes = -(-nbytes * 3 // some.counts[group.layer])
         expected += nbytes  # the embedding is the head too
-    expected += sum(k.nbytes(some.counts.get(k.layer, 0)) for k in layout.kept)
+    expected += sum(k.nbytes(some.counts.get(k.layer, 0)) for k in layout.full_precision)
     expected += kv_read_bytes(layout.inventory, kv_format="q8_0", context=256)
     assert some.token_bytes(layout, 256) == expected
 
@@ -169,7 +173,7 @@ def test_the_solution_is_brute_force_under_two_limits(
     here = params.index(surrogate._solve_under(costs, 0.1))
     assert both[here]
     assert linear[here] == pytest.approx(linear[both].min(), rel=1e-12)
-    assert costs.left(params[here]) == min(
+    assert costs.spare_bytes(params[here]) == min(
         budget.nbytes - memory[here], beside.nbytes - sizes[bounds][here]
     )
 
@@ -194,13 +198,13 @@ def test_repair_holds_what_is_beside(surrogate, table, sizes, bounds, seed):
     budget = Budget(int(np.quantile(memory, 0.4)), "device", WORK, beside)
     costs = space.costs(budget)
     for i in rng.integers(len(params), size=20):
-        loss = surrogate.around(params[i])
-        repaired = repair(space, costs, params[i], loss)
+        loss = surrogate.loss_at(params[i])
+        repaired = make_feasible(space, costs, params[i], loss)
         here = params.index(repaired)
         assert memory[here] <= budget.nbytes
         assert sizes[bounds][here] <= beside.nbytes
         assert space.allocation(repaired).fits(space.layout, budget)
-        assert repair(space, costs, repaired, loss) == repaired
+        assert make_feasible(space, costs, repaired, loss) == repaired
         if memory[i] <= budget.nbytes and sizes[bounds][i] <= beside.nbytes:
             assert repaired == params[i]
 
@@ -229,12 +233,12 @@ def test_repair_holds_both_limits(surrogate, table, seed):
     budget = Budget(int(np.quantile(memory, 0.2)), "device", work)
     costs = space.costs(budget)
     for i in rng.integers(len(params), size=20):
-        loss = surrogate.around(params[i])
-        repaired = repair(space, costs, params[i], loss)
+        loss = surrogate.loss_at(params[i])
+        repaired = make_feasible(space, costs, params[i], loss)
         allocation = space.allocation(repaired)
         assert allocation.fits(space.layout, budget)
-        assert repair(space, costs, repaired, loss) == repaired
-        if space.allocation(params[i]).fits(space.layout, budget) and costs.hold(params[i]):
+        assert make_feasible(space, costs, repaired, loss) == repaired
+        if space.allocation(params[i]).fits(space.layout, budget) and costs.fits(params[i]):
             assert repaired == params[i]
 
 

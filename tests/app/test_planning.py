@@ -194,7 +194,7 @@ def test_families_that_are_planned_only(name, count, share, tmp_path):
         ggml_bytes(g, first.allocation.format_of[n], count) for n, g in layout.groups.items()
     )
     kept = 4 * sum(prod(t.shape) for t in inventory.tensors.values() if not t.role.is_encoded)
-    assert memory.weights == pytest.approx(encoded + kept, abs=32 * len(layout.kept))
+    assert memory.weights == pytest.approx(encoded + kept, abs=32 * len(layout.full_precision))
     assert min(memory.kv_cache, memory.compute, memory.overhead) > 0
     (path,) = write_first(
         plan(inventory, prior=published(), budget=budget, counts=(count,)), tmp_path
@@ -243,7 +243,7 @@ def test_gpt_oss_as_it_is_released(changes, parameters, gib):
     assert summarised(inventory).parameters / 1e9 == pytest.approx(parameters, abs=0.005)
     formats = [g.source_format or FORMATS["Q8_0"] for g in layout.groups.values()]
     matrices = sum(f.nbytes(g.shape) for f, g in zip(formats, layout.groups.values(), strict=True))
-    kept = sum(k.nbytes(inventory.n_experts) for k in layout.kept)
+    kept = sum(k.nbytes(inventory.n_experts) for k in layout.full_precision)
     assert (matrices + kept) / GIB == pytest.approx(gib, abs=0.005)
 
 

@@ -159,7 +159,7 @@ def test_what_is_written_verifies(written, make_documents, container):
     )
     limit = 0.05 if container == "gguf" else SAFETENSORS_TOLERANCE  # llama.cpp rounds activations
     found = verify(folder, encodings, scorer, tolerance=limit)
-    assert found.n_tensors == len(encodings.layout.groups) + len(encodings.layout.kept)
+    assert found.n_tensors == len(encodings.layout.groups) + len(encodings.layout.full_precision)
     assert found.loss > 0.01
 
 

@@ -166,7 +166,7 @@ def by_hand(layout, allocation, alignment):
             if ".experts." in name:
                 shape[0] = len(experts.split(",")) if experts else counts[group.layer]
             encoded.append(int(np.prod(shape)) // block * block_bytes)
-    for k in layout.kept:
+    for k in layout.full_precision:
         shape = list(k.shape)
         if ".mlp.gate." in k.source:
             shape[0] = counts[k.layer]
@@ -191,7 +191,7 @@ def test_bytes(layouts, target, seed):
         formats=allocation.format_of,
         experts_used=allocation.experts_used,
     )
-    assert (size.encoded, size.kept, size.overhead) == (encoded, kept, header + padding)
+    assert (size.encoded, size.full_precision, size.overhead) == (encoded, kept, header + padding)
     assert size.file == encoded + kept + padding + header
     assert size.tensors == encoded + kept
     assert sum(allocation.group_bytes(layout, n) for n in layout.groups) == encoded
@@ -204,10 +204,10 @@ def test_bytes_of_gguf_groups_in_a_safetensors_container(layouts):
     inside, own = allocation.nbytes(layout, SAFETENSORS), allocation.nbytes(layout)
     assert inside.encoded == own.encoded
     tensors = layout.inventory.tensors
-    assert inside.kept == sum(
+    assert inside.full_precision == sum(
         tensors[k.source].nbytes // k.shape[0]
         * (len(allocation.retained_experts[k.layer]) if k.role.is_router else k.shape[0])
-        for k in layout.kept
+        for k in layout.full_precision
     )  # fmt: skip
     assert inside.overhead % 8 == 0
 

@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
-from allocator.decision.feasibility import repair
+from allocator.decision.feasibility import make_feasible
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.formats import FORMATS
@@ -553,10 +553,10 @@ def test_repair(spaces, target, bounds, data, share):
     budget = Budget(low + int(share * (high - low)), bounds)
     costs = space.costs(budget)
     params = draw(data, space)
-    repaired = repair(space, costs, params, loss)
+    repaired = make_feasible(space, costs, params, loss)
     allocation = space.allocation(repaired)
     assert allocation.used(layout, budget) <= budget.nbytes
-    assert repair(space, costs, repaired, loss) == repaired
+    assert make_feasible(space, costs, repaired, loss) == repaired
     if costs.total(params) <= budget.nbytes:
         assert repaired == params
     for name, values in space.choices.items():  # nothing grows
@@ -574,7 +574,7 @@ def test_repair_steps_where_a_byte_costs_least(spaces):
         step = space.choices[name].index(value)
         return 0.0 if name == "format.layers.2.experts.up" else float(step)
 
-    repaired = repair(space, space.costs(budget), params, loss)
+    repaired = make_feasible(space, space.costs(budget), params, loss)
     changed = {n: v for n, v in repaired.items() if v != params[n]}
     assert changed in ({"format.layers.2.experts.up": "Q8_0"}, {"experts.all": 23})
 
@@ -592,7 +592,7 @@ def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
     low = costs.total(space.complete(space.params(space.smallest)))
     costs.budget = Budget(low, bounds)
     params = space.complete(space.params(space.largest))
-    repaired = repair(space, costs, params, lambda name, value: 0.0)
+    repaired = make_feasible(space, costs, params, lambda name, value: 0.0)
     assert costs.total(repaired) <= low
 
 
@@ -610,8 +610,8 @@ def test_floor(spaces, target, bounds):
     assert "lower [experts] minimum or loosen pins" in str(caught.value)
     params = space.complete(space.params(space.largest))
     with pytest.raises(BudgetError, match="is under the floor"):
-        repair(space, space.costs(under), params, loss)
-    at = repair(space, space.costs(Budget(floor, bounds)), params, loss)
+        make_feasible(space, space.costs(under), params, loss)
+    at = make_feasible(space, space.costs(Budget(floor, bounds)), params, loss)
     assert space.allocation(at).used(space.layout, Budget(floor, bounds)) <= floor
     with pytest.raises(BudgetError, match="needed a positive size"):
         space.check_budget(Budget(0, bounds))

@@ -64,7 +64,7 @@ def test_the_safetensors_library_reads_every_tensor(case, written, which):
     assert (len(stored) > len(made.layout.groups)) == (target == "safetensors")
     with safe_open(folder / FILE[container], framework="pt") as file:
         names = set(file.keys())
-        assert names == {*stored, *(k.source for k in made.layout.kept)}
+        assert names == {*stored, *(k.source for k in made.layout.full_precision)}
         total = 0
         for tensor_name, (group, fmt, experts) in stored.items():
             tensor = file.get_tensor(tensor_name)
@@ -76,7 +76,7 @@ def test_the_safetensors_library_reads_every_tensor(case, written, which):
                 == (whole if kept is None else whole[experts or list(kept)]).tobytes()
             )
             total += tensor.nbytes
-        for kept in made.layout.kept:
+        for kept in made.layout.full_precision:
             tensor = file.get_tensor(kept.source)
             assert tuple(tensor.shape) == kept.shape_with(allocation.counts.get(kept.layer, 0))
             total += tensor.nbytes

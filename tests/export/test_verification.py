@@ -64,7 +64,7 @@ def test_good_ones_pass(case, precise, which):
     assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)
     n_parts = sum(text.count("+") + 1 for text in allocation.format_of.values())
     assert (n_parts > len(made.layout.groups)) == (target == "safetensors")
-    assert found.n_tensors == n_parts + len(made.layout.kept)
+    assert found.n_tensors == n_parts + len(made.layout.full_precision)
     assert 0 <= found.divergence <= limit
     assert found.loss > 0.01
     assert found.runtime_loss == pytest.approx(found.loss, abs=2 * limit)

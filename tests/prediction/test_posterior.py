@@ -89,10 +89,10 @@ def linear(tiny_one):
     So the loss of one group alone is its multiplier times what it loses.
     """
     smooth = {}
-    for group, rows in tiny_one.smooth.items():
+    for group, rows in tiny_one.error_losses.items():
         smooth[group] = rows.copy()
         smooth[group][:, 0] = 0
-    return replace(tiny_one, smooth=smooth, coupling=dict.fromkeys(smooth, 0.0))
+    return replace(tiny_one, error_losses=smooth, coupling=dict.fromkeys(smooth, 0.0))
 
 
 def alone(space, name, place):

@@ -46,9 +46,9 @@ def test_the_formula(qwen):
 def test_a_model_is_its_own_relative(target, surrogates, spaces):
     mine, space = surrogates[target], spaces[target]
     found = transferred(mine, "itself").surrogate(space)
-    for group, rows in mine.smooth.items():
+    for group, rows in mine.error_losses.items():
         counted = [GAUSSIAN_ERROR.get(v) != 0 and "*" not in v for v in space.formats[group]]
-        np.testing.assert_allclose(found.smooth[group][-1][counted], rows[-1][counted])
+        np.testing.assert_allclose(found.error_losses[group][-1][counted], rows[-1][counted])
     assert found.coupling == pytest.approx(mine.coupling)
     for layer, losses in mine.counts.items():
         np.testing.assert_allclose(found.counts[layer], losses, atol=1e-12)
@@ -77,6 +77,6 @@ def test_roles_that_a_relative_lacks(surrogates, qwen):
     prior = transferred(surrogates["gguf"], "the reference")
     assert prior.weights[Role.Q] == prior.weights[Role.Q_B]
     assert prior.weights[Role.HEAD] == prior.weights[Role.EMBEDDING]
-    assert np.isfinite(prior.surrogate(qwen).smooth["layers.0.attention.v"]).all()
+    assert np.isfinite(prior.surrogate(qwen).error_losses["layers.0.attention.v"]).all()
     with pytest.raises(SpaceError, match=r"nothing is known of experts\.up"):
         Prior("a", {}).loss(qwen.layout.groups["layers.0.experts.up"], "Q8_0", 48)

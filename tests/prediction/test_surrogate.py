@@ -94,18 +94,18 @@ class Priced:
         found |= {f"experts.{x}": self.pruned(x, count_of(params, x)) for x in LAYERS}
         return {n: v * factors.get(n, 1.0) for n, v in found.items()}
 
-    def noise(self, losses):
+    def routing_loss(self, losses):
         return math.sqrt(sum(self.coupling[bundle(n)] * v for n, v in losses.items()
                              if not n.startswith("experts.")))  # fmt: skip
 
     def total(self, params, factors):
         losses = self.losses(params, factors)
-        return sum(losses.values()) + self.noise(losses)
+        return sum(losses.values()) + self.routing_loss(losses)
 
     def linear(self, params, factors, noise):
         """The noise's square root replaced by its tangent, less its constant."""
         losses = self.losses(params, factors)
-        return sum(losses.values()) + self.noise(losses) ** 2 / (2 * noise)
+        return sum(losses.values()) + self.routing_loss(losses) ** 2 / (2 * noise)
 
 
 def factors_of(surrogate, rng, sigma=1.0):
@@ -129,7 +129,9 @@ def test_predicted_is_the_sum_its_noise_and_the_counts(surrogates, profiles, tar
             params = at_random(space, rng)
             losses = priced.losses(params, factors)
             assert dict(zip(names, surrogate.losses(params), strict=True)) == pytest.approx(losses)
-            assert surrogate.noise(surrogate.losses(params)) == pytest.approx(priced.noise(losses))
+            assert surrogate.routing_loss(surrogate.losses(params)) == pytest.approx(
+                priced.routing_loss(losses)
+            )
             assert surrogate.predict(params) == pytest.approx(priced.total(params, factors))
     assert plain.multipliers == {}
     assert plain.multiplied(factors).multiplied({}).predict(params) == plain.predict(params)
@@ -141,18 +143,18 @@ def test_mixes_are_sums_of_parts_rescaled_by_what_is_retained(surrogates, profil
     seen = set()
     for name in ("layers.1.experts.down", "layers.4.experts.gate"):
         values = surrogate.space.formats[name]
-        assert surrogate.smooth[name].shape == (19, len(values))
+        assert surrogate.error_losses[name].shape == (19, len(values))
         for row, count in enumerate(range(6, 25)):
             expected = [priced.group(name, v, count) for v in values]
-            np.testing.assert_allclose(surrogate.smooth[name][row], expected, rtol=1e-12)
+            np.testing.assert_allclose(surrogate.error_losses[name][row], expected, rtol=1e-12)
         seen |= {"*" in v for v in values}
     assert seen == {True, False}
-    assert surrogate.smooth["layers.1.attention.o"].shape[0] == 1
+    assert surrogate.error_losses["layers.1.attention.o"].shape[0] == 1
 
 
 def test_fewer_experts_of_a_mix_lose_less_only_by_their_formats(surrogates):
     """Pruning itself is priced by `counts`: in one format, the experts' loss hardly changes."""
-    table = surrogates["safetensors"].smooth["layers.1.experts.down"]
+    table = surrogates["safetensors"].error_losses["layers.1.experts.down"]
     values = surrogates["safetensors"].space.formats["layers.1.experts.down"]
     plain = table[:, values.index("Q4_K")]
     assert plain.max() / plain.min() < 1.2
@@ -185,9 +187,9 @@ def test_around_is_the_derivative_of_predict(surrogates, target):
     space, rng, h = plain.space, np.random.default_rng(3), 1e-5
     surrogate = plain.multiplied(factors_of(plain, rng, 0.3))
     params = at_random(space, rng)
-    loss = surrogate.around(params)
+    loss = surrogate.loss_at(params)
     for group in ("embedding", "layers.1.experts.down", "layers.2.attention.o"):
-        name, rows = f"format.{group}", surrogate.smooth[group]
+        name, rows = f"format.{group}", surrogate.error_losses[group]
         row = count_of(params, int(group.split(".")[1])) - 6 if len(rows) > 1 else 0
         here = space.formats[group].index(params[name])
         for there, value in enumerate(space.formats[group]):
@@ -195,7 +197,7 @@ def test_around_is_the_derivative_of_predict(surrogates, target):
             for sign in (1, -1):
                 moved = rows.copy()
                 moved[row, here] += sign * h * (rows[row, there] - rows[row, here])
-                changed = replace(surrogate, smooth={**surrogate.smooth, group: moved})
+                changed = replace(surrogate, error_losses={**surrogate.error_losses, group: moved})
                 on_the_way.append(changed.predict(params))
             slope = (on_the_way[0] - on_the_way[1]) / (2 * h)
             assert loss(name, value) - loss(name, params[name]) == pytest.approx(slope, rel=1e-4)
@@ -224,17 +226,17 @@ def test_towards_is_the_geometric_mean(surrogates, profiles, target):
     surrogate, profile = surrogates[target], profiles[target]
     there = prices_at_random(profile, np.random.default_rng(4))
     other = from_profile(msgspec.structs.replace(profile, curvature=there), surrogate.space)
-    halfway = surrogate.multiplied({"embedding": 2.0}).towards(there)
-    for group, rows in halfway.smooth.items():
-        expected = np.sqrt(surrogate.smooth[group] * other.smooth[group])
+    halfway = surrogate.multiplied({"embedding": 2.0}).with_curvature_at(there)
+    for group, rows in halfway.error_losses.items():
+        expected = np.sqrt(surrogate.error_losses[group] * other.error_losses[group])
         np.testing.assert_allclose(rows, expected, rtol=1e-12)
-        assert (rows != surrogate.smooth[group]).any()
+        assert (rows != surrogate.error_losses[group]).any()
     assert halfway.coupling == surrogate.coupling
     assert halfway.counts == surrogate.counts
     assert halfway.multipliers == {"embedding": 2.0}
-    same = surrogate.towards(profile.curvature)
-    for group, rows in same.smooth.items():
-        np.testing.assert_allclose(rows, surrogate.smooth[group], rtol=1e-12)
+    same = surrogate.with_curvature_at(profile.curvature)
+    for group, rows in same.error_losses.items():
+        np.testing.assert_allclose(rows, surrogate.error_losses[group], rtol=1e-12)
 
 
 def moves_from(profile, space, params, rng):
@@ -259,7 +261,7 @@ def moves_from(profile, space, params, rng):
 def near_of(surrogate, params, moves, share):
     held = surrogate.space.allocation(params).counts
     tables = [surrogate.table(moves, held), surrogate.table(moves, held)]
-    return surrogate.nearby(params, tables, share=share)
+    return surrogate.local(params, tables, share=share)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -274,7 +276,7 @@ def test_nearby_is_zero_here_and_a_mixture_there(surrogates, profiles, target, s
         moves = moves_from(profile, space, params, rng)
         near = near_of(surrogate, params, moves, share)
         assert near.predict(params) == pytest.approx(0, abs=1e-12)
-        noise = priced.noise(priced.losses(params, factors))
+        noise = priced.routing_loss(priced.losses(params, factors))
         here = priced.linear(params, factors, noise)
         for _ in range(5):  # other formats at the same counts
             other = {n: v if not n.startswith("format.") or rng.random() < 0.5

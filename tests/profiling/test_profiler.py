@@ -412,7 +412,7 @@ def test_a_capped_bank_stays_small(inputs, near, finished, stage):
     elif stage == "put":
         capped.swap.put_allocation(near.allocation)
     else:
-        capped.around(near.allocation, near.scorer, part=0)
+        capped.local_prices(near.allocation, near.scorer, part=0)
         left = len(inputs.layout.groups[groups[-1]].offered())
     assert len(list((capped.cache / "bank").iterdir())) == left
 
@@ -442,7 +442,7 @@ def near(inputs, finished, make_documents, tmp_path):
 
 def test_around_is_the_curvature_and_the_slope_there(inputs, near):
     profiler, layout = near.profiler, inputs.layout
-    found = profiler.around(near.allocation, near.scorer, part=1)
+    found = profiler.local_prices(near.allocation, near.scorer, part=1)
     part = near.documents[3:]
     swap = SwapModel(layout, profiler.encodings.decoded)
     scorer = Scorer(swap, part)
@@ -484,7 +484,7 @@ def test_around_is_the_curvature_and_the_slope_there(inputs, near):
 
 
 def test_around_covers_every_format_and_staying_costs_nothing(inputs, near):
-    found = near.profiler.around(near.allocation, near.scorer, part=0)
+    found = near.profiler.local_prices(near.allocation, near.scorer, part=0)
     for prices in (found.curvature, found.moves):
         assert {n: set(row) for n, row in prices.items()} == {
             n: {f.name for f in g.offered()} for n, g in inputs.layout.groups.items()
@@ -500,43 +500,45 @@ def test_around_counts_what_it_runs(near):
     """The original and the candidate forward, and two backward passes, each twice a forward."""
     counter, costs = Counter(near.profiler.swap.model), []
     for part, n_tokens in enumerate((13 + 13 + 19, 11 + 11 + 17)):
-        costs.append(near.profiler.around(near.allocation, near.scorer, part=part).forward_tokens)
+        costs.append(
+            near.profiler.local_prices(near.allocation, near.scorer, part=part).forward_tokens
+        )
         forward, backward = counter.take()
         assert forward == backward == 2 * n_tokens
         assert costs[-1] == forward + 2 * backward
-    assert near.profiler.look_tokens(near.scorer) == max(costs)
+    assert near.profiler.gradient_tokens(near.scorer) == max(costs)
 
 
 def test_around_is_kept_by_content(near, monkeypatch):
     profiler = near.profiler
-    first, second = (profiler.around(near.allocation, near.scorer, part=i) for i in (0, 1))
+    first, second = (profiler.local_prices(near.allocation, near.scorer, part=i) for i in (0, 1))
     assert first.moves != second.moves
     assert first.curvature != second.curvature
     other = dataclasses.replace(near.allocation, experts_used=1)
-    assert profiler.around(other, near.scorer, part=0).moves != first.moves
+    assert profiler.local_prices(other, near.scorer, part=0).moves != first.moves
     assert len(list(profiler.folder.glob("around-*.json"))) == 3
     monkeypatch.setattr(module, "measure", lambda *a, **k: pytest.fail("measured again"))
-    assert profiler.around(near.allocation, near.scorer, part=0) == first
-    assert profiler.around(near.allocation, near.scorer, part=2) == first
-    assert profiler.around(near.allocation, near.scorer, part=3) == second
+    assert profiler.local_prices(near.allocation, near.scorer, part=0) == first
+    assert profiler.local_prices(near.allocation, near.scorer, part=2) == first
+    assert profiler.local_prices(near.allocation, near.scorer, part=3) == second
     again = Profiler(profiler.inputs, profiler.cache)
-    assert again.around(near.allocation, near.scorer, part=1) == second
+    assert again.local_prices(near.allocation, near.scorer, part=1) == second
     few = Scorer(profiler.swap, near.documents[:3])
-    assert profiler.around(near.allocation, few, part=7) == first
+    assert profiler.local_prices(near.allocation, few, part=7) == first
 
 
 def test_around_takes_all_documents_where_there_are_few(near):
     few = Scorer(near.profiler.swap, near.documents[:2])
-    first = near.profiler.around(near.allocation, few, part=0)
+    first = near.profiler.local_prices(near.allocation, few, part=0)
     assert first.forward_tokens == 6 * 26
-    assert near.profiler.around(near.allocation, few, part=1) == first
+    assert near.profiler.local_prices(near.allocation, few, part=1) == first
 
 
 def test_around_leaves_the_model_fit_for_scoring(near):
     other = dataclasses.replace(near.allocation, retained=((1, (0, 1, 2, 3)), (2, (4, 5, 6, 7))))
     expected = {a: near.scorer.score(a).kl for a in (near.allocation, other)}
     near.scorer.score(other)
-    near.profiler.around(near.allocation, near.scorer, part=0)
+    near.profiler.local_prices(near.allocation, near.scorer, part=0)
     assert np.array_equal(near.scorer.score_installed().kl, expected[near.allocation])
     for allocation, kl in expected.items():
         assert np.array_equal(near.scorer.score(allocation).kl, kl)

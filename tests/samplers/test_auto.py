@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.budget import Budget
-from allocator.prediction.surrogate import Around
+from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers.auto import ROUND
 from allocator.samplers.knapsack import MULTIPLIERS
 from allocator.study.outcomes import close_abandoned
@@ -51,7 +51,7 @@ class Toy:
             total += sum(self.price(name, f)[e].sum() for f, e in pieces(text, kept))
         return total + sum(0.3 * (1 - n / 4) for n in allocation.counts.values())
 
-    def around(self, allocation):
+    def local_prices(self, allocation):
         """Exact: curvature is the loss of every format, moves the change from what is held."""
         curvature, moves = {}, {}
         for name, text in allocation.formats:
@@ -65,7 +65,7 @@ class Toy:
             moves[name] = {
                 f: ((np.array(v) - held) * there).tolist() for f, v in curvature[name].items()
             }
-        return Around(curvature, moves, LOOK_TOKENS)
+        return LocalPrices(curvature, moves, LOOK_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def toy_scorer(formula, toy, before=lambda *_: None):
 
 
 class Watched:
-    """A `Look` that remembers what it was asked; its prices have noise, as a gradient's have."""
+    """A `GradientStep` that remembers what it was asked; its prices are noisy, as a gradient's."""
 
     def __init__(self, toy, fails=()):
         self.toy, self.fails, self.asked = toy, set(fails), []
@@ -92,14 +92,14 @@ class Watched:
         self.asked.append((allocation.digest, part))
         if len(self.asked) - 1 in self.fails:
             raise KilledError
-        exact = self.toy.around(allocation)
+        exact = self.toy.local_prices(allocation)
         rng = np.random.default_rng([zlib.crc32(allocation.digest.encode()), part])
         curvature, moves = (
             {g: {f: (np.array(v) * np.exp(rng.normal())).tolist() for f, v in row.items()}
              for g, row in prices.items()}
             for prices in (exact.curvature, exact.moves)
         )  # fmt: skip
-        return Around(curvature, moves, LOOK_TOKENS)
+        return LocalPrices(curvature, moves, LOOK_TOKENS)
 
 
 class KilledError(Exception):
@@ -108,8 +108,8 @@ class KilledError(Exception):
 
 def started(formula, toy, storage, *, look=None, before=lambda *_: None, share=0.15, **options):
     return formula.search(
-        storage, "auto", scorer=toy_scorer(formula, toy, before), around=look, share=share,
-        look_tokens=LOOK_TOKENS if look else 0, **options,
+        storage, "auto", scorer=toy_scorer(formula, toy, before), local_prices=look, share=share,
+        gradient_tokens=LOOK_TOKENS if look else 0, **options,
     )  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def gains(formula, toy, *, looking, seed, n_trials=16, **options):
 
 
 def toy_look(toy):
-    return lambda allocation, part: toy.around(allocation)
+    return lambda allocation, part: toy.local_prices(allocation)
 
 
 @pytest.mark.parametrize("looking", [False, True])

@@ -15,7 +15,7 @@ from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.study.generations import Selection
 from allocator.study.outcomes import close_abandoned
-from allocator.study.storages import open_storage, repair_storage
+from allocator.study.storages import mend_storage, open_storage
 from allocator.study.trials import ABANDONED, allocation_of
 
 N_TRIALS = 18  # TPE draws its first 10 at random; NSGA-II's third generation begins after 8
@@ -209,7 +209,7 @@ def test_killed_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampl
     arguments = [str(TESTS), str(formula.checkpoint), str(tmp_path), sampler, str(after)]
     done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    repair_storage(None, tmp_path)
+    mend_storage(None, tmp_path)
     search = started(formula, open_storage(None, tmp_path), sampler)
     assert search.study.trials[-1].state is TrialState.RUNNING
     n_abandoned = STEPS.n_offspring if sampler == "evolution" else 1

@@ -18,7 +18,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from allocator import samplers
-from allocator.prediction.surrogate import Around
+from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
 from allocator.study import leases
 from allocator.study import search as study
@@ -464,14 +464,14 @@ def test_time_is_over_for_what_was_taken_over(joined):
 @pytest.mark.parametrize("limit", ["trials", "tokens"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_worker_alone_does_what_a_search_without_leases_does(joined, formula, sampler, limit):
-    def around(allocation, part):
+    def local_prices(allocation, part):
         prices = {}
         for name, group in alone.space.layout.groups.items():
             n = group.shape[0] if group.role.is_expert else 1
             prices[name] = {f.name: [4.0**-f.bits / n] * n for f in group.offered()}
-        return Around(prices, prices, 77)
+        return LocalPrices(prices, prices, 77)
 
-    options = {"around": around, "look_tokens": 77}
+    options = {"local_prices": local_prices, "gradient_tokens": 77}
     alone = formula.search(InMemoryStorage(), sampler, **options)
     worker = joined(InMemoryStorage(), sampler, **options)
     for n in (8, 19):

@@ -12,7 +12,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
 from allocator.decision.budget import Budget
 from allocator.errors import StudyError
-from allocator.prediction.surrogate import Around
+from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import Queued, first_trials
@@ -695,7 +695,7 @@ class Spent:
     def before(self, allocation, start, stop):
         self.tokens += sum(LENGTHS[start:stop])
 
-    def around(self, allocation, part):
+    def local_prices(self, allocation, part):
         if (allocation.digest, part) not in self.looks:
             self.looks.add((allocation.digest, part))
             self.tokens += LOOK_TOKENS
@@ -703,7 +703,7 @@ class Spent:
         for name, group in self.layout.groups.items():
             n = group.shape[0] if group.role.is_expert else 1
             prices[name] = {f.name: [4.0**-f.bits / n] * n for f in group.offered()}
-        return Around(prices, prices, LOOK_TOKENS)
+        return LocalPrices(prices, prices, LOOK_TOKENS)
 
 
 @pytest.mark.parametrize("side_by_side", [1, 3, 7])
@@ -715,7 +715,8 @@ def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs, si
     for tokens in (0, whole - 1, whole, 2 * whole - 1, 1000, 2222, 2223, 2300, 2377, 2500):
         spent = Spent()
         search = formula.search(
-            InMemoryStorage(), sampler, rungs=rungs, around=spent.around, look_tokens=LOOK_TOKENS,
+            InMemoryStorage(), sampler, rungs=rungs, local_prices=spent.local_prices,
+            gradient_tokens=LOOK_TOKENS,
             scorer=formula.Scorer(spent.before, lengths=LENGTHS), n_knapsack=1,
         )  # fmt: skip
         spent.layout, search.base_tokens = search.space.layout, 300

@@ -23,8 +23,8 @@ from allocator.errors import StudyError
 from allocator.study import journal
 from allocator.study import storages as storage
 from allocator.study.folder_lock import search_lock
-from allocator.study.journal import remove_stale_lock, repair_journal
-from allocator.study.storages import open_storage, reaching, repair_storage
+from allocator.study.journal import mend_journal, remove_stale_lock
+from allocator.study.storages import mend_storage, open_storage, reaching
 
 FORMATS = CategoricalDistribution(["Q8_0", "Q4_K", "IQ2_XXS"])
 
@@ -111,9 +111,9 @@ def test_cut_at_every_byte(written, tmp_path, monkeypatch, ends_in, repaired_by)
         lacks_newline_only = written[cut : cut + 1] == b"\n"
 
         if repaired_by == "start":
-            shown = repair_journal(path)
+            shown = mend_journal(path)
             assert (shown is None) == (not torn)
-            assert repair_journal(path) is None
+            assert mend_journal(path) is None
         study = optuna.load_study(study_name="s", storage=open_storage(None, folder))
         study.add_trial(added(9.0))
 
@@ -133,7 +133,7 @@ def test_tails_are_numbered(written, tmp_path):
     path = tmp_path / "journal"
     for tail in (b'{"op_', b'{"op_code":5,"x', b"\0\0\0", b"[1, 2]\n", b"\n", b"\xff\xfe\n"):
         path.write_bytes(written + tail)
-        assert "torn" in repair_journal(path)
+        assert "torn" in mend_journal(path)
         assert path.read_bytes() == written
     kept = [(tmp_path / f"journal.torn-{n}").read_bytes() for n in range(1, 7)]
     assert kept == [b'{"op_', b'{"op_code":5,"x', b"\0\0\0", b"[1, 2]\n", b"\n", b"\xff\xfe\n"]
@@ -166,13 +166,13 @@ def test_tail_is_on_the_disk_before_the_cut(written, tmp_path, monkeypatch):
             for name in calls:
                 patched.setattr(os, name, dying(getattr(os, name), countdown))
             try:
-                repair_journal(path)
+                mend_journal(path)
                 break
             except KillError:
                 pass
         kept = [p.read_bytes() for p in tmp_path.glob("journal.torn-[0-9]*")]
         assert path.read_bytes() == written + b'{"op_code":6,' or kept == [b'{"op_code":6,']
-        repair_journal(path)
+        mend_journal(path)
         assert path.read_bytes() == written
     assert allowed > 3  # the countdown did reach into the repair
 
@@ -181,9 +181,9 @@ def test_long_last_record(written, tmp_path):
     long = b'{"op_code":8,"worker_id":"w","trial_id":5,"user_attr":{"x":"' + b"a" * 300_000
     path = tmp_path / "journal"
     path.write_bytes(written + long + b'"}}')
-    assert "newline" in repair_journal(path)
+    assert "newline" in mend_journal(path)
     path.write_bytes(path.read_bytes() + long)
-    assert f"{len(long)} bytes" in repair_journal(path)
+    assert f"{len(long)} bytes" in mend_journal(path)
     assert path.read_bytes() == written + long + b'"}}\n'
 
 
@@ -196,18 +196,18 @@ def test_repair_reads_only_the_tail(written, tmp_path, monkeypatch):
     monkeypatch.setattr(
         journal, "_read", lambda file, a, b: n_read.append(b - a) or real(file, a, b)
     )
-    assert repair_journal(path)
+    assert mend_journal(path)
     assert sum(n_read) < 3 * journal._BLOCK_BYTES < path.stat().st_size / 10
 
 
 def test_nothing_to_repair(written, tmp_path):
     path = tmp_path / "journal"
-    assert repair_journal(path) is None
+    assert mend_journal(path) is None
     assert not path.exists()
     path.touch()
-    assert repair_journal(path) is None
+    assert mend_journal(path) is None
     path.write_bytes(written)
-    assert repair_journal(path) is None
+    assert mend_journal(path) is None
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -229,7 +229,7 @@ def test_damage_before_a_torn_line_is_an_error(written, tmp_path):
     path.write_bytes(data)
     n_lines = written.count(b"\n")
     with pytest.raises(StudyError, match=rf"line {n_lines + 1} is no record"):
-        repair_journal(path)
+        mend_journal(path)
     assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
 
@@ -250,7 +250,7 @@ def test_foreign_file_is_never_cut(tmp_path):
         path = tmp_path / "foreign"
         path.write_bytes(content)
         with pytest.raises(StudyError, match="not an Optuna journal"):
-            repair_journal(path)
+            mend_journal(path)
         with pytest.raises(StudyError, match="not an Optuna journal"):
             open_and_append(f"journal:{path}", tmp_path)
         assert path.read_bytes() == content
@@ -270,7 +270,7 @@ def test_specs(tmp_path, monkeypatch):
     optuna.create_study(study_name="s", storage=sqlite).add_trial(create_trial(value=1.0))
     again = open_storage(f"sqlite:///{tmp_path}/trials.db", tmp_path)
     assert len(finished(again)) == 1
-    assert repair_storage("sqlite:///trials.db", tmp_path) == []
+    assert mend_storage("sqlite:///trials.db", tmp_path) == []
     for store in (sqlite, again):
         store.remove_session()
         store.engine.dispose()
@@ -334,7 +334,7 @@ def test_killed_while_it_wrote(tmp_path):
     path.write_bytes(data[:-4])
     with search_lock(path.parent) as lock:
         assert lock.exclusive_start
-        shown = repair_storage(None, path.parent)
+        shown = mend_storage(None, path.parent)
     assert ["removed" in shown[0], "torn" in shown[1]] == [True, True]
     begin = time.monotonic()
     study = optuna.load_study(study_name="s", storage=open_storage(None, path.parent))

@@ -30,14 +30,14 @@ class TestEveryLayout:
         found = Counter(name for g in layout.groups.values() for name in set(g.sources))
         halves = [g for g in layout.groups.values() if g.role in (Role.K_B, Role.V_B)]
         found.subtract(name for g in halves if g.role is Role.V_B for name in g.sources)
-        found.update(k.source for k in layout.kept)
+        found.update(k.source for k in layout.full_precision)
         assert found == Counter(inventories[kind].tensors.keys())
 
     def test_weights_agree(self, inventories, kind, target):
         inventory = inventories[kind]
         layout = target.layout(inventory)
         n_groups = sum(math.prod(g.shape) for g in layout.groups.values())
-        n_kept = sum(math.prod(k.shape) for k in layout.kept)
+        n_kept = sum(math.prod(k.shape) for k in layout.full_precision)
         assert n_groups == inventory.n_searched_weights
         assert n_groups + n_kept == sum(math.prod(t.shape) for t in inventory.tensors.values())
 
@@ -54,7 +54,7 @@ class TestEveryLayout:
     def test_names_are_distinct(self, inventories, kind, target):
         layout = target.layout(inventories[kind])
         stored = [g.stored_as for g in layout.groups.values()]
-        stored += [k.stored_as for k in layout.kept]
+        stored += [k.stored_as for k in layout.full_precision]
         assert len(set(stored)) == len(stored)
         assert [g.name for g in layout.groups.values()] == list(layout.groups)
 
@@ -96,7 +96,7 @@ def test_nextn_is_in_no_layout(tmp_path, make, tiny):
     for target in TARGETS.values():
         layout, plain = target.layout(read_inventory(folder)), target.layout(tiny)
         assert layout.groups == plain.groups
-        assert [k.source for k in layout.kept] == [k.source for k in plain.kept]
+        assert [k.source for k in layout.full_precision] == [k.source for k in plain.full_precision]
 
 
 def test_order_is_outside_then_by_layer(inventories):
@@ -106,9 +106,9 @@ def test_order_is_outside_then_by_layer(inventories):
 
 
 def test_gguf_keeps_float32_and_safetensors_the_checkpoints(inventories):
-    assert {k.dtype for k in GGUF.layout(inventories["deepseek"]).kept} == {"F32"}
+    assert {k.dtype for k in GGUF.layout(inventories["deepseek"]).full_precision} == {"F32"}
     inventory = inventories["deepseek"]  # router biases in float32, the rest in bfloat16
-    kept = SAFETENSORS.layout(inventory).kept
+    kept = SAFETENSORS.layout(inventory).full_precision
     assert {k.dtype for k in kept} == {"BF16", "F32"}
     assert all(k.dtype == inventory.tensors[k.source].dtype for k in kept)
 
@@ -118,8 +118,8 @@ def test_fewer_experts(layouts):
         group = layout.groups["layers.1.experts.down"]
         assert group.shape_with(7) == (7, 256, 256)
         assert layout.groups["embedding"].shape_with(7) == (8192, 256)
-        router = next(k for k in layout.kept if k.role is Role.ROUTER)
-        norm = next(k for k in layout.kept if k.role is Role.NORM)
+        router = next(k for k in layout.full_precision if k.role is Role.ROUTER)
+        norm = next(k for k in layout.full_precision if k.role is Role.NORM)
         width = {"F32": 4, "BF16": 2, "F16": 2}
         assert router.nbytes(7) == 7 * 256 * width[router.dtype]
         assert norm.nbytes(7) == norm.shape[0] * width[norm.dtype]
@@ -212,7 +212,7 @@ def test_a_file_with_our_header_is_one_that_safetensors_reads(tmp_path, inventor
     retained = {layer: tuple(range(8 - 4 * (i % 2))) for i, layer in enumerate(layout.layers)}
     rows = entries(layout, retained=retained, formats=formats)
     head = header(rows)
-    kept = sum(k.nbytes(len(retained.get(k.layer, ()))) for k in layout.kept)
+    kept = sum(k.nbytes(len(retained.get(k.layer, ()))) for k in layout.full_precision)
     encoded = sum(
         FORMATS[formats[n]].nbytes(g.shape_with(len(retained.get(g.layer, ()))))
         for n, g in layout.groups.items()

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.errors import FormatError, VerifyError
 from allocator.formats import FORMATS, Format
-from allocator.targets import Kept, Layout
+from allocator.targets import FullPrecision, Layout
 from allocator.targets.gguf.contract import yarn_options
 from allocator.targets.gguf.memory import kv_parts
 from allocator.targets.gguf.metadata import metadata, yarn_betas
@@ -36,7 +36,7 @@ class Source(Protocol):
     def encoded(self, name: str) -> Bytes:
         """A group in its format: `(..., rows, bytes per row)`, retained experts only."""
 
-    def kept(self, kept: Kept) -> npt.NDArray[np.float32]:
+    def full_precision(self, kept: FullPrecision) -> npt.NDArray[np.float32]:
         """A kept tensor, retained rows only."""
 
 
@@ -105,7 +105,7 @@ def _add_tensors(
     ]
     rows += [
         (k.stored_as, k.shape_with(counts.get(_layer(k.layer), 0)), FORMATS[k.dtype])
-        for k in layout.kept
+        for k in layout.full_precision
     ]
     for name, shape, chosen in rows:
         kind = GGMLQuantizationType(chosen.ggml_type)
@@ -122,8 +122,8 @@ def _data(
     for group in layout.groups.values():
         encoded = np.ascontiguousarray(source.encoded(group.name))
         yield group.stored_as, encoded.shape, encoded
-    for kept in layout.kept:
-        array = np.ascontiguousarray(source.kept(kept), dtype=np.float32)
+    for kept in layout.full_precision:
+        array = np.ascontiguousarray(source.full_precision(kept), dtype=np.float32)
         yield kept.stored_as, array.shape, array
 
 

@@ -43,7 +43,7 @@ class _Part:
     """
 
     groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    full_precision: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -107,8 +107,8 @@ def _parts(
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
                 _shape(model, name)
-                part.kept[name] = file.get_tensor(name)
-                part.shapes[name] = tuple(part.kept[name].shape)
+                part.full_precision[name] = file.get_tensor(name)
+                part.shapes[name] = tuple(part.full_precision[name].shape)
                 continue
             group, fmt, places = stored[name]
             data = file.get_tensor(name)
@@ -193,7 +193,7 @@ def _set(model: Any, name: str, values: torch.Tensor) -> None:
 def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
     with torch.no_grad():
         for name, shape in part.shapes.items():
-            kept = part.kept.get(name)
+            kept = part.full_precision.get(name)
             _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
         for group, fmt, data, places in part.groups:
             view = destination(model, config, group)
@@ -202,7 +202,7 @@ def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
 
 def _empty(model: Any, part: _Part) -> None:
     for name in part.shapes:
-        kept = part.kept.get(name)
+        kept = part.full_precision.get(name)
         if kept is None or kept.dtype != torch.float32:  # those are the file's own memory
             _set(model, name, _NONE)
 
@@ -225,7 +225,7 @@ def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
     """The file holds as many weights of every parameter as the model has."""
     stored: Counter[str] = Counter()
     for part in parts.values():
-        stored.update({name: tensor.numel() for name, tensor in part.kept.items()})
+        stored.update({name: tensor.numel() for name, tensor in part.full_precision.items()})
         for group, fmt, data, _ in part.groups:
             for name in _parameters_of(group):
                 stored[name] += data.numel() // fmt.block_bytes * fmt.block

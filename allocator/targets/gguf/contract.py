@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import FAMILIES, Role
-from allocator.targets.device_memory import DeviceMemory, Settings, Workload
+from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 from allocator.targets.gguf.memory import (
     compute_bytes,
     kv_cache_bytes,
@@ -26,7 +26,14 @@ from allocator.targets.gguf.metadata import (
     metadata_bytes,
     yarn_betas,
 )
-from allocator.targets.layout import Group, Kept, Layout, Target, in_file_order, plain_groups
+from allocator.targets.layout import (
+    FullPrecision,
+    Group,
+    Layout,
+    Target,
+    in_file_order,
+    plain_groups,
+)
 
 _MOST_AT_ONCE = 1 << 20  # tokens of a micro-batch: beyond any buffer
 _HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
@@ -62,7 +69,7 @@ class GgufTarget(Target):
             for tensor in inventory.of_role(Role.KV_B, layer):
                 groups += _halves(inventory, tensor, layer)
         kept = tuple(
-            Kept(t.name, _kept_name(inventory, t), t.role, t.layer, t.shape, "F32")
+            FullPrecision(t.name, _kept_name(inventory, t), t.role, t.layer, t.shape, "F32")
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
@@ -81,7 +88,7 @@ class GgufTarget(Target):
         n_experts = max(map(len, retained.values()))
         fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
-        rows += [(k.stored_as, len(k.shape)) for k in layout.kept]
+        rows += [(k.stored_as, len(k.shape)) for k in layout.full_precision]
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
         return self.padded(_HEADER + metadata_bytes(fields) + table)
@@ -108,7 +115,7 @@ class GgufTarget(Target):
         self,
         inventory: Inventory,
         workload: Workload,
-        settings: Settings,
+        settings: RuntimeSettings,
         *,
         weights: int,
         n_experts: int,

@@ -166,7 +166,7 @@ def search(bench, weights, tokens, rate):
     study_folder = bench.study_folder
     budget = Budget(weights, "weights")
     start = study_folder.surrogate.solve(budget)
-    scorer, looked = study_folder.scorer, study_folder.look_scorer
+    scorer, looked = study_folder.scorer, study_folder.gradient_scorer
     looked.ensure_reference(looked.n_documents)
     scorer.ensure_reference(scorer.n_documents)
 

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from allocator.app.study_folder import StudyFolder
 from allocator.comparison.runs import compare_spec
 from allocator.decision.budget import Budget
-from allocator.decision.feasibility import repair
+from allocator.decision.feasibility import make_feasible
 from allocator.scoring.scorer import Scorer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ def proposals(study_folder, budget, n, near):
             )
         else:
             drawn = {k: v[rng.integers(len(v))] for k, v in space.choices.items()}
-            params = repair(space, costs, drawn, surrogate.around(space.complete(drawn)))
+            params = make_feasible(space, costs, drawn, surrogate.loss_at(space.complete(drawn)))
         yield params
 
 

@@ -44,7 +44,7 @@ class Noise:
         data = self.rng.integers(0, 256, (*shape[:-1], row_bytes), dtype=np.uint8)
         return self.given.setdefault(group.stored_as, data)
 
-    def kept(self, kept):
+    def full_precision(self, kept):
         shape = kept.shape_with(self.allocation.counts.get(kept.layer, 0))
         data = self.rng.normal(size=shape).astype(np.float32)
         return self.given.setdefault(kept.stored_as, data)

@@ -59,7 +59,7 @@ class Modules:
         array = self._weight(self.layout.groups[name]).float().contiguous().numpy()
         return array.view(np.uint8)
 
-    def kept(self, kept):
+    def full_precision(self, kept):
         weight = self.state[kept.source].float()
         if kept.role.is_router:
             weight = weight[list(self.retained[kept.layer])]

@@ -143,7 +143,7 @@ def largest_layer(made, allocation):
     for group in made.layout.groups.values():
         shape = group.shape_with(allocation.counts.get(group.layer, 0))
         layers[group.layer] = layers.get(group.layer, 0) + 4 * prod(shape)
-    for kept in made.layout.kept:
+    for kept in made.layout.full_precision:
         shape = kept.shape_with(allocation.counts.get(kept.layer, 0))
         layers[kept.layer] = layers.get(kept.layer, 0) + 4 * prod(shape)
     return max(n for layer, n in layers.items() if layer is not None)

@@ -121,7 +121,7 @@ class Zeros:
         row_bytes = FORMATS[self.allocation.format_of[name]].nbytes((1, shape[-1]))
         return np.zeros((*shape[:-1], row_bytes), np.uint8)
 
-    def kept(self, kept):
+    def full_precision(self, kept):
         shape = kept.shape_with(self.allocation.counts.get(kept.layer, 0))
         return np.zeros(shape, np.float32)
 

@@ -59,7 +59,7 @@ class Checkpoint:
     def encoded(self, name):
         return np.ascontiguousarray(group_weights(self.layout, self.layout.groups[name])).view("u1")
 
-    def kept(self, kept):
+    def full_precision(self, kept):
         return read_tensor(self.layout.inventory, kept.source)
 
 

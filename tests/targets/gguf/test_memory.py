@@ -258,7 +258,7 @@ class Zeros:
         shape = group.shape_with(self.allocation.counts.get(group.layer, 0))
         return np.zeros(FORMATS[self.allocation.format_of[name]].nbytes(shape), np.uint8)
 
-    def kept(self, kept):
+    def full_precision(self, kept):
         return np.zeros(kept.shape_with(self.allocation.counts.get(kept.layer, 0)), np.float32)
 
 
@@ -278,7 +278,7 @@ def write(folder, make, config, n_experts, fmt):
     write_gguf(folder / "model.gguf", layout, allocation, Zeros(layout, allocation))
     n = len(retained)
     sizes = [FORMATS[fmt].nbytes(group.shape_with(n)) for group in layout.groups.values()]
-    sizes += [kept.nbytes(n) for kept in layout.kept]
+    sizes += [kept.nbytes(n) for kept in layout.full_precision]
     return SimpleNamespace(
         path=folder / "model.gguf",
         inventory=inventory,
@@ -324,7 +324,7 @@ def write_planned(folder, config, n_experts, fmt):
         rows = (*outer, inner // block.block * block.block_bytes)
         kind = GGMLQuantizationType[block.name]
         writer.add_tensor_info(group.stored_as, rows, np.dtype(np.uint8), sizes[-1], raw_dtype=kind)
-    for kept in layout.kept:
+    for kept in layout.full_precision:
         sizes.append(kept.nbytes(n_experts))
         shape = kept.shape_with(n_experts)
         writer.add_tensor_info(kept.stored_as, shape, np.dtype(np.float32), sizes[-1])
@@ -498,7 +498,7 @@ def test_each_format_computes_about_the_same(saved, tmp_path, name):
             weights = rng.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
             return weights.view(np.uint8)
 
-        def kept(self, kept):
+        def full_precision(self, kept):
             return np.ones(kept.shape, np.float32)
 
     write_gguf(folder, layout, allocation, Random(layout, allocation))
