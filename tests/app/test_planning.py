@@ -23,7 +23,7 @@ from allocator.prediction.priors import ROLE_WEIGHTS, published, transferred
 from allocator.targets import GGUF
 from allocator.targets.device_memory import Workload
 
-CONFIGS = Path(__file__).parent / "data/configs"
+CONFIGS = Path(__file__).parents[1] / "data/configs"
 GIB = 1 << 30
 
 

@@ -13,7 +13,7 @@ from allocator.checkpoint.outline import planned_inventory
 from allocator.errors import CheckpointError
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
-CONFIGS = Path(__file__).parent / "data/configs"
+CONFIGS = Path(__file__).parents[1] / "data/configs"
 BILLION = 10**9
 
 

@@ -13,7 +13,7 @@ from allocator.formats import FORMATS, GAUSSIAN_ERROR, OFFERED
 from allocator.prediction.priors import ROLE_WEIGHTS, Prior, published, transferred
 from allocator.targets import GGUF, TARGETS
 
-CONFIGS = Path(__file__).parent / "data/configs"
+CONFIGS = Path(__file__).parents[1] / "data/configs"
 
 
 @pytest.fixture(scope="module")

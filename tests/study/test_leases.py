@@ -562,7 +562,7 @@ def test_generations_of_two_workers_do_not_clobber_each_other(joined, monkeypatc
 
 # -- processes
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 WORKER = """
 import sys, time
 from dataclasses import replace
