@@ -17,7 +17,7 @@ from allocator.app.estimate import estimate
 from allocator.app.planning import RUNTIME, Plan, first_paths, write_first
 from allocator.app.planning import plan as _plan
 from allocator.app.search_stage import search, trials_table, write_front
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder, check_same_checkpoint
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
@@ -80,7 +80,7 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
 def plan(
     config: str | Path,
     *,
-    device: DeviceSpec | None = None,
+    device: DeviceBudgetSpec | None = None,
     experts: Sequence[int] = (),
     kv_format: str | None = None,
     micro_batch: int | None = None,
@@ -135,17 +135,17 @@ def profile(study: str | Path, **options: Any) -> Profile:
 def front(study: str | Path, *, storage: str | None = None, **options: Any) -> pd.DataFrame:
     """The non-dominated COMPLETE trials, smallest first; also written to `front.json`."""
     study_folder = StudyFolder(study, **options)
-    path = journal_path(storage, study_folder.folder)
+    path = journal_path(storage, study_folder.path)
     try:
         if path is not None and not path.exists():
             raise KeyError(path)
         opened = optuna.load_study(
             study_name=study_folder.study_name(storage),
-            storage=open_storage(storage, study_folder.folder),
+            storage=open_storage(storage, study_folder.path),
         )
     except KeyError:
         raise StudyError(
-            f"{study_folder.folder}: no study yet in {storage or 'its own journal'}; launch "
+            f"{study_folder.path}: no study yet in {storage or 'its own journal'}; launch "
             "`allocator search` first, or name the --storage that it was launched with"
         ) from None
     return write_front(study_folder, opened)
@@ -185,7 +185,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     surrogate, space = study_folder.surrogate, study_folder.space
     device = study_folder.spec.budget.device
     costs = space.costs(
-        Budget(1 << 62, "weights") if device is None else device.budget(study_folder.folder)
+        Budget(1 << 62, "weights") if device is None else device.budget(study_folder.path)
     )
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)
@@ -311,7 +311,7 @@ def verify(
         raise CalibrationError(
             f"{documents} documents: needed 1..{len(study_folder.splits[0])}, the search split"
         )
-    paths = sorted((study_folder.folder / "allocations").glob("*.json"))
+    paths = sorted((study_folder.path / "allocations").glob("*.json"))
     records = {path.name: AllocationRecord.read(path) for path in paths}
     encodings = study_folder.encodings_for(manifest.importance)
     scored = documents or study_folder.spec.calibration.search_documents

@@ -167,12 +167,12 @@ _DEVICE = {
 
 def _device(args: argparse.Namespace) -> Any:
     """What the command line says of a device; None if nothing."""
-    from allocator.app.study_file import DeviceSpec
+    from allocator.app.study_file import DeviceBudgetSpec
 
     given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
     if "preset" in given:
         given["preset"] = os.path.realpath(given["preset"])
-    return DeviceSpec(**given) if given else None
+    return DeviceBudgetSpec(**given) if given else None
 
 
 def _print_memory(memory: Any) -> None:

@@ -55,7 +55,7 @@ def test_a_journal_resumes_with_its_trials(golden, study_folder):
         size = allocation_of(trial).nbytes(study_folder.layout)
         assert (size.encoded, size.file) == (row["bytes"], row["file_bytes"])
     study.set_user_attr("resumed", True)  # appended to, then opened anew
-    again = optuna.load_study(study_name="study", storage=open_storage(None, study_folder.folder))
+    again = optuna.load_study(study_name="study", storage=open_storage(None, study_folder.path))
     assert again.user_attrs["resumed"]
     assert len(again.trials) == len(study.trials)
 
@@ -91,5 +91,5 @@ def test_a_profile_a_front_and_runs_read(golden, study_folder):
     assert (profile.checkpoint, profile.importance) == (record.checkpoint, record.importance)
     assert len(front_table(golden / "study")) == 8
     (run,) = results(golden / "study")
-    pick, _ = Bench(study_folder.folder, "gguf", cache=study_folder.cache).check(run)
+    pick, _ = Bench(study_folder.path, "gguf", cache=study_folder.cache).check(run)
     assert pick.nbytes(study_folder.layout).encoded <= run.weights

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from allocator.app.device_presets import read_device
+from allocator.app.device_presets import read_device_preset
 from allocator.app.study_file import StudySpec
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.records import AllocationRecord
@@ -34,7 +34,7 @@ def test_search_spaces(path):
 
 @pytest.mark.parametrize("path", DEVICES, ids=lambda p: p.name)
 def test_devices(path):
-    device = read_device(path)
+    device = read_device_preset(path)
     assert "https://" in device.source
     assert 8e9 <= parse_bytes(device.memory) <= 2e11
     assert 1e10 <= parse_bytes(device.bandwidth) <= 2e12

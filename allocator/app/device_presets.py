@@ -1,6 +1,6 @@
-"""Device presets: how much memory a device has, and how fast it is read.
+"""Device presets: how much memory a device has, and how many of its bytes are read in a second.
 
-In: a TOML file (grammar: `search_spaces/README.md`). Out: a frozen `Device`. Invariant: both
+In: a TOML file (grammar: `search_spaces/README.md`). Out: a frozen `DevicePreset`. Invariant: both
 figures are sizes, and name where they were published.
 """
 
@@ -13,11 +13,11 @@ from allocator.files.atomic import read_toml
 from allocator.units import parse_bytes
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device.
+class DevicePreset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device as it is sold.
 
     Attributes:
-        name: as it is sold.
+        name: of the product.
         memory: all of it, e.g. `128GiB`.
         bandwidth: bytes read from it in a second, e.g. `273GB`.
         source: where both figures were published.
@@ -32,19 +32,19 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     note: str = ""
 
 
-def read_device(path: Path) -> Device:
-    """A preset.
+def read_device_preset(path: Path) -> DevicePreset:
+    """Reads a device preset.
 
     Raises:
         SpaceError: if the file is missing, has an unknown key, or a figure that is no size.
     """
-    device = read_toml(path, Device, SpaceError)
-    if device.schema != 1:
-        raise SpaceError(f"{path}: schema {device.schema}, needed 1; use a newer allocator")
+    preset = read_toml(path, DevicePreset, SpaceError)
+    if preset.schema != 1:
+        raise SpaceError(f"{path}: schema {preset.schema}, needed 1; use a newer allocator")
     try:
-        sizes = parse_bytes(device.memory), parse_bytes(device.bandwidth)
+        sizes = parse_bytes(preset.memory), parse_bytes(preset.bandwidth)
     except AllocatorError as error:
         raise SpaceError(f"{path}: {error}") from None
     if min(sizes) < 1:
         raise SpaceError(f"{path}: memory and bandwidth must be positive")
-    return device
+    return preset

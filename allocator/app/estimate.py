@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.budget import Budget
 from allocator.profiling.streamed_profiler import StreamedProfiler
@@ -77,7 +77,7 @@ def estimate(
     *,
     budget: str | None = None,
     weights_budget: str | None = None,
-    device: DeviceSpec | None = None,
+    device: DeviceBudgetSpec | None = None,
     trials: int | None = None,
     sampler: str | None = None,
     seed: int | None = None,

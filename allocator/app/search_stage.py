@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.app.workers import run_workers
 from allocator.decision.allocation import Allocation
@@ -89,7 +89,7 @@ def search(
     *,
     budget: str | None = None,
     weights_budget: str | None = None,
-    device: DeviceSpec | None = None,
+    device: DeviceBudgetSpec | None = None,
     trials: int | None = None,
     seconds: float | None = None,
     tokens: int | None = None,
@@ -129,19 +129,19 @@ def search(
     study_folder = StudyFolder(study, **options)
     limit = study_folder.budget(file=budget, weights=weights_budget, device=device)
     study_folder.check_launch(sampler=sampler, seed=seed, trials=trials)
-    journal_path(storage, study_folder.folder)
+    journal_path(storage, study_folder.path)
     if tokens is not None:
         check_tokens(study_folder, tokens, "raise --tokens")
         tokens -= pick_tokens(study_folder)
-    with search_lock(study_folder.folder, join=join) as lock, reaching(storage):
-        messages = mend_storage(storage, study_folder.folder) if lock.exclusive_start else []
+    with search_lock(study_folder.path, join=join) as lock, reaching(storage):
+        messages = mend_storage(storage, study_folder.path) if lock.exclusive_start else []
         opened = study_folder.study(limit, storage=storage, sampler=sampler, seed=seed)
-        if lock.exclusive_start and (closed := _close_dead(opened, storage, study_folder.folder)):
+        if lock.exclusive_start and (closed := _close_dead(opened, storage, study_folder.path)):
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
         lock.ready()
         limited = trials is not None or seconds is not None or tokens is not None
         wanted = trials if limited else study_folder.spec.trials
-        with Leases(opened, study_folder.folder) as leases:
+        with Leases(opened, study_folder.path) as leases:
             running = prepare(
                 study_folder, limit, opened, sampler=sampler, seed=seed, leases=leases
             )
@@ -150,7 +150,7 @@ def search(
             with _TrialBar(wanted, running, shown=study_folder.progress) as bar:
                 if workers > 1 and (wanted is None or before < wanted):
                     launch: dict[str, Any] = {
-                        "study": study_folder.folder,
+                        "study": study_folder.path,
                         "budget": budget,
                         "weights_budget": weights_budget,
                         "device": device,
@@ -222,7 +222,7 @@ def _run_workers(
                     running.seconds[what] += spent
                 if worker.killed:
                     unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-                    dead = left_here(unfinished, study_folder.folder, pid=worker.pid)
+                    dead = left_here(unfinished, study_folder.path, pid=worker.pid)
                     messages.append(
                         f"worker {worker.pid} was killed (signal {worker.killed}); closed "
                         f"{close_abandoned(study, dead)} trial(s), which the others proposed again"
@@ -239,7 +239,7 @@ def work(
     *,
     budget: str | None,
     weights_budget: str | None,
-    device: DeviceSpec | None,
+    device: DeviceBudgetSpec | None,
     trials: int | None,
     deadline: float | None,
     tokens: int | None,
@@ -268,10 +268,10 @@ def work(
     """
     study_folder = StudyFolder(study, **options)
     limit = study_folder.budget(file=budget, weights=weights_budget, device=device)
-    with search_lock(study_folder.folder, join=True) as lock, reaching(storage):
+    with search_lock(study_folder.path, join=True) as lock, reaching(storage):
         lock.ready()
         opened = study_folder.study(limit, storage=storage, sampler=sampler, seed=seed)
-        with Leases(opened, study_folder.folder) as leases:
+        with Leases(opened, study_folder.path) as leases:
             running = prepare(
                 study_folder, limit, opened, sampler=sampler, seed=seed, leases=leases
             )
@@ -366,8 +366,7 @@ def _conclude(study_folder: StudyFolder, running: Search) -> tuple[Path, Path | 
     finalists, alone = finalists_of(running)
     if not finalists:
         raise StudyError(
-            f"{study_folder.folder}: no trial was finished; give it more --trials, --time or "
-            "--tokens"
+            f"{study_folder.path}: no trial was finished; give it more --trials, --time or --tokens"
         )
     scores = {t.number: _selection_loss(study_folder, allocation_of(t)) for t in finalists}
     best = min(finalists, key=lambda t: (scores[t.number], t.number))
@@ -410,7 +409,7 @@ def _record(
     memory = None
     if limit.workload is not None:
         memory = allocation.device_memory(study_folder.layout, limit.workload)
-    path = study_folder.folder / "allocations" / f"{name}.json"
+    path = study_folder.path / "allocations" / f"{name}.json"
     record = AllocationRecord(
         name=name,
         kind=str(trial.user_attrs[KIND]),
@@ -513,5 +512,5 @@ def write_front(study_folder: StudyFolder, study: optuna.Study) -> pd.DataFrame:
         "front": rows.to_dict("records"),
         "trials": table.to_dict("records"),
     }
-    write_whole(study_folder.folder / "front.json", seal(data))
+    write_whole(study_folder.path / "front.json", seal(data))
     return rows

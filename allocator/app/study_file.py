@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from allocator.app.device_presets import read_device
+from allocator.app.device_presets import read_device_preset
 from allocator.decision.budget import Budget
 from allocator.errors import AllocatorError, StudyError
 from allocator.files.atomic import read_toml
@@ -16,7 +16,7 @@ from allocator.targets.device_memory import Workload
 from allocator.units import parse_bytes
 
 
-class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole device as the limit, and what runs on it; sizes as `128GiB` or plain bytes.
 
     Attributes:
@@ -37,7 +37,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth: str | int | None = None
     min_tokens_per_second: float | None = None
 
-    def over(self, other: "DeviceSpec") -> "DeviceSpec":
+    def over(self, other: "DeviceBudgetSpec") -> "DeviceBudgetSpec":
         """The other's values, where this has none."""
         given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not None}
         return msgspec.structs.replace(other, **given)
@@ -51,7 +51,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             AllocatorError: if there is no memory, or a number makes no sense.
         """
-        preset = None if self.preset is None else read_device(folder / self.preset)
+        preset = None if self.preset is None else read_device_preset(folder / self.preset)
         memory, bandwidth = self.memory, self.bandwidth
         if preset is not None:
             memory = preset.memory if memory is None else memory
@@ -78,7 +78,7 @@ class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     weights: str | int | None = None
     file: str | int | None = None
-    device: DeviceSpec | None = None
+    device: DeviceBudgetSpec | None = None
 
 
 class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -275,7 +275,7 @@ def chosen_budget(
     *,
     file: str | None = None,
     weights: str | None = None,
-    device: DeviceSpec | None = None,
+    device: DeviceBudgetSpec | None = None,
 ) -> Budget:
     """The budget of a launch: the limits that the command line names, else the study's.
 
@@ -295,7 +295,7 @@ def chosen_budget(
     named = file is not None or weights is not None
     if device is not None:
         named |= device.memory is not None or device.preset is not None
-        known = spec.device or DeviceSpec()
+        known = spec.device or DeviceBudgetSpec()
         if device.preset is not None:  # the study's own figures are of another device
             known = msgspec.structs.replace(known, memory=None, bandwidth=None)
         device = device.over(known)

@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
-from allocator.app.study_file import DeviceSpec, StudySpec, chosen_budget
+from allocator.app.study_file import DeviceBudgetSpec, StudySpec, chosen_budget
 from allocator.checkpoint.inventory import Inventory, read_inventory
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import carried_files, read_tokenizer
@@ -98,10 +98,10 @@ class StudyFolder:
         target: str | None = None,
         torch_device: str = "cpu",
     ) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
+        self.path = Path(folder)
+        if not self.path.is_dir():
             raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
-        self.spec = StudySpec.read(self.folder)
+        self.spec = StudySpec.read(self.path)
         self.target = target or self.spec.target
         self.cache = _checked_cache(cache or default_cache())
         self.encodings_cap = encodings_cap()
@@ -117,7 +117,7 @@ class StudyFolder:
     @cached_property
     def inventory(self) -> Inventory:
         """The checkpoint."""
-        found = read_inventory(self.folder / self.spec.checkpoint, digests=self.cache / "digests")
+        found = read_inventory(self.path / self.spec.checkpoint, digests=self.cache / "digests")
         return replace(found, without_tokenizer=self.spec.tokenizer == "none")
 
     @cached_property
@@ -133,18 +133,18 @@ class StudyFolder:
         """The search-space file; everything is offered where study.toml names none."""
         if not self.spec.space:
             return SearchSpace(schema=1)
-        return SearchSpace.read(self.folder / self.spec.space)
+        return SearchSpace.read(self.path / self.spec.space)
 
     def budget(
         self,
         *,
         file: str | None = None,
         weights: str | None = None,
-        device: DeviceSpec | None = None,
+        device: DeviceBudgetSpec | None = None,
     ) -> Budget:
         """The budget of a launch, checked against the floor."""
         budget = chosen_budget(
-            self.spec.budget, self.folder, file=file, weights=weights, device=device
+            self.spec.budget, self.path, file=file, weights=weights, device=device
         )
         self.unranked_space.check_budget(budget)
         return budget
@@ -155,21 +155,21 @@ class StudyFolder:
     def splits(self) -> tuple[list[Document], list[Document]]:
         """Search and selection documents, interleaved over domains."""
         spec = self.spec.calibration
-        found = self.read_documents(self.folder / spec.documents)
+        found = self.read_documents(self.path / spec.documents)
         if spec.splits is None:
             parts = calibration.every_third(found)
         else:
-            indices = _read_splits(self.folder / spec.splits, len(found))
+            indices = _read_splits(self.path / spec.splits, len(found))
             parts = [found[i] for i in indices[0]], [found[i] for i in indices[1]]
         search, selection = map(calibration.interleaved, parts)
         if not search or not selection:
             raise CalibrationError(
-                f"{self.folder / spec.documents}: {len(found)} documents leave {len(search)} for "
+                f"{self.path / spec.documents}: {len(found)} documents leave {len(search)} for "
                 f"search and {len(selection)} for selection; add documents, or name a splits file"
             )
         if {d.ids for d in search} & {d.ids for d in selection}:
             raise CalibrationError(
-                f"{self.folder / spec.documents}: search and selection share a document; "
+                f"{self.path / spec.documents}: search and selection share a document; "
                 "splits must be disjoint"
             )
         for key, n, split in (
@@ -181,7 +181,7 @@ class StudyFolder:
         ):
             if n is not None and n > len(split):
                 raise CalibrationError(
-                    f"{self.folder}/study.toml: {key} = {n}, the split has {len(split)}"
+                    f"{self.path}/study.toml: {key} = {n}, the split has {len(split)}"
                 )
         return search, selection
 
@@ -189,10 +189,8 @@ class StudyFolder:
     def report(self) -> list[Document]:
         """Held-out documents, disjoint from both other splits, interleaved over domains."""
         if self.spec.calibration.report is None:
-            raise CalibrationError(
-                f"{self.folder}/study.toml: no report under [calibration]; add it"
-            )
-        path = self.folder / self.spec.calibration.report
+            raise CalibrationError(f"{self.path}/study.toml: no report under [calibration]; add it")
+        path = self.path / self.spec.calibration.report
         found = calibration.interleaved(self.read_documents(path))
         used = {d.ids for split in self.splits for d in split}
         if any(d.ids in used for d in found):
@@ -307,7 +305,7 @@ class StudyFolder:
 
     def importance_path(self, digest: str) -> Path:
         """Where a study commits the importance vectors of its allocations."""
-        return self.folder / "allocations" / importance_name(digest)
+        return self.path / "allocations" / importance_name(digest)
 
     # -- scoring
 
@@ -529,7 +527,7 @@ class StudyFolder:
         """
         name, chosen = self._sampler_and_seed(sampler, seed)
         lock = self.lock(budget, name, chosen)
-        return open_study(open_storage(storage, self.folder), self.study_name(storage), lock)
+        return open_study(open_storage(storage, self.path), self.study_name(storage), lock)
 
     def sampler(
         self, budget: Budget, *, sampler: str | None = None, seed: int | None = None
@@ -554,7 +552,7 @@ class StudyFolder:
 
         The folder's own journal holds one study, which stays the same when the folder is moved.
         """
-        return "study" if storage is None else self.folder.resolve().name
+        return "study" if storage is None else self.path.resolve().name
 
 
 def _use_threads(n: int) -> None:

@@ -58,7 +58,7 @@ def evaluate(
     study_folder = StudyFolder(study, **options)
     if tasks and study_folder.spec.streamed is not None:
         raise StudyError(
-            f"{study_folder.folder}: --tasks needs the model in memory, study.toml has [streamed]; "
+            f"{study_folder.path}: --tasks needs the model in memory, study.toml has [streamed]; "
             "leave --tasks out"
         )
     held_out = _documents(study_folder, documents, text)
@@ -112,9 +112,7 @@ def _documents(
 
 def _chosen(study_folder: StudyFolder, paths: Sequence[str | Path] | None) -> dict[str, Path]:
     """Allocation files by the name of their row."""
-    chosen = [
-        Path(p) for p in paths or sorted((study_folder.folder / "allocations").glob("*.json"))
-    ]
+    chosen = [Path(p) for p in paths or sorted((study_folder.path / "allocations").glob("*.json"))]
     stems = Counter(path.stem for path in chosen)
     return {f"* {p.stem if stems[p.stem] == 1 else p}": p for p in chosen}
 

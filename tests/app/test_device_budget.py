@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from allocator.app.study_file import BudgetSpec, DeviceSpec, chosen_budget
+from allocator.app.study_file import BudgetSpec, DeviceBudgetSpec, chosen_budget
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
 from allocator.decision.feasibility import make_feasible
@@ -288,26 +288,26 @@ PRESET = 'schema = 1\nname = "x"\nmemory = "1GiB"\nbandwidth = "10GB"\nsource = 
 
 def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
     (tmp_path / "x.toml").write_text(PRESET)
-    known = BudgetSpec(device=DeviceSpec(memory="2GiB", context=512, bandwidth="1GB"))
+    known = BudgetSpec(device=DeviceBudgetSpec(memory="2GiB", context=512, bandwidth="1GB"))
     budget = chosen_budget(known, tmp_path)
     assert budget == Budget(2 << 30, "device", Workload(context=512, bandwidth=10**9))
-    budget = chosen_budget(known, tmp_path, device=DeviceSpec(reserve="1MiB", sequences=2))
+    budget = chosen_budget(known, tmp_path, device=DeviceBudgetSpec(reserve="1MiB", sequences=2))
     assert budget.workload == Workload(512, 2, 1 << 20, 10**9)
-    budget = chosen_budget(known, tmp_path, device=DeviceSpec(preset="x.toml"))
+    budget = chosen_budget(known, tmp_path, device=DeviceBudgetSpec(preset="x.toml"))
     assert (budget.nbytes, budget.workload) == (1 << 30, Workload(512, bandwidth=10**10))
     assert chosen_budget(known, tmp_path, weights="5MB") == Budget(5_000_000, "weights")
     # what is no limit leaves the study's
     both = msgspec.structs.replace(known, file="5MB")
-    found = chosen_budget(both, tmp_path, device=DeviceSpec(bandwidth="3GB"))
+    found = chosen_budget(both, tmp_path, device=DeviceBudgetSpec(bandwidth="3GB"))
     workload = Workload(512, bandwidth=3 * 10**9)
     assert found == Budget(2 << 30, "device", workload, Budget(5_000_000, "file"))
-    found = chosen_budget(both, tmp_path, device=DeviceSpec(memory="1GiB"))
+    found = chosen_budget(both, tmp_path, device=DeviceBudgetSpec(memory="1GiB"))
     assert found == Budget(1 << 30, "device", Workload(512, bandwidth=10**9))
-    found = chosen_budget(both, tmp_path, weights="4MB", device=DeviceSpec(context=64))
+    found = chosen_budget(both, tmp_path, weights="4MB", device=DeviceBudgetSpec(context=64))
     workload = Workload(64, bandwidth=10**9)
     assert found == Budget(2 << 30, "device", workload, Budget(4_000_000, "weights"))
     # a limit beside the device: the command line's, or the study's
-    device = DeviceSpec(sequences=3)
+    device = DeviceBudgetSpec(sequences=3)
     for found in (
         chosen_budget(known, tmp_path, device=device, file="5MB"),
         chosen_budget(msgspec.structs.replace(known, file="5MB", device=device.over(known.device)),
@@ -320,12 +320,12 @@ def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (DeviceSpec(), "without memory"),
-        (DeviceSpec(memory="1GiB", context=0), "context 0"),
-        (DeviceSpec(memory="1GiB", reserve="-1"), "needed a number with a unit"),
-        (DeviceSpec(memory="1GiB", min_tokens_per_second=1), "needs the device's bandwidth"),
-        (DeviceSpec(memory="1GiB", bandwidth="1GB", min_tokens_per_second=0), "positive"),
-        (DeviceSpec(preset="none.toml"), "no such file"),
+        (DeviceBudgetSpec(), "without memory"),
+        (DeviceBudgetSpec(memory="1GiB", context=0), "context 0"),
+        (DeviceBudgetSpec(memory="1GiB", reserve="-1"), "needed a number with a unit"),
+        (DeviceBudgetSpec(memory="1GiB", min_tokens_per_second=1), "needs the device's bandwidth"),
+        (DeviceBudgetSpec(memory="1GiB", bandwidth="1GB", min_tokens_per_second=0), "positive"),
+        (DeviceBudgetSpec(preset="none.toml"), "no such file"),
     ],
 )
 def test_what_makes_no_sense_of_a_device_is_said(tmp_path, spec, said):
@@ -334,7 +334,7 @@ def test_what_makes_no_sense_of_a_device_is_said(tmp_path, spec, said):
 
 
 def test_file_and_weights_are_refused_together(tmp_path):
-    device = DeviceSpec(memory="1GiB")
+    device = DeviceBudgetSpec(memory="1GiB")
     for beside in ({}, {"device": device}):
         given = {"file": "1GB", "weights": "1GB", **beside}
         with pytest.raises(StudyError, match="needed one budget"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from allocator.app.device_presets import read_device
-from allocator.app.study_file import DeviceSpec
+from allocator.app.device_presets import read_device_preset
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.errors import SpaceError
 
 GOOD = {"schema": 1, "name": "A", "memory": "8GB", "bandwidth": "50GB", "source": "https://a"}
@@ -17,8 +17,8 @@ def write(path, **changes):
 
 def test_a_preset_is_a_budget(tmp_path):
     path = write(tmp_path / "a.toml")
-    assert read_device(path).name == "A"
-    budget = DeviceSpec(preset="a.toml", reserve="1GB").budget(tmp_path)
+    assert read_device_preset(path).name == "A"
+    budget = DeviceBudgetSpec(preset="a.toml", reserve="1GB").budget(tmp_path)
     assert (budget.nbytes, budget.bounds) == (8 * 10**9, "device")
     assert (budget.workload.bandwidth, budget.workload.reserve) == (50 * 10**9, 10**9)
 
@@ -35,6 +35,6 @@ def test_a_preset_is_a_budget(tmp_path):
 )
 def test_what_is_refused(tmp_path, changes, message):
     with pytest.raises(SpaceError, match=message) as caught:
-        read_device(write(tmp_path / "a.toml", **changes))
+        read_device_preset(write(tmp_path / "a.toml", **changes))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

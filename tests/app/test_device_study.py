@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from allocator import api
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.decision.records import AllocationRecord
@@ -152,7 +152,7 @@ def test_a_limit_on_speed_is_held_by_every_sampler(made, searched, tmp_path, sam
     study = shutil.copytree(folder, tmp_path / "study")
     reads = [t.user_attrs[RESULT]["token_bytes"] for t in searched[1].study.get_trials()]
     limit = int(0.9 * min(reads))
-    device = DeviceSpec(min_tokens_per_second=1e9 / limit)
+    device = DeviceBudgetSpec(min_tokens_per_second=1e9 / limit)
     found = api.search(study, device=device, sampler=sampler, trials=6, **options)
     scored = [t for t in found.study.get_trials() if RESULT in t.user_attrs]
     assert len(scored) >= 6
@@ -166,7 +166,7 @@ def test_another_bandwidth_is_another_study(searched):
     """Or one front would show tokens per second of two devices."""
     folder, _, options = searched
     with pytest.raises(StudyError, match="launched with bandwidth = 1000000000, now it is 2000"):
-        api.search(folder, device=DeviceSpec(bandwidth="2GB"), trials=9, **options)
+        api.search(folder, device=DeviceBudgetSpec(bandwidth="2GB"), trials=9, **options)
 
 
 def test_settings_are_explained_in_order_where_no_device_counts_them(searched, tmp_path):
@@ -207,7 +207,9 @@ def test_a_limit_beside_the_device_is_held_by_every_sampler(made, searched, tmp_
         assert max(trial.constraints.values()) <= 0
     assert AllocationRecord.read(found.pick).bytes["budget_weights"] == limit
     with pytest.raises(StudyError, match="launched with budget = "):
-        api.search(study, device=DeviceSpec(memory="1TiB"), sampler=sampler, trials=7, **options)
+        api.search(
+            study, device=DeviceBudgetSpec(memory="1TiB"), sampler=sampler, trials=7, **options
+        )
 
 
 def test_streamed_prices_settings_alike(made, searched, tmp_path):
@@ -224,7 +226,7 @@ def test_streamed_prices_settings_alike(made, searched, tmp_path):
 
 def test_the_estimate_is_itemised(made):
     folder, options = made
-    found = api.estimate(folder, device=DeviceSpec(memory="1GiB", sequences=1), **options)
+    found = api.estimate(folder, device=DeviceBudgetSpec(memory="1GiB", sequences=1), **options)
     smallest, largest = found.memory
     assert found.budget.nbytes == 1 << 30
     assert smallest.total == found.floor < found.ceiling == largest.total

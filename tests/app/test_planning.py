@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from allocator import api
 from allocator.app.planning import plan, summarised, write_first
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.checkpoint.outline import planned_inventory
 from allocator.cli import main
 from allocator.decision.budget import Budget
@@ -303,7 +303,7 @@ def test_everything_else_is_looked_at_before_a_profile(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(AllocatorError, match=said) as caught:
         api.plan(
-            tmp_path, device=DeviceSpec(memory="1GiB"), experts=experts, profile="study",
+            tmp_path, device=DeviceBudgetSpec(memory="1GiB"), experts=experts, profile="study",
             out=tmp_path / out,
         )  # fmt: skip
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from allocator import api
-from allocator.app.study_file import DeviceSpec
+from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.records import AllocationRecord
 from allocator.scoring.scorer import mean
@@ -102,7 +102,7 @@ def main():
     for total in TOTALS:
         limit = None
         for kind in ("", "-speed") if total == TOTALS[0] else ("",):
-            device = DeviceSpec(
+            device = DeviceBudgetSpec(
                 memory=total, context=256, sequences=8, bandwidth=BANDWIDTH,
                 min_tokens_per_second=limit,
             )  # fmt: skip
