@@ -13,12 +13,13 @@ import numpy as np
 import optuna
 import pandas as pd
 
+from allocator.app.allocation_files import check_same_checkpoint
 from allocator.app.estimate import estimate
 from allocator.app.planning import RUNTIME, Plan, first_paths, write_first
 from allocator.app.planning import plan as _plan
 from allocator.app.search_stage import search, trials_table, write_front
 from allocator.app.study_file import DeviceBudgetSpec
-from allocator.app.study_folder import StudyFolder, check_same_checkpoint
+from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
 from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
@@ -158,8 +159,8 @@ def score(
     study_folder = StudyFolder(study, **options)
     decision, importance = study_folder.read_encoded(allocation, base=base)
     size = decision.nbytes(study_folder.layout)
-    scored = study_folder.splits[0][: study_folder.spec.calibration.search_documents]
-    scorer = study_folder.scorer_with(importance, scored, beside=Path(allocation))
+    scored = study_folder.calibration.trial_documents
+    scorer = study_folder.scorers.encoded_with(importance, scored, beside=Path(allocation))
     return scorer.summary(scorer.score(decision)) | {
         "digest": decision.digest,
         "bytes": {"encoded": size.encoded, "kept": size.full_precision, "file": size.file},
@@ -264,7 +265,7 @@ def materialize(
     path = Path(allocation)
     wanted = AllocationRecord.read(path)
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
-    encodings = study_folder.encodings_for(wanted.importance)
+    encodings = study_folder.encodings.of(wanted.importance)
     container = container or study_folder.spec.target
     written = _materialize(
         wanted.decision,
@@ -307,17 +308,15 @@ def verify(
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, study_folder.inventory)
     check_tolerance(tolerance)
-    if documents is not None and not 0 < documents <= len(study_folder.splits[0]):
-        raise CalibrationError(
-            f"{documents} documents: needed 1..{len(study_folder.splits[0])}, the search split"
-        )
+    split = study_folder.calibration.search
+    if documents is not None and not 0 < documents <= len(split):
+        raise CalibrationError(f"{documents} documents: needed 1..{len(split)}, the search split")
     paths = sorted((study_folder.path / "allocations").glob("*.json"))
     records = {path.name: AllocationRecord.read(path) for path in paths}
-    encodings = study_folder.encodings_for(manifest.importance)
-    scored = documents or study_folder.spec.calibration.search_documents
-    scorer = study_folder.scorer_on(
-        study_folder.splits[0][:scored],
-        model=study_folder.model_with(encodings),
+    encodings = study_folder.encodings.of(manifest.importance)
+    scorer = study_folder.scorers.on(
+        split[:documents] if documents else study_folder.calibration.trial_documents,
+        model=study_folder.scorers.model_with(encodings),
         progress="torch",
     )
     found = _verify(

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from allocator import api
 from allocator.app import estimate
+from allocator.app.importance import StudyEncodings
 from allocator.app.search_stage import N_FINALISTS, finalists_of
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
@@ -40,7 +41,8 @@ from allocator.errors import (
 from allocator.export.checkpoint import Manifest, file_digest
 from allocator.files.checksums import unseal
 from allocator.formats import FORMATS, offered
-from allocator.profiling.profiler import Profiler, importance_digest
+from allocator.profiling.profiler import Profiler
+from allocator.profiling.statistics import importance_digest
 from allocator.samplers.auto import ROUND
 from allocator.scoring.scorer import Scorer
 from allocator.study.trials import allocation_of, complete_trials
@@ -103,7 +105,7 @@ def test_search_leaves_a_study_that_keeps_its_promises(study, options):
         assert trial.constraints["budget"] == size.encoded - limit.nbytes
     done = complete_trials(result.study)
     best = done[0]
-    losses = study_folder.scorer.score(allocation_of(best))
+    losses = study_folder.scorers.trials.score(allocation_of(best))
     assert np.mean(losses.kl) == pytest.approx(best.values[0], rel=1e-6, abs=ROUNDING)
     record = AllocationRecord.read(result.pick)
     assert record.decision.digest in {allocation_of(t).digest for t in done}
@@ -112,7 +114,7 @@ def test_search_leaves_a_study_that_keeps_its_promises(study, options):
     assert record.bytes["encoded"] == record.decision.nbytes(study_folder.layout).encoded
     assert AllocationRecord.read(result.knapsack).kind == "knapsack"
     selection = {
-        a.digest: np.mean(study_folder.selection_scorer.score(a).kl)
+        a.digest: np.mean(study_folder.scorers.selection.score(a).kl)
         for a in (allocation_of(t) for t in done[:3])
     }
     assert record.loss["selection"] <= min(selection.values()) + 1e-6
@@ -333,17 +335,16 @@ def test_a_record_is_scored_with_the_importance_it_was_encoded_with(study, optio
     vectors = study_folder.profiler.statistics.importance
     other = {name: v[..., ::-1].copy() for name, v in vectors.items()}
     digest = importance_digest(other)
-    save_file(other, study_folder.importance_path(digest))
+    save_file(other, study_folder.encodings.path(digest))
     data = unseal(pick.read_bytes())
     foreign = pick.with_name("foreign.json")
     foreign.write_text(json.dumps(data | {"importance": digest}))
     found = api.score(study, foreign, **options)
     decision = AllocationRecord.read(foreign).decision
     encodings = Encodings(study_folder.cache / "bank", study_folder.layout, other)
-    documents = study_folder.scorer.documents
-    by_hand = study_folder.scorer_on(documents, model=study_folder.model_with(encodings)).score(
-        decision
-    )
+    documents = study_folder.scorers.trials.documents
+    model = study_folder.scorers.model_with(encodings)
+    by_hand = study_folder.scorers.on(documents, model=model).score(decision)
     assert found["loss"] == pytest.approx(np.mean(by_hand.kl), rel=1e-9)
     assert found["loss"] != ours["loss"]
     assert api.score(study, pick, **options)["loss"] == ours["loss"]
@@ -562,8 +563,8 @@ def test_evaluate_puts_everything_in_one_table(study, options):
     assert named.loc["original", "kl"] == pytest.approx(0, abs=1e-6)
     assert {"* pick", "* knapsack"} <= set(named.index)
     study_folder = StudyFolder(study, **options)
-    held_out = {d.ids for d in study_folder.report}
-    assert not held_out & {d.ids for s in study_folder.splits for d in s}
+    held_out = {d.ids for d in study_folder.calibration.report}
+    assert not held_out & {d.ids for s in study_folder.calibration.splits for d in s}
     record = AllocationRecord.read(study / "allocations/pick.json")
     assert named.loc["* pick", "bytes"] == record.bytes["encoded"]
     assert named.loc["* pick", "kl"] > 0
@@ -680,7 +681,7 @@ def test_a_tokenizer_of_another_checkpoint_is_refused_first(with_tokenizer, opti
 def test_verify_refuses_first(study, options, never, tmp_path, monkeypatch):
     pick = study / "allocations/pick.json"
     importance = AllocationRecord.read(pick).importance
-    monkeypatch.setattr(StudyFolder, "bank_for", lambda *_: pytest.fail("encoded weights"))
+    monkeypatch.setattr(StudyEncodings, "of", lambda *_: pytest.fail("encoded weights"))
     digest = StudyFolder(study, **options).inventory.digest
     named = dict.fromkeys(("model.gguf", "allocation.json"), "0")
     manifest = Manifest("gguf", "a", digest, importance, "model.gguf", 1, 1, 0, named)

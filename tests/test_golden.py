@@ -75,7 +75,7 @@ def test_records_decide_what_they_decided(golden, study_folder):
         record = AllocationRecord.read(golden / f"study/allocations/{name}.json")
         assert record.checkpoint == study_folder.inventory.digest
         assert record.decision.nbytes(study_folder.layout).encoded == record.bytes["encoded"]
-        encodings = study_folder.encodings_for(record.importance)
+        encodings = study_folder.encodings.of(record.importance)
         assert encodings.layout.inventory.digest == manifest.checkpoint
     pick = AllocationRecord.read(golden / "study/allocations/pick.json")
     assert (manifest.allocation, manifest.importance) == (pick.digest, pick.importance)

@@ -10,7 +10,7 @@ from allocator.app.study_file import StudySpec
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.records import AllocationRecord
 from allocator.decision.search_space import SearchSpace
-from allocator.profiling.profiler import importance_digest
+from allocator.profiling.statistics import importance_digest
 from allocator.targets import TARGETS
 from allocator.units import parse_bytes
 

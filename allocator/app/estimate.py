@@ -122,8 +122,8 @@ def estimate(
 def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int) -> float:
     """Of a candidate's forward pass; with the model in memory, timed on some search documents."""
     if study_folder.spec.streamed is not None:
-        return _streamed(study_folder).trial / study_folder.scorer.n_tokens
-    chosen = study_folder.splits[0][:documents]
+        return _streamed(study_folder).trial / study_folder.scorers.trials.n_tokens
+    chosen = study_folder.calibration.search[:documents]
     scorer = Scorer(study_folder.profiler.swap, chosen, threads=threads)
     scorer.ensure_reference(len(chosen))
     began = time.perf_counter()
@@ -139,9 +139,9 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
     passes = study_folder.profiler.forward_tokens
     # watching every input of the statistics pass takes half as long as the pass itself
     tokens = sum(passes.values()) + passes["statistics"] / 2
-    gradient_tokens = study_folder.profiler.gradient_tokens(study_folder.gradient_scorer)
+    gradient_tokens = study_folder.profiler.gradient_tokens(study_folder.scorers.gradients)
     return _Seconds(
-        trial=per_token * study_folder.scorer.n_tokens,
+        trial=per_token * study_folder.scorers.trials.n_tokens,
         profile=per_token * tokens + encoding + pricing,
         look=per_token * gradient_tokens + 2 * pricing,  # each format's loss, and its move
     )
@@ -155,7 +155,7 @@ def _streamed(study_folder: StudyFolder) -> _Seconds:
     reading, per_token = _one_expert(study_folder)
     together = spec.candidates
     encoding = weights * together / _ENCODE_ONE_PER_SECOND / study_folder.threads
-    computing = per_token * study_folder.scorer.n_tokens * (together + 1)
+    computing = per_token * study_folder.scorers.trials.n_tokens * (together + 1)
     passes = study_folder.profiler.forward_tokens
     n_changes = sum(1 for _ in study_folder.profiler.changes())
     assert isinstance(study_folder.profiler, StreamedProfiler)
@@ -174,7 +174,7 @@ def _streamed(study_folder: StudyFolder) -> _Seconds:
 
 def _one_expert(study_folder: StudyFolder) -> tuple[float, float]:
     """Seconds to read the whole checkpoint, and of a token through all layers: from one expert."""
-    model, inventory = study_folder.model, study_folder.inventory
+    model, inventory = study_folder.scorers.model, study_folder.inventory
     assert isinstance(model, StreamedModel)
     groups = model.projections(study_folder.layout.layers[0])
     began = time.perf_counter()

@@ -33,7 +33,7 @@ from allocator.decision.records import AllocationRecord, changing, codec
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import seal
-from allocator.profiling.profiler import importance_digest
+from allocator.profiling.statistics import importance_digest
 from allocator.study.folder_lock import search_lock
 from allocator.study.initial_trials import first_trials
 from allocator.study.leases import Leases, left_here
@@ -336,7 +336,7 @@ def prepare(
         space=study_folder.space,
         surrogate=study_folder.surrogate,
         budget=limit,
-        scorer=study_folder.scorer,
+        scorer=study_folder.scorers.trials,
         rungs=study_folder.spec.calibration.rungs,
         queue=first_trials(study_folder.surrogate, limit, baselines, n_knapsack=n_knapsack),
         base_tokens=study_folder.base_tokens,
@@ -346,14 +346,15 @@ def prepare(
 
 def pick_tokens(study_folder: StudyFolder) -> int:
     """The most forward tokens that a pick takes: finalists, the knapsack alone, the original."""
-    return (N_FINALISTS + 2) * study_folder.selection_scorer.n_tokens
+    return (N_FINALISTS + 2) * study_folder.scorers.selection.n_tokens
 
 
 def check_tokens(study_folder: StudyFolder, tokens: int, way_out: str) -> None:
     """Raises:
     StudyError: if `tokens` are too few for the profile, the original, one trial and the pick.
     """
-    least = study_folder.base_tokens + study_folder.scorer.n_tokens + pick_tokens(study_folder)
+    one_trial = study_folder.scorers.trials.n_tokens
+    least = study_folder.base_tokens + one_trial + pick_tokens(study_folder)
     if tokens < least:
         raise StudyError(
             f"{tokens:,} forward tokens; the profile, the original, one trial and the pick take "
@@ -393,12 +394,12 @@ def finalists_of(running: Search) -> tuple[list[FrozenTrial], FrozenTrial | None
 
 
 def _selection_loss(study_folder: StudyFolder, allocation: Allocation) -> float:
-    return study_folder.profiler.selection_loss(allocation, study_folder.selection_scorer)
+    return study_folder.profiler.selection_loss(allocation, study_folder.scorers.selection)
 
 
 def _write_importance(study_folder: StudyFolder) -> None:
     vectors = study_folder.profiler.statistics.importance
-    write_whole(study_folder.importance_path(importance_digest(vectors)), save(vectors))
+    write_whole(study_folder.encodings.path(importance_digest(vectors)), save(vectors))
 
 
 def _record(

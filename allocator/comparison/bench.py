@@ -21,9 +21,10 @@ import numpy.typing as npt
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from allocator.app.allocation_files import check_same_checkpoint
 from allocator.app.search_stage import check_tokens, finalists_of, pick_tokens, prepare
 from allocator.app.study_file import CompareSpec
-from allocator.app.study_folder import StudyFolder, check_same_checkpoint
+from allocator.app.study_folder import StudyFolder
 from allocator.comparison.runs import Run, RunResult, compare_spec
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import hand_rule
@@ -107,7 +108,7 @@ class Bench:
         for run in runs:
             for _, encoded in self.reference_files(run.weights).values():
                 if encoded is not None:
-                    self.study_folder.encodings_for(encoded[0], beside=encoded[1])
+                    self.study_folder.encodings.of(encoded[0], beside=encoded[1])
 
     def _check_run(self, run: Run) -> None:
         self.study_folder.unranked_space.check_budget(Budget(run.weights, "weights"))
@@ -123,7 +124,7 @@ class Bench:
             AllocatorError: if one cannot be read, is too short, or is no held-out one.
         """
         n = self.spec.report_documents
-        report = self.study_folder.report
+        report = self.study_folder.calibration.report
         if n is not None and n > len(report):
             raise StudyError(
                 f"{self.folder}/study.toml: report_documents = {n} under [compare], the report "
@@ -131,8 +132,8 @@ class Bench:
             )
         found: dict[str, Sequence[Document]] = {"report": report[:n]}
         if self._text is not None:
-            text = self.study_folder.read_documents(self._text)
-            used = {d.ids for split in self.study_folder.splits for d in split}
+            text = self.study_folder.calibration.read(self._text)
+            used = {d.ids for split in self.study_folder.calibration.splits for d in split}
             if any(d.ids in used for d in text):
                 raise StudyError(
                     f"{self._text}: shares a document with search or selection; needed a text that "
@@ -143,8 +144,8 @@ class Bench:
 
     @cached_property
     def _scorers(self) -> dict[str, AnyScorer]:
-        scorers = {name: self.study_folder.scorer_on(found) for name, found in self.splits.items()}
-        return {**scorers, "selection": self.study_folder.selection_scorer}
+        scorers = {name: self.study_folder.scorers.on(found) for name, found in self.splits.items()}
+        return {**scorers, "selection": self.study_folder.scorers.selection}
 
     def kl(
         self,
@@ -167,7 +168,9 @@ class Bench:
         importance = self.study_folder.profile.importance
         if encoded is not None and encoded[0] != importance:
             importance, beside = encoded
-            scorer = self.study_folder.scorer_with(importance, scorer.documents, beside=beside)
+            scorer = self.study_folder.scorers.encoded_with(
+                importance, scorer.documents, beside=beside
+            )
         documents = scorer.documents[:n]
         name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
         path = self.study_folder.cache / "held-out" / f"{name}.safetensors"
@@ -223,7 +226,7 @@ class Bench:
         lock = self.study_folder.lock(Budget(run.weights, "weights"), run.sampler, run.seed)
         return {
             **lock,
-            "selection split": calibration.digest(self.study_folder.selection_scorer.documents),
+            "selection split": calibration.digest(self.study_folder.scorers.selection.documents),
             "report split": calibration.digest(self.splits["report"]),
         }
 
@@ -262,7 +265,7 @@ class Bench:
             for tokens, trial in _thinned(list(_course(search.study, search.base_tokens)))
         ]
         spent = search.forward_tokens()
-        spent += (len(finalists) + 1) * self.study_folder.selection_scorer.n_tokens
+        spent += (len(finalists) + 1) * self.study_folder.scorers.selection.n_tokens
         course.append(self._point(spent, pick))
         return {
             "schema": 1,

@@ -65,7 +65,7 @@ def estimate_runs(
         mine = [r for r in waiting if r.target == target]
         study_folder = bench.study_folder
         per_token = seconds_per_token(study_folder, documents=8, threads=1)
-        n_held = sum(len(d.ids) for d in study_folder.selection_scorer.documents)
+        n_held = sum(len(d.ids) for d in study_folder.scorers.selection.documents)
         n_held += sum(len(d.ids) for split in bench.splits.values() for d in split)
         searched = sum(r.tokens - study_folder.base_tokens for r in mine)
         tokens += searched

@@ -67,7 +67,7 @@ def evaluate(
     for allocation, _ in encoded.values():
         allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
     suite = _Tasks(study_folder, held_out) if tasks else None
-    scorer = study_folder.scorer_on(held_out)
+    scorer = study_folder.scorers.on(held_out)
     scorers = _scorers(study_folder, scorer, encoded, chosen)
     found = {name: allocation for name, (allocation, _) in encoded.items()}
     rows = dict(study_folder.baselines(pruned=pruned)) | found
@@ -99,9 +99,9 @@ def _documents(
     study_folder: StudyFolder, n: int | Literal["all"] | None, text: str | Path | None
 ) -> list[Document]:
     found = (
-        study_folder.report
+        study_folder.calibration.report
         if text is None
-        else interleaved(study_folder.read_documents(Path(text)))
+        else interleaved(study_folder.calibration.read(Path(text)))
     )
     if n is None or n == "all":
         return found[: N_DOCUMENTS if n is None else None]
@@ -127,7 +127,7 @@ def _scorers(
     found: dict[str | None, AnyScorer] = {None: scorer, study_folder.profile.importance: scorer}
     for name, (_, importance) in encoded.items():
         if importance not in found:
-            found[importance] = study_folder.scorer_with(
+            found[importance] = study_folder.scorers.encoded_with(
                 importance, scorer.documents, beside=paths[name]
             )
     return {name: found[importance] for name, (_, importance) in encoded.items()}

@@ -45,7 +45,7 @@ from allocator.files.checksums import (
 from allocator.prediction.profile import Change, Profile, bundle_of
 from allocator.prediction.surrogate import LocalPrices
 from allocator.profiling.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
-from allocator.profiling.statistics import Statistics, collect
+from allocator.profiling.statistics import Statistics, collect, importance_digest
 from allocator.scoring import documents as calibration
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document
@@ -119,14 +119,6 @@ class ProfileInputs:
             parts["sampled_rows"] = self.sampled_rows
             parts["fast"] = FAST
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def importance_digest(importance: dict[str, Floats]) -> str:
-    """Names importance vectors by content."""
-    total = hashlib.sha256()
-    for name in sorted(importance):
-        total.update(f"{name} {importance[name].shape}\n".encode() + importance[name].tobytes())
-    return total.hexdigest()
 
 
 STATISTICS, CURVATURE = "statistics", "curvature"

@@ -12,6 +12,7 @@ arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class Statistics:
     counts: dict[int, list[int]]
     n_tokens: int
     unreached: list[tuple[int, int]]
+
+
+def importance_digest(importance: Mapping[str, Floats]) -> str:
+    """Computes the sha256 that names importance vectors by content."""
+    total = sha256()
+    for name in sorted(importance):
+        total.update(f"{name} {importance[name].shape}\n".encode() + importance[name].tobytes())
+    return total.hexdigest()
 
 
 class _MeanSquare:

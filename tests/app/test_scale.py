@@ -111,7 +111,7 @@ from pathlib import Path
 import allocator.evaluation.held_out, transformers  # all that is imported later
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
-from allocator.profiling.profiler import importance_digest
+from allocator.profiling.statistics import importance_digest
 from allocator.formats import fallback
 from allocator.export.checkpoint import materialize
 from allocator.scoring.swap_model import SwapModel
@@ -138,7 +138,7 @@ allocations = [
     for fmt in ("Q3_K", "Q6_K")
 ]
 profile = workspace.profile
-losses = workspace.scorer.score_many(allocations)
+losses = workspace.scorers.trials.score_many(allocations)
 written = materialize(
     allocations[0], workspace.profiler.bank, folder / "written", container="gguf",
     importance=importance_digest(workspace.profiler.statistics.importance),

@@ -53,9 +53,9 @@ def test_trials_have_the_loss_of_the_model_in_memory(searched, tmp_path):
     folder, result, options = searched
     study_folder = in_memory(shutil.copytree(folder, tmp_path / "study"), options)
     importance = AllocationRecord.read(result.pick).importance
-    scorer = study_folder.scorer_on(
-        study_folder.scorer.documents,
-        model=study_folder.model_with(study_folder.encodings_for(importance)),
+    scorer = study_folder.scorers.on(
+        study_folder.scorers.trials.documents,
+        model=study_folder.scorers.model_with(study_folder.encodings.of(importance)),
     )
     trials = result.study.get_trials()
     assert len(trials) >= 8
@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_in_memory_names_the_way_out(
     needed = 4 * sum(t.total_bytes // 4 for t in inventory.tensors.values())
     monkeypatch.setattr(model, "free_memory", lambda: needed - 1)
     with pytest.raises(CheckpointError, match=r"\[streamed\]"):
-        _ = StudyFolder(fresh_study, cache=study_cache).model
+        _ = StudyFolder(fresh_study, cache=study_cache).scorers.model
     assert model.free_memory() < needed
 
 

@@ -20,7 +20,7 @@ def test_the_cap_of_the_bank_is_taken_from_the_environment(study, study_cache, m
     def caps():
         study_folder = StudyFolder(study, cache=study_cache)
         record = json.loads((study / "allocations/pick.json").read_text())
-        committed = study_folder.encodings_for(record["importance"])
+        committed = study_folder.encodings.of(record["importance"])
         return study_folder.profiler.encodings._cap, committed._cap
 
     monkeypatch.delenv("ALLOCATOR_BANK_CAP", raising=False)

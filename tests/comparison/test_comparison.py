@@ -123,7 +123,7 @@ def test_table_is_what_one_computes_by_hand(finished, study_cache):
     for run in results(finished):
         row = frame[frame["sampler"] == run.sampler].iloc[0]
         pick, alone = (Allocation.from_json(a) for a in (run.pick, run.knapsack))
-        documents = bench.study_folder.report[:3]
+        documents = bench.study_folder.calibration.report[:3]
         kl, other = (bench._scorers["report"].score(a).kl for a in (pick, alone))
         assert row["documents"] == len(documents) == 3
         assert row["kl"] == pytest.approx(kl.mean(), rel=1e-6)
@@ -149,7 +149,7 @@ def test_a_stopped_run_continues_as_if_undisturbed(
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     bench = Bench(copy, "safetensors", cache=study_cache)
     run = next(r for r in planned(bench.spec) if r.sampler == sampler)
-    scorer = bench.study_folder.scorer
+    scorer = bench.study_folder.scorers.trials
     score, calls = scorer.score, []
 
     def dies(*args):

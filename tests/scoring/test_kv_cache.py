@@ -13,7 +13,7 @@ from allocator.export.checkpoint import materialize
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.safetensors.loading import load
-from allocator.profiling.profiler import importance_digest
+from allocator.profiling.statistics import importance_digest
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.kv_cache import KeysValues, hadamard, keys_values

@@ -73,8 +73,8 @@ def main():
     args = parser.parse_args()
     study_folder = StudyFolder(HERE, threads=1)
     saliency = study_folder.profile.saliency
-    search = Layers(study_folder, study_folder.splits[0][: args.documents])
-    held = Layers(study_folder, study_folder.splits[1][: args.held])
+    search = Layers(study_folder, study_folder.calibration.search[: args.documents])
+    held = Layers(study_folder, study_folder.calibration.selection[: args.held])
     n = study_folder.inventory.n_experts
     rows = []
     for layer in study_folder.layout.layers:

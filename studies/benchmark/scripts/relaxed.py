@@ -166,7 +166,7 @@ def search(bench, weights, tokens, rate):
     study_folder = bench.study_folder
     budget = Budget(weights, "weights")
     start = study_folder.surrogate.solve(budget)
-    scorer, looked = study_folder.scorer, study_folder.gradient_scorer
+    scorer, looked = study_folder.scorers.trials, study_folder.scorers.gradients
     looked.ensure_reference(looked.n_documents)
     scorer.ensure_reference(scorer.n_documents)
 

@@ -49,8 +49,8 @@ def search(out, name, space, device, trials, threads):
     found = api.search(folder, device=device, trials=trials, threads=threads)
     record = AllocationRecord.read(found.pick)
     study_folder = StudyFolder(folder, threads=threads)
-    documents = study_folder.report[:REPORT]
-    scorer = study_folder.scorer_on(documents)
+    documents = study_folder.calibration.report[:REPORT]
+    scorer = study_folder.scorers.on(documents)
     allocation = record.decision
     kl = scorer.score(allocation).kl
     weights = [len(d.ids) for d in documents]

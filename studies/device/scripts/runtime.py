@@ -140,7 +140,7 @@ def main():
     from allocator.checkpoint.inventory import read_inventory
     from allocator.codecs.encodings import Encodings
     from allocator.export.checkpoint import materialize
-    from allocator.profiling.profiler import importance_digest
+    from allocator.profiling.statistics import importance_digest
     from allocator.targets import GGUF
     from allocator.targets.device_memory import Workload
 

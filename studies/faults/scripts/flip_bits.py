@@ -231,7 +231,9 @@ class Faults:
                 at += len(line)
             return found
 
-        searched = {bytes(str(list(d.ids)), "ascii") for d in StudyFolder(self.study).splits[0]}
+        searched = {
+            bytes(str(list(d.ids)), "ascii") for d in StudyFolder(self.study).calibration.search
+        }
         fresh, again = lambda: self.afresh(self.study), lambda: self.remeasured(self.study)
         streamed = lambda: self.remeasured(self.streamed)  # noqa: E731
         table = [

@@ -44,7 +44,7 @@ def reference(out):
     study_folder = StudyFolder(REFERENCE, cache=out / "cache")
     path = REFERENCE / "allocations/pick.json"
     record = AllocationRecord.read(path)
-    importance = study_folder.encodings_for(record.importance).importance
+    importance = study_folder.encodings.of(record.importance).importance
     return study_folder.layout, record.decision, importance
 
 

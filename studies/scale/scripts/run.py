@@ -187,20 +187,20 @@ def profile(out, kind, dimensions):
 def score(out, kind, dimensions):
     study_folder = workspace_of(out, kind)
     candidates = candidates_of(study_folder)
-    losses = study_folder.scorer.score_many(list(candidates.values()))
+    losses = study_folder.scorers.trials.score_many(list(candidates.values()))
     rows = {}
     for (name, allocation), found in zip(candidates.items(), losses, strict=True):
         size = allocation.nbytes(study_folder.layout)
         bits = size.encoded * 8 / study_folder.inventory.n_searched_weights
-        kl = study_folder.scorer.summary(found)["loss"]
+        kl = study_folder.scorers.trials.summary(found)["loss"]
         rows[name] = {"bits": round(bits, 3), "bytes": size.file, "kl": kl}
-    return {"candidates": rows, "tokens": study_folder.scorer.n_tokens}
+    return {"candidates": rows, "tokens": study_folder.scorers.trials.n_tokens}
 
 
 def materialize(out, kind, dimensions):
     from allocator.export.checkpoint import materialize as write
     from allocator.export.gguf.files import read_gguf
-    from allocator.profiling.profiler import importance_digest
+    from allocator.profiling.statistics import importance_digest
 
     study_folder = workspace_of(out, kind)
     allocation = list(candidates_of(study_folder).values())[-1]

@@ -45,7 +45,7 @@ def main():
             nbytes = int(bits / 8 * study_folder.inventory.n_searched_weights)
             params = surrogate.solve(Budget(nbytes, "weights"))
             allocation = surrogate.space.allocation(params)
-            scorer = study_folder.selection_scorer
+            scorer = study_folder.scorers.selection
             kl = mean(scorer.score(allocation).kl, scorer.documents)
             whole.setdefault(bits, kl)
             row = {"rows": share or "in memory", "bits": bits, "kl": kl, "ratio": kl / whole[bits]}

@@ -78,7 +78,7 @@ def measured(folder, given):
     study_folder = StudyFolder(folder, threads=given.threads)
     limit = study_folder.budget()
     search = prepare(study_folder, limit, study_folder.study(limit))
-    scorer = study_folder.scorer
+    scorer = study_folder.scorers.trials
     scorer.ensure_reference(scorer.n_documents)  # no trial's; the profile has encoded everything
     plain = Plain(study_folder.inventory.path, scorer.documents, scorer.batch_tokens)
     for _ in range(3):
