@@ -1,9 +1,9 @@
 """A candidate's weights, group by group, with no model in memory.
 
 In: a layout, and where encoded weights come from (encodings, or a written file). Out: values of any
-group or routed expert, as a candidate has them, float32. Invariants: an original is read at most
-once between two calls of `forget`, however many candidates ask for it or lack a format; what they
-lack is encoded from it. The next expert is read ahead by a thread.
+group, routed expert or full-precision tensor, as a candidate has them, float32. Invariants: an
+original is read at most once between two calls of `forget`, however many candidates ask for it or
+lack a format; what they lack is encoded from it. The next expert is read ahead by a thread.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from allocator.checkpoint.tensors import Floats, read_rows, read_tensor
@@ -20,10 +21,44 @@ from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.formats import format_named, parts
-from allocator.targets import Group, Layout
+from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.group_weights import group_weights
 
 _WHOLE_BYTES = 512 << 20  # a smaller embedding or head is read once for all candidates
+
+
+class EncodedWeights(Protocol):
+    """Where encoded weights come from; see `Encodings`."""
+
+    def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
+        """Says whether an expert of a routed projection, or another group, is encoded already."""
+
+    def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
+        """Encodes weights that are not encoded yet: `(out, in)`, or the group's shape."""
+
+    def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
+        """Returns a group in a format, `(..., rows, bytes per row)`; of a projection, `experts`."""
+
+    def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
+        """Returns the same decoded, `(..., rows, in)`, float32."""
+
+    def release(self) -> None:
+        """Lets entries that were asked for so far leave a cache."""
+
+
+class CandidateWeights(EncodedWeights, Protocol):
+    """Weights that a candidate brings along: codes of its own, norms, routers.
+
+    They take the place of the encodings of a model's layout, and of the checkpoint's full-precision
+    tensors. Where a candidate has the original's weights in a group, no source is asked.
+    """
+
+    @property
+    def digest(self) -> str:
+        """Names the weights: equal digests mean equal weights in every format that both have."""
+
+    def full_precision(self, tensor: FullPrecision, experts: Sequence[int] | None) -> Floats:
+        """Returns a norm, `tensor.shape`, or of a router the rows of `experts`; float32."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +70,35 @@ class Candidate:
         retained_experts: by MoE layer.
         experts_used: routed experts per token.
         kv_format: of keys and values.
+        weights: that it brings along; None for the encodings of the model that it is put into, and
+            for the checkpoint's full-precision tensors.
     """
 
     format_of: Mapping[str, str | None]
     retained_experts: Mapping[int, tuple[int, ...]]
     experts_used: int
     kv_format: str = KV_FORMAT
+    weights: CandidateWeights | None = None
 
     @classmethod
-    def of(cls, allocation: Allocation) -> "Candidate":
-        """What an allocation's file computes."""
+    def of(cls, allocation: Allocation, weights: CandidateWeights | None = None) -> "Candidate":
+        """Returns what an allocation's file computes, with these weights in it."""
         return cls(
             allocation.format_of,
             allocation.retained_experts,
             allocation.experts_used,
             allocation.kv_format,
+            weights,
         )
+
+    @property
+    def weights_digest(self) -> str:
+        """Names the weights that it brings along; empty if there are none."""
+        return "" if self.weights is None else self.weights.digest
 
     @classmethod
     def original(cls, layout: Layout) -> "Candidate":
-        """The checkpoint itself."""
+        """Returns the checkpoint itself."""
         everyone = tuple(range(layout.inventory.n_experts))
         return cls(
             dict.fromkeys(layout.groups),
@@ -63,27 +107,8 @@ class Candidate:
         )
 
 
-class Encoded(Protocol):
-    """Where encoded weights come from; see `Encodings`."""
-
-    def has(self, name: str, fmt: str, expert: int | None = None) -> bool:
-        """Whether an expert of a routed projection, or another group, is there."""
-
-    def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
-        """Takes in weights that are not there."""
-
-    def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
-        """Bytes of a group in a format; of a routed projection, of these experts."""
-
-    def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
-        """The same, decoded."""
-
-    def release(self) -> None:
-        """Lets go of what was asked for so far."""
-
-
 class Weights:
-    """Values of groups, as candidates have them.
+    """Values of groups and full-precision tensors, as candidates have them.
 
     Args:
         layout: the groups.
@@ -91,28 +116,49 @@ class Weights:
             lack is encoded from the original that is in memory.
     """
 
-    def __init__(self, layout: Layout, encodings: Callable[[], Encoded]) -> None:
+    def __init__(self, layout: Layout, encodings: Callable[[], EncodedWeights]) -> None:
         self.layout = layout
         self._open = encodings
         self._held: dict[tuple[str, int | None], Floats] = {}
+        self._full_precision: dict[str, Floats] = {}
         self._coming: dict[tuple[str, int | None], Future[Floats]] = {}
         self._reader = ThreadPoolExecutor(1)
 
     @cached_property
-    def _encodings(self) -> Encoded:
+    def _encodings(self) -> EncodedWeights:
         return self._open()
 
+    def _encoded_of(self, candidate: Candidate) -> EncodedWeights:
+        return self._encodings if candidate.weights is None else candidate.weights
+
     def of(self, candidate: Candidate, group: Group, expert: int | None = None) -> Floats:
-        """A group, or one routed expert of it, float32; the original stays until `forget`."""
+        """Returns a group, `group.shape`, or one routed expert of it, `(out, in)`, float32.
+
+        The original stays in memory until `forget`.
+        """
         fmt = self.format_of(candidate, group, expert)
         if fmt is None:
             return self._original(group, expert)
-        if not self._encodings.has(group.name, fmt, expert):
-            self._encodings.put(group.name, fmt, expert, self._original(group, expert))
+        encoded = self._encoded_of(candidate)
+        if not encoded.has(group.name, fmt, expert):
+            encoded.put(group.name, fmt, expert, self._original(group, expert))
         if expert is None:
-            return self._encodings.decoded(group.name, fmt)
-        values: Floats = self._encodings.decoded(group.name, fmt, (expert,))[0]
+            return encoded.decoded(group.name, fmt)
+        values: Floats = encoded.decoded(group.name, fmt, (expert,))[0]
         return values
+
+    def full_precision(self, candidate: Candidate, tensor: FullPrecision) -> Floats:
+        """Returns a norm, or the retained rows of a router, `tensor.shape_with(retained)`, float32.
+
+        The original stays in memory until `forget`.
+        """
+        experts = retained_rows(tensor, candidate.retained_experts)
+        if candidate.weights is not None:
+            return candidate.weights.full_precision(tensor, experts)
+        if tensor.source not in self._full_precision:
+            values = read_tensor(self.layout.inventory, tensor.source)
+            self._full_precision[tensor.source] = values
+        return rows_of(self._full_precision[tensor.source], experts)
 
     def chunks(
         self, candidate: Candidate, group: Group, step: int
@@ -122,9 +168,12 @@ class Weights:
         Encoded ones are asked for, and so checked, once for all rows.
         """
         fmt, whole = candidate.format_of[group.name], 4 * prod(group.shape) <= _WHOLE_BYTES
-        if fmt is not None and whole and not self._encodings.has(group.name, fmt):
-            self._encodings.put(group.name, fmt, None, self._original(group, None))
-        encoded = None if fmt is None else self._encodings.encoded(group.name, fmt)
+        encoded = None
+        if fmt is not None:
+            source = self._encoded_of(candidate)
+            if whole and not source.has(group.name, fmt):
+                source.put(group.name, fmt, None, self._original(group, None))
+            encoded = source.encoded(group.name, fmt)
         for start in range(0, group.shape[0], step):
             stop = min(start + step, group.shape[0])
             if encoded is not None and fmt is not None:
@@ -141,7 +190,7 @@ class Weights:
         groups: Sequence[Group],
         candidates: Sequence[Candidate],
     ) -> Iterator[int]:
-        """Experts one by one; the next one's originals are read meanwhile, if they are needed."""
+        """Yields experts one by one; reads the next one's originals meanwhile, where needed."""
         for expert, following in zip(experts, [*experts[1:], None], strict=True):
             for group in groups if following is not None else ():
                 key = group.name, following
@@ -156,9 +205,10 @@ class Weights:
     def forget(self) -> None:
         """Frees the originals that are in memory."""
         self._held.clear()
+        self._full_precision.clear()
 
     def release(self) -> None:
-        """Lets go of the encodings' entries used so far, see `Encodings.release`."""
+        """Lets the encodings' entries used so far leave their cache, see `Encodings.release`."""
         if "_encodings" in vars(self):
             self._encodings.release()
 
@@ -166,15 +216,15 @@ class Weights:
         if expert not in candidate.retained_experts[group.layer or 0]:
             return False
         fmt = self.format_of(candidate, group, expert)
-        return fmt is None or not self._encodings.has(group.name, fmt, expert)
+        return fmt is None or not self._encoded_of(candidate).has(group.name, fmt, expert)
 
     def format_of(self, candidate: Candidate, group: Group, expert: int | None) -> str | None:
-        """The format of a group, or of one routed expert of it; None for the original's weights."""
+        """Returns the format of a group, or of one routed expert of it; None for the original's."""
         text = candidate.format_of[group.name]
         if expert is None or text is None:
             return text
-        found = parts(text, candidate.retained_experts[group.layer or 0])
-        return next(fmt.name for fmt, experts in found if expert in experts)
+        stored = parts(text, candidate.retained_experts[group.layer or 0])
+        return next(fmt.name for fmt, experts in stored if expert in experts)
 
     def _original(self, group: Group, expert: int | None) -> Floats:
         key = group.name, expert
@@ -187,3 +237,20 @@ class Weights:
         if expert is None:
             return group_weights(self.layout, group)
         return read_tensor(self.layout.inventory, group.sources[expert])
+
+
+def retained_rows(
+    tensor: FullPrecision, retained: Mapping[int, tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    """Returns which rows of a tensor a candidate has: of a router its retained experts, else None.
+
+    Args:
+        tensor: of a layout.
+        retained: experts by MoE layer.
+    """
+    return retained[tensor.layer] if tensor.role.is_router and tensor.layer is not None else None
+
+
+def rows_of(values: Floats, experts: Sequence[int] | None) -> Floats:
+    """Returns some rows of `(experts, ...)` in one piece of memory; all of them for None."""
+    return np.ascontiguousarray(values if experts is None else values[list(experts)])

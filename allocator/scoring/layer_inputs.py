@@ -43,12 +43,12 @@ class Choices:
         self._layers = (None, *range(layout.inventory.n_layers))
 
     def of(self, layer: int | None, candidate: Candidate) -> Any:
-        """What a candidate decides in a layer; equals compute alike."""
+        """Returns what a candidate decides in a layer; equals compute alike."""
         if layer is None:
-            return candidate.format_of[str(Role.EMBEDDING)]
+            return candidate.format_of[str(Role.EMBEDDING)], candidate.weights_digest
         formats = tuple(candidate.format_of[name] for name in self._names[layer])
-        told = candidate.experts_used, candidate.kv_format
-        return formats, candidate.retained_experts.get(layer), told
+        settings = candidate.experts_used, candidate.kv_format, candidate.weights_digest
+        return formats, candidate.retained_experts.get(layer), settings
 
     def before(self, candidate: Candidate) -> list[str]:
         """By layer, a digest of all that is decided before it."""

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from allocator.decision.allocation import Allocation
+from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.layer_inputs import Boundaries, Choices, Entering, starting_at
 from allocator.scoring.swap_model import SwapModel, device_of, token_ids
@@ -134,12 +135,12 @@ class Scorer(Documents):
 
     @torch.inference_mode()
     def score(
-        self, allocation: Allocation, start: int = 0, stop: int | None = None
+        self, candidate: Allocation | Candidate, start: int = 0, stop: int | None = None
     ) -> DocumentLosses:
-        """Losses of an allocation on `documents[start:stop]`."""
+        """Returns losses of an allocation, or another candidate, on `documents[start:stop]`."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
-        self.swap.put_allocation(allocation)
+        self.swap.put(candidate if isinstance(candidate, Candidate) else Candidate.of(candidate))
         return self.score_installed(start, stop)
 
     def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:

@@ -26,7 +26,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import Allocation
 from allocator.families import Role
 from allocator.scoring.candidates import Candidate, Weights
@@ -40,7 +39,7 @@ from allocator.scoring.swap_model import (
     check_names,
     empty,
     install,
-    install_kept,
+    install_full_precision,
     moe_block,
     place,
     resize_router,
@@ -97,15 +96,14 @@ class StreamedModel:
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
         self._taken: list[Routed] = []
-        self._kept_values: dict[str, Floats] = {}
         for layer in layout.layers:
             moe_block(self.model, layer).experts.forward = self._take
         self._groups: dict[int | None, list[Group]] = {}
         for group in layout.groups.values():
             self._groups.setdefault(group.layer, []).append(group)
-        self._kept: dict[int | None, list[FullPrecision]] = {}
-        for kept in layout.full_precision:
-            self._kept.setdefault(kept.layer, []).append(kept)
+        self._full_precision: dict[int | None, list[FullPrecision]] = {}
+        for tensor in layout.full_precision:
+            self._full_precision.setdefault(tensor.layer, []).append(tensor)
 
     def layer_files(
         self, folder: Path, documents: Sequence[Document], batch_tokens: int, of: str = ""
@@ -142,24 +140,31 @@ class StreamedModel:
                 values[here] = rows[batch[here] - start]
         return [values.to(self.device) for values in found]
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head multiplies, from the last layer's output."""
-        for kept in self._kept[None]:
-            install_kept(self.model, kept, read_tensor(self.inventory, kept.source), None)
+    def normed(self, hidden: torch.Tensor, candidate: Candidate | None = None) -> torch.Tensor:
+        """Returns what the head multiplies, `(tokens, hidden)`, from the last layer's output.
+
+        Args:
+            hidden: `(tokens, hidden)`.
+            candidate: whose last norm it is; the original's by default.
+        """
+        for tensor in self._full_precision[None]:
+            values = self.weights.full_precision(candidate or self.original, tensor)
+            install_full_precision(self.model, tensor, values)
         found: torch.Tensor = self.model.model.norm(hidden)
         return found
 
     def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
-        return self.head(self.normed(hidden), candidate)
+        return self.head(self.normed(hidden, candidate), candidate)
 
     def all_logits(self, asked: Sequence[tuple[Candidate, torch.Tensor]]) -> list[torch.Tensor]:
-        """`logits` of several candidates' states; a head that some share is read once."""
+        """Returns `logits` of several candidates' states; a head that some share is read once."""
         found: dict[int, torch.Tensor] = {}
-        by_format: dict[str | None, list[int]] = {}
+        alike: dict[tuple[str | None, str], list[int]] = {}
         for i, (candidate, _) in enumerate(asked):
-            by_format.setdefault(candidate.format_of[self.output.name], []).append(i)
-        for places in by_format.values():
+            head = candidate.format_of[self.output.name], candidate.weights_digest
+            alike.setdefault(head, []).append(i)
+        for places in alike.values():
             hidden = [asked[i][1] for i in places]
             logits = self.logits(torch.cat(hidden), asked[places[0]][0])
             found |= zip(places, torch.split(logits, [len(h) for h in hidden]), strict=True)
@@ -203,7 +208,6 @@ class StreamedModel:
     def leave(self, layer: int) -> None:
         """Frees the memory of a layer."""
         self.weights.forget()
-        self._kept_values.clear()
         empty(self.model.model.layers[layer])
 
     def install(self, layer: int, candidate: Candidate) -> None:
@@ -223,13 +227,9 @@ class StreamedModel:
                     install(self.model, self.inventory.config, group, values)
                 else:
                     place(self.model, group, values)
-        for kept in self._kept[layer]:
-            install_kept(self.model, kept, self._kept_of(kept), retained)
-
-    def _kept_of(self, kept: FullPrecision) -> Floats:
-        if kept.source not in self._kept_values:
-            self._kept_values[kept.source] = read_tensor(self.inventory, kept.source)
-        return self._kept_values[kept.source]
+        for tensor in self._full_precision[layer]:
+            values = self.weights.full_precision(candidate, tensor)
+            install_full_precision(self.model, tensor, values)
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A layer as the architecture computes it, its routed experts giving zero."""
@@ -266,7 +266,8 @@ class StreamedModel:
             for i, candidate in enumerate(candidates):
                 if expert in routings[i].reached:
                     formats = tuple(self.weights.format_of(candidate, g, expert) for g in groups)
-                    alike.setdefault(formats, []).append(i)
+                    own = candidate.weights_digest if any(formats) else ""
+                    alike.setdefault((*formats, own), []).append(i)
             for members in alike.values():
                 weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
                 add_expert([routings[i] for i in members], expert, weights, act, observe)
@@ -387,10 +388,10 @@ class StreamedScorer(Documents):
         self._last: tuple[Candidate, list[torch.Tensor]]
 
     def score(
-        self, allocation: Allocation, start: int = 0, stop: int | None = None
+        self, candidate: Allocation | Candidate, start: int = 0, stop: int | None = None
     ) -> DocumentLosses:
-        """Losses of an allocation on `documents[start:stop]`."""
-        return self.score_many([allocation], start, stop)[0]
+        """Returns losses of an allocation, or another candidate, on `documents[start:stop]`."""
+        return self.score_many([candidate], start, stop)[0]
 
     def score_original(self) -> DocumentLosses:
         """Losses of the original: no divergence, its own likelihoods."""
@@ -421,6 +422,9 @@ class StreamedScorer(Documents):
         self.model.weights.release()
         chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
         wanted = [c if isinstance(c, Candidate) else Candidate.of(c) for c in candidates]
+        for candidate in wanted:
+            if candidate.weights is not None:
+                candidate.weights.release()
         known = all(i in self._reference for i in range(start, stop))
         if not known:
             wanted.append(self.model.original)

@@ -1,9 +1,9 @@
 """A transformers model whose weights can be exchanged group by group.
 
 In: an inventory. Out: `SwapModel`, the architecture in float32 with the original's weights, into
-which retained experts and decoded groups are put. Invariant (scored as deployed): a removed expert
-is gone from the router before top-k, gates are renormalised by the architecture's own router code,
-and the weights are the decoded ones of the file.
+which retained experts, decoded groups, norms and routers are put. Invariant (scored as deployed): a
+removed expert is gone from the router before top-k, gates are renormalised by the architecture's
+own router code, and the weights are the decoded ones of the file.
 """
 
 import math
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +22,7 @@ from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Role
 from allocator.formats import parts
-from allocator.scoring.candidates import Candidate
+from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
@@ -233,12 +232,13 @@ def install_experts(
         _fill(view[place], matrix, group.name)
 
 
-def install_kept(
-    model: Any, kept: FullPrecision, values: Floats, experts: tuple[int, ...] | None
-) -> None:
-    """Puts a norm, or the retained rows of a router, into the model."""
-    rows = values[list(experts)] if kept.role.is_router and experts is not None else values
-    _fill(parameter_of(model, kept.source), np.ascontiguousarray(rows), kept.source)
+def install_full_precision(model: Any, tensor: FullPrecision, values: Floats) -> None:
+    """Puts a norm, or the retained rows of a router, `tensor.shape_with(retained)`, into the model.
+
+    Raises:
+        CheckpointError: if the architecture has another shape there.
+    """
+    _fill(parameter_of(model, tensor.source), values, tensor.source)
 
 
 def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
@@ -346,8 +346,9 @@ class SwapModel:
         retained: experts by MoE layer that it holds now.
         experts_used: routed experts per token now.
         kv_format: of keys and values now.
-        state: what each group holds now: `(format or parts, retained experts)`; "" for the
-            original's.
+        weights: that the candidate in it brought along, if any.
+        state: what each group holds now: `(format or parts, retained experts, digest of the weights
+            that were brought along)`; "" for the original's.
     """
 
     def __init__(
@@ -379,28 +380,29 @@ class SwapModel:
         self.kv_format = KV_FORMAT
         self._keys_values: KeysValues | None = None
         attach(self.model, lambda: self._keys_values)
-        self.state: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-        self._kept = {
+        self.weights: CandidateWeights | None = None
+        self.state: dict[str, tuple[str, tuple[int, ...] | None, str]] = {}
+        self._full_precision_of: dict[str, str] = {}  # digest of the weights it is of, by tensor
+        self._originals = {
             k.source: read_tensor(self.inventory, k.source) for k in layout.full_precision
         }
-        for kept in layout.full_precision:
-            if not kept.role.is_router:
-                install_kept(self.model, kept, self._kept[kept.source], None)
         self.reset()
 
     @property
     def held(self) -> Candidate:
-        """What it computes now."""
-        formats = {name: fmt or None for name, (fmt, _) in self.state.items()}
-        return Candidate(formats, dict(self.retained), self.experts_used, self.kv_format)
+        """The candidate that it computes now."""
+        formats = {name: fmt or None for name, (fmt, *_) in self.state.items()}
+        return Candidate(
+            formats, dict(self.retained), self.experts_used, self.kv_format, self.weights
+        )
 
     def reset(self) -> None:
-        """The original's weights, all experts, its own number of experts used, exact keys."""
+        """Puts the original in: all experts, its own number of experts used, exact keys."""
         self.put(Candidate.original(self.layout))
 
     @contextmanager
     def original(self) -> Iterator[Any]:
-        """The model as the original; what it held before is put back afterwards."""
+        """Yields the model as the original; what it held before is put back afterwards."""
         before = self.held
         self.reset()
         try:
@@ -418,38 +420,66 @@ class SwapModel:
         for layer, experts in retained.items():
             if self.retained.get(layer) != experts:
                 self._retain(layer, experts)
+        self._put_full_precision(candidate)
+        own = candidate.weights
+        decoded = self._decoded if own is None else own.decoded
         for name, fmt in candidate.format_of.items():
             group = self.layout.groups[name]
             held = None
             if group.role.is_expert and group.layer is not None:
                 held = retained[group.layer]
-            wanted = (fmt or "", held)
+            wanted = (fmt or "", held, candidate.weights_digest if fmt else "")
             if self.state.get(name) == wanted:
                 continue
-            before, _ = self.state.pop(name, ("", None))  # nothing is known if what follows fails
+            # nothing is known if what follows fails
+            before, _, digest = self.state.pop(name, ("", None, ""))
             if fmt is None:
                 values = group_weights(self.layout, group)
                 values = values if held is None else values[list(held)]
                 install(self.model, self.inventory.config, group, values)
             elif held is None:
-                values = self._decoded(name, fmt, None)
+                values = decoded(name, fmt, None)
                 install(self.model, self.inventory.config, group, values)
             else:
-                self._put_experts(group, before, fmt, held)
+                before = before if digest == candidate.weights_digest else ""
+                self._put_experts(group, before, fmt, held, decoded)
             self.state[name] = wanted
+        self.weights = own
         self.experts_used = candidate.experts_used
         set_experts_used(self.model, self.layout.layers, self.experts_used)
         if candidate.kv_format != self.kv_format:
             self._keys_values = keys_values(self.inventory.config, candidate.kv_format)
             self.kv_format = candidate.kv_format
 
-    def _put_experts(self, group: Group, before: str, text: str, held: tuple[int, ...]) -> None:
-        """Decodes the experts of a projection that are not held in their format already."""
+    def _put_full_precision(self, candidate: Candidate) -> None:
+        """Installs norms and routers that come from other weights than those in the model."""
+        own, wanted = candidate.weights, candidate.weights_digest
+        for tensor in self.layout.full_precision:
+            if self._full_precision_of.get(tensor.source) == wanted:
+                continue
+            self._full_precision_of.pop(tensor.source, None)  # unknown if what follows fails
+            rows = retained_rows(tensor, candidate.retained_experts)
+            if own is None:
+                values = rows_of(self._originals[tensor.source], rows)
+            else:
+                values = own.full_precision(tensor, rows)
+            install_full_precision(self.model, tensor, values)
+            self._full_precision_of[tensor.source] = wanted
+
+    def _put_experts(
+        self,
+        group: Group,
+        before: str,
+        text: str,
+        held: tuple[int, ...],
+        decoded: Callable[[str, str, tuple[int, ...] | None], Floats],
+    ) -> None:
+        """Decodes the experts of a projection that are not in the model in their format already."""
         known = {e: fmt for fmt, experts in parts(before, held) for e in experts} if before else {}
         for fmt, experts in parts(text, held):
             new = tuple(e for e in experts if known.get(e) != fmt)
             if new:
-                values = self._decoded(group.name, fmt.name, new)
+                values = decoded(group.name, fmt.name, new)
                 places = [held.index(e) for e in new]
                 install_experts(self.model, self.inventory.config, group, values, places)
 
@@ -458,8 +488,8 @@ class SwapModel:
         for name, group in self.layout.groups.items():
             if group.role.is_expert and group.layer == layer:
                 self.state.pop(name, None)
+        for tensor in self.layout.full_precision:
+            if tensor.role.is_router and tensor.layer == layer:
+                self._full_precision_of.pop(tensor.source, None)
         resize_experts(self.model, layer, len(experts))
-        for kept in self.layout.full_precision:
-            if kept.role.is_router and kept.layer == layer:
-                install_kept(self.model, kept, self._kept[kept.source], experts)
         self.retained[layer] = experts

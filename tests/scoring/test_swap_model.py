@@ -34,15 +34,29 @@ def transformers_model(path, **config):
     ).eval()
 
 
-def no_formats(*args):
-    pytest.fail("decoded a format although only the original was asked for")
+class Decoding:
+    """What a model decodes with; logs what it is asked for, and fails where it is told to."""
+
+    def __init__(self, encodings):
+        self.encodings = encodings
+        self.calls = []
+        self.fails_at = None
+
+    def __call__(self, name, fmt, experts):
+        if self.encodings is None:
+            pytest.fail("decoded a format although only the original was asked for")
+        self.calls.append((name, fmt, experts))
+        if (fmt, experts) == self.fails_at:
+            raise OSError("the disk is gone")
+        return self.encodings.decoded(name, fmt, experts)
 
 
 def swap_model(path, folder=None, target=GGUF):
     layout = target.layout(read_inventory(path))
     encodings = None if folder is None else Encodings(folder, layout, {})
-    swap = SwapModel(layout, no_formats if encodings is None else encodings.decoded)
-    swap.encodings = encodings
+    decoding = Decoding(encodings)
+    swap = SwapModel(layout, decoding)
+    swap.encodings, swap.decoding = encodings, decoding
     return swap
 
 
@@ -136,9 +150,8 @@ def test_parts_are_each_experts_own_decoding(checkpoints, name, tmp_path):
 def test_parts_decode_only_what_changes(checkpoints, tmp_path):
     swap = swap_model(checkpoints["qwen3"], tmp_path, SAFETENSORS)
     in_parts(swap, FIRST)
-    calls = []
-    decoded = swap._decoded
-    swap._decoded = lambda *wanted: calls.append(wanted) or decoded(*wanted)
+    calls = swap.decoding.calls
+    calls.clear()
     in_parts(swap, FIRST)
     assert calls == []
     in_parts(swap, SECOND)
@@ -156,17 +169,10 @@ def test_parts_that_fail_half_way_are_put_again(checkpoints, tmp_path):
     swap = swap_model(checkpoints["qwen3"], tmp_path, SAFETENSORS)
     in_parts(swap, FIRST)
     expected = snapshot(swap.model)
-    decoded = swap._decoded
-
-    def failing(name, fmt, experts):
-        if (fmt, experts) == ("Q4_0", (7,)):
-            raise OSError("the disk is gone")
-        return decoded(name, fmt, experts)
-
-    swap._decoded = failing
+    swap.decoding.fails_at = ("Q4_0", (7,))
     with pytest.raises(OSError, match="gone"):
         in_parts(swap, SECOND)
-    swap._decoded = decoded
+    swap.decoding.fails_at = None
     in_parts(swap, FIRST)
     after = snapshot(swap.model)
     assert all(torch.equal(after[key], expected[key]) for key in expected)
@@ -364,7 +370,7 @@ def test_a_stop_while_experts_are_resized_leaves_nothing_wrong(checkpoints, monk
     few = dict.fromkeys(swap.layout.layers, (0, 3, 4))
     with torch.inference_mode():
         expected = swap.model(IDS).logits.clone()
-    for name in ("resize_experts", "install_kept"):
+    for name in ("resize_experts", "install_full_precision"):
         plain = getattr(model, name)
 
         def stopped(*args, plain=plain):

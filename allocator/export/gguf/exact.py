@@ -33,7 +33,7 @@ from allocator.errors import VerifyError
 from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.formats import FORMATS
-from allocator.scoring.candidates import Candidate, Encoded, Weights
+from allocator.scoring.candidates import Candidate, EncodedWeights, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed import States, StreamedModel
 from allocator.scoring.swap_model import free_memory
@@ -77,7 +77,7 @@ def compare_exactly(
     path: Path,
     layout: Layout,
     allocation: Allocation,
-    stored: Encoded,
+    stored: EncodedWeights,
     documents: Sequence[Document],
     *,
     device: str = "cpu",
