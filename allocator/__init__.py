@@ -14,7 +14,7 @@ _PUBLIC = {
     "load": "allocator.export.safetensors.loading",
     "allocation_of": "allocator.study.trials",
     "Allocation": "allocator.decision.allocation",
-    "AllocationRecord": "allocator.decision.records",
+    "AllocationRecord": "allocator.decision.allocation_record",
     "StudyFolder": "allocator.app.study_folder",
 }
 __all__ = ["__version__", *_PUBLIC]

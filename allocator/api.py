@@ -25,11 +25,12 @@ from allocator.checkpoint.outline import planned_inventory
 from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
 from allocator.comparison.runs import Run, chosen_runs
 from allocator.comparison.table import write_results
+from allocator.decision.allocation_record import AllocationRecord, codec, note_digests
 from allocator.decision.budget import Budget
 from allocator.decision.difference import difference
-from allocator.decision.records import AllocationRecord, codec, note_digests
+from allocator.decision.parameters import FormatOf, parse
 from allocator.decision.search_space import SearchSpace, bind
-from allocator.decision.space import SETTINGS, canonical, largest_first
+from allocator.decision.space import canonical, is_setting, largest_first
 from allocator.errors import (
     CalibrationError,
     CheckpointError,
@@ -192,11 +193,11 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     counts = space.layer_counts(params)
     loss, predicted = surrogate.loss_at(params), surrogate.predict(params)
     rows = []
-    told = (name for name in space.distributions if name in SETTINGS)
-    for name in (*(f"format.{g}" for g in space.formats), *space.count_params, *told):
-        value, values = params[name], list(space.choices[name])
-        if name.startswith("format."):
-            count = counts.get(space.layer_of[name.removeprefix("format.")], 0)
+    settings = (name for name in space.distributions if is_setting(name))
+    for name in (*space.format_params.values(), *space.count_params, *settings):
+        key, value, values = parse(name), params[name], list(space.choices[name])
+        if isinstance(key, FormatOf):
+            count = counts.get(space.layer_of[key.group], 0)
             values = [v for v in values if canonical(v, count) == v]
         if largest_first(name):  # the order of those that cost the same
             values.reverse()
@@ -208,7 +209,7 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
             "bytes": before,
             "predicted_loss": loss(name, value),
         }
-        if name in SETTINGS:  # beyond what cannot be saved
+        if is_setting(name):  # beyond what cannot be saved
             row["bytes"] -= costs.affected({**params, name: values[0]}, [name])
         at = values.index(value)
         for label, index in (("up", at + 1), ("down", at - 1)):

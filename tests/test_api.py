@@ -27,7 +27,7 @@ from allocator.codecs import encodings as encodings
 from allocator.codecs.encodings import Encodings
 from allocator.codecs.ggml import encode
 from allocator.decision.allocation import Allocation
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import (
     AllocatorError,

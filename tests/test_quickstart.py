@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from allocator import api
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 
 ROOT = Path(__file__).parents[1]
 CALL = "import sys; from allocator.cli import main; sys.exit(main())"

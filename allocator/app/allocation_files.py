@@ -8,8 +8,8 @@ from pathlib import Path
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import mixed
-from allocator.decision.records import read_allocation
 from allocator.errors import CheckpointError, SpaceError
 from allocator.export.gguf.files import parse_tensor_type_file
 from allocator.formats import fallback

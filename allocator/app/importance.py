@@ -13,7 +13,7 @@ import numpy as np
 
 from allocator.checkpoint.tensors import Floats
 from allocator.codecs.encodings import Encodings
-from allocator.decision.records import importance_name
+from allocator.decision.allocation_record import importance_name
 from allocator.errors import CheckpointError, first_line
 from allocator.profiling.statistics import importance_digest
 

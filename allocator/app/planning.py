@@ -81,7 +81,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PlannedAllocation:
     """An allocation that the plan looks at.
 
     Attributes:
@@ -122,7 +122,7 @@ class Plan:
 
     summary: Summary
     bounds: tuple[Bounds, ...]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PlannedAllocation, ...]
     notes: tuple[str, ...]
 
 
@@ -209,7 +209,7 @@ def summarised(inventory: Inventory) -> Summary:
     )
 
 
-def first_paths(found: Plan, folder: Path) -> dict[Path, Candidate]:
+def first_paths(found: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
     """Where `write_first` writes the allocations that fit.
 
     Raises:
@@ -288,7 +288,7 @@ def _bounds(target: Target, layout: Layout, count: int) -> Bounds:
 
 def _candidates(
     spec: SearchSpace, layout: Layout, prior: Prior, budget: Budget, count: int
-) -> list[Candidate]:
+) -> list[PlannedAllocation]:
     experts = Experts(minimum=count, maximum=count)
     space = bind(_with_experts(spec, experts), layout, None)
     surrogate = prior.surrogate(space)
@@ -309,7 +309,9 @@ def _with_experts(spec: SearchSpace, experts: Experts) -> SearchSpace:
     )
 
 
-def _first(surrogate: Surrogate, budget: Budget, *, name: str = "first") -> Candidate | None:
+def _first(
+    surrogate: Surrogate, budget: Budget, *, name: str = "first"
+) -> PlannedAllocation | None:
     """The allocation of least expected loss within a budget; None if nothing fits."""
     try:
         params = surrogate.solve(budget)
@@ -318,12 +320,14 @@ def _first(surrogate: Surrogate, budget: Budget, *, name: str = "first") -> Cand
     return _measured(name, surrogate, budget, surrogate.space.allocation(params))
 
 
-def _against(candidate: Candidate, budget: Budget) -> Candidate:
+def _against(candidate: PlannedAllocation, budget: Budget) -> PlannedAllocation:
     spare = budget.nbytes - candidate.memory.total
     return replace(candidate, spare=spare, fits=candidate.fits and spare >= 0)
 
 
-def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Allocation) -> Candidate:
+def _measured(
+    name: str, surrogate: Surrogate, budget: Budget, allocation: Allocation
+) -> PlannedAllocation:
     space: Space = surrogate.space
     layout, workload = space.layout, budget.workload
     assert workload is not None
@@ -333,7 +337,7 @@ def _measured(name: str, surrogate: Surrogate, budget: Budget, allocation: Alloc
         loss = surrogate.predict(space.complete(space.params(allocation)))
     except SpaceError:  # a fallback that no search offers
         loss = None
-    return Candidate(
+    return PlannedAllocation(
         name=name,
         experts=max(allocation.counts.values()),
         memory=memory,

@@ -26,10 +26,10 @@ from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.app.workers import run_workers
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_record import AllocationRecord, changing, codec
 from allocator.decision.budget import Budget
 from allocator.decision.front import Point
 from allocator.decision.front import front as front_of
-from allocator.decision.records import AllocationRecord, changing, codec
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import seal
@@ -488,7 +488,7 @@ def _on_device(allocation: Allocation, result: dict[str, Any]) -> dict[str, Any]
         "memory_bytes": sum(result["memory"].values()),
         "token_bytes": result["token_bytes"],
         "tokens_per_second": result["tokens_per_second"],
-        **allocation.settings._asdict(),
+        **allocation.runtime_settings._asdict(),
     }
 
 

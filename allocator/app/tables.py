@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from allocator.decision.allocation import Allocation
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import StudyError
 from allocator.files.checksums import unseal
 from allocator.formats import format_named

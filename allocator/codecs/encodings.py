@@ -35,7 +35,7 @@ import xxhash
 from allocator.checkpoint.tensors import read_rows
 from allocator.codecs import ggml
 from allocator.codecs.ggml import Bytes, Floats
-from allocator.decision.records import codec
+from allocator.decision.allocation_record import codec
 from allocator.errors import AllocatorError
 from allocator.families import Role
 from allocator.formats import Format, format_named

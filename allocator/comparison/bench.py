@@ -27,10 +27,10 @@ from allocator.app.study_file import CompareSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.comparison.runs import Run, RunResult, compare_spec
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import hand_rule
 from allocator.decision.budget import Budget
 from allocator.decision.front import Point, baseline_loss, lower_hull
-from allocator.decision.records import read_allocation
 from allocator.errors import AllocatorError, BudgetError, StudyError
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import load_arrays, save_arrays, seal

@@ -77,7 +77,7 @@ class Allocation:
         )
 
     @property
-    def settings(self) -> RuntimeSettings:
+    def runtime_settings(self) -> RuntimeSettings:
         """What the runtime is told."""
         return RuntimeSettings(self.experts_used, self.kv_format, self.micro_batch or MICRO_BATCH)
 
@@ -224,7 +224,7 @@ class Allocation:
         return target_named(self.target).device_memory(
             layout.inventory,
             workload,
-            self.settings,
+            self.runtime_settings,
             weights=self.weight_bytes(layout),
             n_experts=max(self.counts.values()),
         )

@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 
 from allocator.decision.allocation import Allocation
-from allocator.decision.records import AllocationRecord, importance_name, read_allocation
+from allocator.decision.allocation_record import AllocationRecord, importance_name, read_allocation
+from allocator.decision.parameters import (
+    EXPERTS_USED,
+    KV_FORMAT,
+    MICRO_BATCH,
+    ExpertsOf,
+    FormatOf,
+)
 from allocator.errors import SpaceError
 
 
@@ -58,12 +65,12 @@ def difference(one: str | Path, other: str | Path) -> Difference:
 def _decisions(allocation: Allocation) -> dict[str, Any]:
     """Values by decision; of `retained.<layer>` the set of experts."""
     return {
-        **{f"format.{group}": fmt for group, fmt in allocation.formats},
-        **{f"experts.{layer}": len(experts) for layer, experts in allocation.retained},
+        **{FormatOf(group).name: fmt for group, fmt in allocation.formats},
+        **{ExpertsOf(layer).name: len(experts) for layer, experts in allocation.retained},
         **{f"retained.{layer}": frozenset(experts) for layer, experts in allocation.retained},
-        "experts_used": allocation.experts_used,
-        "kv_format": allocation.kv_format,
-        "micro_batch": allocation.micro_batch,
+        EXPERTS_USED.name: allocation.experts_used,
+        KV_FORMAT.name: allocation.kv_format,
+        MICRO_BATCH.name: allocation.micro_batch,
     }
 
 

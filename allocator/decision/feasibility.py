@@ -7,7 +7,8 @@ the budget. Invariant: a proposal within it comes back as it is, so repairing ag
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from allocator.decision.space import Costs, Loss, Params, Space, largest_first
+from allocator.decision.parameters import Params
+from allocator.decision.space import Costs, Loss, Space, largest_first
 
 
 def make_feasible(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:

@@ -19,20 +19,28 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from allocator.decision.allocation import KV_FORMAT, Allocation, kept_share, token_share
+from allocator.decision.allocation import KV_FORMAT as USUAL_KV_FORMAT
+from allocator.decision.allocation import Allocation, kept_share, token_share
 from allocator.decision.budget import Budget
+from allocator.decision.parameters import (
+    EXPERTS_USED,
+    KNOWN,
+    KV_FORMAT,
+    MICRO_BATCH,
+    ExpertsOf,
+    FormatOf,
+    Params,
+    SettingOf,
+    parse,
+)
 from allocator.errors import BudgetError, SpaceError
 from allocator.formats import FORMATS, in_parts, parts_text
 from allocator.targets import Layout, target_named
-from allocator.targets.device_memory import MICRO_BATCH, RuntimeSettings
+from allocator.targets.device_memory import MICRO_BATCH as USUAL_MICRO_BATCH
+from allocator.targets.device_memory import RuntimeSettings
 
-Params = dict[str, Any]
 Loss = Callable[[str, Any], float]
 """Predicted loss of one param's value, nats per token."""
-
-KV, BATCH = "kv_format", "micro_batch"
-SETTINGS = {"experts_used", KV, BATCH}
-"""Params of what a runtime is told; the others decide weights."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,25 @@ class Space:
     tied: bool
     rankings: Mapping[int, tuple[int, ...]]
     experts_used: tuple[int, ...]
-    kv_formats: tuple[str, ...] = (KV_FORMAT,)
+    kv_formats: tuple[str, ...] = (USUAL_KV_FORMAT,)
     micro_batches: tuple[int | None, ...] = (None,)
 
     @cached_property
     def count_params(self) -> dict[str, tuple[int, ...]]:
         """Param of a retained count to the layers it decides."""
         if self.tied:
-            return {"experts.all": self.layout.layers}
-        return {f"experts.{layer}": (layer,) for layer in self.layout.layers}
+            return {ExpertsOf(None).name: self.layout.layers}
+        return {ExpertsOf(layer).name: (layer,) for layer in self.layout.layers}
+
+    @cached_property
+    def format_params(self) -> dict[str, str]:
+        """Param of the format by group."""
+        return {group: FormatOf(group).name for group in self.formats}
+
+    @cached_property
+    def count_param_of(self) -> dict[int, str]:
+        """Param of the retained count by MoE layer."""
+        return {x: name for name, layers in self.count_params.items() for x in layers}
 
     @cached_property
     def layer_of(self) -> dict[str, int]:
@@ -86,12 +104,12 @@ class Space:
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Every decision and its possible values; experts ascending, the others largest first."""
         table: dict[str, tuple[Any, ...]] = dict.fromkeys(self.count_params, self.counts)
-        table |= {f"format.{name}": names for name, names in self.formats.items()}
-        table["experts_used"] = self.experts_used
+        table |= {self.format_params[group]: names for group, names in self.formats.items()}
+        table[EXPERTS_USED.name] = self.experts_used
         if len(self.kv_formats) > 1:
-            table[KV] = self.kv_formats
+            table[KV_FORMAT.name] = self.kv_formats
         if len(self.micro_batches) > 1:
-            table[BATCH] = self.micro_batches
+            table[MICRO_BATCH.name] = self.micro_batches
         return table
 
     @cached_property
@@ -101,7 +119,7 @@ class Space:
         for name, values in self.choices.items():
             if len(values) < 2:
                 continue
-            step = values[1] - values[0] if name.startswith("experts") else None
+            step = None if parse(name).largest_first else values[1] - values[0]
             if step is not None and values == tuple(range(values[0], values[-1] + 1, step)):
                 found[name] = IntDistribution(values[0], values[-1], step=step)
             else:
@@ -115,10 +133,7 @@ class Space:
             SpaceError: if a param is unknown, missing or outside its choices.
         """
         if unknown := set(params) - set(self.choices):
-            raise SpaceError(
-                f"unknown param {min(unknown)!r}; known: experts.*, format.*, experts_used, {KV}, "
-                f"{BATCH}"
-            )
+            raise SpaceError(f"unknown param {min(unknown)!r}; known: {KNOWN}")
         full: Params = {}
         for name, values in self.choices.items():
             value = params.get(name, values[0] if len(values) == 1 else None)
@@ -140,25 +155,27 @@ class Space:
             retained={layer: self.retained(layer, n) for layer, n in counts.items()},
             formats={
                 group: parts_text(
-                    self.parts(group, full[f"format.{group}"], counts.get(self.layer_of[group], 0))
+                    self.parts(group, full[name], counts.get(self.layer_of[group], 0))
                 )
-                for group in self.formats
+                for group, name in self.format_params.items()
             },
-            experts_used=full["experts_used"],
-            kv_format=full.get(KV, self.kv_formats[0]),
-            micro_batch=full.get(BATCH, self.micro_batches[0]),
+            experts_used=full[EXPERTS_USED.name],
+            kv_format=full.get(KV_FORMAT.name, self.kv_formats[0]),
+            micro_batch=full.get(MICRO_BATCH.name, self.micro_batches[0]),
         )
 
     @property
     def first_settings(self) -> Params:
-        """The first value of every setting that may be chosen, and `experts_used`."""
-        return {name: values[0] for name, values in self.choices.items() if name in SETTINGS}
+        """The first value of every setting that has a param."""
+        return {n: values[0] for n, values in self.choices.items() if is_setting(n)}
 
-    def settings(self, params: Params) -> RuntimeSettings:
-        """What complete params tell the runtime."""
-        batch = params.get(BATCH, self.micro_batches[0])
+    def runtime_settings(self, params: Params) -> RuntimeSettings:
+        """Returns the settings that complete params choose, the runtime's own where they do not."""
+        batch = params.get(MICRO_BATCH.name, self.micro_batches[0])
         return RuntimeSettings(
-            params["experts_used"], params.get(KV, self.kv_formats[0]), batch or MICRO_BATCH
+            params[EXPERTS_USED.name],
+            params.get(KV_FORMAT.name, self.kv_formats[0]),
+            batch or USUAL_MICRO_BATCH,
         )
 
     def layer_counts(self, params: Params) -> dict[int, int]:
@@ -174,9 +191,12 @@ class Space:
         full: Params = {
             name: allocation.counts.get(layers[0]) for name, layers in self.count_params.items()
         }
-        full |= {f"format.{name}": choice_of(text) for name, text in allocation.formats}
-        full["experts_used"] = allocation.experts_used
-        settings = {KV: allocation.kv_format, BATCH: allocation.micro_batch}
+        full |= {FormatOf(group).name: choice_of(text) for group, text in allocation.formats}
+        full[EXPERTS_USED.name] = allocation.experts_used
+        settings = {
+            KV_FORMAT.name: allocation.kv_format,
+            MICRO_BATCH.name: allocation.micro_batch,
+        }
         full |= {name: value for name, value in settings.items() if name in self.choices}
         if self.allocation(full) != allocation:
             raise SpaceError(
@@ -320,8 +340,13 @@ _WAYS_OUT = {
 
 
 def largest_first(param: str) -> bool:
-    """Whether the values of a param are in descending order of bytes."""
-    return not param.startswith("experts")
+    """Returns whether the values of a param are in descending order of bytes."""
+    return parse(param).largest_first
+
+
+def is_setting(param: str) -> bool:
+    """Returns whether a param is a setting of the runtime; the others decide weights."""
+    return isinstance(parse(param), SettingOf)
 
 
 @cache
@@ -422,7 +447,7 @@ class Costs:
             experts_used=largest.experts_used,
         )
 
-    def settings(self, settings: RuntimeSettings, n_experts: int) -> int:
+    def runtime_bytes(self, settings: RuntimeSettings, n_experts: int) -> int:
         """Bytes of a device beside the weights, where a layer retains at most `n_experts`."""
         if self.budget.bounds != "device":
             return 0
@@ -445,7 +470,7 @@ class Costs:
         smaller room. It may count less than groups and routers do here (no routers, no padding):
         routers are given back, of padding up to 31 bytes a group stay unused.
         """
-        room = self.budget.nbytes - self.constant - self.settings(settings, count)
+        room = self.budget.nbytes - self.constant - self.runtime_bytes(settings, count)
         if self.beside is None:
             return room
         layers = self.space.layout.layers
@@ -463,17 +488,19 @@ class Costs:
     def affected(self, params: Params, names: list[str]) -> int:
         """Bytes of the groups, routers and what is beside weights that these params decide."""
         layers = [x for n in names for x in self.space.count_params.get(n, ())]
-        groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
+        keys = [parse(n) for n in names]
+        groups = {key.group for key in keys if isinstance(key, FormatOf)}
         groups |= {g for x in layers for g in self.space.expert_groups[x]}
-        count = self.space.layer_counts(params)
+        count, format_params = self.space.layer_counts(params), self.space.format_params
         encoded = sum(
-            self.group(g, params[f"format.{g}"], count.get(self.space.layer_of[g], 0))
+            self.group(g, params[format_params[g]], count.get(self.space.layer_of[g], 0))
             for g in groups
         )
-        told = 0
-        if layers or set(names) & SETTINGS:
-            told = self.settings(self.space.settings(params), max(count.values()))
-        return encoded + sum(self.layer(x, count[x]) for x in layers) + told
+        runtime = 0
+        if layers or any(isinstance(key, SettingOf) for key in keys):
+            settings = self.space.runtime_settings(params)
+            runtime = self.runtime_bytes(settings, max(count.values()))
+        return encoded + sum(self.layer(x, count[x]) for x in layers) + runtime
 
     def reads(self, name: str, value: str, count: int, experts_used: int) -> int:
         """Bytes of a group that decoding a token reads when its layer retains `count`."""
@@ -494,18 +521,19 @@ class Costs:
 
     def affected_reads(self, params: Params, names: list[str]) -> int:
         """Bytes that a token reads of what these params decide."""
-        counts, settings = self.space.layer_counts(params), self.space.settings(params)
-        groups = {n.removeprefix("format.") for n in names if n.startswith("format.")}
-        if "experts_used" in names:
+        counts, settings = self.space.layer_counts(params), self.space.runtime_settings(params)
+        keys, format_params = [parse(n) for n in names], self.space.format_params
+        groups = {key.group for key in keys if isinstance(key, FormatOf)}
+        if EXPERTS_USED in keys:
             groups = set(self.space.formats)
         read = sum(
             self.reads(
-                g, params[f"format.{g}"], counts.get(self.space.layer_of[g], 0),
+                g, params[format_params[g]], counts.get(self.space.layer_of[g], 0),
                 settings.experts_used,
             )
             for g in groups
         )  # fmt: skip
-        if all(n.startswith("format.") for n in names):
+        if all(isinstance(key, FormatOf) for key in keys):
             return read
         return read + self.other_reads(max(counts.values()), settings)
 

@@ -17,7 +17,8 @@ from math import log
 import numpy as np
 import numpy.typing as npt
 
-from allocator.decision.space import SETTINGS, Params, Space
+from allocator.decision.parameters import ExpertsOf, Params, SettingOf, parse
+from allocator.decision.space import Space
 from allocator.prediction.surrogate import Surrogate
 
 Floats = npt.NDArray[np.float64]
@@ -77,12 +78,13 @@ def covariance(space: Space, names: Sequence[str]) -> Floats:
     def role(name: str) -> str:
         if name in groups:
             return str(groups[name].role)
-        return name if name in SETTINGS else "count"
+        return name if isinstance(parse(name), SettingOf) else "count"
 
     def layer(name: str) -> int | str | None:
         if name in groups:
             return groups[name].layer
-        return name if name in SETTINGS else int(name.removeprefix("experts."))
+        key = parse(name)
+        return key.layer if isinstance(key, ExpertsOf) else name
 
     roles = np.array([role(n) for n in names])
     layers = np.array([layer(n) for n in names], dtype=object)

@@ -31,7 +31,17 @@ import numpy as np
 import numpy.typing as npt
 
 from allocator.decision.budget import Budget
-from allocator.decision.space import BATCH, KV, SETTINGS, Costs, Loss, Params, Space, split
+from allocator.decision.parameters import (
+    EXPERTS_USED,
+    KV_FORMAT,
+    MICRO_BATCH,
+    ExpertsOf,
+    FormatOf,
+    Params,
+    SettingOf,
+    parse,
+)
+from allocator.decision.space import Costs, Loss, Space, split
 from allocator.prediction.knapsack import Options, lp_bound, solve
 from allocator.prediction.nested_knapsack import Nested, solve_nested
 from allocator.prediction.profile import Profile, bundle_of
@@ -90,7 +100,7 @@ class Surrogate:
     @cached_property
     def multiplied_names(self) -> tuple[str, ...]:
         """What has a multiplier: every group, every layer's counts, and settings."""
-        counts = (f"experts.{x}" for x in self.space.layout.layers)
+        counts = (ExpertsOf(x).name for x in self.space.layout.layers)
         return (*self.space.formats, *counts, *self.settings)
 
     def multiplied(self, multipliers: Mapping[str, float]) -> "Surrogate":
@@ -134,7 +144,7 @@ class Surrogate:
         for group, rows in self.error_losses.items():
             own = rows * self._weight(group, noise)
             moved = np.mean([t[group] for t in tables], axis=0)
-            column = self.space.formats[group].index(params[f"format.{group}"])
+            column = self.space.formats[group].index(params[self.space.format_params[group]])
             here = self._row(params, group), column
             mixed[group] = share * (moved - moved[here]) + (1 - share) * (own - own[here])
         return Surrogate(
@@ -158,7 +168,7 @@ class Surrogate:
         """The smooth losses of complete params, then those of counts, as `multiplied_names`."""
         found = []
         for group, names in self.space.formats.items():
-            column = names.index(params[f"format.{group}"])
+            column = names.index(params[self.space.format_params[group]])
             found.append(self.error_losses[group][self._row(params, group), column])
         for layer, losses in self.counts.items():
             found.append(losses[self.space.counts.index(self._count(params, layer))])
@@ -186,10 +196,11 @@ class Surrogate:
         noise = max(self.routing_loss(self.losses(params)), 1e-12)
 
         def loss(param: str, value: Any) -> float:
-            if param in SETTINGS:
+            key = parse(param)
+            if isinstance(key, SettingOf):
                 return self._setting(param, value)
-            if param.startswith("format."):
-                group = param.removeprefix("format.")
+            if isinstance(key, FormatOf):
+                group = key.group
                 column = self.space.formats[group].index(value)
                 alone = float(self.error_losses[group][self._row(params, group), column])
                 return alone * self._weight(group, noise)
@@ -197,7 +208,7 @@ class Surrogate:
             index = self.space.counts.index(value)
             factors = self.multipliers
             return sum(
-                float(self.counts[x][index]) * factors.get(f"experts.{x}", 1.0) for x in layers
+                float(self.counts[x][index]) * factors.get(ExpertsOf(x).name, 1.0) for x in layers
             )
 
         return loss
@@ -240,7 +251,11 @@ class Surrogate:
         space, best = self.space, None
         least = self._least(losses)
         for alone, used, kv in sorted(
-            (self._setting("experts_used", used) + self._setting(KV, kv), -used, kv)
+            (
+                self._setting(EXPERTS_USED.name, used) + self._setting(KV_FORMAT.name, kv),
+                -used,
+                kv,
+            )
             for used in space.experts_used
             for kv in space.kv_formats
         ):
@@ -257,13 +272,17 @@ class Surrogate:
         if best is None:
             return None
         params = best[1]
-        for batch in space.micro_batches if BATCH in space.choices else ():
-            if costs.fits({**params, BATCH: batch}):
-                return {**params, BATCH: batch}
+        for batch in space.micro_batches if MICRO_BATCH.name in space.choices else ():
+            if costs.fits({**params, MICRO_BATCH.name: batch}):
+                return {**params, MICRO_BATCH.name: batch}
         return params
 
     def _told(self, experts_used: int, kv_format: str, micro_batch: int | None) -> Params:
-        told = {"experts_used": experts_used, KV: kv_format, BATCH: micro_batch}
+        told = {
+            EXPERTS_USED.name: experts_used,
+            KV_FORMAT.name: kv_format,
+            MICRO_BATCH.name: micro_batch,
+        }
         return {name: value for name, value in told.items() if name in self.space.choices}
 
     def _solve_settings(
@@ -280,7 +299,7 @@ class Surrogate:
         if sizes is None:
             sizes = self._sizes[costs.budget.bounds] = _Sizes(self.space, costs)
         full = {**self.space.first_settings, **told}
-        settings = self.space.settings(full)
+        settings = self.space.runtime_settings(full)
         capacity = np.array([costs.capacity(settings, n) for n in self.space.counts], np.int64)
 
         def solved(
@@ -298,10 +317,10 @@ class Surrogate:
             return None
         if limit is None or costs.token_bytes(params) <= limit:
             return params
-        reads = sizes.reads(costs, full["experts_used"])
+        reads = sizes.reads(costs, full[EXPERTS_USED.name])
         first_row = 0  # smaller formats leave room for more experts, never for fewer
         if self.space.tied:
-            first_row = self.space.counts.index(params["experts.all"])
+            first_row = self.space.counts.index(params[ExpertsOf(None).name])
 
         def at(price: float) -> Params | None:
             priced = {g: rows + price * reads[g] for g, rows in losses.items()}
@@ -325,7 +344,7 @@ class Surrogate:
     def _independent(self, losses: Mapping[str, Floats], params: Params) -> float:
         """The sum that is solved for, of complete params."""
         groups = (
-            losses[g][self._row(params, g), names.index(params[f"format.{g}"])]
+            losses[g][self._row(params, g), names.index(params[self.space.format_params[g]])]
             for g, names in self.space.formats.items()
         )
         counts = (
@@ -374,7 +393,7 @@ class Surrogate:
                     loss,
                     {
                         **self._formats(list(losses), found.choice),
-                        "experts.all": self.space.counts[row],
+                        ExpertsOf(None).name: self.space.counts[row],
                     },
                 )
         return None if best is None else best[1]
@@ -404,15 +423,15 @@ class Surrogate:
         params = self._formats(plain, found.plain)
         for x, (row, picks) in zip(layers, found.nested, strict=True):
             params |= self._formats(list(self.space.expert_groups[x]), picks)
-            params[f"experts.{x}"] = self.space.counts[row]
+            params[ExpertsOf(x).name] = self.space.counts[row]
         return params
 
     def _formats(self, groups: list[str], picks: tuple[int, ...]) -> Params:
         chosen = zip(groups, picks, strict=True)
-        return {f"format.{g}": self.space.formats[g][i] for g, i in chosen}
+        return {self.space.format_params[g]: self.space.formats[g][i] for g, i in chosen}
 
     def _counts_of(self, layer: int) -> Floats:
-        return self.counts[layer] * self.multipliers.get(f"experts.{layer}", 1.0)
+        return self.counts[layer] * self.multipliers.get(ExpertsOf(layer).name, 1.0)
 
     def _weight(self, group: str, noise: float) -> float:
         return self.multipliers.get(group, 1.0) * (1 + self.coupling[group] / (2 * noise))
@@ -424,7 +443,7 @@ class Surrogate:
         return self.space.counts.index(self._count(params, self.space.layer_of[group]))
 
     def _count(self, params: Params, layer: int) -> int:
-        count: int = params["experts.all" if self.space.tied else f"experts.{layer}"]
+        count: int = params[self.space.count_param_of[layer]]
         return count
 
     @cached_property

@@ -28,8 +28,10 @@ from tqdm import tqdm
 from allocator.checkpoint.tensors import Floats
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.decision.parameters import EXPERTS_USED
+from allocator.decision.parameters import KV_FORMAT as KV
 from allocator.decision.search_space import Experts, SearchSpace, bind
-from allocator.decision.space import KV, Space
+from allocator.decision.space import Space
 from allocator.errors import CalibrationError
 from allocator.families import Role
 from allocator.files.atomic import locked, write_whole
@@ -595,7 +597,10 @@ class Profiler:
         found: dict[str, dict[Any, float]] = {}
         for setting in wanted:
             found.setdefault(setting.name, {})[setting.value] = done[_line(setting)]
-        originals = {"experts_used": self.layout.inventory.experts_used, KV: KV_FORMAT}
+        originals = {
+            EXPERTS_USED.name: self.layout.inventory.experts_used,
+            KV.name: KV_FORMAT,
+        }
         return {name: {originals[name]: 0.0} | losses for name, losses in found.items()}
 
     def settings_tokens(self, space: Space) -> int:
@@ -628,8 +633,10 @@ def _completed(original: list[float], held: list[float], experts: tuple[int, ...
 
 def settings_of(space: Space) -> list[Setting]:
     """Every setting of a space that is not the original's, where there is a choice."""
-    choices = {name: space.choices[name] for name in ("experts_used", KV) if name in space.choices}
-    original = {"experts_used": space.layout.inventory.experts_used, KV: KV_FORMAT}
+    choices = {
+        name: space.choices[name] for name in (EXPERTS_USED.name, KV.name) if name in space.choices
+    }
+    original = {EXPERTS_USED.name: space.layout.inventory.experts_used, KV.name: KV_FORMAT}
     return [
         Setting(name, value)
         for name, values in choices.items()

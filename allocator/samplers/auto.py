@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
-from allocator.decision.space import Params
+from allocator.decision.parameters import Params
 from allocator.errors import SpaceError
 from allocator.prediction.posterior import Observation, Posterior, fit
 from allocator.prediction.surrogate import Floats, LocalPrices, Surrogate

@@ -22,7 +22,8 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.decision.space import Costs, Params, largest_first
+from allocator.decision.parameters import EXPERTS_USED, Params
+from allocator.decision.space import Costs, largest_first
 from allocator.samplers.base import WholeSampler
 from allocator.study.trials import best_complete, key_of, proposed
 
@@ -142,7 +143,7 @@ class _Walk:
             name = names[i]
             if self._directions.get(name, direction) != direction:
                 continue
-            if name == "experts_used" and direction > 0:
+            if name == EXPERTS_USED.name and direction > 0:
                 found = self._sideways(name)
             else:
                 found = self._neighbour(name, direction)

@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from allocator.decision.budget import Budget
-from allocator.decision.space import Params
+from allocator.decision.parameters import Params
 from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.base import WholeSampler
 from allocator.study.trials import best_complete, key_of, proposed

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
-from allocator.decision.space import Params, Space
+from allocator.decision.parameters import Params
+from allocator.decision.space import Space
 from allocator.errors import SpaceError
 from allocator.prediction.surrogate import Surrogate
 

@@ -41,7 +41,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget, FileBytes
 from allocator.decision.feasibility import make_feasible
-from allocator.decision.space import Costs, Params, Space
+from allocator.decision.parameters import Params
+from allocator.decision.space import Costs, Space
 from allocator.errors import StudyError
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.generations import Selection

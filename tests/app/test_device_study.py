@@ -10,7 +10,7 @@ from allocator import api
 from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import StudyError
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.files.checksums import unseal

@@ -14,8 +14,8 @@ from allocator.app.planning import plan, summarised, write_first
 from allocator.app.study_file import DeviceBudgetSpec
 from allocator.checkpoint.outline import planned_inventory
 from allocator.cli import main
+from allocator.decision.allocation_record import read_allocation
 from allocator.decision.budget import Budget
-from allocator.decision.records import read_allocation
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError
 from allocator.formats import FORMATS, GAUSSIAN_ERROR

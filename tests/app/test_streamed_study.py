@@ -9,7 +9,7 @@ import torch
 from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError, StudyError
 from allocator.scoring import swap_model as model
 from allocator.study.trials import RESULT, allocation_of

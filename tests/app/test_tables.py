@@ -17,7 +17,7 @@ from allocator.app.tables import (
     records_table,
 )
 from allocator.decision.allocation import Allocation
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import StudyError
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference"

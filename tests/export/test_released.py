@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError
 from allocator.export import verification as verifying
 from allocator.scoring.swap_model import SwapModel, skeleton

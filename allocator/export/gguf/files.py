@@ -297,7 +297,7 @@ def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[
     if (keys, values) != (KV_FORMAT, KV_FORMAT):
         told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
     if workload or allocation.micro_batch is not None:
-        told.append(f"--ubatch-size {allocation.settings.micro_batch}")
+        told.append(f"--ubatch-size {allocation.runtime_settings.micro_batch}")
     if workload:
         n = workload["sequences"]
         told.append(f"--ctx-size {workload['context'] * n} --parallel {n} --no-repack")

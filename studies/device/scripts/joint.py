@@ -18,7 +18,7 @@ import numpy as np
 from allocator import api
 from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.scoring.scorer import mean
 
 HERE = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ def search(out, name, space, device, trials, threads):
         "report": mean(kl, documents),
         "bits": round(record.effective_bits, 3),
         "experts": next(iter(allocation.counts.values())),
-        **allocation.settings._asdict(),
+        **allocation.runtime_settings._asdict(),
         "token_bytes": allocation.token_bytes(study_folder.layout, device.context or 256),
         "memory": memory,
         "kl": [float(v) for v in kl],

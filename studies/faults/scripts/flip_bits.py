@@ -33,7 +33,7 @@ from allocator.app.tables import front_table
 from allocator.checkpoint.inventory import read_inventory
 from allocator.comparison.bench import Bench
 from allocator.comparison.runs import chosen_runs, results
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError
 from allocator.scoring.layer_files import LayerFiles
 

@@ -28,7 +28,7 @@ from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs import ggml
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
-from allocator.decision.records import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.export.checkpoint import materialize
 from allocator.formats import fallback
 from allocator.targets import GGUF

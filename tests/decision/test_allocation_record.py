@@ -6,7 +6,7 @@ from contextlib import suppress
 import msgspec
 import pytest
 
-from allocator.decision.records import AllocationRecord, changing, note_digests
+from allocator.decision.allocation_record import AllocationRecord, changing, note_digests
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
 
