@@ -209,7 +209,8 @@ def test_a_link_that_another_made_meanwhile_stays(ours, path, monkeypatch):
 # -- real processes
 
 REMOVE = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 removed = 0
 try:
     while True:
