@@ -27,10 +27,11 @@ from allocator.comparison.runs import Run, chosen_runs
 from allocator.comparison.table import write_results
 from allocator.decision.allocation_record import AllocationRecord, codec, note_digests
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.difference import difference
-from allocator.decision.parameters import FormatOf, parse
+from allocator.decision.mixes import canonical
+from allocator.decision.parameters import FormatOf, is_setting, largest_first, parse
 from allocator.decision.search_space import SearchSpace, bind
-from allocator.decision.space import canonical, is_setting, largest_first
 from allocator.errors import (
     CalibrationError,
     CheckpointError,
@@ -186,8 +187,8 @@ def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.Dat
     decision = study_folder.read_allocation(allocation)
     surrogate, space = study_folder.surrogate, study_folder.space
     device = study_folder.spec.budget.device
-    costs = space.costs(
-        Budget(1 << 62, "weights") if device is None else device.budget(study_folder.path)
+    costs = Costs(
+        space, Budget(1 << 62, "weights") if device is None else device.budget(study_folder.path)
     )
     params = space.complete(space.params(decision))
     counts = space.layer_counts(params)

@@ -22,6 +22,7 @@ from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.families import Role
 from allocator.files.atomic import write_whole
 from allocator.prediction.priors import Prior
+from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
 from allocator.targets import TARGETS, Layout, Target
 from allocator.targets.device_memory import DeviceMemory
@@ -314,7 +315,7 @@ def _first(
 ) -> PlannedAllocation | None:
     """The allocation of least expected loss within a budget; None if nothing fits."""
     try:
-        params = surrogate.solve(budget)
+        params = solve(surrogate, budget)
     except BudgetError:
         return None
     return _measured(name, surrogate, budget, surrogate.space.allocation(params))

@@ -426,7 +426,7 @@ def _record(
             "overhead": size.overhead,
             "file": size.file,
         }
-        | {f"budget_{x.bounds}": x.nbytes for x in limit.limits[1:]}
+        | limit.by_name
         | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / study_folder.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},

@@ -29,6 +29,7 @@ from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
 from allocator.decision.budget import Budget
+from allocator.decision.costs import check_budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.errors import StudyError
@@ -115,7 +116,7 @@ class StudyFolder:
         budget = chosen_budget(
             self.spec.budget, self.path, file=file, weights=weights, device=device
         )
-        self.unranked_space.check_budget(budget)
+        check_budget(self.unranked_space, budget)
         return budget
 
     @cached_property

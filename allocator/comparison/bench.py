@@ -30,6 +30,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import hand_rule
 from allocator.decision.budget import Budget
+from allocator.decision.costs import check_budget
 from allocator.decision.front import Point, baseline_loss, lower_hull
 from allocator.errors import AllocatorError, BudgetError, StudyError
 from allocator.files.atomic import write_whole
@@ -111,7 +112,7 @@ class Bench:
                     self.study_folder.encodings.of(encoded[0], beside=encoded[1])
 
     def _check_run(self, run: Run) -> None:
-        self.study_folder.unranked_space.check_budget(Budget(run.weights, "weights"))
+        check_budget(self.study_folder.unranked_space, Budget(run.weights, "weights"))
         check_tokens(self.study_folder, run.tokens, "raise tokens under [compare]")
 
     # -- held-out losses

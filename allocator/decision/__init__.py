@@ -1,1 +1,1 @@
-"""The decision that is searched, what may be chosen, and the limits it is held to."""
+"""The decision that is searched: what may be chosen, its bytes, and the limits on them."""

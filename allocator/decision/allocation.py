@@ -1,7 +1,8 @@
 """The decision: retained experts per layer, format per group, and the runtime's settings.
 
-In: the choices. Out: a frozen, hashable value with a digest, its JSON, and its bytes in a layout.
-Invariant: `nbytes` is an integer equal to the bytes of the written file, per tensor and in total.
+In: the choices. Out: a frozen, hashable value with a digest, its JSON, and its bytes in a layout
+(`pricing`). Invariant: equal decisions have equal JSON and an equal digest, in whatever order they
+are given.
 """
 
 import hashlib
@@ -14,15 +15,15 @@ from typing import Any
 
 import msgspec
 
-from allocator.decision.budget import Budget, FileBytes
+from allocator.decision.budget import Budget
+from allocator.decision.pricing import FileBytes, StoredBytes
 from allocator.errors import FormatError, SpaceError
-from allocator.families import Role
-from allocator.formats import Parts, in_parts, parts
-from allocator.targets import FullPrecision, Layout, Target, target_named
+from allocator.formats import Parts, in_parts
+from allocator.targets import Layout, Target, target_named
 from allocator.targets.device_memory import MICRO_BATCH, DeviceMemory, RuntimeSettings, Workload
 
 KV_FORMAT = "f16"
-"""How the runtimes store keys and values unless told otherwise."""
+"""How the runtimes store keys and values by default."""
 
 
 class _Json(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,7 +46,7 @@ class Allocation:
             which routed experts are stored (`formats.parts`).
         experts_used: routed experts per token.
         kv_format: how the runtime stores keys and values.
-        micro_batch: tokens that the runtime computes at once; None leaves it to the runtime.
+        micro_batch: tokens that the runtime computes at once; None for the runtime's own number.
     """
 
     target: str
@@ -66,7 +67,7 @@ class Allocation:
         kv_format: str = KV_FORMAT,
         micro_batch: int | None = None,
     ) -> "Allocation":
-        """From mappings, in canonical order."""
+        """Builds an allocation from mappings, in canonical order."""
         return cls(
             target=target,
             retained=tuple((layer, tuple(sorted(retained[layer]))) for layer in sorted(retained)),
@@ -78,7 +79,7 @@ class Allocation:
 
     @property
     def runtime_settings(self) -> RuntimeSettings:
-        """What the runtime is told."""
+        """Settings of the runtime, with the runtime's own micro-batch where none is chosen."""
         return RuntimeSettings(self.experts_used, self.kv_format, self.micro_batch or MICRO_BATCH)
 
     @cached_property
@@ -97,9 +98,11 @@ class Allocation:
         return dict(self.formats)
 
     def check(self, layout: Layout) -> None:
-        """Raises:
-        SpaceError: if this is no allocation of that layout.
-        FormatError: if a format is unknown, or cannot store its group.
+        """Raises an error unless this is an allocation of a layout.
+
+        Raises:
+            SpaceError: if groups, layers, experts or settings are not those of the layout.
+            FormatError: if a format is unknown, or cannot store its group.
         """
         if self.target != layout.target:
             raise SpaceError(
@@ -107,8 +110,10 @@ class Allocation:
                 "encoded in another layout; make an allocation for this target"
             )
         if set(self.format_of) != set(layout.groups):
-            odd = min(set(self.format_of) ^ set(layout.groups))
-            raise SpaceError(f"allocation: group {odd!r} is not in both allocation and checkpoint")
+            unmatched = min(set(self.format_of) ^ set(layout.groups))
+            raise SpaceError(
+                f"allocation: group {unmatched!r} is not in both allocation and checkpoint"
+            )
         inventory = layout.inventory
         target = target_named(self.target)
         target.check_kv_format(inventory, self.kv_format)
@@ -164,119 +169,75 @@ class Allocation:
                     "projection in one format"
                 )
             try:
-                found = self.parts(layout, name)
+                stored = self.parts(layout, name)
             except (FormatError, SpaceError) as error:
                 raise SpaceError(f"allocation: {name}: {error}") from None
         else:
-            found = self.parts(layout, name)
-        for fmt, _ in found:
+            stored = self.parts(layout, name)
+        for fmt, _ in stored:
             fmt.nbytes(group.shape)
             if fmt.needs_importance and not group.importance:
                 raise SpaceError(f"allocation: {name} has no importance, which {fmt.name} needs")
 
-    def parts(self, layout: Layout, name: str) -> Parts:
-        """What a group stores: formats and the experts that each holds.
-
-        Raises:
-            FormatError: if a format is unknown.
-            SpaceError: if the parts are not those of the retained experts.
-        """
-        return parts(self.format_of[name], layout.groups[name].experts(self.retained_experts))
-
-    def nbytes(self, layout: Layout, container: Target | None = None) -> FileBytes:
-        """Its bytes, itemised.
+    def stored(self, layout: Layout, container: Target | None = None) -> StoredBytes:
+        """Returns the bytes of its checkpoint.
 
         Args:
             layout: its target bound to the checkpoint.
             container: the kind of file; its own target's by default.
         """
-        target = container or target_named(self.target)
-        encoded = {name: self.group_bytes(layout, name) for name in layout.groups}
-        same = target.name == layout.target
-        kept = [
-            k.nbytes(self._count(k.layer))
-            if same
-            else _source_bytes(layout, k.source, k.shape, k.shape_with(self._count(k.layer)))
-            for k in layout.full_precision
-        ]
-        header = target.header_bytes(
+        return StoredBytes(
             layout,
-            retained=self.retained_experts,
-            formats=self.format_of,
-            experts_used=self.experts_used,
+            container or target_named(self.target),
+            self.retained_experts,
+            self.format_of,
+            self.runtime_settings,
         )
-        padding = sum(target.padded(n) - n for n in (*encoded.values(), *kept))
-        return FileBytes(sum(encoded.values()), sum(kept), padding, header)
 
-    def weight_bytes(self, layout: Layout) -> int:
-        """Bytes of its tensors in memory, each padded as in its file."""
-        target = target_named(self.target)
-        encoded = (self.group_bytes(layout, name) for name in layout.groups)
-        kept = (k.nbytes(self._count(k.layer)) for k in layout.full_precision)
-        return sum(map(target.padded, (*encoded, *kept)))
+    def parts(self, layout: Layout, name: str) -> Parts:
+        """Returns the formats of a group, and the experts that each stores.
+
+        Raises:
+            FormatError: if a format is unknown.
+            SpaceError: if the parts are not those of the retained experts.
+        """
+        return self.stored(layout).parts(name)
+
+    def nbytes(self, layout: Layout, container: Target | None = None) -> FileBytes:
+        """Returns the bytes of its file, itemised; arguments as of `stored`."""
+        return self.stored(layout, container).file
+
+    def group_bytes(self, layout: Layout, name: str) -> int:
+        """Returns the encoded bytes of one group, all parts included."""
+        return self.stored(layout).group(name)
 
     def device_memory(self, layout: Layout, workload: Workload) -> DeviceMemory:
-        """What its target's runtime occupies, itemised.
+        """Returns what its target's runtime occupies, itemised.
 
         Raises:
             TargetError: if nothing is known of that runtime.
         """
-        return target_named(self.target).device_memory(
-            layout.inventory,
-            workload,
-            self.runtime_settings,
-            weights=self.weight_bytes(layout),
-            n_experts=max(self.counts.values()),
-        )
+        return self.stored(layout).device_memory(workload)
 
     def token_bytes(self, layout: Layout, context: int) -> int:
-        """Bytes that decoding one token reads: used weights, and keys and values at `context`.
-
-        Of routed experts the share that is used, of an embedding that is no head one row, of keys
-        and values in layers with a sliding window that window.
+        """Returns the bytes that decoding one token reads at `context` tokens.
 
         Raises:
             TargetError: if nothing is known of its target's runtime.
         """
-        read = sum(
-            token_share(
-                layout, name, self.group_bytes(layout, name), self.experts_used, self.counts
-            )
-            for name in layout.groups
-        )
-        kept = sum(
-            kept_share(k, self._count(k.layer), self.experts_used) for k in layout.full_precision
-        )
-        target = target_named(self.target)
-        return read + kept + target.kv_bytes(layout.inventory, self.kv_format, context)
+        return self.stored(layout).token_bytes(context)
 
     def used(self, layout: Layout, budget: Budget) -> int:
-        """The bytes that count against a budget, not against the one beside it.
+        """Returns the bytes that count against a budget, its second limit apart.
 
         Raises:
             TargetError: if it is for a device, and nothing is known of the target's runtime.
         """
-        if budget.bounds == "device":
-            assert budget.workload is not None
-            return self.device_memory(layout, budget.workload).total
-        size = self.nbytes(layout)
-        return size.file if budget.bounds == "file" else size.encoded
+        return budget.used(self.stored(layout))
 
     def fits(self, layout: Layout, budget: Budget) -> bool:
-        """Whether it holds the budget and what is beside it, and what a token may read."""
-        limit = budget.token_bytes
-        fast = limit is None or self.token_bytes(layout, budget.context) <= limit
-        return fast and all(self.used(layout, x) <= x.nbytes for x in budget.limits)
-
-    def group_bytes(self, layout: Layout, name: str) -> int:
-        """Encoded bytes of one group, all its parts."""
-        group = layout.groups[name]
-        return sum(
-            fmt.nbytes(group.shape_with(len(experts))) for fmt, experts in self.parts(layout, name)
-        )
-
-    def _count(self, layer: int | None) -> int:
-        return self.counts.get(-1 if layer is None else layer, 0)
+        """Returns whether it is within every limit of a budget."""
+        return budget.admits(self.stored(layout))
 
     @cached_property
     def digest(self) -> str:
@@ -284,7 +245,7 @@ class Allocation:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as in allocation files and trial attributes."""
+        """Returns plain data, as in allocation files and trial attributes."""
         return {
             "target": self.target,
             "experts_used": self.experts_used,
@@ -295,7 +256,7 @@ class Allocation:
 
     @classmethod
     def from_json(cls, data: Any) -> "Allocation":
-        """The inverse of `to_json`.
+        """Reads an allocation from the plain data that `to_json` returns.
 
         Raises:
             SpaceError: if the data has another shape.
@@ -312,41 +273,3 @@ class Allocation:
             kv_format=raw.kv_format,
             micro_batch=raw.micro_batch,
         )
-
-
-def token_share(
-    layout: Layout, name: str, nbytes: int, experts_used: int, counts: Mapping[int, int]
-) -> int:
-    """What decoding one token reads of a group that occupies `nbytes`, rounded up.
-
-    Args:
-        layout: of the group.
-        name: of the group.
-        nbytes: what it occupies.
-        experts_used: routed experts per token.
-        counts: retained experts by MoE layer.
-    """
-    group = layout.groups[name]
-    if group.role.is_expert and group.layer is not None:
-        return -(-nbytes * experts_used // counts[group.layer])
-    if group.role is Role.EMBEDDING and not layout.inventory.tied_embeddings:
-        return nbytes // group.shape[0]
-    return nbytes
-
-
-def kept_share(kept: FullPrecision, count: int, experts_used: int) -> int:
-    """What decoding one token reads of a tensor in full precision, rounded up.
-
-    Args:
-        kept: the tensor.
-        count: experts that its layer retains.
-        experts_used: routed experts per token.
-    """
-    nbytes = kept.nbytes(count)
-    return -(-nbytes * experts_used // count) if kept.role is Role.EXPERT_BIAS else nbytes
-
-
-def _source_bytes(
-    layout: Layout, source: str, shape: tuple[int, ...], retained: tuple[int, ...]
-) -> int:
-    return layout.inventory.tensors[source].nbytes // shape[0] * retained[0]

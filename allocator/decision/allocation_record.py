@@ -1,9 +1,9 @@
-"""The answer of a study, as files that a person can open and commit.
+"""Allocation files: the answer of a study, for a person to open and commit.
 
-In: an allocation and what is known of it. Out: `allocations/<name>.json`, an `AllocationRecord`.
-Invariant: a record names the checkpoint, the importance vectors and the codec that it
-needs, so that rebuilding it elsewhere gives the same bytes or one clear refusal; it carries a
-checksum of its content (`checked`), and whoever changes one holds its folder's lock.
+In: an allocation, with its losses and bytes. Out: `allocations/<name>.json`, an `AllocationRecord`.
+Invariant: a record names the checkpoint, the importance vectors and the codec that it needs, so
+rebuilding it elsewhere gives the same bytes or one clear refusal. It carries a checksum of its
+content (`files.checksums`). Every change of a record is made under its folder's lock.
 """
 
 import builtins
@@ -29,17 +29,17 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: of the file.
-        kind: the trial it comes from: `knapsack`, `proposal`, a baseline's name.
+        kind: of the trial that it comes from: `knapsack`, `proposal`, or a baseline's name.
         allocation: the decision.
         digest: of the decision.
         checkpoint: digest of the source checkpoint.
         importance: digest of the importance vectors.
         codec: the quantizer that writes its bytes.
-        bytes: encoded, kept and file bytes in the target's container; of a device's budget, its
-            items and what was beside it.
+        bytes: encoded, full-precision (`kept`) and file bytes in the target's container, and the
+            limits; under a device's budget also the items of its memory.
         effective_bits: encoded bits over the searched weights.
         loss: proxy loss per split, nats per token.
-        sha256: of the materialized weights' file, per container.
+        sha256: of the written weights' file, per container.
         workload: `context`, `sequences` and `reserve`, where the budget was a whole device's.
     """
 
@@ -59,7 +59,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def decision(self) -> Allocation:
-        """The allocation, checked against its digest.
+        """The allocation, checked against the digest.
 
         Raises:
             SpaceError: if they do not belong together.
@@ -75,7 +75,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path) -> "AllocationRecord":
-        """From its file.
+        """Reads a record from its file.
 
         Raises:
             SpaceError: if the file is no allocation record, or is damaged.
@@ -94,28 +94,28 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return record
 
     def to_bytes(self) -> builtins.bytes:
-        """As JSON that a person can open."""
+        """Returns the record as JSON for a person to open, with its checksum."""
         return seal(self)
 
 
 @contextmanager
 def changing(path: Path) -> Iterator[None]:
-    """Holds the lock of all who change a record beside `path`, for as long as it takes to write."""
+    """Holds the lock of the folder of a record, under which records there are changed."""
     with accessing(path), locked(path.with_name(".lock")):
         yield
 
 
 def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) -> None:
-    """Adds the sha256 of written checkpoints to a record, if it is still the one they are of.
+    """Adds the sha256 of written checkpoints to a record, if the record has not changed since.
 
     Args:
         path: of the record.
-        read: what it held when the checkpoints were begun.
+        read: the record from which the checkpoints were written.
         digests: sha256 of the weights' file, per container.
 
     Raises:
-        StudyError: if it holds something else now; nothing is written then.
-        SpaceError: if it cannot be read any more.
+        StudyError: if the record has changed; nothing is written then.
+        SpaceError: if the record cannot be read any more.
     """
     with changing(path):
         now = AllocationRecord.read(path)
@@ -129,18 +129,18 @@ def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) ->
 
 
 def importance_name(digest: str) -> str:
-    """Name of the file, beside an allocation, of the importance vectors with this digest."""
+    """Returns the name of the file of importance vectors, in the folder of an allocation."""
     return f"importance-{digest[:12]}.safetensors"
 
 
 @cache
 def codec() -> str:
-    """The quantizer that writes bytes here."""
+    """Returns the name and version of the quantizer that writes bytes here."""
     return f"xllamacpp {version('xllamacpp')}"
 
 
 def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
-    """The allocation in a record, with the record; or in a plain `allocation.json`, with None.
+    """Reads the allocation of a record, with the record; or a plain `allocation.json`, with None.
 
     Raises:
         SpaceError: if the file is neither.

@@ -1,10 +1,10 @@
-"""What people do without a search: one format for everything, one per role, or a rule by hand.
+"""Allocations that people make without a search: one format, one per role, or a rule by hand.
 
 In: a layout and a ranking of experts. Out: named allocations. Invariant: rows that are not whole
 blocks of the wanted format take llama-quantize's fallback, under its real name, as a user of that
-tool would get. What the checkpoint itself holds in a format no larger than the wanted one stays so.
-A name says what is stored otherwise where that is more than a twentieth of the weights: `Q6_K (Q8_0
-in 12 groups)`.
+tool would get. A tensor whose format in the checkpoint is no larger than the wanted one keeps that
+format. A name lists the groups in other formats where they hold more than a twentieth of the
+weights: `Q6_K (Q8_0 in 12 groups)`.
 """
 
 from collections import Counter
@@ -21,11 +21,11 @@ UNIFORM = (
     "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 REST = ("Q6_K", "Q4_K")
-_UNSAID = 1 / 20  # of the weights may be stored otherwise than the name says
+_MOST_UNNAMED = 1 / 20  # of the weights may be in formats that the name does not list
 COUNTS = (1, 5 / 6, 2 / 3, 1 / 2, 1 / 3)
-"""Shares of the experts that the pruned baselines keep: 24, 20, 16, 12, 8 of 24."""
+"""Shares of the experts that the pruned baselines retain: 24, 20, 16, 12, 8 of 24."""
 HAND_COUNTS = (1, 192 / 256, 160 / 256)
-"""Shares of the experts that the hand rule keeps: 24, 18, 15 of 24."""
+"""Shares of the experts that the hand rule retains: 24, 18, 15 of 24."""
 _HAND = {  # in the middle layers, in the outer eighths
     Role.EXPERT_GATE: ("IQ1_S", "IQ1_M"),
     Role.EXPERT_UP: ("IQ1_S", "IQ1_M"),
@@ -49,7 +49,7 @@ def _stored(group: Group, fmt: str) -> str:
 
 
 def _counts(layout: Layout, shares: Sequence[float]) -> Iterator[tuple[int, str]]:
-    """Retained counts that the router can serve, and what to call them after the name."""
+    """Retained counts that the router can serve, and the suffix of a name for each."""
     inventory = layout.inventory
     step = inventory.expert_groups
     least = inventory.least_experts(inventory.experts_used)
@@ -61,7 +61,15 @@ def _counts(layout: Layout, shares: Sequence[float]) -> Iterator[tuple[int, str]
 def mixed(
     layout: Layout, rankings: Mapping[int, tuple[int, ...]], *, experts: str, rest: str, count: int
 ) -> Allocation:
-    """Routed experts in one format, everything else in another, `count` experts in every layer."""
+    """Returns the allocation with routed experts in one format and everything else in another.
+
+    Args:
+        layout: the target bound to the checkpoint.
+        rankings: experts by MoE layer, those that stay longest first.
+        experts: format of the routed experts.
+        rest: format of the other groups.
+        count: experts that every layer retains.
+    """
     return _allocation(layout, rankings, _by_kind(layout, experts, rest), count)
 
 
@@ -69,11 +77,11 @@ def _by_kind(layout: Layout, experts: str, rest: str) -> dict[str, str]:
     return {n: experts if g.role.is_expert else rest for n, g in layout.groups.items()}
 
 
-def _otherwise(layout: Layout, allocation: Allocation, wanted: Mapping[str, str]) -> str:
-    """What to say after a name of the groups that are stored in another format than wanted."""
+def _other_formats(layout: Layout, allocation: Allocation, wanted: Mapping[str, str]) -> str:
+    """The suffix of a name that lists groups in another format than wanted."""
     groups = [layout.groups[n] for n, fmt in allocation.formats if fmt != wanted[n]]
     searched = layout.inventory.n_searched_weights
-    if sum(prod(group.shape) for group in groups) <= _UNSAID * searched:
+    if sum(prod(group.shape) for group in groups) <= _MOST_UNNAMED * searched:
         return ""
     counted = Counter(allocation.format_of[group.name] for group in groups)
     rows = [f"{fmt} in {n} group{'s' * (n > 1)}" for fmt, n in counted.most_common()]
@@ -94,12 +102,12 @@ def _allocation(
 def baselines(
     layout: Layout, rankings: Mapping[int, tuple[int, ...]], *, pruned: bool = False
 ) -> Iterator[tuple[str, Allocation]]:
-    """Uniform formats, then role mixes, largest first.
+    """Yields uniform formats, then role mixes, largest first, each with its name.
 
     Args:
         layout: the target bound to the checkpoint.
-        rankings: experts to keep first, by MoE layer.
-        pruned: also with fewer experts, the same count in every layer.
+        rankings: experts by MoE layer, those that stay longest first.
+        pruned: whether to add allocations with fewer experts, the same count in every layer.
     """
     for count, suffix in _counts(layout, COUNTS if pruned else (1,)):
         mixes = [(fmt, rest) for rest in REST for fmt in UNIFORM]
@@ -107,8 +115,8 @@ def baselines(
         for experts, rest in [*((fmt, fmt) for fmt in UNIFORM), *smaller]:
             made = mixed(layout, rankings, experts=experts, rest=rest, count=count)
             name = experts if experts == rest else f"{experts} / {rest}"
-            said = _otherwise(layout, made, _by_kind(layout, experts, rest))
-            yield f"{name}{said}{suffix}", made
+            others = _other_formats(layout, made, _by_kind(layout, experts, rest))
+            yield f"{name}{others}{suffix}", made
 
 
 def hand_rule(
@@ -117,13 +125,13 @@ def hand_rule(
     *,
     retained: Sequence[float] = HAND_COUNTS,
 ) -> Iterator[tuple[str, Allocation]]:
-    """The rule of arXiv 2509.25689's released code: formats by role and layer position.
+    """Yields the rule of arXiv 2509.25689's released code: formats by role and layer position.
 
     Args:
         layout: the target bound to the checkpoint.
-        rankings: experts to keep first, by MoE layer; the rule's own are by summed gate weight
-            (saliency `gate`).
-        retained: shares of the experts to keep, the same in every layer.
+        rankings: experts by MoE layer, those that stay longest first; the rule's own are by summed
+            gate weight (saliency `gate`).
+        retained: shares of the experts that every layer retains.
     """
     wanted = {name: _by_hand(layout, group) for name, group in layout.groups.items()}
     for count, suffix in _counts(layout, retained):

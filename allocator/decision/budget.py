@@ -1,51 +1,28 @@
-"""The hard limit, in bytes: on a file, on the searched matrices, or on everything on a device.
+"""The hard limit in bytes: on a file, on the searched matrices, or on a device's memory.
 
-In: sizes that a target predicts. Out: an itemised file, and the limit that bytes are held against.
-Invariant: every item is an integer, and a total is the sum of what is listed.
+In: the bytes of a checkpoint (`pricing.StoredBytes`). Out: which of these bytes count against the
+limit, and how many are over. Invariant: a limit that sits beside another is as hard as that one.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+from allocator.decision.pricing import StoredBytes
 from allocator.errors import BudgetError
 from allocator.targets.device_memory import MOST_BYTES, Workload
 
-
-@dataclass(frozen=True, slots=True)
-class FileBytes:
-    """A checkpoint file, itemised.
-
-    Attributes:
-        encoded: the searched matrices.
-        kept: routers and norms.
-        padding: between tensors.
-        header: before them.
-    """
-
-    encoded: int
-    full_precision: int
-    padding: int
-    header: int
-
-    @property
-    def tensors(self) -> int:
-        """Bytes of all tensors."""
-        return self.encoded + self.full_precision
-
-    @property
-    def overhead(self) -> int:
-        """Bytes of the file that are no tensor's."""
-        return self.padding + self.header
-
-    @property
-    def file(self) -> int:
-        """Bytes of the file."""
-        return self.tensors + self.overhead
+_LESS_WEIGHT = "raise the budget, lower [experts] minimum or loosen pins"
+_WAYS_OUT = {
+    "file": _LESS_WEIGHT,
+    "weights": _LESS_WEIGHT,
+    "device": "raise the memory, lower --context, --sequences or --reserve, offer smaller "
+    "kv_format and micro_batch, lower [experts] minimum or loosen pins",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """At most so many bytes.
+    """A limit on bytes.
 
     Attributes:
         nbytes: the limit.
@@ -65,18 +42,41 @@ class Budget:
 
     @property
     def limits(self) -> "tuple[Budget, ...]":
-        """Itself, and the one beside it."""
+        """This limit, and the second one if there is one."""
         return (self,) if self.beside is None else (self, self.beside)
 
     @property
+    def by_name(self) -> dict[str, int]:
+        """The limits in bytes, as an allocation record names them."""
+        second = {} if self.beside is None else {f"budget_{self.beside.bounds}": self.beside.nbytes}
+        return {"budget": self.nbytes} | second
+
+    @property
     def lock(self) -> dict[str, object]:
-        """What makes another limit another study."""
-        found: dict[str, object] = {"budget": str(self)}
+        """Everything that makes another limit another study."""
+        entries: dict[str, object] = {"budget": str(self)}
         if self.workload is not None:
             names = ("context", "sequences", "reserve", "bandwidth")
-            found |= {n: getattr(self.workload, n) for n in names}
-            found["bytes read per token"] = self.token_bytes
-        return found
+            entries |= {n: getattr(self.workload, n) for n in names}
+            entries["bytes read per token"] = self.token_bytes
+        return entries
+
+    # -- which bytes count
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether full-precision tensors and the padding of tensors count."""
+        return self.bounds != "weights"
+
+    @property
+    def counts_header(self) -> bool:
+        """Whether the header of the file counts."""
+        return self.bounds == "file"
+
+    @property
+    def counts_runtime(self) -> bool:
+        """Whether the runtime's own memory counts: keys and values, buffers, the process."""
+        return self.bounds == "device"
 
     @property
     def token_bytes(self) -> int | None:
@@ -88,6 +88,58 @@ class Budget:
         """Tokens that a sequence holds on the device."""
         assert self.workload is not None
         return self.workload.context
+
+    # -- a checkpoint under the limit
+
+    def used(self, stored: StoredBytes) -> int:
+        """Returns the bytes that count against this limit, the second one apart.
+
+        Raises:
+            TargetError: if this is a device's, and nothing is known of the runtime.
+        """
+        if self.counts_runtime:
+            assert self.workload is not None
+            return stored.device_memory(self.workload).total
+        return stored.file.file if self.counts_header else stored.encoded
+
+    def excess(self, stored: StoredBytes) -> dict[str, int]:
+        """Returns the bytes over every limit, negative where bytes are left.
+
+        Returns:
+            `budget`; `beside` with a second limit; `token_bytes` with a limit on reading.
+        """
+        names = ("budget", "beside")
+        over = {
+            name: limit.used(stored) - limit.nbytes
+            for name, limit in zip(names, self.limits, strict=False)
+        }
+        if self.token_bytes is not None:
+            over["token_bytes"] = stored.token_bytes(self.context) - self.token_bytes
+        return over
+
+    def admits(self, stored: StoredBytes) -> bool:
+        """Returns whether a checkpoint is within every limit."""
+        return all(over <= 0 for over in self.excess(stored).values())
+
+    def itemised(self, stored: StoredBytes) -> str:
+        """Returns what the bytes that count against this limit are made of, for a message."""
+        if not self.counts_runtime:
+            size = stored.file
+            return (
+                f"{size.encoded:,} encoded, {size.full_precision:,} routers and norms, "
+                f"{size.overhead:,} file overhead"
+            )
+        assert self.workload is not None
+        memory = stored.device_memory(self.workload)
+        return (
+            f"{memory.weights:,} weights, {memory.kv_cache:,} keys and values, {memory.compute:,} "
+            f"compute buffers, {memory.overhead:,} overhead, {memory.reserve:,} reserve"
+        )
+
+    @property
+    def ways_out(self) -> str:
+        """Advice for a message where nothing fits."""
+        return _WAYS_OUT[self.bounds]
 
     def check_positive(self) -> None:
         """Raises:

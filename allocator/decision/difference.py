@@ -1,7 +1,7 @@
-"""Which decisions two allocation files make differently.
+"""Compares the decisions of two allocation files.
 
-In: two files, records or plain `allocation.json`. Out: a row per decision that differs, and one
-line on everything else that is known of both. Invariant: read-only; files for different checkpoints
+In: two files, records or plain `allocation.json`. Out: a row per decision that differs, and a line
+on checkpoints, losses, bytes and importance. Invariant: read-only; files for different checkpoints
 or targets are compared where they name the same decisions.
 
 The same study on another kind of processor is the usual reason: its forward passes round otherwise,
@@ -29,12 +29,12 @@ from allocator.errors import SpaceError
 
 @dataclass(frozen=True)
 class Difference:
-    """What two allocation files have apart.
+    """The differences between two allocation files.
 
     Attributes:
-        rows: columns `decision`, `one`, `other`; of `retained.<layer>` the experts that the other
+        rows: columns `decision`, `one`, `other`; for `retained.<layer>` the experts that the other
             file does not retain.
-        line: how many decisions that is of how many, and what differs besides.
+        line: how many decisions differ, of how many, and other differences.
     """
 
     rows: pd.DataFrame
@@ -45,25 +45,25 @@ def difference(one: str | Path, other: str | Path) -> Difference:
     """Compares two allocation files.
 
     Raises:
-        SpaceError: if one of them is no allocation file, or importance beside it is damaged.
+        SpaceError: if a file is no allocation file, or its file of importance vectors is damaged.
     """
     paths = Path(one), Path(other)
     (a, a_record), (b, b_record) = (read_allocation(path) for path in paths)
     mine, its = _decisions(a), _decisions(b)
     shared = [name for name in mine if name in its]
     rows = [_row(name, mine[name], its[name]) for name in shared if mine[name] != its[name]]
-    said = [f"{len(rows)} of {len(shared)} decisions differ"]
+    clauses = [f"{len(rows)} of {len(shared)} decisions differ"]
     if alone := len(mine.keys() ^ its.keys()):
-        said.append(f"{alone} more are in one file alone")
+        clauses.append(f"{alone} more are in one file alone")
     if a.target != b.target:
-        said.append(f"targets {a.target} and {b.target}")
+        clauses.append(f"targets {a.target} and {b.target}")
     if a_record is not None and b_record is not None:
-        said += _of_records(paths, a_record, b_record)
-    return Difference(pd.DataFrame(rows, columns=["decision", "one", "other"]), "; ".join(said))
+        clauses += _of_records(paths, a_record, b_record)
+    return Difference(pd.DataFrame(rows, columns=["decision", "one", "other"]), "; ".join(clauses))
 
 
 def _decisions(allocation: Allocation) -> dict[str, Any]:
-    """Values by decision; of `retained.<layer>` the set of experts."""
+    """Values by decision; the set of experts for `retained.<layer>`."""
     return {
         **{FormatOf(group).name: fmt for group, fmt in allocation.formats},
         **{ExpertsOf(layer).name: len(experts) for layer, experts in allocation.retained},
@@ -83,24 +83,24 @@ def _row(name: str, one: Any, other: Any) -> dict[str, Any]:
 def _of_records(
     paths: tuple[Path, Path], one: AllocationRecord, other: AllocationRecord
 ) -> list[str]:
-    """What is said of checkpoints, losses, bytes and importance."""
-    said = []
+    """Clauses on checkpoints, losses, bytes and importance."""
+    clauses = []
     if one.checkpoint != other.checkpoint:
-        said.append(f"other checkpoint ({one.checkpoint[:12]} and {other.checkpoint[:12]})")
+        clauses.append(f"other checkpoint ({one.checkpoint[:12]} and {other.checkpoint[:12]})")
     losses = [
         f"{split} {one.loss[split]:.6f} and {other.loss[split]:.6f}"
         for split in one.loss
         if split in other.loss
     ]
     if losses:
-        said.append(f"{', '.join(losses)} nats per token")
+        clauses.append(f"{', '.join(losses)} nats per token")
     for what in ("file", "encoded"):
         if what in one.bytes and what in other.bytes:
-            said.append(f"{one.bytes[what]:,} and {other.bytes[what]:,} {what} bytes")
+            clauses.append(f"{one.bytes[what]:,} and {other.bytes[what]:,} {what} bytes")
             break
     if one.codec != other.codec:
-        said.append(f"encoded by {one.codec} and {other.codec}")
-    return [*said, _of_importance(paths, one.importance, other.importance)]
+        clauses.append(f"encoded by {one.codec} and {other.codec}")
+    return [*clauses, _of_importance(paths, one.importance, other.importance)]
 
 
 def _of_importance(paths: tuple[Path, Path], one: str, other: str) -> str:
@@ -120,14 +120,14 @@ def _vectors(path: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     try:
-        found: dict[str, Any] = load_file(path)
+        vectors: dict[str, Any] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise SpaceError(f"{path}: cannot be read ({error}); restore the file") from None
-    return found
+    return vectors
 
 
 def _apart(one: Any, other: Any) -> float:
-    """The largest difference of two values, over the greater of both."""
+    """The largest difference of two values of two vectors, over the greater of both values."""
     a, b = one.astype(np.float64), other.astype(np.float64)
     greater = np.maximum(np.abs(a), np.abs(b))
     apart = np.divide(np.abs(a - b), greater, out=np.zeros_like(a), where=greater > 0)

@@ -1,62 +1,64 @@
 """Feasible proposals from samplers that do not know the budget.
 
-In: params of any allocation of a space, and what is predicted of each choice. Out: params within
-the budget. Invariant: a proposal within it comes back as it is, so repairing again changes nothing.
+In: params of any allocation of a space, and the predicted loss of each choice. Out: params within
+the budget. Invariant: a proposal within the budget comes back unchanged, so making a proposal
+feasible twice is making it feasible once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from allocator.decision.parameters import Params
-from allocator.decision.space import Costs, Loss, Space, largest_first
+from allocator.decision.costs import Costs, Limit, Measure, check_budget
+from allocator.decision.parameters import Loss, Params, largest_first
+from allocator.decision.space import Space
 
 
 def make_feasible(space: Space, costs: Costs, params: Mapping[str, Any], loss: Loss) -> Params:
     """Makes a proposal feasible: steps down, cheapest predicted loss per byte saved first.
 
-    Deterministic; a proposal within the budget comes back as it is.
+    The result depends on the arguments alone. A proposal within the budget comes back unchanged.
+
+    Args:
+        space: of the proposal.
+        costs: of the space under the budget.
+        params: the proposal; choices with one possible value may be missing.
+        loss: predicted loss of every value.
 
     Raises:
         SpaceError: if a param is outside the space.
         BudgetError: if not even the smallest allocation fits.
     """
     now = space.complete(params)
-    for each in costs.each[::-1]:  # what a device gives up raises no file's bytes
-        now = _lowered(each, now, loss, each.affected, each.budget.nbytes - each.constant)
-    if costs.budget.token_bytes is not None:
-        now = _lowered(costs, now, loss, costs.affected_reads, costs.budget.token_bytes)
+    for limit in costs.limits:
+        now = _lowered(space, now, loss, limit)
     return now
 
 
-_Measure = Callable[[Params, list[str]], int]
-"""Bytes of what some of the params decide."""
-
-
-def _lowered(costs: Costs, params: Params, loss: Loss, measure: _Measure, limit: int) -> Params:
+def _lowered(space: Space, params: Params, loss: Loss, limit: Limit) -> Params:
     """Steps down until the bytes of all params are within a limit."""
-    now, space = dict(params), costs.space
+    now, measure = dict(params), limit.measure
     total = measure(now, list(space.choices))
-    while total > limit:
+    while total > limit.nbytes:
         best: tuple[float, str, Any, int] | None = None
         for name, values in space.choices.items():
-            found = _step_down(measure, now, name, values)
-            if found is None:
+            smaller = _step_down(measure, now, name, values)
+            if smaller is None:
                 continue
-            step, saved = found
+            step, saved = smaller
             price = (loss(name, step) - loss(name, now[name])) / saved
             if best is None or price < best[0]:
                 best = (price, name, step, saved)
         if best is None:
-            space.check_budget(costs.budget)
+            check_budget(space, limit.budget)
             break  # the smallest fits exactly, only its bound does not
         now[best[1]], total = best[2], total - best[3]
     return now
 
 
 def _step_down(
-    measure: _Measure, now: Params, name: str, values: tuple[Any, ...]
+    measure: Measure, now: Params, name: str, values: tuple[Any, ...]
 ) -> tuple[Any, int] | None:
-    """The next smaller value that saves bytes (padding may hide a step), and how many it saves."""
+    """Returns the next smaller value that saves bytes (padding may hide a step), and the bytes."""
     at = values.index(now[name])
     before = measure(now, [name])
     for value in values[at + 1 :] if largest_first(name) else values[:at][::-1]:

@@ -1,7 +1,7 @@
-"""Fronts: the non-dominated points in (bytes, loss, read), and baselines read off a lower hull.
+"""Fronts of points by bytes, loss and bytes read per token; and baselines between points.
 
-In: points. Out: indices, or a loss at given bytes. Invariant: `front` equals the brute-force set of
-points that no other point beats in one objective without losing in the other.
+In: points. Out: the non-dominated points, or a loss at given bytes. Invariant: `front` equals the
+brute-force set of points that no other point beats in one objective without losing in another.
 """
 
 import math
@@ -17,10 +17,10 @@ class Point:
     """Something with a size and a loss.
 
     Attributes:
-        name: of it.
+        name: of the point.
         nbytes: its size.
         loss: nats per token.
-        token_bytes: that decoding a token reads, where that is a third axis.
+        token_bytes: bytes that decoding a token reads, where reading is a third axis; else 0.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The non-dominated points, by bytes; of equal ones the first."""
-    kept: list[Point] = []
+    """Returns the non-dominated points, by bytes; of equal points the first."""
+    on_front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.nbytes, p.loss, p.token_bytes)):
-        if not any(k.loss <= point.loss and k.token_bytes <= point.token_bytes for k in kept):
-            kept.append(point)
-    return kept
+        if not any(f.loss <= point.loss and f.token_bytes <= point.token_bytes for f in on_front):
+            on_front.append(point)
+    return on_front
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """The lower convex hull in (bytes, log loss), by bytes; losses must be positive."""
+    """Returns the lower convex hull in (bytes, log loss), by bytes; losses must be positive."""
     hull: list[Point] = []
     for point in front(points):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
@@ -49,7 +49,7 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def baseline_loss(points: Sequence[Point], nbytes: int) -> float:
-    """Loss of the baseline at exactly `nbytes`: log loss linear in bytes along the lower hull.
+    """Returns the baseline's loss at exactly `nbytes`: log loss linear along the lower hull.
 
     Raises:
         BudgetError: if `nbytes` is outside the hull, or there are no points.

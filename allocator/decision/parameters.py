@@ -8,6 +8,7 @@ many), `experts_used`, `kv_format` and `micro_batch`.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +17,8 @@ from allocator.errors import SpaceError
 
 Params = dict[str, Any]
 """Values by name of parameter, as Optuna has them."""
+Loss = Callable[[str, Any], float]
+"""Predicted loss of one value of a parameter, by name; nats per token."""
 
 _FORMAT, _EXPERTS, _ALL = "format.", "experts.", "all"
 
@@ -99,3 +102,13 @@ def parse(name: str) -> Parameter:
         if setting.name == name:
             return setting
     raise SpaceError(f"unknown param {name!r}; known: {KNOWN}")
+
+
+def largest_first(name: str) -> bool:
+    """Returns whether a space lists the values of a parameter by descending bytes."""
+    return parse(name).largest_first
+
+
+def is_setting(name: str) -> bool:
+    """Returns whether a parameter is a setting of the runtime; the others decide weights."""
+    return isinstance(parse(name), SettingOf)

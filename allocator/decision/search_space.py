@@ -1,7 +1,7 @@
-"""The search-space file, and how it is bound to a checkpoint and a target.
+"""The search-space file, and its binding to a checkpoint in a target.
 
 In: a TOML file (grammar: `search_spaces/README.md`), a layout, and the experts' saliencies. Out: a
-`Space`. Invariant: every group and layer has a choice, or there is an error; every format offered
+`Space`. Invariant: every group and layer has a choice, or an error is raised; every format offered
 stores its group as named.
 """
 
@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 
 from allocator.decision.allocation import KV_FORMAT
-from allocator.decision.space import Space, part_bytes
+from allocator.decision.mixes import mix
+from allocator.decision.pricing import part_bytes
+from allocator.decision.space import Space
 from allocator.errors import SpaceError
 from allocator.files.atomic import read_toml
 from allocator.formats import FORMATS, format_named
@@ -31,7 +33,14 @@ HEAD_SHARES = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 
 
 class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Narrows the formats of the groups that match `pattern` (shell wildcards)."""
+    """A limit on the formats of some groups.
+
+    Attributes:
+        pattern: names of the groups, with shell wildcards.
+        format: the one format that is offered.
+        minimum: the format of least bits that is offered.
+        maximum: the format of most bits that is offered.
+    """
 
     pattern: str
     format: str | None = None
@@ -40,7 +49,16 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits on retained experts."""
+    """Limits on retained experts.
+
+    Attributes:
+        minimum: retained experts per layer at least; a quarter by default.
+        maximum: retained experts per layer at most; all by default.
+        same: whether all layers retain as many.
+        mixes: whether routed experts of a projection may have two formats.
+        saliency: the ranking of experts, one of `SALIENCIES`.
+        protected: experts that always stay, by MoE layer.
+    """
 
     minimum: int | None = None
     maximum: int | None = None
@@ -63,7 +81,7 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path) -> "SearchSpace":
-        """From TOML.
+        """Reads a search space from TOML.
 
         Raises:
             SpaceError: if the file is missing, no TOML, or has an unknown key or format.
@@ -94,7 +112,7 @@ def bind(
     """Binds a search space to a layout.
 
     Args:
-        spec: the file.
+        spec: the search space.
         layout: the target bound to a checkpoint.
         saliency: per method and MoE layer, one value per expert; None ranks experts by index (for
             pricing before a profile exists).
@@ -137,7 +155,7 @@ def bind(
 
 
 def _by_bytes(kv_formats: tuple[str, ...], layout: Layout, target: Target) -> tuple[str, ...]:
-    """Largest first, each once."""
+    """Formats of keys and values, largest first, each once."""
     distinct = tuple(dict.fromkeys(kv_formats))
     if len(distinct) == 1:
         return distinct
@@ -178,7 +196,7 @@ def _with_mixes(group: Group, names: tuple[str, ...], most: int) -> tuple[str, .
     heads = sorted({round(share * n_experts) for share in HEAD_SHARES})
     ladder = [name for name in MIXED if name in names]
     mixes = [
-        f"{head}*{n}+{tail}"
+        mix(head, n, tail)
         for head, tail in pairwise(ladder)
         for n in heads
         if 0 < n < most  # with as many in the first format, the mix is that format
@@ -218,19 +236,21 @@ def _rankings(
         raise SpaceError(
             f"[experts] saliency {experts.saliency!r}: known are {', '.join(saliency)}"
         )
-    found = {}
+    rankings = {}
     for layer in layout.layers:
         scores = (
             [0.0] * inventory.n_experts if saliency is None else saliency[experts.saliency][layer]
         )
-        kept = set(experts.protected.get(layer, ()))
-        order = sorted(range(inventory.n_experts), key=lambda e: (e not in kept, -scores[e], e))
-        found[layer] = _balanced(order, inventory.n_experts // inventory.expert_groups)
-    return found
+        protected = set(experts.protected.get(layer, ()))
+        order = sorted(
+            range(inventory.n_experts), key=lambda e: (e not in protected, -scores[e], e)
+        )
+        rankings[layer] = _balanced(order, inventory.n_experts // inventory.expert_groups)
+    return rankings
 
 
 def _balanced(order: list[int], group_size: int) -> tuple[int, ...]:
-    """The ranking dealt out over router groups in turn: prefixes of whole rounds are equal."""
+    """The ranking dealt out over router groups in turn: prefixes of whole rounds are balanced."""
     queues: dict[int, list[int]] = {}
     for expert in order:
         queues.setdefault(expert // group_size, []).append(expert)

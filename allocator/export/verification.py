@@ -28,7 +28,7 @@ from allocator.checkpoint.inventory import read_json
 from allocator.codecs.encodings import Encodings
 from allocator.codecs.ggml import Floats, decode
 from allocator.decision.allocation import KV_FORMAT, Allocation
-from allocator.decision.budget import FileBytes
+from allocator.decision.pricing import FileBytes
 from allocator.errors import VerifyError
 from allocator.export.checkpoint import FILE, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.gguf.exact import (

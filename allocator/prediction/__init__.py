@@ -1,1 +1,1 @@
-"""What a profile predicts of a decision, and the decision of least predicted loss."""
+"""Predicted losses of a decision, and the decision of least predicted loss under a budget."""

@@ -1,10 +1,11 @@
-"""Choose one option per class, least total loss, within a byte capacity: exactly.
+"""The multiple-choice knapsack: one option per class, of least total loss, within a capacity.
 
 In: for every class of items (a group's formats, a layer's retained counts x formats) the bytes and
 the loss of its options. Out: the chosen option per class. Invariants: never over the capacity; the
-optimum up to float64 rounding unless `Solution.proven` is false; same input, same output.
+optimum up to float64 rounding unless `Solution.proven` is false; the same input gives the same
+output.
 
-The multiple-choice knapsack: dominance and the linear relaxation are Sinha & Zoltners, "The
+Dominance and the linear relaxation are Sinha & Zoltners, "The
 Multiple-Choice Knapsack Problem", Operations Research 27 (1979). Searching only a core of options
 near the relaxation, widened until the optimum is proven, is Pisinger, "A minimal algorithm for the
 multiple-choice knapsack problem", European Journal of Operational Research 83 (1995).
@@ -29,15 +30,15 @@ _CHUNK = 1 << 20  # partial choices extended at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """What one class may choose from.
+    """The options of one class.
 
     Attributes:
         nbytes: bytes of every option, shape `options`, not negative.
         loss: loss of every option, shape `options`, finite; any sign, any order.
 
     Raises:
-        ValueError: if they are empty, differ in length, or hold a negative size or a loss that is
-            not finite.
+        ValueError: if the arrays are empty, differ in length, or hold a negative size or a loss
+            that is not finite.
     """
 
     nbytes: Ints
@@ -78,15 +79,28 @@ class Solution:
 
 
 def pareto(nbytes: Ints, loss: Floats) -> Ints:
-    """Indices of the options that no other matches in both: bytes ascend, losses descend."""
+    """Returns the indices of the options that no other matches in both bytes and loss.
+
+    Args:
+        nbytes: `options`.
+        loss: `options`.
+
+    Returns:
+        Indices in order of ascending bytes, hence of descending losses.
+    """
     return frontier(np.zeros(len(nbytes), dtype=np.int64), nbytes, loss)
 
 
 def frontier(owner: Ints, nbytes: Ints, loss: Floats) -> Ints:
-    """Indices of the options that no other of their class matches in both.
+    """Returns the indices of the options that no other of their class matches in bytes and loss.
+
+    Args:
+        owner: class of every option, from 0; `options`.
+        nbytes: `options`.
+        loss: `options`.
 
     Returns:
-        By `owner` (the class of every option, from 0), then bytes ascend and losses descend.
+        Indices by class, then in order of ascending bytes, hence of descending losses.
     """
     order = np.lexsort((loss, nbytes, owner))
     rank = np.unique(loss, return_inverse=True)[1] - owner * (len(loss) + 1)
@@ -94,10 +108,10 @@ def frontier(owner: Ints, nbytes: Ints, loss: Floats) -> Ints:
 
 
 def union(classes: Sequence[Options]) -> tuple[Options, Ints]:
-    """The Pareto options of "one option of one of these classes".
+    """Returns the Pareto options of "one option of one of these classes".
 
     Returns:
-        The options, and where each is from: `options x 2` of (class, index in that class).
+        The options, and the origin of each: `options x 2` of (class, index in that class).
     """
     nbytes = np.concatenate([c.nbytes for c in classes])
     loss = np.concatenate([c.loss for c in classes])
@@ -107,10 +121,10 @@ def union(classes: Sequence[Options]) -> tuple[Options, Ints]:
 
 
 def combine(a: Options, b: Options) -> tuple[Options, Ints]:
-    """The Pareto options of "one option of each": sums of bytes and of losses.
+    """Returns the Pareto options of "one option of each": sums of bytes and of losses.
 
     Returns:
-        The options, and what each is made of: `options x 2` of (index in `a`, index in `b`).
+        The options, and the terms of each: `options x 2` of (index in `a`, index in `b`).
     """
     nbytes = np.add.outer(a.nbytes, b.nbytes).ravel()
     loss = np.add.outer(a.loss, b.loss).ravel()
@@ -120,7 +134,11 @@ def combine(a: Options, b: Options) -> tuple[Options, Ints]:
 
 
 def lp_bound(options: Sequence[Options], capacity: int) -> float:
-    """A lower bound of the total loss within `capacity` bytes: the linear relaxation's optimum.
+    """Returns a lower bound of the total loss: the linear relaxation's optimum.
+
+    Args:
+        options: the classes.
+        capacity: bytes available.
 
     Returns:
         The bound, exact up to float64 rounding; `inf` if even the smallest options do not fit.
@@ -136,15 +154,15 @@ def lp_bound(options: Sequence[Options], capacity: int) -> float:
 def solve(
     options: Sequence[Options], capacity: int, *, max_states: int = 200_000
 ) -> Solution | None:
-    """The choice of one option per class with the least total loss within `capacity` bytes.
+    """Returns the choice of one option per class with the least total loss within a capacity.
 
     Equal losses go to fewer bytes. Losses count as equal when their float64 sums are.
 
     Args:
         options: the classes.
         capacity: bytes available.
-        max_states: partial choices kept per class of the core, 8 bytes each. Beyond it the most
-            promising are kept, and the solution is the best found, with `proven` false.
+        max_states: most partial choices per class of the core, 8 bytes each. Of more, the most
+            promising are searched, and `proven` is false.
 
     Returns:
         The solution, or None if even the smallest options do not fit.
@@ -265,7 +283,7 @@ def _relax(row: _Row) -> _Relaxed:
 
 
 def _improve(row: _Row, relaxed: _Relaxed, max_states: int) -> tuple[Ints, bool]:
-    """The best positions, and whether that is proven: search cores of growing gap limits."""
+    """The best positions, `classes`, and whether they are proven: cores of growing gap limits."""
     pick, slope, slack, gap = relaxed
     nbytes = row.nbytes - row.nbytes[pick][row.owner]  # from here relative to `pick`
     loss = row.loss - row.loss[pick][row.owner]
@@ -276,9 +294,9 @@ def _improve(row: _Row, relaxed: _Relaxed, max_states: int) -> tuple[Ints, bool]
         limit = min(limit, gap)
         core = np.union1d(pick, np.flatnonzero(delta <= limit))
         part = _Row(row.owner[core], core, nbytes[core], loss[core], slack)
-        found, complete = _search(part, limit - gap, max_states)
-        if found is not None and loss[found].sum() <= 0:
-            return found, complete
+        best, complete = _search(part, limit - gap, max_states)
+        if best is not None and loss[best].sum() <= 0:
+            return best, complete
         if limit == gap or not complete:
             return pick, complete
         limit *= _GROWTH
@@ -292,7 +310,7 @@ def _search(row: _Row, limit: float, max_states: int) -> tuple[Ints | None, bool
 
     Returns:
         Per class the `source` of its option, or None if no choice reaches `limit`; and whether all
-        such states were kept.
+        such states were searched.
     """
     steps = _steps(row)
     limit += _TOLERANCE * float(np.abs(row.loss).sum())
@@ -305,24 +323,27 @@ def _search(row: _Row, limit: float, max_states: int) -> tuple[Ints | None, bool
     nbytes, loss, complete = np.zeros(1, dtype=np.int64), np.zeros(1), True
     trail: list[tuple[Ints, int]] = []
     for k, own in enumerate(order.tolist()):
-        still, least = step_turn > k, steps.first[order[k + 1 :]]  # the open classes' relaxation
-        room = np.cumsum(np.append(row.nbytes[least].sum(), steps.nbytes[still]))
-        rest = np.cumsum(np.append(row.loss[least].sum(), steps.loss[still]))
-        kept = _States(nbytes[:0], loss[:0], loss[:0], nbytes[:0])
+        open_steps, least = (
+            step_turn > k,
+            steps.first[order[k + 1 :]],
+        )  # the open classes' relaxation
+        more_nbytes = np.cumsum(np.append(row.nbytes[least].sum(), steps.nbytes[open_steps]))
+        more_loss = np.cumsum(np.append(row.loss[least].sum(), steps.loss[open_steps]))
+        states = _States(nbytes[:0], loss[:0], loss[:0], nbytes[:0])
         n_rows = max(1, _CHUNK // len(nbytes))
         for i in range(0, int(size[own]), n_rows):
             some = steps.first[own] + np.arange(i, min(i + n_rows, size[own]))
             total = np.add.outer(row.nbytes[some], nbytes).ravel()
             value = np.add.outer(row.loss[some], loss).ravel()
-            bound = value + np.interp(row.capacity - total, room, rest, left=inf)
+            bound = value + np.interp(row.capacity - total, more_nbytes, more_loss, left=inf)
             ok = np.flatnonzero(bound <= limit)
             made = _States(total[ok], value[ok], bound[ok], ok + i * len(nbytes))
-            kept, whole = _undominated(kept, made, max_states)
+            states, whole = _undominated(states, made, max_states)
             complete &= whole
-        if not len(kept.code):
+        if not len(states.code):
             return None, complete
-        trail.append((kept.code, len(nbytes)))
-        nbytes, loss = kept.nbytes, kept.loss
+        trail.append((states.code, len(nbytes)))
+        nbytes, loss = states.nbytes, states.loss
     chosen, state = steps.first.copy(), len(nbytes) - 1  # the last state has the least loss
     for own, (code, n_before) in zip(order[::-1], trail[::-1], strict=True):
         option, state = divmod(int(code[state]), n_before)
@@ -331,7 +352,7 @@ def _search(row: _Row, limit: float, max_states: int) -> tuple[Ints | None, bool
 
 
 def _undominated(a: _States, b: _States, max_states: int) -> tuple[_States, bool]:
-    """Both sets' states by ascending bytes, descending loss; and whether there was room for all."""
+    """The undominated states of both sets, by ascending bytes; and whether they are all."""
     both = _States._make(np.concatenate(pair) for pair in zip(a, b, strict=True))
     alive = np.argsort(both.nbytes, kind="stable")
     alive = alive[_new_minimum(both.loss[alive])]

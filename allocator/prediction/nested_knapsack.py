@@ -1,8 +1,8 @@
-"""The knapsack of plain classes and of nested ones, which choose a count first: exactly.
+"""The knapsack of plain classes and of nested classes, which choose a count first.
 
-In: plain classes as in `knapsack`; and nested classes (an MoE layer), which choose one of several
-counts (of retained experts) and then, per projection, one option whose bytes and loss depend on the
-count. Out: the choice of least total loss within the bytes. Invariants: those of
+In: plain classes as in `knapsack`; and nested classes (an MoE layer). A nested class chooses one of
+several counts (of retained experts) and then, per projection, one option whose bytes and loss
+depend on the count. Out: the choice of least total loss within the bytes. Invariants: those of
 `knapsack.solve`.
 
 The products of a nested class's projections are never enumerated whole. With a price per byte, the
@@ -12,8 +12,8 @@ optimum, and the price is found by intersecting the two lines that enclose it (H
 Dual Algorithm for the Constrained Shortest Path Problem", Networks 10, 1980). A choice costs its
 class's minimum plus an excess; total loss is the bound plus all excesses plus the price of the
 bytes left free. So a choice whose excess is above a limit is in no solution within that limit of
-the bound: only the others are made into plain options and solved, under a limit that grows until
-the solution found lies within it.
+the bound. Only the other choices are made into plain options and solved, under a limit that grows
+until the solution lies within it.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,28 @@ from numpy.typing import NDArray
 
 from allocator.prediction.knapsack import Floats, Ints, Options, frontier, solve
 
-_FIRST_CORE = 32  # excesses of single options that the first limit admits
-_GROWTH = 2.0  # the limit's factor when what was found lies beyond it
-_WIDEST = 1024  # choices of a class that a core holds: far beyond what losses that differ need
+_GROWTH = 2.0  # the limit's factor when the solution lies beyond it
 _WORK = 1 << 24  # partial choices x choices of a class: wider classes leave fewer states
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples' fractions spread evenly
-_TOLERANCE = 1e-12  # of the costs: a choice is left out only beyond rounding
+_TOLERANCE = 1e-12  # of the costs: a choice is excluded only beyond rounding
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSize:
+    """How many choices are searched; a proven solution does not depend on these numbers.
+
+    Attributes:
+        first: excesses of single options that the first limit admits.
+        widest: most choices of a class in a core.
+    """
+
+    first: int = 32
+    widest: int = 1024  # far more than losses that differ need
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nested:
-    """What one class with counts may choose from.
+    """The options of one class with counts.
 
     Attributes:
         nbytes: bytes per projection, each of shape `counts x options`, not negative.
@@ -102,7 +113,12 @@ class NestedSolution:
 
 
 def nested_bound(plain: Sequence[Options], nested: Sequence[Nested], capacity: int) -> float:
-    """A lower bound of the total loss within `capacity` bytes: the linear relaxation's optimum.
+    """Returns a lower bound of the total loss: the linear relaxation's optimum.
+
+    Args:
+        plain: classes of one option each.
+        nested: classes of one count, and one option per projection, each.
+        capacity: bytes available.
 
     Returns:
         The bound, exact up to float64 rounding; `inf` if even the smallest options do not fit.
@@ -117,8 +133,9 @@ def solve_nested(
     capacity: int,
     *,
     max_states: int = 200_000,
+    core_size: CoreSize = CoreSize(),
 ) -> NestedSolution | None:
-    """The choice with the least total loss within `capacity` bytes.
+    """Returns the choice with the least total loss within a capacity.
 
     Equal losses go to fewer bytes. Losses count as equal when their float64 sums are.
 
@@ -127,7 +144,8 @@ def solve_nested(
         nested: classes of one count, and one option per projection, each.
         capacity: bytes available.
         max_states: as in `knapsack.solve`. Where excesses hardly differ (losses linear in bytes),
-            fewer are kept, and no more than 1024 choices of a class; `proven` tells.
+            fewer are searched, and `proven` may be false.
+        core_size: choices that are searched.
 
     Returns:
         The solution, or None if even the smallest options do not fit.
@@ -135,7 +153,7 @@ def solve_nested(
     tree = _tree_of(plain, nested, capacity)
     if tree is None:
         return None
-    branch, option, proven = _improve(tree, _relax(tree), max_states)
+    branch, option, proven = _improve(tree, _relax(tree), max_states, core_size)
     counts, picks = tree.count[branch].tolist(), tree.source[option].tolist()
     first = tuple(row[0] for row in picks[: len(plain)])
     layers = tuple(
@@ -161,8 +179,8 @@ class _Tree:
     """All options in one row: by class, count and projection.
 
     A branch is a count of a class, a cell is a projection of a branch. Every branch has as many
-    cells as the widest: a plain class is one count, and what it lacks are cells of one option that
-    costs nothing. Bytes are relative to the smallest of the cell and of the class; losses are
+    cells as the widest: a plain class is one count, and missing cells have one option that costs
+    nothing. Bytes are relative to the smallest of the cell and of the class; losses are
     divided by a power of two, so that products neither overflow nor vanish.
     """
 
@@ -199,11 +217,15 @@ class _Tree:
         return _firsts(self.owner)
 
     def restricted(self, keep: NDArray[np.bool_]) -> "_Tree":
-        """Without some options, and without the branches that have a cell with none left."""
+        """Returns the tree without some options, and without branches that have an empty cell.
+
+        Args:
+            keep: `options`.
+        """
         if keep.all():
             return self
-        left = np.bincount(self.cell[keep], minlength=len(self.size))
-        branches = left.reshape(-1, self.n_cells).min(axis=1) > 0
+        sizes = np.bincount(self.cell[keep], minlength=len(self.size))
+        branches = sizes.reshape(-1, self.n_cells).min(axis=1) > 0
         keep = keep & branches[self.branch]
         place = (np.cumsum(branches) - 1)[self.branch[keep]]
         return replace(
@@ -219,8 +241,8 @@ class _Tree:
         )
 
 
-class _Costs(NamedTuple):
-    """What everything costs at a price per byte."""
+class _PricedTree(NamedTuple):
+    """Loss plus price times bytes, of everything in a tree."""
 
     option: Floats
     cell: Floats  # least of its options
@@ -229,7 +251,7 @@ class _Costs(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """One choice of everything; what it costs is a line over the price."""
+    """One choice of everything; its cost is a line over the price."""
 
     branch: Ints  # per class
     options: Ints  # classes x cells
@@ -259,7 +281,7 @@ class _Core(NamedTuple):
     excess: Floats
     branch: Ints
     options: Ints  # choices x cells
-    limit: float  # every choice that is left out has an excess beyond it, or is dominated
+    limit: float  # every choice that is excluded has an excess beyond it, or is dominated
 
 
 def _tree_of(plain: Sequence[Options], nested: Sequence[Nested], capacity: int) -> _Tree | None:
@@ -271,9 +293,9 @@ def _tree_of(plain: Sequence[Options], nested: Sequence[Nested], capacity: int) 
         *(((o.nbytes[None],), (o.loss[None],)) for o in plain),
         *((n.nbytes, n.loss) for n in nested),
     ]:
-        counts, n_lacking = len(wide_loss[0]), n_cells - len(wide_loss)
-        wide_nbytes += (no_bytes.repeat(counts, axis=0),) * n_lacking
-        wide_loss += (no_loss.repeat(counts, axis=0),) * n_lacking
+        counts, n_missing = len(wide_loss[0]), n_cells - len(wide_loss)
+        wide_nbytes += (no_bytes.repeat(counts, axis=0),) * n_missing
+        wide_loss += (no_loss.repeat(counts, axis=0),) * n_missing
         nbytes.append(np.concatenate(wide_nbytes, axis=1).ravel())
         loss.append(np.concatenate(wide_loss, axis=1).ravel())
         sizes.append(np.tile([v.shape[1] for v in wide_loss], counts))
@@ -298,7 +320,7 @@ def _tree_of(plain: Sequence[Options], nested: Sequence[Nested], capacity: int) 
 
 
 def _fitting(tree: _Tree) -> _Tree | None:
-    """The tree less the floor of bytes, without what never fits, and scaled."""
+    """The tree less the floor of bytes, without choices that never fit, and scaled."""
     least = np.minimum.reduceat(tree.nbytes, tree.first)
     count_nbytes = tree.count_nbytes + least.reshape(-1, tree.n_cells).sum(axis=1)
     floor = np.minimum.reduceat(count_nbytes, tree.first_branch)
@@ -319,7 +341,7 @@ def _fitting(tree: _Tree) -> _Tree | None:
 
 
 def _firsts(ids: Ints) -> Ints:
-    """Where each of the ascending ids first stands."""
+    """The index of the first of every run of equal ids."""
     return np.flatnonzero(np.diff(ids, prepend=-1))
 
 
@@ -330,8 +352,8 @@ def _ranges(first: Ints, size: Ints) -> Ints:
     return places
 
 
-def _costs(tree: _Tree, price: float) -> _Costs:
-    """At an infinite price only the smallest costs less than `inf`, and that is its loss."""
+def _priced(tree: _Tree, price: float) -> _PricedTree:
+    """Costs at a price; at an infinite one the smallest cost their loss, the others `inf`."""
     if price == inf:
         option = np.where(tree.nbytes == 0, tree.loss, inf)
         branch = np.where(tree.count_nbytes == 0, tree.count_loss, inf)
@@ -340,12 +362,12 @@ def _costs(tree: _Tree, price: float) -> _Costs:
         branch = tree.count_loss + price * tree.count_nbytes
     cell = np.minimum.reduceat(option, tree.first)
     branch += cell.reshape(-1, tree.n_cells).sum(axis=1)
-    return _Costs(option, cell, branch, np.minimum.reduceat(branch, tree.first_branch))
+    return _PricedTree(option, cell, branch, np.minimum.reduceat(branch, tree.first_branch))
 
 
 def _cheapest(tree: _Tree, price: float) -> _Choice:
     """A choice of least cost at the price."""
-    costs = _costs(tree, price)
+    costs = _priced(tree, price)
     branch = np.flatnonzero(costs.branch == costs.least[tree.owner])
     branch = branch[_firsts(tree.owner[branch])]
     cell = (branch[:, None] * tree.n_cells + np.arange(tree.n_cells)).ravel()
@@ -376,7 +398,7 @@ def _relax(tree: _Tree) -> _Relaxed:
             if (-new.nbytes, new.loss) >= (-fits.nbytes, fits.loss):
                 break
             fits = new
-    costs, paid = _costs(tree, price), price * tree.capacity
+    costs, paid = _priced(tree, price), price * tree.capacity
     bound = fsum([*costs.least, -paid])
     branch = costs.branch - costs.least[tree.owner]
     option = costs.option - costs.cell[tree.cell]
@@ -392,19 +414,22 @@ def _relax(tree: _Tree) -> _Relaxed:
     )
 
 
-def _improve(tree: _Tree, relaxed: _Relaxed, max_states: int) -> tuple[Ints, Ints, bool]:
+def _improve(
+    tree: _Tree, relaxed: _Relaxed, max_states: int, core_size: CoreSize
+) -> tuple[Ints, Ints, bool]:
     """The best choice: branch per class, options `classes x cells`; and whether that is proven."""
     wanted = relaxed.either[relaxed.either > relaxed.rounding]
     limit = relaxed.gap
-    if len(wanted) > _FIRST_CORE:
-        limit = min(limit, float(np.partition(wanted, _FIRST_CORE)[_FIRST_CORE]))
+    n_first = core_size.first
+    if len(wanted) > n_first:
+        limit = min(limit, float(np.partition(wanted, n_first)[n_first]))
     while True:
         asked = limit + relaxed.rounding
-        core = _core(tree, relaxed, asked)
-        gap, found = inf, _search(core, tree.capacity, max_states)
+        core = _core(tree, relaxed, asked, core_size.widest)
+        gap, solution = inf, _search(core, tree.capacity, max_states)
         whole = core.limit == asked
-        if found is not None:
-            chosen, complete = found
+        if solution is not None:
+            chosen, complete = solution
             slack = tree.capacity - int(core.nbytes[chosen].sum())
             gap = float(core.excess[chosen].sum()) + relaxed.price * slack
             proven = gap <= (core.limit if complete else relaxed.rounding)
@@ -416,8 +441,8 @@ def _improve(tree: _Tree, relaxed: _Relaxed, max_states: int) -> tuple[Ints, Int
         limit = min(max(limit, relaxed.rounding) * _GROWTH, gap)
 
 
-def _core(tree: _Tree, relaxed: _Relaxed, limit: float) -> _Core:
-    """The choices whose excess is within a limit."""
+def _core(tree: _Tree, relaxed: _Relaxed, limit: float, widest: int) -> _Core:
+    """The choices whose excess is within a limit, the `widest` best of every class."""
     keep = np.flatnonzero(relaxed.either <= limit)
     size = np.bincount(tree.cell[keep], minlength=len(tree.size))
     first = np.cumsum(size) - size
@@ -438,9 +463,9 @@ def _core(tree: _Tree, relaxed: _Relaxed, limit: float) -> _Core:
         options = np.column_stack([options[before], added])
         beyond = np.maximum(excess, relaxed.rounding)
         rank = _rank(tree.owner[branch], beyond)
-        if rank.max(initial=0) >= _WIDEST:
-            limit = min(limit, float(beyond[rank >= _WIDEST].min()))
-            some = rank < _WIDEST
+        if rank.max(initial=0) >= widest:
+            limit = min(limit, float(beyond[rank >= widest].min()))
+            some = rank < widest
             nbytes, loss, excess = nbytes[some], loss[some], excess[some]
             branch, options = branch[some], options[some]
     return _Core(tree.owner[branch], nbytes, loss, excess, branch, options, limit)
@@ -456,7 +481,7 @@ def _rank(owner: Ints, excess: Floats) -> Ints:
 
 
 def _search(core: _Core, capacity: int, max_states: int) -> tuple[Ints, bool] | None:
-    """Per class the position of the best choice in the core, and whether that is proven."""
+    """The best choice in the core: its position per class, and whether it is proven."""
     chosen = _firsts(core.owner)
     size = np.bincount(core.owner)
     free = np.flatnonzero(size > 1)  # the others have one choice
@@ -465,10 +490,10 @@ def _search(core: _Core, capacity: int, max_states: int) -> tuple[Ints, bool] | 
         Options(core.nbytes[i : i + n], core.loss[i : i + n])
         for i, n in zip(chosen[free].tolist(), size[free].tolist(), strict=True)
     ]
-    room = capacity - int(least.sum() - least[free].sum())
+    for_free = capacity - int(least.sum() - least[free].sum())
     n_states = min(max_states, _WORK // int(size.max(initial=1)))
-    found = solve(options, room, max_states=n_states)
-    if found is None:
+    solution = solve(options, for_free, max_states=n_states)
+    if solution is None:
         return None
-    chosen[free] += np.array(found.choice, dtype=np.int64)
-    return chosen, found.proven
+    chosen[free] += np.array(solution.choice, dtype=np.int64)
+    return chosen, solution.proven

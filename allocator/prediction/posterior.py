@@ -1,13 +1,13 @@
-"""What finished trials say of a surrogate's multipliers: a Gaussian posterior of their logarithms.
+"""A Gaussian posterior of the logarithms of a surrogate's multipliers, given finished trials.
 
 In: a surrogate and measured losses of some params. Out: the posterior mean, and draws of it.
 Invariant: without observations the mean is 0 (multipliers 1) and draws follow the prior.
 
-The prior (`covariance`) says that multipliers of one role, of one layer, and all of them together
-move alike; so a handful of trials teaches more than a handful of multipliers. A trial's logarithmic
-loss is linear in them to first order (`Surrogate.shares`), and the mean is found by Gauss-Newton
-steps; draws are by Matheron's rule (Wilson et al., "Efficiently Sampling Functions from Gaussian
-Process Posteriors", 2020, eq. 10).
+Under the prior (`covariance`) multipliers of one role, of one layer, and all of them together move
+alike, so a handful of trials teaches more than a handful of multipliers. A trial's logarithmic loss
+is linear in the logarithms to first order (`Surrogate.shares`), and the mean is found by
+Gauss-Newton steps. Draws are by Matheron's rule (Wilson et al., "Efficiently Sampling Functions
+from Gaussian Process Posteriors", 2020, eq. 10).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 COMMON, ROLE, LAYER, OWN = 0.3, 0.2, 0.15, 0.1
 """Prior standard deviations of a logarithmic multiplier's parts."""
-_MISFIT = 0.01  # of a logarithmic loss: what no multipliers explain
+_MISFIT = 0.01  # of a logarithmic loss, which no multipliers explain
 _STEPS = 4
 
 
@@ -36,7 +36,7 @@ class Observation:
     Attributes:
         params: complete.
         loss: nats per token.
-        variance: of the loss's logarithm, beside the misfit.
+        variance: of the loss's logarithm, without the misfit.
     """
 
     params: Params
@@ -50,7 +50,7 @@ class Posterior:
 
     Attributes:
         names: of the multipliers.
-        mean: one value per name.
+        mean: of the logarithms, `names`.
     """
 
     names: tuple[str, ...]
@@ -60,7 +60,12 @@ class Posterior:
     _variance: Floats  # observations
 
     def draw(self, rng: np.random.Generator, *, scale: float = 1.0) -> dict[str, float]:
-        """Multipliers drawn from the posterior, its spread scaled; 0 gives the mean."""
+        """Returns multipliers drawn from the posterior.
+
+        Args:
+            rng: the source of randomness.
+            scale: factor of the posterior's spread; 0 gives the mean.
+        """
         root = np.linalg.cholesky(self._prior + 1e-12 * np.eye(len(self.names)))
         prior = root @ rng.standard_normal(len(self.names))
         noise = rng.standard_normal(len(self._variance)) * np.sqrt(self._variance)
@@ -72,7 +77,7 @@ class Posterior:
 
 
 def covariance(space: Space, names: Sequence[str]) -> Floats:
-    """Prior covariance of the logarithmic multipliers, `names x names`."""
+    """Returns the prior covariance of the logarithmic multipliers, `names x names`."""
     groups = space.layout.groups
 
     def role(name: str) -> str:
@@ -95,7 +100,7 @@ def covariance(space: Space, names: Sequence[str]) -> Floats:
 
 
 def fit(surrogate: Surrogate, observations: Sequence[Observation]) -> Posterior:
-    """The posterior of a surrogate's logarithmic multipliers.
+    """Returns the posterior of a surrogate's logarithmic multipliers.
 
     Args:
         surrogate: with multipliers of 1.

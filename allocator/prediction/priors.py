@@ -1,16 +1,16 @@
-"""What formats and pruning are expected to cost before anything is measured of a checkpoint.
+"""Expected losses of formats and pruning, before anything is measured of a checkpoint.
 
 In: published figures, or the surrogate of a smaller relative. Out: a `Prior`, and the `Surrogate`
-that it gives for a space. Invariant: its losses are predictions, good for a first allocation and
-for nothing that is reported; at one retained count its optimum is exact, as of any surrogate.
+that it gives for a space. Invariant: these losses are predictions, good for a first allocation and
+never reported; at one retained count their optimum is exact, as of any surrogate.
 
 The form is that of HIGGS (arXiv 2411.17525, theorem 1): to first order, the loss is a sum over
 matrices of a sensitivity times the relative squared error `e` of the matrix. Our reference model
 agrees: over its 70 groups, the curvature of a format over `GAUSSIAN_ERROR` is the same for all
 formats from 1.6 to 8.5 bits, most within 5 %. So a prior is one sensitivity per role and relative
 depth, `w`, in nats per token for `e = 1` in every layer; a group of one of `n` layers costs
-`w e / n`. It counts layers and not weights: what a matrix costs goes with the error of its output,
-whose size does not depend on how many experts stand beside it.
+`w e / n`. A prior counts layers and not weights: the loss of a matrix goes with the error of its
+output, whose size does not depend on the number of experts.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from allocator.decision.space import Space, split
+from allocator.decision.mixes import split
+from allocator.decision.space import Space
 from allocator.errors import SpaceError
 from allocator.families import Role
 from allocator.formats import GAUSSIAN_ERROR
@@ -62,7 +63,7 @@ _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.SHARED_GATE: (Role.EXPERT_GATE,), Role.SHARED_UP: (Role.EXPERT_UP,),
     Role.SHARED_DOWN: (Role.EXPERT_DOWN,),
 }  # fmt: skip
-"""Whose place a role takes that a relative does not have."""
+"""Fallback roles, used where the relative lacks a role."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Prior:
     """Expected losses, by role and relative depth.
 
     Attributes:
-        source: what they are from, for a person.
+        source: of the expectations, for a person to read.
         weights: by role and format, nats per token for a relative squared error of 1 in every
-            layer; under the empty name, for formats that are not listed.
+            layer; the empty name stands for formats that are not listed.
         coupling: by part of a layer (`attention`, `mlp`, or a group outside the layers), `c` of the
-            loss by jumps; none is expected where nothing is listed.
+            loss by jumps; parts that are not listed have none.
         pruned: by retained share, nats per token when every layer keeps that share; empty if
             nothing is known of pruning.
     """
@@ -85,7 +86,7 @@ class Prior:
     pruned: Mapping[float, Curve] = field(default_factory=dict)
 
     def loss(self, group: Group, fmt: str, n_layers: int) -> float:
-        """Expected second-order loss of storing a group in a format, nats per token.
+        """Returns the expected second-order loss of a group in a format, nats per token.
 
         Raises:
             SpaceError: if nothing is known of its role.
@@ -102,9 +103,9 @@ class Prior:
         return weight * GAUSSIAN_ERROR[fmt] / (1 if group.layer is None else n_layers)
 
     def surrogate(self, space: Space) -> Surrogate:
-        """The surrogate of these expectations.
+        """Returns the surrogate of these expectations.
 
-        Pruning alone is 0 where nothing is known of it, so that only allocations with the same
+        Where nothing is known of pruning, pruning alone costs 0, and only allocations with the same
         retained counts compare.
 
         Raises:
@@ -124,7 +125,7 @@ class Prior:
         return Surrogate(space, smooth, coupling, pruned)
 
     def _mixed(self, group: Group, value: str, count: int, n_layers: int) -> float:
-        """Of a format, or of a mix, whose parts count by their experts."""
+        """Loss of a format, or of a mix, whose parts count by their experts."""
         parts = [(self.loss(group, fmt, n_layers), k) for fmt, k in split(value, count)]
         return sum(loss * k for loss, k in parts) / count
 
@@ -136,7 +137,7 @@ class Prior:
 
 
 def published() -> Prior:
-    """`GAUSSIAN_ERROR` times `ROLE_WEIGHTS`; nothing is known of pruning."""
+    """Returns the prior `GAUSSIAN_ERROR` times `ROLE_WEIGHTS`, without pruning."""
     return Prior(
         "Gaussian errors of the formats x sensitivities by role of the reference model",
         {role: {"": {0.5: weight}} for role, weight in ROLE_WEIGHTS.items()},
@@ -144,14 +145,14 @@ def published() -> Prior:
 
 
 def transferred(relative: Surrogate, name: str) -> Prior:
-    """What a smaller relative lost, by role and relative depth.
+    """Returns the prior of a smaller relative's losses, by role and relative depth.
 
-    Formats that the relative could not store in that role are expected to lose what its others say
-    (the median). A role that it does not have is taken for one that stands in the same place.
+    Formats that the relative cannot store in a role get the median weight of its other formats. A
+    role that the relative lacks gets the weights of a role in the same place.
 
     Args:
         relative: of a profile, with all experts among its counts.
-        name: of the relative, for a person.
+        name: of the relative, for a person to read.
     """
     space = relative.space
     n = space.layout.inventory.n_layers
@@ -160,17 +161,17 @@ def transferred(relative: Surrogate, name: str) -> Prior:
     for group_name, group in space.layout.groups.items():
         depth = _depth(group.layer, n)
         coupling.setdefault(_part(group), {})[depth] = relative.coupling[group_name]
-        found = {
+        known = {
             fmt: float(loss) / GAUSSIAN_ERROR[fmt] * (1 if group.layer is None else n)
             for fmt, loss in zip(
                 space.formats[group_name], relative.error_losses[group_name][-1], strict=True
             )
             if GAUSSIAN_ERROR.get(fmt)
         }
-        for fmt, weight in {**found, "": median(found.values())}.items():
+        for fmt, weight in {**known, "": median(known.values())}.items():
             weights.setdefault(group.role, {}).setdefault(fmt, {})[depth] = weight
     pruned: dict[float, dict[float, float]] = {}
-    for layer, losses in relative.counts.items():
+    for layer, losses in relative.count_losses.items():
         for count, loss in zip(space.counts, losses, strict=True):
             share = count / space.layout.inventory.n_experts
             pruned.setdefault(share, {})[_depth(layer, n)] = float(loss) * n
@@ -192,6 +193,6 @@ def _depth(layer: int | None, n_layers: int) -> float:
 
 
 def _at(curve: Curve, depth: float) -> float:
-    """Linear between known depths, constant beyond them."""
+    """The value at a depth: linear between known depths, constant beyond them."""
     depths = sorted(curve)
     return float(np.interp(depth, depths, [curve[d] for d in depths]))

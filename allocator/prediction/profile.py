@@ -1,7 +1,8 @@
-"""What was measured of a checkpoint: the value, its file, and what a search reads from it.
+"""Measurements of a checkpoint, which a search predicts losses from.
 
-In: `profile.json`. Out: a frozen `Profile`. Invariant: content-addressed by (checkpoint,
-calibration tokens, target, saliency, codec), so every study with the same inputs shares it.
+In: `profile.json`. Out: a frozen `Profile`. Invariant: a profile is content-addressed by
+(checkpoint, calibration tokens, target, saliency, codec), so every study with the same inputs
+shares it.
 """
 
 from pathlib import Path
@@ -38,15 +39,16 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         n_tokens: tokens behind importance and saliency.
         measured_tokens: tokens behind each measured loss.
         curvature_tokens: tokens behind the curvature.
-        forward_tokens: what each stage cost, in tokens through all layers.
-        saliency: per method, per MoE layer, one value per expert, higher = keep.
+        forward_tokens: tokens through all layers that each stage took.
+        saliency: per method and MoE layer, one value per expert; experts of the highest values
+            stay.
         unreached: `(layer, expert)` that no calibration token reached.
         counts: tokens routed to each expert, per MoE layer.
         curvature: per group and format, the second-order loss of that single change, nats per
             token; one value per routed expert, else one value.
         measured: the KL of changed bundles.
         pruned: per MoE layer and retained count, the KL of that single change, nats per token.
-        saliency_method: which saliency `pruned` was measured with.
+        saliency_method: the saliency that `pruned` was measured with.
     """
 
     checkpoint: str
@@ -68,11 +70,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path, of: str = "") -> "Profile":
-        """From its file.
+        """Reads a profile from its file.
 
         Args:
-            path: of the file; one of an earlier form has no checksum.
-            of: digest of the inputs that it was measured for.
+            path: of the file; a file of an earlier form has no checksum.
+            of: digest of the inputs that the profile was measured for.
 
         Raises:
             StudyError: if the file is no profile, or is damaged.
@@ -87,7 +89,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def bundle_of(group: Group) -> str:
-    """The bundle of a group: a layer's attention, a layer's MLP and experts, or itself."""
+    """Returns the bundle of a group: a layer's attention, its MLP and experts, or the group."""
     if group.layer is None:
         return group.name
     attention = str(group.role).startswith("attention")

@@ -17,6 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.errors import StudyError
 from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.auto import AutoSampler, GradientStep
@@ -161,7 +162,7 @@ def make_sampler(
         "tpe": lambda s: TPESampler(seed=s),
         "nsga2": lambda s: NSGAIISampler(seed=s, population_size=population),
         "knapsack": lambda s: KnapsackSampler(surrogate, budget, seed=s),
-        "evolution": lambda s: LevelSwitchSampler(surrogate.space.costs(budget), seed=s),
+        "evolution": lambda s: LevelSwitchSampler(Costs(surrogate.space, budget), seed=s),
     }
     check_sampler(name)
     if seed < 0:

@@ -22,8 +22,8 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.decision.parameters import EXPERTS_USED, Params
-from allocator.decision.space import Costs, largest_first
+from allocator.decision.costs import Costs
+from allocator.decision.parameters import EXPERTS_USED, Params, largest_first
 from allocator.samplers.base import WholeSampler
 from allocator.study.trials import best_complete, key_of, proposed
 

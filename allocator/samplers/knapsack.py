@@ -16,7 +16,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.parameters import Params
+from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.base import WholeSampler
 from allocator.study.trials import best_complete, key_of, proposed
@@ -76,15 +78,15 @@ class SolvingSampler(WholeSampler):
             self._aim(target)
             for attempt in attempts:
                 surrogate, multipliers = self._draw(attempt)
-                solved = surrogate.solve(target)
+                solved = solve(surrogate, target)
                 yield {name: solved[name] for name in self._space.distributions}, multipliers
 
     def _targets(self) -> Iterator[tuple[Budget, Sequence[int]]]:
         """Byte targets, and the attempts at each."""
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
-        yield self._space.between(self._budget, share), range(_ATTEMPTS)
+        yield Costs(self._space, self._budget).budget_at(share), range(_ATTEMPTS)
         for attempt in range(_LOWER):
-            yield self._space.between(self._budget, float(self._rng.random())), (attempt,)
+            yield Costs(self._space, self._budget).budget_at(float(self._rng.random())), (attempt,)
 
 
 class KnapsackSampler(SolvingSampler):

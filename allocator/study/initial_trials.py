@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.parameters import Params
 from allocator.decision.space import Space
 from allocator.errors import SpaceError
+from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
 
 
@@ -40,15 +42,15 @@ def first_trials(
         n_knapsack: solutions, at byte targets spread between floor and cap.
     """
     space = surrogate.space
-    costs = space.costs(budget)
+    costs = Costs(space, budget)
     queue: dict[str, Queued] = {}
 
     def add(kind: str, allocation: Allocation) -> None:
         queue.setdefault(allocation.digest, Queued(kind, allocation))
 
     for i in range(n_knapsack):
-        target = space.between(budget, 1 - i / max(1, n_knapsack))
-        add("knapsack", space.allocation(surrogate.solve(target)))
+        target = costs.budget_at(1 - i / max(1, n_knapsack))
+        add("knapsack", space.allocation(solve(surrogate, target)))
     for name, allocation in baselines:
         if _held(space, allocation) and costs.fits(_full(space, allocation)):
             add(name, allocation)

@@ -39,10 +39,12 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from allocator.decision.allocation import Allocation
-from allocator.decision.budget import Budget, FileBytes
+from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.feasibility import make_feasible
 from allocator.decision.parameters import Params
-from allocator.decision.space import Costs, Space
+from allocator.decision.pricing import FileBytes
+from allocator.decision.space import Space
 from allocator.errors import StudyError
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.generations import Selection
@@ -190,7 +192,7 @@ class Search:
     _queued_keys: dict[Allocation, Key] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._costs = self.space.costs(self.budget)
+        self._costs = Costs(self.space, self.budget)
         if self.leases is not None and hasattr(self.study.sampler, "on_trial"):
             self.study.sampler.on_trial = self.leases.take
         if self.selection is None and getattr(self.study.sampler, "generational", False):
@@ -431,20 +433,15 @@ class Search:
             self.surrogate.loss_at(self.space.complete(trial.params)),
         )
         allocation = self.space.allocation(params)
-        size = allocation.nbytes(self.space.layout)
-        used = allocation.used(self.space.layout, self.budget)
+        stored = allocation.stored(self.space.layout)
+        size, excess = stored.file, self.budget.excess(stored)
+        used = self.budget.nbytes + excess["budget"]
         clock.lap("sampler")
         trial.set_user_attr(ALLOCATION, allocation.to_json())
         trial.set_user_attr(KIND, kind or "proposal")
-        for limit, name in zip(self.budget.limits, ("budget", "beside"), strict=False):
-            over = allocation.used(self.space.layout, limit) - limit.nbytes
-            assert over <= 0, "repair keeps the budget"
+        for name, over in excess.items():
+            assert over <= 0, "a feasible proposal is within every limit"
             trial.set_constraint(name, over)
-        if self.budget.token_bytes is not None:
-            read = allocation.token_bytes(self.space.layout, self.budget.context)
-            over = read - self.budget.token_bytes
-            assert over <= 0, "repair keeps the speed"
-            trial.set_constraint("token_bytes", over)
         clock.lap("storage")
         return _Candidate(trial, bool(_fixed(frozen)), kind, params, allocation, size, used)
 

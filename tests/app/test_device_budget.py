@@ -10,10 +10,12 @@ import pytest
 from allocator.app.study_file import BudgetSpec, DeviceBudgetSpec, chosen_budget
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs, check_budget
 from allocator.decision.feasibility import make_feasible
 from allocator.decision.front import Point, front
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError, StudyError, TargetError
+from allocator.prediction.solver import solve, solve_under
 from allocator.prediction.surrogate import from_profile
 from allocator.targets.device_memory import DeviceMemory, Workload
 from allocator.targets.gguf.memory import kv_read_bytes
@@ -60,7 +62,7 @@ def table(surrogate):
     memory = np.array([a.device_memory(space.layout, WORK).total for a in allocations])
     reads = np.array([a.token_bytes(space.layout, WORK.context) for a in allocations])
     losses = np.array([surrogate.losses(p) for p in params])
-    return params, memory, reads, losses.sum(axis=1), losses @ surrogate._couplings
+    return params, memory, reads, losses.sum(axis=1), losses @ surrogate.coupling_values
 
 
 def test_the_space_orders_and_offers_settings(surrogate):
@@ -100,8 +102,8 @@ def test_memory_is_the_sum_of_what_is_listed(surrogate, layouts):
 def test_the_solution_is_brute_force_over_weights_and_settings(surrogate, table, share, noise):
     params, memory, _, smooth, squared = table
     budget = Budget(int(np.quantile(memory, share)), "device", WORK)
-    costs = surrogate.space.costs(budget)
-    found = surrogate._solve_under(costs, noise)
+    costs = Costs(surrogate.space, budget)
+    found = solve_under(surrogate, costs, noise)
     linear = smooth + squared / (2 * noise)
     here = params.index(found)
     assert memory[here] <= budget.nbytes
@@ -112,7 +114,7 @@ def test_the_solution_is_brute_force_over_weights_and_settings(surrogate, table,
 
 def test_what_room_is_left_goes_to_the_micro_batch(surrogate, table):
     _, memory, *_ = table
-    found = surrogate.solve(Budget(int(memory.max()), "device", WORK))
+    found = solve(surrogate, Budget(int(memory.max()), "device", WORK))
     assert found["micro_batch"] == 512
     assert (found["experts_used"], found["kv_format"]) == (4, "f16")
 
@@ -124,7 +126,7 @@ def test_a_limit_on_reading_is_held_and_costs_little(surrogate, table, share):
     work = replace(WORK, bandwidth=limit * 10, min_tokens_per_second=10)
     budget = Budget(int(np.quantile(memory, 0.5)), "device", work)
     assert budget.token_bytes == limit
-    found = surrogate.solve(budget)
+    found = solve(surrogate, budget)
     here = params.index(found)
     assert memory[here] <= budget.nbytes
     assert reads[here] <= limit
@@ -167,10 +169,10 @@ def test_the_solution_is_brute_force_under_two_limits(
     params, memory, _, smooth, squared = table
     beside = Budget(int(np.quantile(sizes[bounds], other)), bounds)
     budget = Budget(int(np.quantile(memory, share)), "device", WORK, beside)
-    costs = surrogate.space.costs(budget)
+    costs = Costs(surrogate.space, budget)
     linear = smooth + squared / 0.2
     both = (memory <= budget.nbytes) & (sizes[bounds] <= beside.nbytes)
-    here = params.index(surrogate._solve_under(costs, 0.1))
+    here = params.index(solve_under(surrogate, costs, 0.1))
     assert both[here]
     assert linear[here] == pytest.approx(linear[both].min(), rel=1e-12)
     assert costs.spare_bytes(params[here]) == min(
@@ -181,11 +183,11 @@ def test_the_solution_is_brute_force_under_two_limits(
 def test_either_limit_binds(surrogate, table, sizes):
     params, memory, *_ = table
     alone = Budget(int(np.quantile(memory, 0.5)), "device", WORK)
-    plain = params.index(surrogate.solve(alone))
+    plain = params.index(solve(surrogate, alone))
     for bounds, nbytes in sizes.items():
         loose, tight = (Budget(int(nbytes[plain]) - less, bounds) for less in (0, 1))
-        assert surrogate.solve(replace(alone, beside=loose)) == params[plain]
-        here = params.index(surrogate.solve(replace(alone, beside=tight)))
+        assert solve(surrogate, replace(alone, beside=loose)) == params[plain]
+        here = params.index(solve(surrogate, replace(alone, beside=tight)))
         assert nbytes[here] < nbytes[plain]
 
 
@@ -196,7 +198,7 @@ def test_repair_holds_what_is_beside(surrogate, table, sizes, bounds, seed):
     space, rng = surrogate.space, np.random.default_rng(seed)
     beside = Budget(int(np.quantile(sizes[bounds], 0.2)), bounds)
     budget = Budget(int(np.quantile(memory, 0.4)), "device", WORK, beside)
-    costs = space.costs(budget)
+    costs = Costs(space, budget)
     for i in rng.integers(len(params), size=20):
         loss = surrogate.loss_at(params[i])
         repaired = make_feasible(space, costs, params[i], loss)
@@ -214,14 +216,14 @@ def test_targets_lie_between_floor_and_both_limits(surrogate, table, sizes):
     least, most = int(sizes["weights"].min()), int(sizes["weights"].max())
     beside = Budget(most, "weights")
     budget = Budget(int(memory.max()), "device", WORK, beside)
-    assert space.between(budget, 1) == budget
-    half = space.between(budget, 0.5)
+    assert Costs(space, budget).budget_at(1) == budget
+    half = Costs(space, budget).budget_at(0.5)
     assert half.beside.nbytes == least + (most - least) // 2
     assert half.nbytes == memory.min() + (memory.max() - memory.min()) // 2
     assert str(half) == f"{half.nbytes} (device) and {half.beside.nbytes} (weights)"
-    space.check_budget(space.between(budget, 0))
+    check_budget(space, Costs(space, budget).budget_at(0))
     with pytest.raises(BudgetError, match=rf"{least - 1:,} bytes \(weights\) is under the floor"):
-        space.check_budget(replace(budget, beside=Budget(least - 1, "weights")))
+        check_budget(space, replace(budget, beside=Budget(least - 1, "weights")))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -231,7 +233,7 @@ def test_repair_holds_both_limits(surrogate, table, seed):
     limit = int(np.quantile(reads, 0.2))
     work = replace(WORK, bandwidth=limit, min_tokens_per_second=1)
     budget = Budget(int(np.quantile(memory, 0.2)), "device", work)
-    costs = space.costs(budget)
+    costs = Costs(space, budget)
     for i in rng.integers(len(params), size=20):
         loss = surrogate.loss_at(params[i])
         repaired = make_feasible(space, costs, params[i], loss)
@@ -256,17 +258,17 @@ def test_the_front_has_three_axes():
 def test_the_floor_is_itemised(surrogate, table):
     floor = int(table[1].min())
     with pytest.raises(BudgetError, match=r"keys and values.*compute buffers.*--context"):
-        surrogate.space.check_budget(Budget(floor - 1, "device", WORK))
-    surrogate.space.check_budget(Budget(floor, "device", WORK))
+        check_budget(surrogate.space, Budget(floor - 1, "device", WORK))
+    check_budget(surrogate.space, Budget(floor, "device", WORK))
     slow = replace(WORK, bandwidth=1000, min_tokens_per_second=1)
     with pytest.raises(BudgetError, match=r"may read 1,000 bytes.*--min-tokens-per-second"):
-        surrogate.space.check_budget(Budget(1 << 40, "device", slow))
+        check_budget(surrogate.space, Budget(1 << 40, "device", slow))
 
 
 def test_our_own_loader_has_no_device_budget(spaces):
     space = spaces["safetensors"]
     with pytest.raises(TargetError, match="use target gguf"):
-        space.check_budget(Budget(1 << 30, "device", WORK))
+        check_budget(space, Budget(1 << 30, "device", WORK))
     for changes, said in (({"kv_format": "q8_0"}, "kv_format"), ({"micro_batch": 8}, "micro_")):
         with pytest.raises(TargetError, match=said):
             replace(space.largest, **changes).check(space.layout)

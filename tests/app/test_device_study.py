@@ -97,7 +97,7 @@ def test_the_front_is_in_three_axes(searched):
 def test_settings_are_priced_and_explained(searched):
     folder, result, options = searched
     study_folder = StudyFolder(folder, **options)
-    settings = study_folder.surrogate.settings
+    settings = study_folder.surrogate.setting_losses
     assert settings["experts_used"][2] == settings["kv_format"]["f16"] == 0
     assert settings["experts_used"][1] > 0.01
     assert 0 < settings["kv_format"]["q8_0"] < settings["kv_format"]["q4_0"]
@@ -219,7 +219,7 @@ def test_streamed_prices_settings_alike(made, searched, tmp_path):
         file.write("\n[streamed]\ncandidates = 3\nrows = 1.0\n")
     streamed = StudyFolder(study, **options)
     ours = streamed.profiler.settings(streamed.space)
-    theirs = StudyFolder(folder, **options).surrogate.settings
+    theirs = StudyFolder(folder, **options).surrogate.setting_losses
     for name, losses in theirs.items():
         assert ours[name] == pytest.approx(losses, abs=1e-6)
 

@@ -16,6 +16,7 @@ from allocator.checkpoint.outline import planned_inventory
 from allocator.cli import main
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError
 from allocator.formats import FORMATS, GAUSSIAN_ERROR
@@ -222,7 +223,7 @@ def test_a_token_reads_what_it_uses_of_gpt_oss():
     assert everything.token_bytes == 2 * bf16 + mxfp4 + 4 * f32 + cache
     space = bind(SearchSpace(schema=1), GGUF.layout(inventory), None)
     params = space.complete(space.params(everything.allocation))
-    assert space.costs(budget).token_bytes(params) == everything.token_bytes
+    assert Costs(space, budget).token_bytes(params) == everything.token_bytes
 
 
 GPT_OSS_20B = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation import Allocation
-from allocator.decision.budget import Budget, FileBytes
+from allocator.decision.budget import Budget
+from allocator.decision.pricing import FileBytes
 from allocator.errors import BudgetError, FormatError, SpaceError
 from allocator.formats import FORMATS
 from allocator.targets import GGUF, SAFETENSORS
@@ -213,7 +214,7 @@ def test_bytes_of_gguf_groups_in_a_safetensors_container(layouts):
 
 
 def test_budget():
-    size = FileBytes(encoded=100, kept=20, padding=2, header=1)
+    size = FileBytes(encoded=100, full_precision=20, padding=2, header=1)
     assert (size.tensors, size.overhead, size.file) == (120, 3, 123)
     Budget(1, "file").check_positive()
     for nbytes in (0, -5):

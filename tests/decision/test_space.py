@@ -15,6 +15,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs, check_budget
 from allocator.decision.feasibility import make_feasible
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import BudgetError, SpaceError, TargetError
@@ -201,7 +202,7 @@ def test_heads_of_few_experts(layouts, n_experts, heads):
 def test_formats_and_mixes_are_in_order_of_bytes(spaces):
     space = spaces["safetensors"]
     for name, values in space.formats.items():
-        sizes = [space.costs(Budget(1, "weights")).group(name, v, 24) for v in values]
+        sizes = [Costs(space, Budget(1, "weights")).group(name, v, 24) for v in values]
         assert sizes == sorted(sizes, reverse=True)
         assert len(set(values)) == len(values)
         assert not any("+" in v for v in (values[0], values[-1]))
@@ -424,7 +425,7 @@ def test_mixes_of_balanced_router_groups(grouped, profiles):
     layout = grouped["safetensors"]
     space = bind(SearchSpace(schema=1), layout, profiles["safetensors"].saliency)
     params = space.complete(space.params(space.largest))
-    params |= dict.fromkeys((f"format.{g}" for g in space._routed), "IQ2_XXS*12+IQ1_S")
+    params |= dict.fromkeys((f"format.{g}" for g in space.routed_layer_of), "IQ2_XXS*12+IQ1_S")
     for count in space.counts:
         params |= dict.fromkeys(space.count_params, count)
         allocation = space.allocation(params)
@@ -512,7 +513,7 @@ def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
     budget = Budget(1, bounds)
     params = draw(data, space)
     used = space.allocation(params).used(space.layout, budget)
-    cost = space.costs(budget).total(params)
+    cost = Costs(space, budget).total(params)
     if target == "gguf" or bounds == "weights":
         assert cost == used
     else:
@@ -530,15 +531,15 @@ def test_costs_of_every_group_in_one_choice(spaces, value, count):
     allocation = space.allocation(params)
     allocation.check(space.layout)
     size = allocation.nbytes(space.layout)
-    assert space.costs(Budget(1, "weights")).total(params) == size.encoded
-    assert 0 <= space.costs(Budget(1, "file")).total(params) - size.file < 2000
+    assert Costs(space, Budget(1, "weights")).total(params) == size.encoded
+    assert 0 <= Costs(space, Budget(1, "file")).total(params) - size.file < 2000
     one, two = (f for f in (value.replace("*", "+").split("+")[i] for i in (0, -1)))
     n = int(value.split("*")[1].split("+")[0]) if "*" in value else count
     by_hand = 65536 * (
         min(n, count) * FORMATS[one].bits / 8 + max(count - n, 0) * FORMATS[two].bits / 8
     )
     for bounds, slack in (("weights", 0), ("file", 160 if "*" in value and count > n else 0)):
-        found = space.costs(Budget(1, bounds)).group(DOWN, value, count)
+        found = Costs(space, Budget(1, bounds)).group(DOWN, value, count)
         assert 0 <= found - by_hand <= slack
 
 
@@ -551,7 +552,7 @@ def test_repair(spaces, target, bounds, data, share):
     layout = space.layout
     low, high = (a.used(layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
-    costs = space.costs(budget)
+    costs = Costs(space, budget)
     params = draw(data, space)
     repaired = make_feasible(space, costs, params, loss)
     allocation = space.allocation(repaired)
@@ -567,14 +568,14 @@ def test_repair(spaces, target, bounds, data, share):
 def test_repair_steps_where_a_byte_costs_least(spaces):
     space = spaces["gguf"]
     params = space.complete(space.params(space.largest))
-    costs = space.costs(Budget(1, "weights"))
+    costs = Costs(space, Budget(1, "weights"))
     budget = Budget(costs.total(params) - 1, "weights")
 
     def loss(name, value):
         step = space.choices[name].index(value)
         return 0.0 if name == "format.layers.2.experts.up" else float(step)
 
-    repaired = make_feasible(space, space.costs(budget), params, loss)
+    repaired = make_feasible(space, Costs(space, budget), params, loss)
     changed = {n: v for n, v in repaired.items() if v != params[n]}
     assert changed in ({"format.layers.2.experts.up": "Q8_0"}, {"experts.all": 23})
 
@@ -587,7 +588,7 @@ def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
     }
     layout = GGUF.layout(read_inventory(make.zeros(tmp_path, tensors=tensors)))
     space = bind(SearchSpace(schema=1), layout, None)
-    costs = space.costs(Budget(10**9, bounds))
+    costs = Costs(space, Budget(10**9, bounds))
     costs.__dict__["constant"] = 0  # no tokenizer for its header
     low = costs.total(space.complete(space.params(space.smallest)))
     costs.budget = Budget(low, bounds)
@@ -601,20 +602,20 @@ def test_repair_passes_steps_that_padding_hides(tmp_path, make, bounds):
 def test_floor(spaces, target, bounds):
     space, loss = spaces[target], loss_of(spaces[target])
     floor = space.smallest.used(space.layout, Budget(1, bounds))
-    space.check_budget(Budget(floor, bounds))
+    check_budget(space, Budget(floor, bounds))
     under = Budget(floor - 1, bounds)
     with pytest.raises(BudgetError) as caught:
-        space.check_budget(under)
+        check_budget(space, under)
     assert f"{floor - 1:,} bytes ({bounds}) is under the floor of {floor:,}" in str(caught.value)
     assert "with 6 experts per layer" in str(caught.value)
     assert "lower [experts] minimum or loosen pins" in str(caught.value)
     params = space.complete(space.params(space.largest))
     with pytest.raises(BudgetError, match="is under the floor"):
-        make_feasible(space, space.costs(under), params, loss)
-    at = make_feasible(space, space.costs(Budget(floor, bounds)), params, loss)
+        make_feasible(space, Costs(space, under), params, loss)
+    at = make_feasible(space, Costs(space, Budget(floor, bounds)), params, loss)
     assert space.allocation(at).used(space.layout, Budget(floor, bounds)) <= floor
     with pytest.raises(BudgetError, match="needed a positive size"):
-        space.check_budget(Budget(0, bounds))
+        check_budget(space, Budget(0, bounds))
 
 
 def test_smallest_is_smallest(spaces):

@@ -9,9 +9,8 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from allocator.formats import offered
-from allocator.prediction import nested_knapsack as module
 from allocator.prediction.knapsack import Options, combine, lp_bound, solve, union
-from allocator.prediction.nested_knapsack import Nested, nested_bound, solve_nested
+from allocator.prediction.nested_knapsack import CoreSize, Nested, nested_bound, solve_nested
 
 EIGHTHS = st.integers(-40, 40).map(lambda n: n / 8)  # their sums are exact: ties are ties
 
@@ -288,29 +287,25 @@ def test_bound_leaves_out_what_never_fits():
         assert nested_bound([], nested, capacity) == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("_FIRST_CORE", 0), ("_FIRST_CORE", 500), ("_WIDEST", 2)]
-)
-def test_no_setting_changes_what_is_proven(name, value, monkeypatch):
-    monkeypatch.setattr(module, name, value)
+@pytest.mark.parametrize("core_size", [CoreSize(first=0), CoreSize(first=500), CoreSize(widest=2)])
+def test_no_size_of_the_core_changes_what_is_proven(core_size):
     n_proven = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
         plain, nested = realistic(rng, 12, n_layers=int(rng.integers(1, 4)), n_options=1 + seed % 4)
         capacity = capacity_between(rng, plain, nested)
-        found = solve_nested(plain, nested, capacity)
+        found = solve_nested(plain, nested, capacity, core_size=core_size)
         check(plain, nested, capacity, found)
         whole = solve([*plain, *map(enumerated, nested)], capacity)
         if found.proven:
             n_proven += 1
             assert found.loss == pytest.approx(whole.loss, rel=1e-12)
         assert found.loss >= whole.loss * (1 - 1e-12)
-    assert n_proven == 40 or (name == "_WIDEST" and 0 < n_proven < 40)
+    assert n_proven == 40 or (core_size.widest == 2 and 0 < n_proven < 40)
 
 
-def test_excesses_of_counts_count(monkeypatch):
+def test_excesses_of_counts_count():
     """Counts alone differ: a first core too small for a proof must not claim one."""
-    monkeypatch.setattr(module, "_FIRST_CORE", 0)
     rng = np.random.default_rng(9)
     for _ in range(300):
         classes = [Options(rng.integers(0, 100, 6), rng.random(6)) for _ in range(5)]
@@ -318,7 +313,8 @@ def test_excesses_of_counts_count(monkeypatch):
         nested = [nested_of([zero] * 2, [zero] * 2, o.nbytes, o.loss) for o in classes]
         low, high = floor_and_ceiling(classes, [])
         capacity = int(rng.integers(low, high + 1))
-        found, whole = solve_nested([], nested, capacity), solve(classes, capacity)
+        found = solve_nested([], nested, capacity, core_size=CoreSize(first=0))
+        whole = solve(classes, capacity)
         assert found.loss == pytest.approx(whole.loss, rel=1e-12)
 
 

@@ -50,8 +50,8 @@ def test_a_model_is_its_own_relative(target, surrogates, spaces):
         counted = [GAUSSIAN_ERROR.get(v) != 0 and "*" not in v for v in space.formats[group]]
         np.testing.assert_allclose(found.error_losses[group][-1][counted], rows[-1][counted])
     assert found.coupling == pytest.approx(mine.coupling)
-    for layer, losses in mine.counts.items():
-        np.testing.assert_allclose(found.counts[layer], losses, atol=1e-12)
+    for layer, losses in mine.count_losses.items():
+        np.testing.assert_allclose(found.count_losses[layer], losses, atol=1e-12)
 
 
 def test_a_deeper_model_loses_as_much_in_all(surrogates, spaces):
@@ -67,9 +67,9 @@ def test_a_deeper_model_loses_as_much_in_all(surrogates, spaces):
     share = 192 / 256
     theirs = sum(
         np.interp(share * 24, spaces["gguf"].counts, losses)
-        for losses in surrogates["gguf"].counts.values()
+        for losses in surrogates["gguf"].count_losses.values()
     )
-    ours = sum(v[space.counts.index(192)] for v in deep.counts.values())
+    ours = sum(v[space.counts.index(192)] for v in deep.count_losses.values())
     assert ours == pytest.approx(theirs * 58 / 61 * 6 / 5, rel=0.1)  # shares of routed layers
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.errors import BudgetError
 from allocator.prediction.profile import Change
-from allocator.prediction.surrogate import Surrogate, from_profile
+from allocator.prediction.solver import rounds, solve, solve_under
+from allocator.prediction.surrogate import from_profile
 from allocator.targets import TARGETS
 
 FREE = {  # group: formats left
@@ -203,7 +205,7 @@ def test_around_is_the_derivative_of_predict(surrogates, target):
             assert loss(name, value) - loss(name, params[name]) == pytest.approx(slope, rel=1e-4)
     # counts have no noise; they are the change itself, experts' formats left as they are
     name = "experts.all" if space.tied else "experts.2"
-    table = {x: surrogate.counts[x] for x in (LAYERS if space.tied else (2,))}
+    table = {x: surrogate.count_losses[x] for x in (LAYERS if space.tied else (2,))}
     expected = sum(v[1] * surrogate.multipliers[f"experts.{x}"] for x, v in table.items())
     assert loss(name, 7) == pytest.approx(expected)
     assert loss(name, 24) == 0
@@ -232,7 +234,7 @@ def test_towards_is_the_geometric_mean(surrogates, profiles, target):
         np.testing.assert_allclose(rows, expected, rtol=1e-12)
         assert (rows != surrogate.error_losses[group]).any()
     assert halfway.coupling == surrogate.coupling
-    assert halfway.counts == surrogate.counts
+    assert halfway.count_losses == surrogate.count_losses
     assert halfway.multipliers == {"embedding": 2.0}
     same = surrogate.with_curvature_at(profile.curvature)
     for group, rows in same.error_losses.items():
@@ -369,7 +371,7 @@ def test_a_bundle_changed_alone_loses_what_was_measured(surrogates, profiles):
 def test_pruning_is_linear_between_measured_counts(surrogates, profiles):
     pruned = profiles["safetensors"].pruned | {1: {20: 0.1, 12: 0.5, 6: 2.0}}
     space = surrogates["safetensors"].space
-    found = changed(profiles["safetensors"], space, pruned=pruned).counts[1]
+    found = changed(profiles["safetensors"], space, pruned=pruned).count_losses[1]
     assert space.counts == tuple(range(6, 25))
     expected = {24: 0, 22: 0.05, 20: 0.1, 16: 0.3, 12: 0.5, 9: 1.25, 6: 2.0}
     assert {n: found[n - 6] for n in expected} == pytest.approx(expected)
@@ -377,7 +379,7 @@ def test_pruning_is_linear_between_measured_counts(surrogates, profiles):
 
 def test_all_experts_cost_nothing(surrogates):
     for surrogate in surrogates.values():
-        assert {row[-1] for row in surrogate.counts.values()} == {0.0}
+        assert {row[-1] for row in surrogate.count_losses.values()} == {0.0}
 
 
 # -- the optimum
@@ -405,7 +407,7 @@ def tables(layouts, profiles):
 
 
 def sizes_of(surrogate, bounds):
-    costs = surrogate.space.costs(Budget(1, bounds))
+    costs = Costs(surrogate.space, Budget(1, bounds))
     return np.array([costs.total(p) for p in everything(surrogate.space)])
 
 
@@ -417,44 +419,38 @@ def test_under_a_noise_the_solution_is_brute_force(tables, target, same, bounds,
     sizes, all_params = sizes_of(surrogate, bounds), list(everything(surrogate.space))
     for noise, share in itertools.product((0.003, 0.1, 5.0), (0, 0.05, 0.3, 0.5, 0.8, 1)):
         budget = Budget(int(np.quantile(sizes, share)), bounds)
-        costs = surrogate.space.costs(budget)
-        found = surrogate._solve_under(costs, noise)
+        costs = Costs(surrogate.space, budget)
+        found = solve_under(surrogate, costs, noise)
         assert costs.total(found) <= budget.nbytes
         linear = smooth + squared / (2 * noise)
         best = linear[sizes <= budget.nbytes].min()
         assert linear[all_params.index(found)] == pytest.approx(best, rel=1e-12)
-    assert surrogate._solve_under(surrogate.space.costs(Budget(int(sizes.min()) - 1, bounds)), 1) \
-        is None  # fmt: skip
+    under = Costs(surrogate.space, Budget(int(sizes.min()) - 1, bounds))
+    assert solve_under(surrogate, under, 1) is None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bounds", ["file", "weights"])
 @pytest.mark.parametrize(("target", "same"), KINDS)
-def test_solved_is_near_the_optimum_of_the_whole(monkeypatch, tables, target, same, bounds, seed):
+def test_solved_is_near_the_optimum_of_the_whole(tables, target, same, bounds, seed):
     surrogate, smooth, squared = tables(target, same, seed)
     sizes, total = sizes_of(surrogate, bounds), smooth + np.sqrt(squared)
-    space, met = surrogate.space, []
-    solve_under = Surrogate._solve_under
-
-    def watched(self, costs, noise):
-        met.append(solve_under(self, costs, noise))
-        return met[-1]
-
-    monkeypatch.setattr(Surrogate, "_solve_under", watched)
+    space = surrogate.space
     for share in (0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1):
         budget = Budget(int(np.quantile(sizes, share)), bounds)
-        met.clear()
-        found = surrogate.solve(budget)
+        found = solve(surrogate, budget)
         assert space.allocation(found).used(space.layout, budget) <= budget.nbytes
         assert found["experts_used"] == 4
         least = total[sizes <= budget.nbytes].min()
         assert least * (1 - 1e-12) <= surrogate.predict(found) <= 1.005 * least
-        course = [surrogate.predict(p) for p in met]
+        met = list(rounds(surrogate, Costs(space, budget)))
+        course = [surrogate.predict(p) for _, p in met]
+        assert course == [loss for loss, _ in met]
         assert 2 <= len(course) <= 8
         assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(course))
         assert surrogate.predict(found) == min(course)
     with pytest.raises(BudgetError, match="is under the floor of"):
-        surrogate.solve(Budget(int(sizes.min()) - 3000, bounds))
+        solve(surrogate, Budget(int(sizes.min()) - 3000, bounds))
 
 
 @pytest.mark.parametrize("bounds", ["file", "weights"])
@@ -466,25 +462,25 @@ def test_never_over_the_budget(surrogates, target, bounds):
     before = math.inf
     for share in (0, 0.001, 0.1, 0.5, 1, 1.5):
         budget = Budget(low + int(share * (high - low)), bounds)
-        found = surrogate.solve(budget)
+        found = solve(surrogate, budget)
         allocation = space.allocation(found)
         allocation.check(space.layout)
         assert allocation.used(space.layout, budget) <= budget.nbytes
         assert surrogate.predict(found) <= before
         before = surrogate.predict(found)
     with pytest.raises(BudgetError, match=f"{low - 1:,} bytes"):
-        surrogate.solve(Budget(low - 1, bounds))
+        solve(surrogate, Budget(low - 1, bounds))
 
 
 def test_losses_that_fall_below_zero_are_solved_within_the_budget(surrogates, profiles):
     """Around a candidate, switches may win: half of the moves do."""
     for target, surrogate in surrogates.items():
         budget = Budget(9_000_000, "weights")
-        here = surrogate.solve(budget)
+        here = solve(surrogate, budget)
         rng = np.random.default_rng(7)
         moves = moves_from(profiles[target], surrogate.space, here, rng)
         near = near_of(surrogate, here, moves, 0.5)
-        found = near.solve(budget)
+        found = solve(near, budget)
         assert near.predict(found) < 0
         used = surrogate.space.allocation(found).nbytes(surrogate.space.layout).encoded
         assert used <= budget.nbytes
@@ -493,6 +489,6 @@ def test_losses_that_fall_below_zero_are_solved_within_the_budget(surrogates, pr
 def test_solve_is_repeatable(surrogates):
     for surrogate in surrogates.values():
         budget = Budget(12_000_000, "weights")
-        first = surrogate.solve(budget)
-        surrogate.multiplied({"embedding": 9.0}).solve(Budget(11_000_000, "file"))
-        assert surrogate.solve(budget) == first
+        first = solve(surrogate, budget)
+        solve(surrogate.multiplied({"embedding": 9.0}), Budget(11_000_000, "file"))
+        assert solve(surrogate, budget) == first

@@ -12,9 +12,11 @@ from optuna.trial import TrialState
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.search_space import Experts, Pin, SearchSpace, bind
 from allocator.errors import StudyError
 from allocator.formats import FORMATS
+from allocator.prediction.solver import solve
 from allocator.samplers.evolution import offspring, random_start
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import Queued
@@ -65,9 +67,9 @@ def test_offspring_are_within_the_budget_and_near_the_parent(small, target, boun
     slack = 200 if bounds == "file" else 0  # a header's bound
     budget = Budget(low + slack + share * (high - low) // 1000, bounds)
     rng = np.random.default_rng(seed)
-    parent = random_start(space.costs(budget), rng)
+    parent = random_start(Costs(space, budget), rng)
     assert used(space, budget, parent) <= budget.nbytes
-    child = offspring(space.costs(budget), parent, rng)
+    child = offspring(Costs(space, budget), parent, rng)
     if child is None:
         return
     assert used(space, budget, child) <= budget.nbytes
@@ -104,7 +106,7 @@ def test_a_step_is_one_level(small):
 
     def drawn(blocks):  # more than the parent's: of each unit, 64 x 64 weights
         wider = Budget(budget.nbytes + blocks * 64 * 64 // 32, "weights")
-        children = [offspring(space.costs(wider), parent, rng) for _ in range(400)]
+        children = [offspring(Costs(space, wider), parent, rng) for _ in range(400)]
         return Counter((c[q], c[o]) for c in children if c is not None)
 
     # Q8_0 has 12 bytes a block more than Q5_0, Q4_0 has 4 less
@@ -128,7 +130,7 @@ def test_as_many_are_lowered_as_raised_and_one_is_likeliest(layouts):
     space = bind(spec, layouts["gguf"], None)
     assert len(space.distributions) == 10
     parent = space.complete(dict.fromkeys(space.distributions, "Q4_K"))
-    costs = space.costs(Budget(used(space, Budget(1, "weights"), parent), "weights"))
+    costs = Costs(space, Budget(used(space, Budget(1, "weights"), parent), "weights"))
     rng = np.random.default_rng(1)
     drawn = Counter()
     for _ in range(1800):
@@ -145,10 +147,10 @@ def test_counts_go_up_and_down_where_all_layers_share_one(spaces, surrogates):
     """One count of five layers has more bytes than ten small units."""
     space, surrogate = spaces["gguf"], surrogates["gguf"]
     budget = Budget(8234496, "weights")
-    parent = space.complete(surrogate.solve(budget))
+    parent = space.complete(solve(surrogate, budget))
     rng = np.random.default_rng(3)
     parent["experts.all"] -= 1
-    drawn = (offspring(space.costs(budget), parent, rng) for _ in range(4000))
+    drawn = (offspring(Costs(space, budget), parent, rng) for _ in range(4000))
     change = Counter(c["experts.all"] - parent["experts.all"] for c in drawn if c is not None)
     assert set(change) >= {-1, 0, 1}
     assert change[0] > 1000
@@ -156,7 +158,7 @@ def test_counts_go_up_and_down_where_all_layers_share_one(spaces, surrogates):
 
 def test_units_without_bytes_are_switched_too(small):
     space = small("safetensors")
-    costs = space.costs(Budget(60_000, "weights"))
+    costs = Costs(space, Budget(60_000, "weights"))
     rng = np.random.default_rng(2)
     parent = random_start(costs, rng)
     for before, after in ((1, 2), (2, 1)):
@@ -185,7 +187,7 @@ def optimum(space, budget, loss):
 
 def climbed(space, budget, seed):
     """An additive loss after 2,000 offspring, and at the start, both over the least there is."""
-    costs, rng = space.costs(budget), np.random.default_rng(seed)
+    costs, rng = Costs(space, budget), np.random.default_rng(seed)
     loss = {}
     for name, values in space.choices.items():
         scale = float(np.exp(rng.normal()))

@@ -12,6 +12,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
 from allocator.decision.budget import Budget
 from allocator.errors import StudyError
+from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
 from allocator.study.generations import Selection
@@ -628,7 +629,7 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
     sizes = [q.allocation.used(space.layout, budget) for q in queue]
     assert max(sizes) <= budget.nbytes
     assert sizes[:n_knapsack] == sorted(sizes[:n_knapsack], reverse=True)
-    assert queue[0].allocation == space.allocation(search.surrogate.solve(budget))
+    assert queue[0].allocation == space.allocation(solve(search.surrogate, budget))
     assert len({q.allocation.digest for q in queue}) == len(queue)
     fitting = [
         name

@@ -23,8 +23,10 @@ from allocator.app.search_stage import pick_tokens
 from allocator.comparison.bench import Bench
 from allocator.comparison.runs import compare_spec
 from allocator.decision.budget import Budget
-from allocator.decision.space import split
+from allocator.decision.costs import Costs
+from allocator.decision.mixes import split
 from allocator.prediction.knapsack import Options, solve
+from allocator.prediction.solver import solve as solve_surrogate
 from allocator.scoring.documents import batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
 from allocator.scoring.scorer import mean
@@ -46,7 +48,7 @@ class Relaxed:
         self.study_folder = study_folder = bench.study_folder
         self.space, self.swap = study_folder.space, study_folder.profiler.swap
         self.start = start
-        costs = self.space.costs(budget)
+        costs = Costs(self.space, budget)
         counts = self.space.layer_counts(start)
         self.retained = self.space.allocation(start).retained_experts
         self.room = (
@@ -165,7 +167,7 @@ def search(bench, weights, tokens, rate):
     """Params of the roundings with their loss on the search documents, and the tokens spent."""
     study_folder = bench.study_folder
     budget = Budget(weights, "weights")
-    start = study_folder.surrogate.solve(budget)
+    start = solve_surrogate(study_folder.surrogate, budget)
     scorer, looked = study_folder.scorers.trials, study_folder.scorers.gradients
     looked.ensure_reference(looked.n_documents)
     scorer.ensure_reference(scorer.n_documents)

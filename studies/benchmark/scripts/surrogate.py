@@ -17,7 +17,9 @@ from scipy.stats import spearmanr
 from allocator.app.study_folder import StudyFolder
 from allocator.comparison.runs import compare_spec
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.decision.feasibility import make_feasible
+from allocator.prediction.solver import solve
 from allocator.scoring.scorer import Scorer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -26,15 +28,14 @@ HERE = Path(__file__).resolve().parent.parent
 def proposals(study_folder, budget, n, near):
     """Random params, repaired; `near` draws factors around the knapsack instead, of that spread."""
     space, surrogate = study_folder.space, study_folder.surrogate
-    costs = space.costs(budget)
+    costs = Costs(space, budget)
     rng = np.random.default_rng(0)
     for _ in range(n):
         if near:
             names = surrogate.multiplied_names
             factors = np.exp(near * rng.standard_normal(len(names)))
-            params = surrogate.multiplied(dict(zip(names, factors.tolist(), strict=True))).solve(
-                budget
-            )
+            multipliers = dict(zip(names, factors.tolist(), strict=True))
+            params = solve(surrogate.multiplied(multipliers), budget)
         else:
             drawn = {k: v[rng.integers(len(v))] for k, v in space.choices.items()}
             params = make_feasible(space, costs, drawn, surrogate.loss_at(space.complete(drawn)))

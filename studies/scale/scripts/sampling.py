@@ -17,6 +17,7 @@ import pandas as pd
 
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.budget import Budget
+from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import from_profile
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.scoring.scorer import mean
@@ -43,7 +44,7 @@ def main():
         surrogate = from_profile(profile, profiler.space(study_folder.search_space))
         for bits in BITS:
             nbytes = int(bits / 8 * study_folder.inventory.n_searched_weights)
-            params = surrogate.solve(Budget(nbytes, "weights"))
+            params = solve(surrogate, Budget(nbytes, "weights"))
             allocation = surrogate.space.allocation(params)
             scorer = study_folder.scorers.selection
             kl = mean(scorer.score(allocation).kl, scorer.documents)
