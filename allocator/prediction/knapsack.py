@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+MAX_STATES = 200_000
+"""Partial choices per class of a core, by default; 8 bytes each."""
+
 _FIRST_CORE = 16  # options beyond the relaxation's own that the first core holds
 _GROWTH = 2.0  # the gap limit's factor when a core holds no proof
 _TOLERANCE = 1e-12  # of the losses in the core: a partial choice is pruned only beyond rounding
@@ -152,7 +155,7 @@ def lp_bound(options: Sequence[Options], capacity: int) -> float:
 
 
 def solve(
-    options: Sequence[Options], capacity: int, *, max_states: int = 200_000
+    options: Sequence[Options], capacity: int, *, max_states: int = MAX_STATES
 ) -> Solution | None:
     """Returns the choice of one option per class with the least total loss within a capacity.
 

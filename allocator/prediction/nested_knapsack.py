@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.prediction.knapsack import Floats, Ints, Options, frontier, solve
+from allocator.prediction.knapsack import MAX_STATES, Floats, Ints, Options, frontier, solve
 
 _GROWTH = 2.0  # the limit's factor when the solution lies beyond it
 _WORK = 1 << 24  # partial choices x choices of a class: wider classes leave fewer states
@@ -132,7 +132,7 @@ def solve_nested(
     nested: Sequence[Nested],
     capacity: int,
     *,
-    max_states: int = 200_000,
+    max_states: int = MAX_STATES,
     core_size: CoreSize = CoreSize(),
 ) -> NestedSolution | None:
     """Returns the choice with the least total loss within a capacity.

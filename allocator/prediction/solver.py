@@ -23,7 +23,7 @@ from allocator.decision.parameters import (
     ExpertsOf,
     Params,
 )
-from allocator.prediction.knapsack import Floats, Ints, Options, lp_bound
+from allocator.prediction.knapsack import MAX_STATES, Floats, Ints, Options, lp_bound
 from allocator.prediction.knapsack import solve as solve_plain
 from allocator.prediction.nested_knapsack import Nested, solve_nested
 from allocator.prediction.surrogate import Surrogate
@@ -228,7 +228,7 @@ class _Knapsack:
         capacity: Ints,
         losses: Mapping[str, Floats],
         first_row: int = 0,
-        **options: int,
+        max_states: int = MAX_STATES,
     ) -> Params | None:
         """The optimum of some losses under some settings.
 
@@ -237,18 +237,18 @@ class _Knapsack:
             capacity: bytes for groups and routers where every layer retains a count, `counts`.
             losses: by group, `counts x options`.
             first_row: index of the least count, where all layers retain the same.
-            options: of the knapsack.
+            max_states: of the knapsack.
         """
         space = self.surrogate.space
         solved = (
-            self._tied(losses, capacity, first_row, **options)
+            self._tied(losses, capacity, first_row, max_states)
             if space.tied
-            else self._untied(losses, int(capacity[-1]), **options)
+            else self._untied(losses, int(capacity[-1]), max_states)
         )
         return None if solved is None else space.complete({**solved, **settings})
 
     def _tied(
-        self, losses: Mapping[str, Floats], capacity: Ints, first_row: int, **options: int
+        self, losses: Mapping[str, Floats], capacity: Ints, first_row: int, max_states: int
     ) -> Params | None:
         """The optimum with one count for all layers; arguments as of `_optimum`."""
         surrogate, space = self.surrogate, self.surrogate.space
@@ -264,7 +264,7 @@ class _Knapsack:
             for_groups = int(capacity[row]) - routers
             if best is not None and lp_bound(classes, for_groups) + pruned[row] >= best[0]:
                 continue
-            solved = solve_plain(classes, for_groups, **options)
+            solved = solve_plain(classes, for_groups, max_states=max_states)
             if solved is None:
                 continue
             loss = solved.loss + float(pruned[row])
@@ -273,7 +273,9 @@ class _Knapsack:
                 best = loss, {**params, ExpertsOf(None).name: space.counts[row]}
         return None if best is None else best[1]
 
-    def _untied(self, losses: Mapping[str, Floats], capacity: int, **options: int) -> Params | None:
+    def _untied(
+        self, losses: Mapping[str, Floats], capacity: int, max_states: int
+    ) -> Params | None:
         """The optimum with a count per layer, within the capacity of the largest count."""
         surrogate, space, nbytes = self.surrogate, self.surrogate.space, self._choice_bytes
         inside = {g for groups in space.expert_groups.values() for g in groups}
@@ -291,7 +293,7 @@ class _Knapsack:
                 for x in layers
             ],
             capacity,
-            **options,
+            max_states=max_states,
         )
         if solved is None:
             return None
