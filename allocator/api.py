@@ -6,6 +6,7 @@ are shown when `progress` is true; nothing else is printed.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,18 @@ from allocator.errors import (
     VerifyError,
 )
 from allocator.evaluation.held_out import evaluate
-from allocator.export.checkpoint import Manifest, Written
+from allocator.export.checkpoint import Written
 from allocator.export.checkpoint import materialize as _materialize
-from allocator.export.verification import SAFETENSORS_TOLERANCE, Verification, check_tolerance
+from allocator.export.manifest import Manifest
+from allocator.export.runtimes import runtime_named
+from allocator.export.tensors import EncodedTensors
+from allocator.export.verification import LOSS_TOLERANCE, Verification, check_tolerance
 from allocator.export.verification import verify as _verify
 from allocator.prediction.priors import Prior, published, transferred
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import from_profile
 from allocator.study.storages import journal_path, open_storage
-from allocator.targets import GGUF, target_named
-from allocator.targets.gguf.tokenizer import check_tokenizer
+from allocator.targets import target_named
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
@@ -58,13 +61,13 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
     `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
     what a gguf file of it could not have: a tokenizer.
     """
-    layout = target_named(target).layout(read_inventory(checkpoint))
+    chosen = target_named(target)
+    layout = chosen.layout(read_inventory(checkpoint))
     notes = []
-    if target == GGUF.name:
-        try:
-            check_tokenizer(layout.inventory)
-        except (CheckpointError, TargetError) as error:
-            notes.append(f"no tokenizer: {error}")
+    try:
+        chosen.check_tokenizer(layout.inventory)
+    except (CheckpointError, TargetError) as error:
+        notes.append(f"no tokenizer: {error}")
     rows = [
         {
             "group": g.name,
@@ -255,23 +258,31 @@ def materialize(
         study: the folder it belongs to.
         allocation: a file as `search` writes it.
         out: directory to make.
-        container: `gguf` or `safetensors`; the study's target by default.
+        container: name of the target whose runtime is to read it; the study's by default.
         record: note the weights' sha256 in the allocation file, for `reproduce`.
         options: of `StudyFolder`.
 
     Raises:
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
+        CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
+        TargetError: if the container's runtime cannot express the allocation.
     """
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
     wanted = AllocationRecord.read(path)
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
-    encodings = study_folder.encodings.of(wanted.importance)
     container = container or study_folder.spec.target
+    runtime_named(container).check_can_write(wanted.decision)
+    encodings = study_folder.encodings.of(wanted.importance)
+    source = EncodedTensors(encodings, wanted.decision)
+    if wanted.weights_digest != source.digest:
+        raise CheckpointError(
+            f"{path}: of weights {wanted.weights_digest[:12]}, which are not here; needed the file "
+            "that holds them"
+        )
     written = _materialize(
-        wanted.decision,
-        encodings,
+        source,
         Path(out),
         container=container,
         importance=wanted.importance,
@@ -323,17 +334,16 @@ def verify(
     )
     found = _verify(
         Path(folder),
-        encodings,
+        partial(EncodedTensors, encodings, encode=encode),
         scorer,
         tolerance=tolerance,
-        encode=encode,
         progress=study_folder.progress,
     )
     for name, record in records.items():
         known = record.loss.get("search")
         if documents is not None or record.digest != manifest.allocation or known is None:
             continue
-        if abs(known - found.loss) > SAFETENSORS_TOLERANCE:
+        if abs(known - found.loss) > LOSS_TOLERANCE:
             raise VerifyError(
                 f"{folder}: proxy loss {found.loss:.6f}, {name} says {known:.6f}; the study "
                 "was run on another calibration or version"

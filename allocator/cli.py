@@ -256,13 +256,16 @@ def _materialize(args: argparse.Namespace) -> None:
 
 
 def _print_written(written: Any) -> None:
+    from allocator.export.runtimes import runtime_named
+
     m = written.manifest
     print(
         f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
         f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
     )
     if written.options:
-        print(f"llama.cpp must be told {written.options} (in llama-cpp-options.txt)")
+        runtime = runtime_named(m.container)
+        print(f"{runtime.program} must be told {written.options} (in {runtime.options_file})")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -276,13 +279,12 @@ def _verify(args: argparse.Namespace) -> None:
         encode=args.encode,
         **_options(args),
     )
-    runtime = "llama.cpp" if v.container == "gguf" else "transformers"
-    off = "KL(torch || llama.cpp)" if v.container == "gguf" else "difference"
     exact = f", {v.exact.divergence:.1e} in exact arithmetic{v.exact.part}" if v.exact else ""
     print(
         f"{v.folder}: {v.n_tensors} tensors equal, {v.tensor_bytes:,} tensor bytes and "
         f"{v.file_bytes:,} file bytes as predicted; proxy loss {v.loss:.6f} in torch, "
-        f"{v.runtime_loss:.6f} in {runtime}, {off} {v.divergence:.2e}{exact}"
+        f"{v.runtime_loss:.6f} in {v.runtime.program}, {v.runtime.divergence_name} "
+        f"{v.divergence:.2e}{exact}"
     )
 
 
@@ -509,7 +511,7 @@ def _parser() -> argparse.ArgumentParser:
     _allocation(p)
     p.add_argument("out", type=Path, help="directory to make")
     _study_option(p)
-    p.add_argument("--container", choices=("gguf", "safetensors"), help="default: the target")
+    p.add_argument("--container", help="gguf or safetensors (default: the target)")
     p.add_argument("--record", action="store_true", help="note the sha256 in the allocation file")
 
     p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")

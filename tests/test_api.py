@@ -38,7 +38,7 @@ from allocator.errors import (
     StudyError,
     VerifyError,
 )
-from allocator.export.checkpoint import Manifest, file_digest
+from allocator.export.manifest import Manifest, file_digest
 from allocator.files.checksums import unseal
 from allocator.formats import FORMATS, offered
 from allocator.profiling.profiler import Profiler

@@ -17,7 +17,7 @@ import torch
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.errors import StudyError
-from allocator.export.checkpoint import file_digest
+from allocator.export.manifest import file_digest
 from allocator.scoring.scorer import Scorer
 from allocator.study.folder_lock import search_lock
 

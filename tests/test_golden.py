@@ -15,7 +15,7 @@ from allocator.app.tables import front_table
 from allocator.comparison.bench import Bench
 from allocator.comparison.runs import results
 from allocator.decision.allocation_record import AllocationRecord
-from allocator.export.checkpoint import Manifest
+from allocator.export.manifest import Manifest
 from allocator.prediction.profile import Profile
 from allocator.study.storages import open_storage
 from allocator.study.trials import RESULT, allocation_of

@@ -11,9 +11,9 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import mixed
 from allocator.errors import CheckpointError, SpaceError
-from allocator.export.gguf.files import parse_tensor_type_file
+from allocator.export.runtimes import runtime_named
 from allocator.formats import fallback
-from allocator.targets import GGUF, Layout
+from allocator.targets import Layout
 
 
 def read_encoded(
@@ -39,7 +39,7 @@ def read_encoded(
         raise SpaceError(f"{path}: no such allocation file")
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix != ".json" and not text.lstrip().startswith("{"):
-        allocation = _from_tensor_types(text, layout, base)
+        allocation = _from_recipe(text, layout, base)
     elif base is not None:
         raise SpaceError(f"{path}: --base is for tensor-type files; an allocation names all")
     else:
@@ -51,10 +51,9 @@ def read_encoded(
     return allocation, importance
 
 
-def _from_tensor_types(text: str, layout: Layout, base: str | None) -> Allocation:
-    if layout.target != GGUF.name:
-        raise SpaceError("a tensor-type file names gguf tensors; this study's target is not gguf")
-    named = parse_tensor_type_file(text, layout)
+def _from_recipe(text: str, layout: Layout, base: str | None) -> Allocation:
+    """An allocation of all experts, from a text in the form of the target's own runtime."""
+    named = runtime_named(layout.target).read_recipe(text, layout)
     missing = [g for g in layout.groups if g not in named]
     if missing and base is None:
         raise SpaceError(

@@ -9,12 +9,10 @@ from the vectors committed beside it.
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from allocator.checkpoint.tensors import Floats
 from allocator.codecs.encodings import Encodings
-from allocator.decision.allocation_record import importance_name
-from allocator.errors import CheckpointError, first_line
+from allocator.decision.allocation_record import importance_name, read_importance
+from allocator.errors import CheckpointError
 from allocator.profiling.statistics import importance_digest
 
 
@@ -55,7 +53,7 @@ class StudyEncodings:
         if beside is not None and not path.is_file():
             path = beside.parent / path.name
         if path.is_file():
-            vectors = _read_importance(path)
+            vectors = read_importance(path)
             if importance_digest(vectors) != importance:
                 raise CheckpointError(
                     f"{path}: not the importance it is named for; restore the file"
@@ -68,17 +66,3 @@ class StudyEncodings:
                 "calibration gives here; restore the file"
             )
         return own
-
-
-def _read_importance(path: Path) -> dict[str, Floats]:
-    """Committed vectors, float32; the caller compares their digest."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        vectors: dict[str, Floats] = load_file(path)
-        if any(v.dtype != np.float32 for v in vectors.values()):
-            raise ValueError("not all of it is float32")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({first_line(error)}); restore the file") from None
-    return vectors

@@ -27,7 +27,7 @@ from allocator.prediction.surrogate import Surrogate
 from allocator.targets import TARGETS, Layout, Target
 from allocator.targets.device_memory import DeviceMemory
 
-RUNTIME = "gguf"
+RUNTIME = next(target.name for target in TARGETS.values() if target.predicts_memory)
 """The target whose runtime's memory is known."""
 
 _SEED_MODEL = ("deepseek_v3", 61, 256)

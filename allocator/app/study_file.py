@@ -115,7 +115,7 @@ class LongRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Runs of one seed with more forward tokens."""
 
     sampler: str
-    target: Literal["gguf", "safetensors"]
+    target: str
     weights: list[int | str]
     tokens: int
 
@@ -176,13 +176,14 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A `study.toml`; paths are relative to it.
 
     Attributes:
+        target: name of the runtime's contract, e.g. `gguf` or `safetensors`.
         tokenizer: the checkpoint's own goes into a gguf, or `none`: that file reads ids alone.
         streamed: for a model that does not fit in memory.
     """
 
     schema: int
     checkpoint: str
-    target: Literal["gguf", "safetensors"]
+    target: str
     calibration: CalibrationSpec
     space: str = ""
     budget: BudgetSpec = BudgetSpec()
@@ -228,10 +229,11 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def _check_names(spec: StudySpec) -> None:
     check_sampler(spec.sampler)
+    target_named(spec.target)
     if spec.compare is not None:
         for name in (*spec.compare.samplers, *(long.sampler for long in spec.compare.long)):
             check_sampler(name)
-        for target in spec.compare.seeds:
+        for target in (*spec.compare.seeds, *(long.target for long in spec.compare.long)):
             target_named(target)
 
 

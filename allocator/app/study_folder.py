@@ -42,8 +42,7 @@ from allocator.scoring.documents import digest
 from allocator.scoring.swap_model import check_device
 from allocator.study.search import open_study
 from allocator.study.storages import open_storage
-from allocator.targets import GGUF, Layout, target_named
-from allocator.targets.gguf.tokenizer import check_tokenizer
+from allocator.targets import Layout, target_named
 
 
 class StudyFolder:
@@ -93,9 +92,9 @@ class StudyFolder:
     @cached_property
     def layout(self) -> Layout:
         """The target bound to the checkpoint, whose tokenizer it can express."""
-        layout = target_named(self.target).layout(self.inventory)
-        if self.target == GGUF.name:
-            check_tokenizer(self.inventory)
+        target = target_named(self.target)
+        layout = target.layout(self.inventory)
+        target.check_tokenizer(self.inventory)
         return layout
 
     @cached_property
@@ -270,7 +269,8 @@ class StudyFolder:
         protected = json.dumps(sorted(self.search_space.experts.protected.items()))
         streamed = self.spec.streamed
         together: dict[str, Any] = {} if streamed is None else {"candidates": streamed.candidates}
-        if self.target == GGUF.name and self.spec.tokenizer == "none" and self._has_tokenizer:
+        stored = target_named(self.target).stores_tokenizer
+        if stored and self.spec.tokenizer == "none" and self._has_tokenizer:
             together["tokenizer"] = "none"  # files of other sizes
         return together | {
             "checkpoint": self.inventory.digest,

@@ -88,7 +88,7 @@ def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
 def _read(inventory: Inventory, info: TensorInfo) -> Floats:
     raw = read_raw(inventory, info)
     if info.scale is not None:
-        scale = _floats(read_raw(inventory, info.scale), info.scale.dtype)
+        scale = floats_of(read_raw(inventory, info.scale), info.scale.dtype)
         values = _scaled(
             raw.reshape(info.shape), scale.reshape(info.scale.shape), inventory.scale_block
         )
@@ -98,7 +98,7 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
                 "too large; needed finite weights: fetch the checkpoint again"
             )
     else:
-        values = _floats(raw, info.dtype)
+        values = floats_of(raw, info.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(values.sum()) or np.isfinite(values).all()  # a sum is cheaper
     if not finite:
@@ -109,8 +109,8 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
     return values.reshape(info.shape)
 
 
-def _floats(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
-    """Stored floats as float32, exactly."""
+def floats_of(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
+    """Returns stored floats, `F32`, `F16` or `BF16`, as float32, exactly; both flat."""
     if dtype == "BF16":
         bits = raw.view(np.uint16).astype(np.uint32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)

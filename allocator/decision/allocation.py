@@ -40,7 +40,7 @@ class Allocation:
     """A complete configuration of a quantized checkpoint.
 
     Attributes:
-        target: whose layout its groups are (`gguf`, `safetensors`).
+        target: name of the one whose layout its groups are.
         retained: `(layer, expert indices)` for every MoE layer, both ascending.
         formats: `(group, format)` for every group, by name; a format's name, or the parts in
             which routed experts are stored (`formats.parts`).

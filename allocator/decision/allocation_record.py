@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from msgspec import UNSET, UnsetType
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
-from allocator.errors import SpaceError, StudyError
+from allocator.errors import CheckpointError, SpaceError, StudyError, first_line
 from allocator.files.atomic import accessing, locked, write_whole
 from allocator.files.checksums import seal, unseal
 
@@ -41,6 +46,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         loss: proxy loss per split, nats per token.
         sha256: of the written weights' file, per container.
         workload: `context`, `sequences` and `reserve`, where the budget was a whole device's.
+        weights: digest of weights that the other digests do not determine, e.g. finished ones;
+            absent where they do.
     """
 
     name: str
@@ -56,6 +63,12 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: dict[str, str] = {}  # msgspec copies it
     schema: int = 1
     workload: dict[str, int] = {}  # msgspec copies it
+    weights: str | UnsetType = UNSET
+
+    @property
+    def weights_digest(self) -> str:
+        """Names weights that the other digests do not determine; empty if they do."""
+        return "" if isinstance(self.weights, UnsetType) else self.weights
 
     @property
     def decision(self) -> Allocation:
@@ -131,6 +144,23 @@ def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) ->
 def importance_name(digest: str) -> str:
     """Returns the name of the file of importance vectors, in the folder of an allocation."""
     return f"importance-{digest[:12]}.safetensors"
+
+
+def read_importance(path: Path) -> dict[str, Floats]:
+    """Reads committed importance vectors by group: `(in,)`, or `(experts or heads, in)`; float32.
+
+    The caller compares their digest.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or of another dtype.
+    """
+    try:
+        vectors: dict[str, Floats] = load_file(path)
+        if any(v.dtype != np.float32 for v in vectors.values()):
+            raise ValueError("not all of it is float32")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({first_line(error)}); restore the file") from None
+    return vectors
 
 
 @cache

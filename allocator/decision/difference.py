@@ -16,7 +16,12 @@ import numpy as np
 import pandas as pd
 
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, importance_name, read_allocation
+from allocator.decision.allocation_record import (
+    AllocationRecord,
+    importance_name,
+    read_allocation,
+    read_importance,
+)
 from allocator.decision.parameters import (
     EXPERTS_USED,
     KV_FORMAT,
@@ -24,7 +29,6 @@ from allocator.decision.parameters import (
     ExpertsOf,
     FormatOf,
 )
-from allocator.errors import SpaceError
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def difference(one: str | Path, other: str | Path) -> Difference:
     """Compares two allocation files.
 
     Raises:
-        SpaceError: if a file is no allocation file, or its file of importance vectors is damaged.
+        SpaceError: if a file is no allocation file.
+        CheckpointError: if its file of importance vectors is damaged.
     """
     paths = Path(one), Path(other)
     (a, a_record), (b, b_record) = (read_allocation(path) for path in paths)
@@ -109,21 +114,10 @@ def _of_importance(paths: tuple[Path, Path], one: str, other: str) -> str:
     files = [p.parent / importance_name(d) for p, d in zip(paths, (one, other), strict=True)]
     if not all(file.is_file() for file in files):
         return f"importance differs ({one[:12]} and {other[:12]})"
-    mine, its = (_vectors(file) for file in files)
+    mine, its = (read_importance(file) for file in files)
     shared = [n for n in mine if n in its and mine[n].shape == its[n].shape]
     apart = max((_apart(mine[n], its[n]) for n in shared), default=0.0)
     return f"importance differs by at most {apart:.1e} of a value in {len(shared)} shared vectors"
-
-
-def _vectors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        vectors: dict[str, Any] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SpaceError(f"{path}: cannot be read ({error}); restore the file") from None
-    return vectors
 
 
 def _apart(one: Any, other: Any) -> float:

@@ -51,24 +51,6 @@ def group_reads(
     return nbytes
 
 
-def full_precision_bytes(
-    layout: Layout, tensor: FullPrecision, n_experts: int, container: Target
-) -> int:
-    """Returns the bytes of a full-precision tensor in a kind of file.
-
-    Args:
-        layout: of the tensor.
-        tensor: a router, norm or bias.
-        n_experts: experts that its layer retains.
-        container: the kind of file. A file of another target than the layout's stores the tensor as
-            the checkpoint does.
-    """
-    if container.name == layout.target:
-        return tensor.nbytes(n_experts)
-    rows = tensor.shape_with(n_experts)[0]
-    return layout.inventory.tensors[tensor.source].nbytes // tensor.shape[0] * rows
-
-
 def full_precision_reads(tensor: FullPrecision, *, experts_used: int, n_experts: int) -> int:
     """Returns the bytes that decoding one token reads of a full-precision tensor, rounded up.
 
@@ -217,7 +199,7 @@ class StoredBytes:
 
     def _full_precision(self) -> list[int]:
         return [
-            full_precision_bytes(self.layout, k, self._count(k.layer), self.container)
+            self.container.full_precision_bytes(self.layout, k, self._count(k.layer))
             for k in self.layout.full_precision
         ]
 

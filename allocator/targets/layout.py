@@ -1,16 +1,17 @@
-"""What all targets share: `Group`, `FullPrecision`, `Layout`, and the `Target` contract."""
+"""How a checkpoint lies in a target's file: which tensors are encoded together, which are not.
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+In: an inventory, and the target's names. Out: `Group`s, `FullPrecision` tensors, a `Layout` of
+both. Invariant: groups stand outside the layers first, then layer by layer, in every target's file.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
-from allocator.errors import TargetError
 from allocator.families import Role
-from allocator.formats import FORMATS, Format, offered
-from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
+from allocator.formats import FORMATS, Format, Parts, offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +39,21 @@ class Group:
     source_format: Format | None = None
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
-        """Its shape when its layer retains `n_experts`."""
+        """Returns its shape when its layer retains `n_experts`."""
         return (n_experts, *self.shape[1:]) if self.role.is_expert else self.shape
 
     def experts(self, retained: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-        """Which experts it stores, of those retained by MoE layer; `()` if it has none."""
+        """Returns the experts that it stores, of those retained by MoE layer; `()` if none."""
         return retained[self.layer] if self.role.is_expert and self.layer is not None else ()
 
     def offered(self) -> tuple[Format, ...]:
-        """Formats that store it as named, largest first."""
+        """Returns the formats that store it as named, largest first."""
         return offered(self.shape, importance=self.importance, source=self.source_format)
 
 
 @dataclass(frozen=True, slots=True)
 class FullPrecision:
-    """A tensor kept in full precision: a norm, a router, a router's bias.
+    """A tensor that stays in full precision: a norm, a router, a router's bias.
 
     Attributes:
         source: its name in the checkpoint.
@@ -68,11 +69,11 @@ class FullPrecision:
     dtype: str
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
-        """Its shape when its layer retains `n_experts`."""
+        """Returns its shape when its layer retains `n_experts`."""
         return (n_experts, *self.shape[1:]) if self.role.is_router else self.shape
 
     def nbytes(self, n_experts: int) -> int:
-        """Its bytes when its layer retains `n_experts`."""
+        """Returns its bytes when its layer retains `n_experts`."""
         return prod(self.shape_with(n_experts)) * DTYPE_BYTES[self.dtype]
 
 
@@ -84,7 +85,7 @@ class Layout:
         target: the name of the target.
         inventory: the checkpoint.
         groups: by name, in file order.
-        kept: what stays in full precision, in file order.
+        full_precision: tensors that are not encoded, in file order, after all groups.
         notes: what a user must know of it: what is left out, what the runtime must be told.
     """
 
@@ -100,114 +101,10 @@ class Layout:
         return self.inventory.moe_layers
 
 
-class Target(ABC):
-    """What every runtime's contract answers.
-
-    Attributes:
-        name: as in study.toml.
-        one_expert_count: the runtime knows one retained count for all layers.
-        mixes_experts: the experts of one projection may be stored in several formats (parts).
-        alignment: tensor data in its file starts at multiples of this many bytes.
-    """
-
-    name: str
-    one_expert_count: bool
-    mixes_experts: bool
-    alignment: int
-
-    @abstractmethod
-    def layout(self, inventory: Inventory) -> Layout:
-        """The groups and kept tensors of a checkpoint in this target."""
-
-    @abstractmethod
-    def header_bytes(
-        self,
-        layout: Layout,
-        *,
-        retained: Mapping[int, tuple[int, ...]],
-        formats: Mapping[str, str],
-        experts_used: int,
-    ) -> int:
-        """Bytes before the tensor data, alignment included.
-
-        Args:
-            layout: the tensors, in this or (for a container) another target's layout.
-            retained: experts by MoE layer.
-            formats: format or parts by group.
-            experts_used: routed experts per token.
-        """
-
-    def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
-        """At most what the header grows by when a group is stored in parts of these formats."""
-        assert self.mixes_experts, f"{self.name}: {group.name} in parts {names}"
-        return 0
-
-    def check_kv_format(self, inventory: Inventory, kv_format: str) -> None:
-        """Raises:
-        TargetError: if the runtime does not store keys and values so.
-        """
-        if kv_format != "f16":
-            raise TargetError(
-                f"kv_format {kv_format!r} with target {self.name}: it is chosen for llama.cpp's "
-                "cache; needed 'f16', or target gguf"
-            )
-
-    def check_micro_batch(self, micro_batch: int) -> None:
-        """Raises:
-        TargetError: if the runtime cannot be told so.
-        """
-        raise TargetError(
-            f"micro_batch {micro_batch}: our loader of target {self.name} knows none; leave it "
-            "out, or use target gguf"
-        )
-
-    def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
-        """Bytes of keys and values that decoding a token reads of a full context.
-
-        Raises:
-            TargetError: if nothing is known of the runtime.
-        """
-        raise TargetError(self._unknown_memory)
-
-    def device_memory(
-        self,
-        inventory: Inventory,
-        workload: Workload,
-        settings: RuntimeSettings,
-        *,
-        weights: int,
-        n_experts: int,
-    ) -> DeviceMemory:
-        """What the runtime occupies, itemised.
-
-        Args:
-            inventory: the checkpoint.
-            workload: what runs.
-            settings: what the runtime is told.
-            weights: bytes of tensor data.
-            n_experts: the most that a layer retains.
-
-        Raises:
-            TargetError: if nothing is known of the runtime.
-        """
-        raise TargetError(self._unknown_memory)
-
-    @property
-    def _unknown_memory(self) -> str:
-        return (
-            f"target {self.name}: our loader decodes weights to float32, so its memory is not "
-            "budgeted; use target gguf"
-        )
-
-    def padded(self, nbytes: int) -> int:
-        """Bytes that tensor data of `nbytes` occupies in the file."""
-        return -(-nbytes // self.alignment) * self.alignment
-
-
 def plain_groups(
     inventory: Inventory, stored_as: Mapping[str, str], skip: Iterable[Role] = ()
 ) -> list[Group]:
-    """One group per matrix, one per projection of a layer's experts.
+    """Makes one group per matrix, and one per projection of a layer's experts.
 
     Args:
         inventory: the checkpoint.
@@ -238,6 +135,18 @@ def plain_groups(
 
 
 def in_file_order(groups: Iterable[Group]) -> dict[str, Group]:
-    """Groups by name: outside the layers first, then layer by layer."""
+    """Returns groups by name: outside the layers first, then layer by layer."""
     ordered = sorted(groups, key=lambda g: (-1 if g.layer is None else g.layer, g.name))
     return {group.name: group for group in ordered}
+
+
+def part_names(group: str, stored: Parts) -> tuple[str, ...]:
+    """Returns a name for each part of a group: the group's, with the format's where it has several.
+
+    Args:
+        group: its name.
+        stored: formats, and the experts that each stores.
+    """
+    if len(stored) == 1:
+        return (group,)
+    return tuple(f"{group}.{fmt.name}" for fmt, _ in stored)

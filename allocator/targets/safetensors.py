@@ -3,20 +3,22 @@
 A safetensors file is 8 bytes of header length, a JSON header padded with spaces to 8 bytes, and the
 tensor data without gaps (https://github.com/huggingface/safetensors#format). Encoded groups are
 `U8` tensors of shape `(..., bytes per row)` under the group's name, or one per part under the
-group's and the format's (`layers.3.experts.down.IQ1_S`); kept tensors keep name and dtype.
+group's and the format's (`layers.3.experts.down.IQ1_S`); full-precision tensors have the
+checkpoint's names and dtypes.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, Inventory
-from allocator.formats import FORMATS, Format, Parts, parts
+from allocator.formats import FORMATS, Format, parts
+from allocator.targets.base import Target
 from allocator.targets.layout import (
     FullPrecision,
     Group,
     Layout,
-    Target,
     in_file_order,
+    part_names,
     plain_groups,
 )
 
@@ -26,17 +28,10 @@ Entry = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 _LONGEST_OFFSET = 10**16 - 1  # bytes
 
 
-def tensor_names(group: str, stored: Parts) -> tuple[str, ...]:
-    """Names of a group's tensors in the file, one per part."""
-    if len(stored) == 1:
-        return (group,)
-    return tuple(f"{group}.{fmt.name}" for fmt, _ in stored)
-
-
 def entries(
     layout: Layout, *, retained: Mapping[int, tuple[int, ...]], formats: Mapping[str, str]
 ) -> list[Entry]:
-    """Every tensor of the file, in order: encoded groups part by part, then kept tensors.
+    """Lists every tensor of the file, in order: groups part by part, then full-precision tensors.
 
     Args:
         layout: the tensors.
@@ -46,12 +41,12 @@ def entries(
     rows: list[Entry] = []
     for group in layout.groups.values():
         stored = parts(formats[group.name], group.experts(retained))
-        for name, (fmt, held) in zip(tensor_names(group.name, stored), stored, strict=True):
-            rows.append(_encoded(name, group, fmt, len(held)))
-    for kept in layout.full_precision:
-        shape = kept.shape_with(len(retained.get(kept.layer or 0, ())))
-        dtype = layout.inventory.tensors[kept.source].dtype
-        rows.append((kept.source, dtype, shape))
+        for name, (fmt, experts) in zip(part_names(group.name, stored), stored, strict=True):
+            rows.append(_encoded(name, group, fmt, len(experts)))
+    for tensor in layout.full_precision:
+        shape = tensor.shape_with(len(retained.get(tensor.layer or 0, ())))
+        dtype = layout.inventory.tensors[tensor.source].dtype
+        rows.append((tensor.source, dtype, shape))
     return rows
 
 
@@ -61,7 +56,7 @@ def _encoded(name: str, group: Group, fmt: Format, n_experts: int) -> Entry:
 
 
 def header(rows: Iterable[Entry]) -> bytes:
-    """The bytes before the tensor data of a file with these tensors, in this order."""
+    """Returns the bytes before the tensor data of a file with these tensors, in this order."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in rows:
@@ -92,14 +87,14 @@ class SafetensorsTarget(Target):
     alignment = 1
 
     def layout(self, inventory: Inventory) -> Layout:
-        """Groups as the checkpoint stores them; experts of a projection stacked."""
-        kept = tuple(
+        """Returns groups as the checkpoint stores them, the experts of a projection stacked."""
+        full_precision = tuple(
             FullPrecision(t.name, t.name, t.role, t.layer, t.shape, t.dtype)
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role != "nextn"
         )
         groups = in_file_order(plain_groups(inventory, {}))
-        return Layout(self.name, inventory, groups, kept, inventory.notes)
+        return Layout(self.name, inventory, groups, full_precision, inventory.notes)
 
     def header_bytes(
         self,
@@ -109,13 +104,19 @@ class SafetensorsTarget(Target):
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
-        """Length prefix and JSON header."""
+        """Returns the bytes of length prefix and JSON header."""
         return len(header(entries(layout, retained=retained, formats=formats)))
 
-    def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
-        """The first part takes the group's row and a longer name, every other a row of its own.
+    def full_precision_bytes(self, layout: Layout, tensor: FullPrecision, n_experts: int) -> int:
+        """Returns the bytes of a full-precision tensor in the checkpoint's own dtype."""
+        source = layout.inventory.tensors[tensor.source]
+        return source.nbytes // source.shape[0] * tensor.shape_with(n_experts)[0]
 
-        Whole words of 8 bytes, so that several fit however the header is padded.
+    def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
+        """Bounds the bytes that the header grows by when a group is in parts of these formats.
+
+        The first part takes the group's row and a longer name, every other a row of its own. The
+        bound is in whole words of 8 bytes, so that several fit however the header is padded.
         """
         table: dict[str, object] = {}
         for name in names[1:]:

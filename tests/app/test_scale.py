@@ -114,6 +114,7 @@ from allocator.decision.allocation import Allocation
 from allocator.profiling.statistics import importance_digest
 from allocator.formats import fallback
 from allocator.export.checkpoint import materialize
+from allocator.export.tensors import EncodedTensors
 from allocator.scoring.swap_model import SwapModel
 
 what, folder, group, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -140,7 +141,8 @@ allocations = [
 profile = workspace.profile
 losses = workspace.scorers.trials.score_many(allocations)
 written = materialize(
-    allocations[0], workspace.profiler.bank, folder / "written", container="gguf",
+    EncodedTensors(workspace.profiler.encodings, allocations[0]), folder / "written",
+    container="gguf",
     importance=importance_digest(workspace.profiler.statistics.importance),
 )
 print(len(profile.measured), *(found.kl.mean() for found in losses), written.manifest.file_bytes)

@@ -1,5 +1,6 @@
 """A checkpoint in FP8 from end to end, against torch's decoding of it and transformers."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import gguf
@@ -18,7 +19,9 @@ from allocator.decision.allocation import Allocation
 from allocator.evaluation import held_out as report
 from allocator.export.checkpoint import materialize
 from allocator.export.safetensors.loading import load
-from allocator.export.verification import SAFETENSORS_TOLERANCE, verify
+from allocator.export.safetensors.runtime import SAFETENSORS_TOLERANCE
+from allocator.export.tensors import EncodedTensors
+from allocator.export.verification import verify
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, TARGETS
@@ -125,8 +128,7 @@ def written(two, tmp_path_factory):
             layout = GGUF.layout(read_inventory(getattr(two, kind)))
             encodings = Encodings(folder / f"bank-{kind}", layout, {})
             materialize(
-                chosen(layout, fmt),
-                encodings,
+                EncodedTensors(encodings, chosen(layout, fmt)),
                 folder / key,
                 container=container,
                 importance="i" * 64,
@@ -158,7 +160,7 @@ def test_what_is_written_verifies(written, make_documents, container):
         SwapModel(encodings.layout, encodings.decoded), make_documents([32] * 3, seed=1)
     )
     limit = 0.05 if container == "gguf" else SAFETENSORS_TOLERANCE  # llama.cpp rounds activations
-    found = verify(folder, encodings, scorer, tolerance=limit)
+    found = verify(folder, partial(EncodedTensors, encodings), scorer, tolerance=limit)
     assert found.n_tensors == len(encodings.layout.groups) + len(encodings.layout.full_precision)
     assert found.loss > 0.01
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from allocator import api
 from allocator.cli import main
 from allocator.decision.allocation import Allocation
-from allocator.errors import SpaceError
+from allocator.errors import CheckpointError
 
 PICK = Path(__file__).parents[2] / "studies/reference/allocations/pick.json"
 
@@ -134,7 +134,7 @@ def test_importance_beside_both_is_compared(change, shown, factor):
     _, line = shown(PICK, other)
     assert line.endswith(f"by at most {apart:.1e} of a value in {len(vectors)} shared vectors")
     (other.parent / "importance-abababababab.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SpaceError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="damaged"):
         api.diff(PICK, other)
 
 

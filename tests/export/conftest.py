@@ -10,6 +10,7 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.export.checkpoint import materialize
+from allocator.export.tensors import EncodedTensors
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import TARGETS
@@ -81,14 +82,9 @@ def case(wide, tmp_path_factory, make_documents):
                     chosen[g] = in_parts(rng, layout.groups[g], retained, formats or FAST)
             return Allocation.of(target=target, retained=retained, formats=chosen, experts_used=2)
 
-        def write(folder, container, chosen=None):
-            return materialize(
-                chosen or allocation(),
-                encodings,
-                folder,
-                container=container,
-                importance="i" * 64,
-            )
+        def write(folder, container, chosen=None, source=EncodedTensors):
+            made_of = source(encodings, chosen or allocation())
+            return materialize(made_of, folder, container=container, importance="i" * 64)
 
         scorer = Scorer(SwapModel(layout, encodings.decoded), make_documents([32] * 3, seed=1))
         made[name, target] = SimpleNamespace(

@@ -18,7 +18,9 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.errors import CheckpointError, SpaceError, TargetError, VerifyError
 from allocator.export import checkpoint
-from allocator.export.checkpoint import FILE, Manifest, materialize
+from allocator.export.checkpoint import materialize
+from allocator.export.manifest import Manifest
+from allocator.export.runtimes import runtime_named
 from allocator.export.tensors import EncodedTensors
 from allocator.targets import TARGETS, target_named
 
@@ -40,7 +42,7 @@ def test_predicted_bytes_are_the_tensors_and_the_file(case, written, which):
     made, done = case(name, target), written(*which)
     allocation = made.allocation()
     size = allocation.nbytes(made.layout, target_named(container))
-    path = done.folder / FILE[container]
+    path = done.folder / runtime_named(container).file_name
     assert path.stat().st_size == size.file == done.manifest.file_bytes
     assert sum(tensor_bytes(path).values()) == size.tensors
     assert done.manifest.tensor_bytes == size.tensors
@@ -62,7 +64,7 @@ def test_the_safetensors_library_reads_every_tensor(case, written, which):
             name = f"{group}.{fmt}" if len(pieces) > 1 else group
             stored[name] = group, fmt, [int(e) for e in experts.split(",") if e]
     assert (len(stored) > len(made.layout.groups)) == (target == "safetensors")
-    with safe_open(folder / FILE[container], framework="pt") as file:
+    with safe_open(folder / runtime_named(container).file_name, framework="pt") as file:
         names = set(file.keys())
         assert names == {*stored, *(k.source for k in made.layout.full_precision)}
         total = 0
@@ -90,7 +92,7 @@ def test_manifest_digests_are_the_files(written, which):
     for name, digest in done.manifest.sha256.items():
         assert hashlib.sha256(files[name]).hexdigest() == digest
     assert Manifest.read(done.folder) == done.manifest
-    expected = {"allocation.json", FILE[done.manifest.container]}
+    expected = {"allocation.json", runtime_named(done.manifest.container).file_name}
     assert expected <= set(files)
 
 
@@ -117,17 +119,15 @@ def test_what_a_runtime_needs_beside_the_weights_is_carried_over(case, tmp_path)
     encodings = Encodings(made.encodings_folder, layout, {})
     for _ in range(2):  # the second takes the place of the first
         done = materialize(
-            made.allocation(),
-            encodings,
+            EncodedTensors(encodings, made.allocation()),
             tmp_path / "out",
             container="safetensors",
             importance="i" * 64,
         )
     files = contents(done.folder)
     assert {n: files[n].decode() for n in BESIDE} == BESIDE
-    assert set(files) == {
-        *BESIDE, "config.json", "allocation.json", "manifest.json", FILE["safetensors"],
-    }  # fmt: skip
+    ours = {"config.json", "allocation.json", "manifest.json", done.manifest.file}
+    assert set(files) == {*BESIDE, *ours}
     assert set(done.manifest.sha256) == set(files) - {"manifest.json"}
 
 
@@ -151,9 +151,8 @@ def test_only_what_is_stored_is_encoded(case, written, tmp_path, target, cap):
     made = case("deepseek", target)
     allocation, folder = made.allocation(), tmp_path / "bank"
     encodings = Encodings(folder, made.layout, {}, cap_bytes=cap)
-    again = materialize(
-        allocation, encodings, tmp_path / "out", container=target, importance="i" * 64
-    )
+    source = EncodedTensors(encodings, allocation)
+    again = materialize(source, tmp_path / "out", container=target, importance="i" * 64)
     assert again.manifest == written("deepseek", target, target).manifest
     if cap:
         assert len(list(folder.iterdir())) == 1
@@ -171,23 +170,22 @@ def test_only_what_is_stored_is_encoded(case, written, tmp_path, target, cap):
 
 @pytest.mark.parametrize("container", ["gguf", "safetensors"])
 @pytest.mark.parametrize("old", [False, True])
-def test_an_error_half_way_leaves_what_was_there(case, tmp_path, monkeypatch, container, old):
+def test_an_error_half_way_leaves_what_was_there(case, tmp_path, container, old):
     made, folder = case("qwen3", "gguf"), tmp_path / "out"
     if old:
         made.write(folder, container)
     before = contents(folder) if old else None
     calls = []
 
-    def failing(self, name, *part):
-        calls.append(name)
-        if len(calls) == 5:
-            raise OSError("the disk is gone")
-        return original(self, name, *part)
+    class Failing(EncodedTensors):
+        def encoded(self, name, part=0):
+            calls.append(name)
+            if len(calls) == 5:
+                raise OSError("the disk is gone")
+            return super().encoded(name, part)
 
-    original = EncodedTensors.encoded
-    monkeypatch.setattr(EncodedTensors, "encoded", failing)
     with pytest.raises(OSError, match="gone"):
-        made.write(folder, container)
+        made.write(folder, container, source=Failing)
     assert os.listdir(tmp_path) == (["out"] if old else [])
     if old:
         assert contents(folder) == before
@@ -220,8 +218,9 @@ if where == "encoded":
 else:
     checkpoint.file_digest = dying(checkpoint.file_digest)
 layout = TARGETS["gguf"].layout(read_inventory(path))
+encodings = Encodings(Path(bank), layout, {})
 checkpoint.materialize(
-    Allocation.from_json(json.loads(allocation)), Encodings(Path(bank), layout, {}), Path(folder),
+    EncodedTensors(encodings, Allocation.from_json(json.loads(allocation))), Path(folder),
     container=container, importance="i" * 64,
 )
 """
@@ -295,7 +294,7 @@ def test_a_damaged_bank_writes_the_same_bytes(case, written, tmp_path, container
         for part in (3, 5, 7):
             flip(entry, entry.stat().st_size * part // 8)
     again = materialize(
-        made.allocation(), Encodings(folder, made.layout, {}), tmp_path / "out",
+        EncodedTensors(Encodings(folder, made.layout, {}), made.allocation()), tmp_path / "out",
         container=container, importance="i" * 64,
     )  # fmt: skip
     assert again.manifest == written("deepseek", "gguf", container).manifest
@@ -308,7 +307,7 @@ def test_a_bit_that_flips_on_the_way_to_the_file_is_found(case, tmp_path, monkey
     made, digest = case("qwen3", "gguf"), checkpoint.file_digest
 
     def flipping(path):
-        if path.name == FILE[container]:
+        if path.name == runtime_named(container).file_name:
             flip(path, path.stat().st_size // 2)
         return digest(path)
 
@@ -321,36 +320,36 @@ def test_a_bit_that_flips_on_the_way_to_the_file_is_found(case, tmp_path, monkey
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_checkpoint_that_is_replaced_meanwhile_is_not_written(
-    case, tmp_path, monkeypatch, container, file, old
+    case, tmp_path, container, file, old
 ):
     made = case("qwen3", "gguf")
     path = shutil.copytree(made.path, tmp_path / "checkpoint")
     layout = TARGETS["gguf"].layout(read_inventory(path))
     folder, write = tmp_path / "out", {"container": container, "importance": "i" * 64}
     if old:
-        materialize(made.allocation(), Encodings(tmp_path / "bank", layout, {}), folder, **write)
-    before = contents(folder) if old else None
-    plain, calls = EncodedTensors.encoded, []
-
-    def replacing(self, *args):
-        calls.append(args)
-        if len(calls) == 5:
-            shutil.copyfile(path / file, tmp_path / "new")
-            os.replace(tmp_path / "new", path / file)
-        return plain(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EncodedTensors, "encoded", replacing)
         encodings = Encodings(tmp_path / "bank", layout, {})
-        with pytest.raises(CheckpointError, match=f"{file}: changed or replaced"):
-            materialize(made.allocation(), encodings, folder, **write)
+        materialize(EncodedTensors(encodings, made.allocation()), folder, **write)
+    before = contents(folder) if old else None
+    calls = []
+
+    class Replacing(EncodedTensors):
+        def encoded(self, name, part=0):
+            calls.append(name)
+            if len(calls) == 5:
+                shutil.copyfile(path / file, tmp_path / "new")
+                os.replace(tmp_path / "new", path / file)
+            return super().encoded(name, part)
+
+    encodings = Encodings(tmp_path / "bank", layout, {})
+    with pytest.raises(CheckpointError, match=f"{file}: changed or replaced"):
+        materialize(Replacing(encodings, made.allocation()), folder, **write)
     assert len(calls) >= 5
     assert not list(tmp_path.glob(".out*"))
     assert (contents(folder) if old else folder.exists()) == (before or False)
     encodings = Encodings(tmp_path / "bank", TARGETS["gguf"].layout(read_inventory(path)), {})
-    again = materialize(
-        made.allocation(), encodings, folder, **write
-    )  # the same weights, as it happens
+    again = materialize(  # the same weights, as it happens
+        EncodedTensors(encodings, made.allocation()), folder, **write
+    )
     assert again.manifest.checkpoint == made.layout.inventory.digest
 
 

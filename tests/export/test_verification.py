@@ -2,28 +2,37 @@
 
 import json
 import shutil
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from allocator.codecs.encodings import Encodings
 from allocator.codecs.ggml import encode
 from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError, VerifyError
-from allocator.export.checkpoint import FILE, Manifest, file_digest, materialize
+from allocator.export.checkpoint import materialize
+from allocator.export.manifest import Manifest, file_digest
+from allocator.export.runtimes import runtime_named
+from allocator.export.safetensors import runtime as safetensors_runtime
+from allocator.export.safetensors.runtime import SAFETENSORS_TOLERANCE
 from allocator.export.tensors import EncodedTensors
-from allocator.export.verification import (
-    SAFETENSORS_TOLERANCE,
-    _check_weights,
-    _tensors,
-    verify,
-)
+from allocator.export.verification import check_weights, verify
 from allocator.files.checksums import seal, unseal
 from allocator.targets import target_named
 
 RANDOM_WEIGHTS_TOLERANCE = 0.05
 PRECISE = ("BF16",)  # random weights: llama.cpp's 8-bit activations flip their routing
+
+
+def of(made, **options):
+    """Opens the source that a directory is held against."""
+    return partial(EncodedTensors, made.encodings, **options)
+
+
+def file_of(folder, container):
+    return folder / runtime_named(container).file_name
 
 
 def stored(target):
@@ -58,7 +67,7 @@ def test_good_ones_pass(case, precise, which):
     made, folder = case(name, target), precise(*which)
     # random weights: llama.cpp's 8-bit activations flip routings that trained ones decide clearly
     limit = RANDOM_WEIGHTS_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
-    found = verify(folder, made.encodings, made.scorer, tolerance=limit)
+    found = verify(folder, of(made), made.scorer, tolerance=limit)
     allocation = made.allocation(formats=stored(target))
     size = allocation.nbytes(made.layout, target_named(container))
     assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)
@@ -89,7 +98,7 @@ def resign(folder, **changes):
 
 def refused(folder, made, match):
     with pytest.raises(VerifyError, match=match) as caught:
-        verify(folder, made.encodings, made.scorer)
+        verify(folder, of(made), made.scorer)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -98,7 +107,7 @@ def refused(folder, made, match):
 @pytest.mark.parametrize("at", [-1, -5000, "middle"])
 def test_a_flipped_byte_is_found(case, copy, which, at, signed):
     folder = copy(which)
-    path = folder / FILE[which[2]]
+    path = file_of(folder, which[2])
     data = bytearray(path.read_bytes())
     where = len(data) // 2 if at == "middle" else len(data) + at
     if path.suffix == ".gguf":  # the last bytes may be padding
@@ -113,7 +122,7 @@ def test_a_flipped_byte_is_found(case, copy, which, at, signed):
 def test_a_flipped_byte_in_every_part_is_found(case, copy):
     which = ("qwen3", "safetensors", "safetensors")
     folder, made = copy(which), case(*which[:2])
-    path = folder / FILE["safetensors"]
+    path = file_of(folder, "safetensors")
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     table = json.loads(data[8:end])
@@ -137,7 +146,9 @@ def damaged(case, precise, which, tmp_path, at):
     name = "layers.1.experts.gate"
     fmt, experts = allocation.parts(made.layout, name)[0]
     slot = encodings.encoded(name, fmt.name, experts)[-1].tobytes()
-    for path in (folder / FILE[which[2]], Path(encodings._entry(name, fmt.name).path)):
+    holding = [p for p in (tmp_path / "bank").iterdir() if slot in p.read_bytes()]
+    assert len(holding) == 1
+    for path in (file_of(folder, which[2]), *holding):
         data = bytearray(path.read_bytes())
         assert data.count(slot) == 1
         data[data.index(slot) + at] ^= 4
@@ -172,20 +183,20 @@ def test_a_wrong_encoding_with_right_digests_is_found_by_encoding_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr("allocator.codecs.ggml.encode", failing)
-        materialize(
-            allocation, encodings, tmp_path / "out", container=container, importance="i" * 64
-        )
-    manifest, source = Manifest.read(tmp_path / "out"), EncodedTensors(encodings, allocation)
-    found = dict(_tensors(tmp_path / "out", manifest, encodings))
-    _check_weights(tmp_path / "out", manifest, source, found)
+        source = EncodedTensors(encodings, allocation)
+        materialize(source, tmp_path / "out", container=container, importance="i" * 64)
+    runtime, source = runtime_named(container), EncodedTensors(encodings, allocation)
+    tensors = runtime.read(tmp_path / "out" / runtime.file_name, made.layout)
+    check_weights(tmp_path / "out", runtime, source, tensors)
     before = sorted((tmp_path / "bank").iterdir())
     with pytest.raises(VerifyError, match="holds other bytes than its BF16 encoding"):
-        verify(tmp_path / "out", encodings, made.scorer, encode=True)
+        verify(tmp_path / "out", partial(EncodedTensors, encodings, encode=True), made.scorer)
     assert sorted((tmp_path / "bank").iterdir()) == before
     good = made.write(tmp_path / "good", container, allocation).folder
     with pytest.raises(VerifyError, match="holds other bytes"):
-        verify(good, encodings, made.scorer)
-    verify(good, encodings, made.scorer, encode=True, tolerance=RANDOM_WEIGHTS_TOLERANCE)
+        verify(good, partial(EncodedTensors, encodings), made.scorer)
+    anew = partial(EncodedTensors, encodings, encode=True)
+    verify(good, anew, made.scorer, tolerance=RANDOM_WEIGHTS_TOLERANCE)
 
 
 def test_parts_of_other_experts_are_found(case, copy):
@@ -301,7 +312,7 @@ def test_another_checkpoint_is_refused(case, precise, make_checkpoint, which, tm
     layout = TARGETS[target].layout(read_inventory(twin))
     encodings = Encodings(tmp_path / "bank", layout, {})
     with pytest.raises(VerifyError, match="made from checkpoint"):
-        verify(precise(*which), encodings, case(name, target).scorer)
+        verify(precise(*which), partial(EncodedTensors, encodings), case(name, target).scorer)
 
 
 def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypatch):
@@ -312,19 +323,16 @@ def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypat
         original = LlamaCpp.logits
         monkeypatch.setattr(LlamaCpp, "logits", lambda *args: original(*args)[:, ::-1].copy())
     else:
-        from allocator.export.safetensors import loading as load
+        load = safetensors_runtime.load
 
-        original_fill = load._fill
+        def off(folder):
+            model = load(folder)
+            double = torch.ones(made.layout.inventory.config["hidden_size"])
+            double[0] = 2
+            model.model.norm.register_forward_hook(lambda _, __, normed: normed * double)
+            return model
 
-        def off(model, config, part):
-            original_fill(model, config, part)
-            if "model.norm.weight" in part.shapes:
-                model.model.norm.weight.data[0] *= 1.5
-
-        monkeypatch.setattr(load, "_fill", off)
-        folder = copy(which)
-        refused(folder, made, "its runtime is off")
-        return
+        monkeypatch.setattr(safetensors_runtime, "load", off)
     refused(copy(which), made, "its runtime is off")
 
 

@@ -13,6 +13,7 @@ from allocator.export.checkpoint import materialize
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.safetensors.loading import load
+from allocator.export.tensors import EncodedTensors
 from allocator.profiling.statistics import importance_digest
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
@@ -53,8 +54,7 @@ def opened(reference, make_checkpoint, tmp_path_factory):
         )
         encodings = Encodings(folder / "bank", layout, {}, threads=1)
         materialize(
-            whole,
-            encodings,
+            EncodedTensors(encodings, whole),
             folder / "gguf",
             container="gguf",
             importance=importance_digest({}),
@@ -143,8 +143,7 @@ def test_a_written_checkpoint_is_loaded_with_them(opened, tmp_path, name):
     layout, encodings, whole, _, documents = opened(name)
     allocation = replace(whole, kv_format="q4_0")
     materialize(
-        allocation,
-        encodings,
+        EncodedTensors(encodings, allocation),
         tmp_path / "out",
         container="safetensors",
         importance=importance_digest({}),

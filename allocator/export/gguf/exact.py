@@ -17,7 +17,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -28,16 +28,17 @@ import torch
 from tqdm import tqdm
 
 from allocator.codecs.ggml import decode
-from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.decision.allocation import KV_FORMAT
 from allocator.errors import VerifyError
+from allocator.export.base import Exact
 from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
+from allocator.export.stored import StoredWeights
 from allocator.formats import FORMATS
-from allocator.scoring.candidates import Candidate, EncodedWeights, Weights
+from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed import States, StreamedModel
 from allocator.scoring.swap_model import free_memory
-from allocator.targets import Layout
 
 EXACT_TOLERANCE = 1e-5
 """KL(torch || llama.cpp) in exact mode, nats per token; above it llama.cpp computes something else.
@@ -46,40 +47,18 @@ Random models of both families of 2 to 5 layers gave 4e-13 to 3e-12, the referen
 wrong metadata 2e-4 to 0.3. The room between is for routers' ties that float32 breaks otherwise.
 """
 
-_TOKENS = 4096  # of the documents compared
+N_TOKENS = 4096
+"""Of the documents that are compared exactly."""
 _PIECE = 64 << 20
 _F32 = FORMATS["F32"]
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What the exact comparison gave.
-
-    Attributes:
-        divergence: KL(torch || llama.cpp), nats per token.
-        n_layers: compared, from the first on.
-        of_layers: that the model has.
-    """
-
-    divergence: float
-    n_layers: int
-    of_layers: int
-
-    @property
-    def part(self) -> str:
-        """For messages: which layers, where it is not the whole model."""
-        if self.n_layers == self.of_layers:
-            return ""
-        return f" (first {self.n_layers} of {self.of_layers} layers)"
-
-
 def compare_exactly(
     path: Path,
-    layout: Layout,
-    allocation: Allocation,
-    stored: EncodedWeights,
+    stored: StoredWeights,
     documents: Sequence[Document],
     *,
+    n_tokens: int = N_TOKENS,
     device: str = "cpu",
     memory: float | None = None,
     progress: bool = False,
@@ -88,10 +67,9 @@ def compare_exactly(
 
     Args:
         path: the file.
-        layout: of the allocation.
-        allocation: what the file holds.
-        stored: its encoded weights.
-        documents: the longest of them are compared, up to 4,096 tokens or one.
+        stored: its weights.
+        documents: the longest of them are compared.
+        n_tokens: that are compared at most, or one document.
         device: torch's.
         memory: bytes that decoded weights may take; as many layers are compared as that allows, at
             least through the first one with experts. A quarter of what is free by default.
@@ -100,20 +78,20 @@ def compare_exactly(
     Raises:
         VerifyError: if there is no room for the decoded file, or llama.cpp does not run it.
     """
-    tensors = read_gguf(path)
+    tensors, layout = read_gguf(path), stored.layout
     of_layers = layout.inventory.n_layers
     sizes = [_decoded_bytes(tensors, n) for n in range(of_layers + 1)]
     limit = free_memory() / 4 if memory is None else memory
     fitting = [n for n in range(of_layers + 1) if sizes[n] <= limit]
     n_layers = max([layout.layers[0] + 1, *fitting])
-    chosen = _longest(documents)
+    chosen = _longest(documents, n_tokens)
     model = StreamedModel(layout, Weights(layout, lambda: stored), device=device)
-    candidate = replace(Candidate.of(allocation), kv_format=KV_FORMAT)
+    candidate = replace(stored.candidate, kv_format=KV_FORMAT)
     values, weights = [], []
     with (
         _unnamed(path, sizes[n_layers]) as file,
         LlamaCpp(
-            _write_decoded(file, path, tensors, n_layers),
+            write_decoded(file, path, tensors, n_layers),
             context=max(len(d.ids) for d in chosen),
             threads=torch.get_num_threads(),
         ) as llama,
@@ -127,18 +105,23 @@ def compare_exactly(
 
 
 def kl_divergence(torch_logits: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> float:
-    """Mean KL(torch || runtime) over positions, nats per token."""
+    """Returns the mean KL(torch || runtime) over positions, nats per token.
+
+    Args:
+        torch_logits: `(tokens, vocabulary)`.
+        logits: the runtime's, of the same shape.
+    """
     p, q = (x.astype(np.float64) for x in (torch_logits, logits))
     p -= np.logaddexp.reduce(p, axis=-1, keepdims=True)
     q -= np.logaddexp.reduce(q, axis=-1, keepdims=True)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def _longest(documents: Sequence[Document]) -> list[Document]:
+def _longest(documents: Sequence[Document], n_tokens: int) -> list[Document]:
     """Long ones show positions that short ones do not have."""
     chosen: list[Document] = []
     for document in sorted(documents, key=lambda d: -len(d.ids)):
-        if chosen and sum(len(d.ids) for d in (*chosen, document)) > _TOKENS:
+        if chosen and sum(len(d.ids) for d in (*chosen, document)) > n_tokens:
             break
         chosen.append(document)
     return chosen
@@ -193,8 +176,14 @@ def _unnamed(path: Path, nbytes: int) -> Iterator[BinaryIO]:
     )
 
 
-def _write_decoded(file: BinaryIO, path: Path, tensors: Tensors, n_layers: int) -> Path:
-    """The file at `path` with the tensors of the first layers in F32, the others' bytes zero.
+def write_decoded(file: BinaryIO, path: Path, tensors: Tensors, n_layers: int) -> Path:
+    """Writes the file at `path` with the tensors of the first layers in F32, the others zero bytes.
+
+    Args:
+        file: open for writing.
+        path: of the GGUF file.
+        tensors: of that file.
+        n_layers: whose tensors are decoded.
 
     Returns:
         A path under which this process can open it.

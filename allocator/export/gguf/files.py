@@ -1,4 +1,4 @@
-"""GGUF files: written tensor by tensor, read without trust; and llama-quantize's own recipe text.
+"""GGUF files: written tensor by tensor, read without trust.
 
 In: a layout, an allocation and a source of encoded bytes. Out: a file that stock llama.cpp loads.
 Invariant: the file is whole or absent under its name, and its size is the allocation's; a file that
@@ -7,9 +7,8 @@ is read has every length and offset checked before it is used.
 
 import mmap
 import os
-import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -18,32 +17,30 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-from allocator.decision.allocation import KV_FORMAT, Allocation
-from allocator.errors import FormatError, VerifyError
+from allocator.decision.allocation import Allocation
+from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.targets import FullPrecision, Layout
-from allocator.targets.gguf.contract import yarn_options
-from allocator.targets.gguf.memory import kv_parts
-from allocator.targets.gguf.metadata import metadata, yarn_betas
+from allocator.targets.gguf.metadata import metadata
 
 Bytes = npt.NDArray[np.uint8]
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
 
 
-class Source(Protocol):
-    """Where the bytes of a file come from; an array is asked for once, when it is written."""
+class GgufSource(Protocol):
+    """Where the bytes of a file come from, as of a `TensorSource`; each is asked for once."""
 
     def encoded(self, name: str) -> Bytes:
-        """A group in its format: `(..., rows, bytes per row)`, retained experts only."""
+        """Returns a group in its format: `(..., rows, bytes per row)`, retained experts only."""
 
-    def full_precision(self, kept: FullPrecision) -> npt.NDArray[np.float32]:
-        """A kept tensor, retained rows only."""
+    def full_precision(self, tensor: FullPrecision) -> npt.NDArray[np.float32]:
+        """Returns a norm, or the retained rows of a router: `tensor.shape_with(retained)`."""
 
 
 # -- writing
 
 
-def write_gguf(path: Path, layout: Layout, allocation: Allocation, source: Source) -> None:
+def write_gguf(path: Path, layout: Layout, allocation: Allocation, source: GgufSource) -> None:
     """Writes the file under a temporary name, then renames it; one tensor in memory at a time.
 
     Raises:
@@ -62,7 +59,7 @@ def write_gguf(path: Path, layout: Layout, allocation: Allocation, source: Sourc
     _sync_directory(path.parent)
 
 
-def _write(path: Path, layout: Layout, allocation: Allocation, source: Source) -> None:
+def _write(path: Path, layout: Layout, allocation: Allocation, source: GgufSource) -> None:
     writer = GGUFWriter(path, layout.inventory.family.gguf_architecture)
     try:
         _add_metadata(writer, layout, allocation)
@@ -117,7 +114,7 @@ def _add_tensors(
 
 
 def _data(
-    layout: Layout, allocation: Allocation, source: Source
+    layout: Layout, allocation: Allocation, source: GgufSource
 ) -> Iterator[tuple[str, tuple[int, ...], npt.NDArray[np.generic]]]:
     for group in layout.groups.values():
         encoded = np.ascontiguousarray(source.encoded(group.name))
@@ -277,76 +274,3 @@ def _tensors(
     if start + expected != len(whole):
         raise cursor.fail(f"tensors to byte {start + expected} in a file of {len(whole)}, found")
     return found
-
-
-# -- llama-quantize's --tensor-type-file
-
-
-def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[str, int]) -> str:
-    """What llama.cpp's programs must be told, the file not saying it; empty for their defaults.
-
-    Args:
-        layout: of the checkpoint, some of which llama.cpp does not read from the file.
-        allocation: what the file holds.
-        workload: `context` and `sequences`, where a whole device was budgeted; then without second
-            copies of weights, which a CPU keeps otherwise.
-    """
-    keys, values = kv_parts(allocation.kv_format)
-    betas = yarn_betas(layout.inventory)
-    told = [] if betas is None else [yarn_options(betas)]
-    if (keys, values) != (KV_FORMAT, KV_FORMAT):
-        told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
-    if workload or allocation.micro_batch is not None:
-        told.append(f"--ubatch-size {allocation.runtime_settings.micro_batch}")
-    if workload:
-        n = workload["sequences"]
-        told.append(f"--ctx-size {workload['context'] * n} --parallel {n} --no-repack")
-    return " ".join(told)
-
-
-def tensor_type_file(layout: Layout, allocation: Allocation) -> str:
-    """Lines `regex=type` that make llama-quantize choose the same format for every group."""
-    lines = [
-        f"^{re.escape(group.stored_as)}$={allocation.format_of[name].lower()}"
-        for name, group in layout.groups.items()
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def parse_tensor_type_file(text: str, layout: Layout) -> dict[str, str]:
-    """Format by group, as llama-quantize would read the file; groups without a match are absent.
-
-    Its rules (tools/quantize/quantize.cpp, src/llama-quant.cpp): entries are separated by white
-    space and split at the first `=`; the pattern is lowered in case, then searched anywhere in the
-    tensor's name; the first entry that matches decides. Older builds went on past a match that
-    named the type that the tensor would have had anyway.
-
-    Raises:
-        FormatError: if an entry is malformed or its type unknown, naming the line.
-    """
-    entries = [
-        _entry(number, word)
-        for number, line in enumerate(text.splitlines(), 1)
-        for word in line.split()
-    ]
-    found: dict[str, str] = {}
-    for name, group in layout.groups.items():
-        for pattern, chosen in entries:
-            if pattern.search(group.stored_as):
-                found[name] = chosen
-                break
-    return found
-
-
-def _entry(number: int, word: str) -> tuple[re.Pattern[str], str]:
-    pattern, equals, kind = word.partition("=")
-    if not pattern or not equals or kind.upper() not in FORMATS:
-        raise FormatError(
-            f"line {number}: {word!r}, needed regex=type, a type of {', '.join(FORMATS).lower()}"
-        )
-    try:
-        return re.compile(pattern.lower()), kind.upper()
-    except re.error as error:
-        raise FormatError(
-            f"line {number}: {pattern!r} is no regular expression ({error})"
-        ) from None

@@ -192,19 +192,19 @@ _log_callback = _LogCallback(_keep_errors)  # alive as long as the library may c
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    """The library, its functions typed, its log silenced.
+def library() -> ctypes.CDLL:
+    """Loads llama.cpp once, its functions typed, its log silenced.
 
     Raises:
         FormatError: if xllamacpp is not installed.
     """
-    found = ggml.library()
+    loaded = ggml.library()
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    found.llama_log_set(_log_callback, None)
-    found.llama_backend_init()
-    return found
+    loaded.llama_log_set(_log_callback, None)
+    loaded.llama_backend_init()
+    return loaded
 
 
 def _check_layout(params: _ModelParams | _ContextParams) -> None:
@@ -261,7 +261,7 @@ class LlamaCpp:
         repack: bool = True,
     ) -> None:
         self._model = self._context = None
-        self._lib = _library()
+        self._lib = library()
         self.path = Path(path)
         params = self._context_params(context * sequences, exact=exact)
         params.n_seq_max = sequences
@@ -344,7 +344,7 @@ class LlamaCpp:
             VerifyError: if the sequence does not fit the context or vocabulary, or fails.
         """
         self._clear()
-        self._decode(ids, 0)
+        self.decode(ids, 0)
         rows = [self._row(i) for i in range(len(ids))]
         return np.stack(rows)
 
@@ -358,7 +358,7 @@ class LlamaCpp:
         found: list[int] = []
         pending, at = list(prompt_ids), 0
         while len(found) < n:
-            self._decode(pending, at)
+            self.decode(pending, at)
             token = int(self._row(len(pending) - 1).argmax())
             found.append(token)
             at += len(pending)
@@ -410,7 +410,12 @@ class LlamaCpp:
                 "and write the file again"
             )
 
-    def _decode(self, ids: Sequence[int], start: int) -> None:
+    def decode(self, ids: Sequence[int], start: int = 0) -> None:
+        """Computes tokens from a position on; their logits stay in llama.cpp.
+
+        Raises:
+            VerifyError: if they do not fit the context or vocabulary, or llama.cpp fails.
+        """
         n = len(ids)
         if not 0 < n <= self.context - start or not 0 <= min(ids) <= max(ids) < self.n_vocab:
             raise VerifyError(

@@ -21,14 +21,14 @@ from allocator.checkpoint.inventory import read_json
 from allocator.codecs import ggml
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError
-from allocator.export.checkpoint import FILE, QUANT_METHOD
+from allocator.export.safetensors.files import FILE_NAME, QUANT_METHOD
 from allocator.families import Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.kv_cache import attach, keys_values
 from allocator.scoring.swap_model import destination, resize_experts, set_experts_used, skeleton
 from allocator.targets import Group
-from allocator.targets.safetensors import tensor_names
+from allocator.targets.layout import part_names
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Part:
     Attributes:
         groups: encoded: the group, its format, its bytes, and which of the layer's retained experts
             they are (None: all, or no experts).
-        kept: stored tensors by parameter name.
+        full_precision: stored tensors by parameter name.
         shapes: of the parameters that are filled, by name.
     """
 
@@ -102,7 +102,7 @@ def _parts(
     """Every stored tensor, by the module that needs it."""
     stored = _stored(family_of(config), allocation)
     parts: dict[str, _Part] = {}
-    with _opened(folder / FILE["safetensors"]) as file:
+    with _opened(folder / FILE_NAME) as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
@@ -132,7 +132,7 @@ def _stored(
         group = _group(family, group_name)
         held = group.experts(allocation.retained_experts)
         in_file = parts_of(text, held)
-        for name, (fmt, experts) in zip(tensor_names(group_name, in_file), in_file, strict=True):
+        for name, (fmt, experts) in zip(part_names(group_name, in_file), in_file, strict=True):
             places = [held.index(e) for e in experts] if len(in_file) > 1 else None
             found[name] = group, fmt, places
     return found

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import FAMILIES, Role
+from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 from allocator.targets.gguf.memory import (
     compute_bytes,
@@ -26,11 +27,11 @@ from allocator.targets.gguf.metadata import (
     metadata_bytes,
     yarn_betas,
 )
+from allocator.targets.gguf.tokenizer import check_tokenizer
 from allocator.targets.layout import (
     FullPrecision,
     Group,
     Layout,
-    Target,
     in_file_order,
     plain_groups,
 )
@@ -49,6 +50,8 @@ class GgufTarget(Target):
     one_expert_count = True
     mixes_experts = False
     alignment = 32
+    stores_tokenizer = True
+    predicts_memory = True
 
     def layout(self, inventory: Inventory) -> Layout:
         """Groups under llama.cpp's names, `kv_b` split.
@@ -92,6 +95,15 @@ class GgufTarget(Target):
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
         return self.padded(_HEADER + metadata_bytes(fields) + table)
+
+    def check_tokenizer(self, inventory: Inventory) -> None:
+        """Checks that llama.cpp can read text as the checkpoint's tokenizer does.
+
+        Raises:
+            CheckpointError: if the checkpoint has no tokenizer, or one that contradicts it.
+            TargetError: if llama.cpp cannot express it.
+        """
+        check_tokenizer(inventory)
 
     def check_kv_format(self, inventory: Inventory, kv_format: str) -> None:
         """Raises:

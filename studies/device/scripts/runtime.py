@@ -42,9 +42,9 @@ def resident():
 
 def measure(path, case, threads):
     """In a process of its own; prints its result as the last line."""
-    from allocator.export.gguf.llamacpp import LlamaCpp, _library
+    from allocator.export.gguf.llamacpp import LlamaCpp, library
 
-    _library()
+    library()
     before = resident()["VmRSS"]
     _, _, _, _, kv_format = CASES[case]
     with LlamaCpp(
@@ -140,6 +140,7 @@ def main():
     from allocator.checkpoint.inventory import read_inventory
     from allocator.codecs.encodings import Encodings
     from allocator.export.checkpoint import materialize
+    from allocator.export.tensors import EncodedTensors
     from allocator.profiling.statistics import importance_digest
     from allocator.targets import GGUF
     from allocator.targets.device_memory import Workload
@@ -156,7 +157,10 @@ def main():
         allocation, folder = allocation_of(layout, case), args.out / "gguf"
         shutil.rmtree(folder, ignore_errors=True)
         written = materialize(
-            allocation, encodings, folder, container="gguf", importance=importance_digest({})
+            EncodedTensors(encodings, allocation),
+            folder,
+            container="gguf",
+            importance=importance_digest({}),
         )
         command = [sys.executable, __file__, "--out", str(args.out), "--threads", str(args.threads)]
         file = written.folder / written.manifest.file

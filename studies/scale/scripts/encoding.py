@@ -30,6 +30,7 @@ from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.export.checkpoint import materialize
+from allocator.export.tensors import EncodedTensors
 from allocator.formats import fallback
 from allocator.targets import GGUF
 from allocator.targets.group_weights import group_weights
@@ -129,9 +130,8 @@ def written_seconds(layout, allocation, importance, out):
         shutil.rmtree(out / name, ignore_errors=True)
     encodings = Encodings(out / "encoding-bank", layout, importance, threads=THREADS)
     began = now()
-    materialize(
-        allocation, encodings, out / "encoding-written", container="gguf", importance="0" * 64
-    )
+    source = EncodedTensors(encodings, allocation)
+    materialize(source, out / "encoding-written", container="gguf", importance="0" * 64)
     return now() - began
 
 

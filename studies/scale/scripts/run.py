@@ -200,13 +200,14 @@ def score(out, kind, dimensions):
 def materialize(out, kind, dimensions):
     from allocator.export.checkpoint import materialize as write
     from allocator.export.gguf.files import read_gguf
+    from allocator.export.tensors import EncodedTensors
     from allocator.profiling.statistics import importance_digest
 
     study_folder = workspace_of(out, kind)
     allocation = list(candidates_of(study_folder).values())[-1]
     profiler = study_folder.profiler
     written = write(
-        allocation, profiler.encodings, out / f"gguf-{kind}", container="gguf",
+        EncodedTensors(profiler.encodings, allocation), out / f"gguf-{kind}", container="gguf",
         importance=importance_digest(profiler.statistics.importance),
     )  # fmt: skip
     tensors = read_gguf(written.folder / written.manifest.file)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from allocator.errors import VerifyError
-from allocator.export.checkpoint import file_digest
 from allocator.export.gguf import exact
 from allocator.export.gguf.exact import EXACT_TOLERANCE, compare_exactly
 from allocator.export.gguf.files import read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
-from allocator.export.verification import LLAMACPP_TOLERANCE, _Stored, _tensors, verify
+from allocator.export.gguf.runtime import GGUF_RUNTIME, LLAMACPP_TOLERANCE
+from allocator.export.manifest import file_digest
+from allocator.export.stored import StoredWeights
+from allocator.export.tensors import EncodedTensors
+from allocator.export.verification import verify
 from allocator.files.checksums import seal, unseal
 from allocator.formats import FORMATS
 from allocator.scoring.candidates import Weights
@@ -42,12 +46,11 @@ def made(case, tmp_path_factory):
     return get
 
 
-def compared(made, allocation, written, documents=None, **options):
-    stored = _Stored(made.layout, allocation, dict(_tensors(*written, made.encodings)))
-    return compare_exactly(
-        written[0] / written[1].file, made.layout, allocation, stored,
-        documents or made.scorer.documents, **options,
-    )  # fmt: skip
+def compared(made, allocation, folder, documents=None, **options):
+    path = folder / GGUF_RUNTIME.file_name
+    tensors = GGUF_RUNTIME.read(path, made.layout)
+    stored = StoredWeights(made.layout, allocation, tensors, file_digest(path))
+    return compare_exactly(path, stored, documents or made.scorer.documents, **options)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -73,7 +76,7 @@ def test_the_decoded_file_computes_what_transformers_computes(case, tmp_path, n_
         the.path, dtype=torch.float32, num_hidden_layers=n_layers
     ).eval()
     with open(tmp_path / "decoded.gguf", "w+b") as file:
-        opened = exact._write_decoded(file, path, read_gguf(path), n_layers)
+        opened = exact.write_decoded(file, path, read_gguf(path), n_layers)
         with LlamaCpp(opened, threads=1) as llama:
             for document in the.scorer.documents:
                 with torch.no_grad():
@@ -94,10 +97,12 @@ def test_rounding_of_activations_is_said_and_allowed(made, name, streamed):
         weights = Weights(the.layout, lambda: the.encodings)
         scorer = StreamedScorer(StreamedModel(the.layout, weights), scorer.documents)
     with pytest.raises(VerifyError, match=r"rounding of activations, .* agrees to \de-1\d") as said:
-        verify(written.folder, the.encodings, scorer)
+        verify(written.folder, partial(EncodedTensors, the.encodings), scorer)
     assert "\n" not in str(said.value)
     tolerance = float(str(said.value).split("--tolerance ")[1])
-    found = verify(written.folder, the.encodings, scorer, tolerance=tolerance)
+    found = verify(
+        written.folder, partial(EncodedTensors, the.encodings), scorer, tolerance=tolerance
+    )
     assert LLAMACPP_TOLERANCE < found.divergence <= tolerance < 1.3 * found.divergence
     assert found.exact.divergence < 1e-10
     assert found.exact.n_layers == the.layout.inventory.n_layers
@@ -142,7 +147,7 @@ def test_another_function_is_refused_at_any_tolerance(
         monkeypatch.setattr(exact, "free_memory", lambda: 0)
     for tolerance in (None, 1.0):
         with pytest.raises(VerifyError, match="another function of these weights") as said:
-            verify(folder, the.encodings, the.scorer, tolerance=tolerance)
+            verify(folder, partial(EncodedTensors, the.encodings), the.scorer, tolerance=tolerance)
         assert "allow it with" not in str(said.value)
         assert "\n" not in str(said.value)
         first = the.layout.layers[0] + 1
@@ -152,7 +157,7 @@ def test_another_function_is_refused_at_any_tolerance(
 @pytest.mark.parametrize("name", SEED)
 def test_the_first_layers_agree_where_memory_is_short(made, name):
     the, allocation, written = made(name)
-    found = compared(the, allocation, (written.folder, written.manifest), memory=0)
+    found = compared(the, allocation, written.folder, memory=0)
     assert found.divergence < 1e-10
     assert found.n_layers == the.layout.layers[0] + 1 < found.of_layers
 
@@ -168,9 +173,9 @@ def test_what_llama_cpp_is_told_is_no_matter_of_the_weights(case, tmp_path):
     written = the.write(tmp_path / "out", "gguf", plain)
     folder = written.folder
     patched(folder, "qwen3moe.expert_used_count", "I", 1)
-    found = compared(the, told, (folder, written.manifest))
+    found = compared(the, told, folder)
     assert found.divergence < 1e-10
-    assert compared(the, plain, (folder, written.manifest)).divergence > EXACT_TOLERANCE
+    assert compared(the, plain, folder).divergence > EXACT_TOLERANCE
 
 
 def test_the_decoded_file_has_no_name(made, monkeypatch):
@@ -185,7 +190,7 @@ def test_the_decoded_file_has_no_name(made, monkeypatch):
 
     before = sorted(os.listdir(written.folder.parent))
     monkeypatch.setattr(LlamaCpp, "logits", spied)
-    compared(the, allocation, (written.folder, written.manifest))
+    compared(the, allocation, written.folder)
     assert seen == [before] * 3
 
 
@@ -195,13 +200,12 @@ def test_no_room_is_one_line(made, monkeypatch):
         exact.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 0)
     )
     with pytest.raises(VerifyError, match=r"[\d,]+ bytes needed in .* or .*; free some") as said:
-        verify(written.folder, the.encodings, the.scorer, tolerance=1.0)
+        verify(written.folder, partial(EncodedTensors, the.encodings), the.scorer, tolerance=1.0)
     assert "\n" not in str(said.value)
 
 
 def test_the_longest_documents_are_compared(made, make_documents, monkeypatch):
     the, allocation, written = made("qwen3")
-    monkeypatch.setattr(exact, "_TOKENS", 50)
     asked = []
     plain = LlamaCpp.logits
     monkeypatch.setattr(
@@ -209,5 +213,5 @@ def test_the_longest_documents_are_compared(made, make_documents, monkeypatch):
     )
     for lengths, expected in (((8, 30, 16, 4), [30, 16]), ((60, 8), [60])):
         asked.clear()
-        compared(the, allocation, (written.folder, written.manifest), make_documents(lengths))
+        compared(the, allocation, written.folder, make_documents(lengths), n_tokens=50)
         assert asked == expected

@@ -14,12 +14,8 @@ from hypothesis import strategies as st
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import FormatError, SpaceError, VerifyError
-from allocator.export.gguf.files import (
-    parse_tensor_type_file,
-    read_gguf,
-    tensor_type_file,
-    write_gguf,
-)
+from allocator.export.gguf.files import read_gguf, write_gguf
+from allocator.export.gguf.recipes import parse_tensor_type_file, tensor_type_file
 from allocator.formats import FORMATS
 from allocator.targets import GGUF
 

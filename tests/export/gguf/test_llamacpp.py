@@ -379,6 +379,6 @@ def test_a_file_without_tokenizer_computes_but_does_not_tokenize(tmp_path):
 
 
 def test_the_runtime_does_not_load_torch():
-    code = "import allocator.export.gguf.llamacpp as m, sys; m._library(); sys.exit('torch' in "
+    code = "import allocator.export.gguf.llamacpp as m, sys; m.library(); sys.exit('torch' in "
     code += "sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

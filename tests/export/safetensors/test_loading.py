@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
 
 from allocator.errors import AllocatorError, CheckpointError, VerifyError
-from allocator.export.checkpoint import FILE
+from allocator.export.safetensors.files import FILE_NAME
 from allocator.export.safetensors.loading import load
 from allocator.targets import target_named
 
@@ -74,9 +74,9 @@ def test_weights_of_parts_are_each_experts_decoding(case, written, name):
 
 def rewritten(folder, change):
     """Writes the directory's file again with its tensors changed."""
-    tensors = load_file(folder / FILE["safetensors"])
+    tensors = load_file(folder / FILE_NAME)
     change(tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE["safetensors"])
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / FILE_NAME)
 
 
 def test_parts_that_are_missing_or_of_other_sizes_are_refused(written, tmp_path):
@@ -107,6 +107,7 @@ def test_tied_embeddings(checkpoints, tmp_path):
     from allocator.codecs.encodings import Encodings
     from allocator.decision.allocation import Allocation
     from allocator.export.checkpoint import materialize
+    from allocator.export.tensors import EncodedTensors
     from allocator.scoring.swap_model import SwapModel
     from allocator.targets import SAFETENSORS
 
@@ -116,7 +117,8 @@ def test_tied_embeddings(checkpoints, tmp_path):
         formats=dict.fromkeys(layout.groups, "Q8_0"), experts_used=2,
     )  # fmt: skip
     encodings = Encodings(tmp_path / "bank", layout, {})
-    materialize(allocation, encodings, tmp_path / "out", container="safetensors", importance="i")
+    source = EncodedTensors(encodings, allocation)
+    materialize(source, tmp_path / "out", container="safetensors", importance="i")
     swap = SwapModel(layout, encodings.decoded)
     swap.put_allocation(allocation)
     with torch.inference_mode():
@@ -219,7 +221,7 @@ def test_a_foreign_directory_is_refused(checkpoints):
 
 @pytest.mark.parametrize("n", [0, 7, 100, -1, -100_000])
 def test_a_truncated_file_is_refused(copy, n):
-    path = copy / FILE["safetensors"]
+    path = copy / FILE_NAME
     path.write_bytes(path.read_bytes()[:n])
     with pytest.raises(CheckpointError, match="cannot be opened"):
         load(copy)
@@ -228,7 +230,7 @@ def test_a_truncated_file_is_refused(copy, n):
 def test_a_missing_tensor_is_refused(copy):
     from safetensors.torch import load_file, save_file
 
-    path = copy / FILE["safetensors"]
+    path = copy / FILE_NAME
     for name in ("layers.1.attention.q", "model.layers.0.input_layernorm.weight"):
         tensors = load_file(path)
         assert name in tensors
@@ -244,7 +246,7 @@ def test_a_missing_tensor_is_refused(copy):
 def test_an_unknown_tensor_is_refused(copy, odd):
     from safetensors.torch import load_file, save_file
 
-    path = copy / FILE["safetensors"]
+    path = copy / FILE_NAME
     save_file({**load_file(path), odd: torch.zeros(3)}, path)
     with pytest.raises(AllocatorError):
         load(copy)
@@ -253,7 +255,7 @@ def test_an_unknown_tensor_is_refused(copy, odd):
 def test_a_tensor_of_another_shape_is_refused(copy):
     from safetensors.torch import load_file, save_file
 
-    path = copy / FILE["safetensors"]
+    path = copy / FILE_NAME
     tensors = load_file(path)
     tensors["head"] = tensors["head"][:-1].clone()
     save_file(tensors, path)

@@ -13,14 +13,13 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf
-from allocator.formats import FORMATS
 from allocator.targets import GGUF
+from allocator.testing.tensors import ZeroTensors
 
 # -- packages that ship released files
 
@@ -109,23 +108,6 @@ SIZES = {
 }  # fmt: skip
 
 
-class Zeros:
-    """A source of zeros in the smallest bytes."""
-
-    def __init__(self, layout, allocation):
-        self.layout, self.allocation = layout, allocation
-
-    def encoded(self, name):
-        group = self.layout.groups[name]
-        shape = group.shape_with(self.allocation.counts.get(group.layer, 0))
-        row_bytes = FORMATS[self.allocation.format_of[name]].nbytes((1, shape[-1]))
-        return np.zeros((*shape[:-1], row_bytes), np.uint8)
-
-    def full_precision(self, kept):
-        shape = kept.shape_with(self.allocation.counts.get(kept.layer, 0))
-        return np.zeros(shape, np.float32)
-
-
 @pytest.fixture(scope="session")
 def tokenizer_file(make, tmp_path_factory):
     """`tokenizer_file(folder)`: a GGUF of zeros with the tokenizer of `folder`."""
@@ -145,7 +127,7 @@ def tokenizer_file(make, tmp_path_factory):
             formats=dict.fromkeys(layout.groups, "Q4_0"),
             experts_used=2,
         )
-        write_gguf(folder / "model.gguf", layout, chosen, Zeros(layout, chosen))
+        write_gguf(folder / "model.gguf", layout, chosen, ZeroTensors(layout, chosen))
         return SimpleNamespace(path=folder / "model.gguf", inventory=layout.inventory)
 
     return write

@@ -31,6 +31,7 @@ from allocator.targets.gguf.memory import (
     padded_context,
     rotation,
 )
+from allocator.testing.tensors import ZeroTensors
 
 CONFIGS = Path(__file__).parents[2] / "data/configs"
 COMMON = {
@@ -247,21 +248,6 @@ def shapes(c):
     return found
 
 
-class Zeros:
-    """A source of zeros for `write_gguf`."""
-
-    def __init__(self, layout, allocation):
-        self.layout, self.allocation = layout, allocation
-
-    def encoded(self, name):
-        group = self.layout.groups[name]
-        shape = group.shape_with(self.allocation.counts.get(group.layer, 0))
-        return np.zeros(FORMATS[self.allocation.format_of[name]].nbytes(shape), np.uint8)
-
-    def full_precision(self, kept):
-        return np.zeros(kept.shape_with(self.allocation.counts.get(kept.layer, 0)), np.float32)
-
-
 def write(folder, make, config, n_experts, fmt):
     made = make.zeros(folder, tensors=shapes(config), **dict.fromkeys(["num_experts"]) | config)
     inventory = read_inventory(made)
@@ -275,7 +261,7 @@ def write(folder, make, config, n_experts, fmt):
         formats=dict.fromkeys(layout.groups, fmt),
         experts_used=inventory.experts_used,
     )
-    write_gguf(folder / "model.gguf", layout, allocation, Zeros(layout, allocation))
+    write_gguf(folder / "model.gguf", layout, allocation, ZeroTensors(layout, allocation))
     n = len(retained)
     sizes = [FORMATS[fmt].nbytes(group.shape_with(n)) for group in layout.groups.values()]
     sizes += [kept.nbytes(n) for kept in layout.full_precision]
@@ -491,7 +477,7 @@ def test_each_format_computes_about_the_same(saved, tmp_path, name):
         experts_used=layout.inventory.experts_used,
     )
 
-    class Random(Zeros):
+    class Random(ZeroTensors):
         def encoded(self, group):
             shape = self.layout.groups[group].shape
             rng = np.random.default_rng(len(group))
@@ -559,7 +545,7 @@ def resident():
 
 before = resident()
 with LlamaCpp(sys.argv[1], context=512, micro_batch=256, kv_format="q8_0", threads=2) as runtime:
-    runtime._decode([1, 2] * 256, 0)
+    runtime.decode([1, 2] * 256)
     print(resident() - before)
 """
 

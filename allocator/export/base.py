@@ -1,0 +1,174 @@
+"""What every runtime answers: it writes, reads, runs and judges the files of one target.
+
+In: a source of tensors, or a written file. Out: a file of the predicted bytes and what lies beside
+it; tensors read back; a loss of the file in the runtime itself. Invariant: what a runtime cannot
+express it refuses before it writes. The runtimes are listed in `allocator.export.runtimes`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from allocator.decision.allocation import Allocation
+from allocator.errors import SpaceError, TargetError
+from allocator.export.stored import StoredTensor, StoredWeights
+from allocator.export.tensors import Bytes, TensorSource
+from allocator.scoring.streamed import AnyScorer
+from allocator.targets import FullPrecision, Layout, Target
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A comparison of torch and a runtime where neither of them rounds.
+
+    Attributes:
+        divergence: KL(torch || runtime), nats per token.
+        n_layers: compared, from the first on.
+        of_layers: that the model has.
+    """
+
+    divergence: float
+    n_layers: int
+    of_layers: int
+
+    @property
+    def part(self) -> str:
+        """For messages: which layers, where it is not the whole model."""
+        if self.n_layers == self.of_layers:
+            return ""
+        return f" (first {self.n_layers} of {self.of_layers} layers)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a written file computes in its runtime.
+
+    Attributes:
+        loss: proxy loss there, nats per token.
+        divergence: how far the runtime is off torch, nats per token; see `Runtime.divergence_name`.
+        exact: the comparison without rounding, where there had to be one.
+    """
+
+    loss: float
+    divergence: float
+    exact: Exact | None = None
+
+
+class Runtime(ABC):
+    """What writes, opens and runs a target's files.
+
+    Attributes:
+        target: its contract.
+        file_name: of the weights' file in a written directory.
+        tolerance: how far the runtime may be off torch by default, nats per token.
+        program: what runs the file, for messages.
+        divergence_name: what `Comparison.divergence` is, for messages.
+        options_file: in a written directory, what the program must be told; empty if never.
+    """
+
+    target: Target
+    file_name: str
+    tolerance: float
+    program: str
+    divergence_name: str
+    options_file: str = ""
+
+    @property
+    def name(self) -> str:
+        """The target's, which on the command line is the container."""
+        return self.target.name
+
+    def can_write(self, allocation: Allocation) -> bool:
+        """Says whether an allocation, of whatever target, can be written as this container."""
+        return allocation.target == self.name
+
+    def check_can_write(self, allocation: Allocation) -> None:
+        """Refuses an allocation whose target stores other tensors.
+
+        Raises:
+            TargetError: if `can_write` says no.
+        """
+        if not self.can_write(allocation):
+            raise TargetError(
+                f"an allocation for target {allocation.target!r} cannot be written as {self.name}: "
+                f'{self.program} stores other tensors; search with target = "{self.name}"'
+            )
+
+    @abstractmethod
+    def write(self, folder: Path, source: TensorSource, workload: Mapping[str, int]) -> str:
+        """Writes the weights' file into a directory, and what the runtime needs beside it.
+
+        Args:
+            folder: an empty directory.
+            source: the tensors, in an allocation that `can_write`.
+            workload: `context` and `sequences`, where a whole device was budgeted; else empty.
+
+        Returns:
+            What the program must be told when it runs the file, as on its command line.
+
+        Raises:
+            TargetError: if the runtime cannot express the checkpoint.
+        """
+
+    @abstractmethod
+    def read(self, path: Path, layout: Layout) -> dict[str, StoredTensor]:
+        """Reads every tensor of a file, without trust.
+
+        Args:
+            path: the weights' file.
+            layout: of its allocation.
+
+        Returns:
+            Tensors by the layout's names: a group's, or a part's (`part_names`), and of
+            full-precision tensors the checkpoint's. A tensor that the layout does not know has its
+            name in the file.
+
+        Raises:
+            VerifyError: if the file is missing, truncated or damaged.
+        """
+
+    @abstractmethod
+    def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
+        """Returns the bytes of a full-precision tensor as a written file has them."""
+
+    @abstractmethod
+    def compare(
+        self,
+        path: Path,
+        stored: StoredWeights,
+        scorer: AnyScorer,
+        *,
+        loss: float,
+        tolerance: float,
+        progress: bool = False,
+    ) -> Comparison:
+        """Runs a written file on a scorer's documents, and judges how far off it is.
+
+        Args:
+            path: the weights' file, its tensors known to be right.
+            stored: its weights.
+            scorer: scored the candidate that the file holds last.
+            loss: proxy loss of that candidate, nats per token.
+            tolerance: how far the runtime may be off, nats per token.
+            progress: shows a bar.
+
+        Raises:
+            VerifyError: if the runtime is further off, or does not run the file.
+        """
+
+    def read_recipe(self, text: str, layout: Layout) -> dict[str, str]:
+        """Reads a recipe in the runtime's own form: formats by group; groups may be absent.
+
+        Args:
+            text: of the recipe.
+            layout: of this target.
+
+        Raises:
+            SpaceError: if the runtime has no such form.
+            FormatError: if an entry is malformed, or names an unknown format.
+        """
+        raise SpaceError(
+            f"target {self.name} has no recipes of its own, such as llama-quantize's tensor-type "
+            "files for target gguf; needed an allocation file, in JSON"
+        )

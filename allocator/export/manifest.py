@@ -1,0 +1,100 @@
+"""What a written directory says of itself: `manifest.json`, with sizes and digests.
+
+In: a directory. Out: a `Manifest`. Invariant: one that names files outside of its directory, or a
+file that its container does not have, is refused.
+"""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from allocator.errors import VerifyError
+from allocator.export.runtimes import RUNTIMES
+from allocator.files.checksums import unseal
+
+MANIFEST = "manifest.json"
+ALLOCATION = "allocation.json"
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was written.
+
+    Attributes:
+        container: name of the target whose runtime reads it.
+        allocation: digest of the allocation.
+        checkpoint: digest of the source checkpoint.
+        importance: digest of the importance vectors.
+        file: name of the weights' file.
+        file_bytes: its size.
+        tensor_bytes: bytes of its tensor data.
+        overhead_bytes: the rest of it.
+        sha256: of every file, by name.
+        schema: of this file.
+        weights: `TensorSource.digest`; absent where allocation, importance and codec say it all.
+    """
+
+    container: str
+    allocation: str
+    checkpoint: str
+    importance: str
+    file: str
+    file_bytes: int
+    tensor_bytes: int
+    overhead_bytes: int
+    sha256: dict[str, str]
+    schema: int = 1
+    weights: str | UnsetType = UNSET
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Reads the manifest of a checkpoint directory.
+
+        Raises:
+            VerifyError: if there is none, it is damaged, or it names files that no directory holds.
+        """
+        try:
+            manifest = msgspec.convert(unseal((folder / MANIFEST).read_bytes()), cls)
+            manifest._check()
+        except (OSError, ValueError, RecursionError) as error:
+            raise VerifyError(
+                f"{folder}: no readable manifest.json ({error}); needed a directory written by "
+                "`allocator materialize`: materialize it again"
+            ) from None
+        return manifest
+
+    def _check(self) -> None:
+        """Raises:
+        ValueError: if a field says what no written directory has.
+        """
+        if self.schema != 1:
+            raise ValueError(f"schema {self.schema}, needed 1")
+        if self.container not in RUNTIMES:
+            raise ValueError(f"container {self.container!r}, needed {' or '.join(RUNTIMES)}")
+        needed = RUNTIMES[self.container].file_name
+        if self.file != needed:
+            raise ValueError(f"file {self.file!r}, needed {needed!r} beside it")
+        for name in self.sha256:
+            parts = name.split("/")
+            if name == MANIFEST or {"", ".", ".."} & {*parts} or {"\\", "\0"} & {*name}:
+                raise ValueError(f"sha256 of {name!r}, needed names of files beside it")
+        for name in (self.file, ALLOCATION):
+            if name not in self.sha256:
+                raise ValueError(f"no sha256 of {name}")
+
+    @property
+    def weights_digest(self) -> str:
+        """Names weights that the other digests do not determine; empty if they do."""
+        return "" if isinstance(self.weights, UnsetType) else self.weights
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    """Lists every file of a directory and of those in it, relative to it, sorted."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

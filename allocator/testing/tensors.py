@@ -1,0 +1,61 @@
+"""Sources of tensors that need no checkpoint's weights: for files whose values do not matter.
+
+In: a layout and an allocation. Out: a `TensorSource`. Invariant: bytes have the predicted shapes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocator.checkpoint.inventory import DTYPE_BYTES
+from allocator.checkpoint.tensors import Floats
+from allocator.decision.allocation import Allocation
+from allocator.export.tensors import Bytes, encoded_shape
+from allocator.scoring.candidates import Candidate
+from allocator.targets import FullPrecision, Layout
+
+
+@dataclass(frozen=True)
+class ZeroTensors:
+    """Zeros in the place of every tensor's bytes, which in every format decode to zeros.
+
+    Attributes:
+        layout: of the allocation.
+        allocation: formats and retained experts.
+        digest: see `TensorSource.digest`.
+    """
+
+    layout: Layout
+    allocation: Allocation
+    digest: str = "zeros"
+
+    @property
+    def candidate(self) -> Candidate:
+        """The allocation's, with the weights of whatever model it is put into."""
+        return Candidate.of(self.allocation)
+
+    def encoded(self, name: str, part: int = 0) -> Bytes:
+        """Returns a group, or one part of it: `(..., rows, bytes per row)`."""
+        return np.zeros(self.shape(name, part), np.uint8)
+
+    def shape(self, name: str, part: int = 0) -> tuple[int, ...]:
+        """Returns the shape of what `encoded` returns."""
+        return encoded_shape(self.layout, self.allocation, name, part)
+
+    def matches(self, name: str, part: int, stored: Bytes) -> bool:
+        """Says whether stored bytes are those of a group, or of one part of it."""
+        return np.array_equal(stored.reshape(-1), self.encoded(name, part).reshape(-1))
+
+    def full_precision(self, tensor: FullPrecision) -> Floats:
+        """Returns zeros in the shape of a norm, or of a router's retained rows, float32."""
+        return np.zeros(self._shape(tensor), np.float32)
+
+    def full_precision_raw(self, tensor: FullPrecision) -> Bytes:
+        """Returns the same in the checkpoint's own dtype: `(rows, bytes)`."""
+        rows, *columns = self._shape(tensor)
+        width = DTYPE_BYTES[self.layout.inventory.tensors[tensor.source].dtype]
+        return np.zeros((rows, int(np.prod(columns, dtype=int)) * width), np.uint8)
+
+    def _shape(self, tensor: FullPrecision) -> tuple[int, ...]:
+        layer = -1 if tensor.layer is None else tensor.layer
+        return tensor.shape_with(self.allocation.counts.get(layer, 0))
