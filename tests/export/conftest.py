@@ -65,7 +65,8 @@ def case(wide, tmp_path_factory, make_documents):
 
         def allocation(seed=0, formats=None):
             rng = np.random.default_rng(seed)
-            counts = {x: 6 if target == "gguf" else 5 + i for i, x in enumerate(layout.layers)}
+            one = TARGETS[target].one_expert_count
+            counts = {x: 6 if one else 5 + i for i, x in enumerate(layout.layers)}
             chosen = {
                 g: str(rng.choice([
                     f.name for f in group.offered()
@@ -77,7 +78,7 @@ def case(wide, tmp_path_factory, make_documents):
                 x: tuple(sorted(rng.choice(8, n, replace=False).tolist()))
                 for x, n in counts.items()
             }
-            if target == "safetensors":
+            if TARGETS[target].mixes_experts:
                 for g in (n for n in layout.groups if n.endswith(("experts.down", "experts.up"))):
                     chosen[g] = in_parts(rng, layout.groups[g], retained, formats or FAST)
             return Allocation.of(target=target, retained=retained, formats=chosen, experts_used=2)
