@@ -32,7 +32,7 @@ from allocator.units import show_bytes
 
 
 def skeleton(path: Path, device: str = "cpu") -> Any:
-    """The architecture of a checkpoint in float32, parameters on the meta device, buffers real.
+    """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
 
@@ -74,8 +74,10 @@ _REASON = 120  # characters: torch lists all that it knows
 
 
 def check_device(name: str) -> None:
-    """Raises:
-    AllocatorError: if torch cannot compute there.
+    """Checks that torch computes on a device.
+
+    Raises:
+        AllocatorError: if torch cannot compute there.
     """
     try:
         with warnings.catch_warnings():
@@ -91,18 +93,18 @@ def check_device(name: str) -> None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model computes: its buffers are never on the meta device."""
-    found: torch.device = next(model.buffers()).device
-    return found
+    """Returns where a model computes: its buffers are never on the meta device."""
+    device: torch.device = next(model.buffers()).device
+    return device
 
 
 def token_ids(model: Any, documents: Sequence[Document]) -> torch.Tensor:
-    """Ids of documents of one length, `(documents, length)`, where a model computes."""
+    """Returns ids of documents of one length, `(documents, length)`, where a model computes."""
     return torch.tensor([d.ids for d in documents]).to(device_of(model))
 
 
 def moe_block(model: Any, layer: int) -> Any:
-    """The routed block of a layer."""
+    """Returns the routed block of a layer."""
     return model.model.layers[layer].mlp
 
 
@@ -141,7 +143,7 @@ def empty(module: nn.Module) -> None:
 
 
 def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:
-    """Routed experts per token, in every MoE layer."""
+    """Sets the routed experts per token, in every MoE layer."""
     for layer in layers:
         moe_block(model, layer).gate.top_k = experts_used
 
@@ -152,7 +154,7 @@ def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def parameter_of(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer by its dotted name, with memory of its own.
+    """Returns a parameter or buffer by its dotted name, with memory of its own.
 
     Raises:
         CheckpointError: if the architecture has none of that name.
@@ -169,14 +171,14 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
 
 
 def destination(model: Any, config: Mapping[str, Any], group: Group) -> torch.Tensor:
-    """A view of the model's memory with the group's shape; writing into it installs the group."""
+    """Returns a view of a group's memory in the model, `group.shape_with(retained)`."""
     return view_of(lambda name: parameter_of(model, name), config, group)
 
 
 def view_of(
     tensor_of: Callable[[str], torch.Tensor], config: Mapping[str, Any], group: Group
 ) -> torch.Tensor:
-    """A view of a parameter, or of something of its shape, with the group's shape."""
+    """Returns a view, with a group's shape, of a parameter or of something of its shape."""
     if group.role.is_expert:
         experts = f"model.layers.{group.layer}.mlp.experts"
         if group.role is Role.EXPERT_DOWN:
@@ -211,8 +213,8 @@ def place(model: Any, group: Group, values: Floats) -> None:
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     _check_shape(tuple(getattr(module, attribute).shape), values.shape, group.name)
-    there = torch.from_numpy(values).to(device_of(model))
-    setattr(module, attribute, nn.Parameter(there, requires_grad=False))
+    moved = torch.from_numpy(values).to(device_of(model))
+    setattr(module, attribute, nn.Parameter(moved, requires_grad=False))
 
 
 def install_experts(
@@ -246,10 +248,10 @@ def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
     tensor.copy_(torch.from_numpy(values))
 
 
-def _check_shape(known: tuple[int, ...], found: tuple[int, ...], name: str) -> None:
-    if known != found:
+def _check_shape(known: tuple[int, ...], stored: tuple[int, ...], name: str) -> None:
+    if known != stored:
         raise CheckpointError(
-            f"{name} has shape {found} in the checkpoint, but {known} in the model of its "
+            f"{name} has shape {stored} in the checkpoint, but {known} in the model of its "
             "config.json; fetch both from one place"
         )
 
@@ -262,10 +264,10 @@ def check_names(model: Any, layout: Layout) -> None:
             shape.
     """
     where = layout.inventory.path
-    there = {kept.source for kept in layout.full_precision}
-    there |= {name for group in layout.groups.values() for name in group.sources}
+    stored = {tensor.source for tensor in layout.full_precision}
+    stored |= {name for group in layout.groups.values() for name in group.sources}
     if layout.inventory.tied_embeddings:
-        there.add("lm_head.weight")
+        stored.add("lm_head.weight")
     wanted = [name for name, _ in model.named_parameters()]
     for layer in layout.inventory.moe_layers:
         block, prefix = moe_block(model, layer), f"model.layers.{layer}.mlp"
@@ -275,11 +277,11 @@ def check_names(model: Any, layout: Layout) -> None:
                 f"{layer} dense; fetch both from one place"
             )
         # the checkpoint has them one by one, as the inventory has seen
-        there |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
+        stored |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
         if hasattr(block.gate, "e_score_correction_bias"):
             wanted.append(f"{prefix}.gate.e_score_correction_bias")
     for name in wanted:
-        if name not in there:
+        if name not in stored:
             raise CheckpointError(
                 f"{where}: no {name} in the checkpoint, which the model of its config.json has; "
                 "fetch both again, from one place"
@@ -291,10 +293,9 @@ def check_names(model: Any, layout: Layout) -> None:
         except RuntimeError:  # of another size altogether
             shape = tuple(_existing(model, group.sources[0]).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")
-    for kept in layout.full_precision:
-        _check_shape(
-            tuple(_existing(model, kept.source).shape), kept.shape, f"{where}: {kept.source}"
-        )
+    for tensor in layout.full_precision:
+        shape = tuple(_existing(model, tensor.source).shape)
+        _check_shape(shape, tensor.shape, f"{where}: {tensor.source}")
 
 
 def _existing(model: Any, name: str) -> torch.Tensor:
@@ -330,7 +331,7 @@ def _check_memory(inventory: Inventory, device: str) -> None:
 
 
 def free_memory() -> float:
-    """Bytes of memory that are free; infinite where the machine does not say."""
+    """Returns the bytes of memory that are free; infinite where the machine does not say."""
     try:
         text = Path("/proc/meminfo").read_text()
         return int(text.partition("MemAvailable:")[2].split()[0]) * 1024

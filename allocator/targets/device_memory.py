@@ -52,8 +52,10 @@ class Workload:
     min_tokens_per_second: float | None = None
 
     def check(self) -> None:
-        """Raises:
-        BudgetError: if a number makes no sense.
+        """Checks every number.
+
+        Raises:
+            BudgetError: if one makes no sense.
         """
         if self.context < 1 or self.sequences < 1 or self.context * self.sequences > MOST_CELLS:
             raise BudgetError(
@@ -83,7 +85,7 @@ class Workload:
         return max(1, int(self.bandwidth / self.min_tokens_per_second))
 
     def tokens_per_second(self, token_bytes: int) -> float | None:
-        """At most so many, where a token reads so many bytes; None if the bandwidth is unknown."""
+        """Bounds the speed where a token reads `token_bytes`; None if the bandwidth is unknown."""
         return None if self.bandwidth is None else self.bandwidth / token_bytes
 
 

@@ -14,7 +14,7 @@ from allocator.targets.layout import Group, Layout
 
 
 def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats]:
-    """`kv_b` as llama.cpp stores it.
+    """Splits `kv_b` as llama.cpp stores it.
 
     Args:
         weight: `(heads * (nope + value), rank)`.
@@ -30,13 +30,13 @@ def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats
 
 
 def join_kv_b(k_b: Floats, v_b: Floats) -> Floats:
-    """The inverse of `split_kv_b`."""
+    """Joins `k_b` and `v_b` to `(heads * (nope + value), rank)`; the inverse of `split_kv_b`."""
     joined = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
     return joined.reshape(-1, joined.shape[-1])
 
 
 def group_weights(layout: Layout, group: Group) -> Floats:
-    """All weights of a group, every expert included, in its layout."""
+    """Returns all weights of a group, `group.shape`, every expert included, float32."""
     inventory = layout.inventory
     if group.role in (Role.K_B, Role.V_B):
         config = inventory.config

@@ -61,22 +61,22 @@ class RuntimeConformance:
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls) -> RuntimeCase:
-        """The runtime, and what it writes."""
+        """Gives the runtime, and what it writes."""
         raise NotImplementedError("give a fixture `case`, see RuntimeCase")
 
     @pytest.fixture(scope="class")
     @classmethod
     def written(cls, case: RuntimeCase, tmp_path_factory: pytest.TempPathFactory) -> Written:
-        """A written directory, which tests only read."""
+        """Gives a written directory, which tests only read."""
         return _write(case, tmp_path_factory.mktemp("runtime") / "written")
 
     def test_it_is_registered_with_its_target(self, case: RuntimeCase) -> None:
-        """Its name gives the runtime and the target."""
+        """Looks the runtime and the target up by their name."""
         assert runtime_named(case.runtime.name) is case.runtime
         assert target_named(case.runtime.name) is case.runtime.target
 
     def test_written_bytes_are_those_predicted(self, case: RuntimeCase, written: Written) -> None:
-        """Of the file, its tensors and its overhead, before it was written."""
+        """Compares the file, its tensors and its overhead with what was predicted."""
         source, manifest = case.source, written.manifest
         size = source.allocation.nbytes(source.layout, case.runtime.target)
         assert (written.folder / case.runtime.file_name).stat().st_size == size.file
@@ -86,7 +86,7 @@ class RuntimeConformance:
     def test_data_follow_the_header_in_the_layouts_order(
         self, case: RuntimeCase, written: Written
     ) -> None:
-        """Tensor by tensor, the bytes at the predicted places are what the source gave."""
+        """Compares the bytes at the predicted places with the source's, tensor by tensor."""
         data = np.fromfile(written.folder / case.runtime.file_name, np.uint8)
         end = 0
         for start, expected in _places(case):
@@ -99,7 +99,7 @@ class RuntimeConformance:
     def test_what_is_read_back_is_what_was_written(
         self, case: RuntimeCase, written: Written
     ) -> None:
-        """Under the layout's names, with the format where the file says one."""
+        """Compares tensors by the layout's names, and formats where the file says one."""
         source, layout = case.source, case.source.layout
         tensors = case.runtime.read(written.folder / case.runtime.file_name, layout)
         names = [tensor.source for tensor in layout.full_precision]
@@ -117,14 +117,14 @@ class RuntimeConformance:
     def test_two_writes_are_equal(
         self, case: RuntimeCase, written: Written, tmp_path: Path
     ) -> None:
-        """Byte for byte, the manifest included."""
+        """Compares two directories byte for byte, manifests included."""
         again = _write(case, tmp_path / "again")
         assert again.manifest == written.manifest
         for name in (*again.manifest.sha256, MANIFEST):
             assert (again.folder / name).read_bytes() == (written.folder / name).read_bytes()
 
     def test_verification_passes(self, case: RuntimeCase, written: Written) -> None:
-        """In the runtime itself, whose loss is the candidate's within the tolerance."""
+        """Runs the file, whose loss is the candidate's within the tolerance."""
         checked = _verify(case, written.folder)
         limit = case.runtime.tolerance if case.tolerance is None else case.tolerance
         assert checked.runtime is case.runtime
@@ -135,7 +135,7 @@ class RuntimeConformance:
     def test_a_flipped_bit_is_refused(
         self, case: RuntimeCase, written: Written, tmp_path: Path, place: str
     ) -> None:
-        """In a tensor's data, though the manifest was made to agree."""
+        """Damages a tensor's data, before and after the manifest is made to agree."""
         folder, file = _copy(written, tmp_path), tmp_path / "copy" / case.runtime.file_name
         places = list(_places(case))
         start, expected = places[{"first": 0, "middle": len(places) // 2, "last": -1}[place]]
@@ -151,7 +151,7 @@ class RuntimeConformance:
     def test_a_truncated_file_is_refused(
         self, case: RuntimeCase, written: Written, tmp_path: Path
     ) -> None:
-        """In one line, though the manifest was made to agree."""
+        """Cuts the file off, and makes the manifest agree; expects one line."""
         folder, file = _copy(written, tmp_path), tmp_path / "copy" / case.runtime.file_name
         for size in (0, 7, file.stat().st_size // 2):
             os.truncate(file, size)
@@ -162,7 +162,7 @@ class RuntimeConformance:
             file.write_bytes((written.folder / case.runtime.file_name).read_bytes())
 
     def test_what_it_cannot_express_is_refused(self, case: RuntimeCase, tmp_path: Path) -> None:
-        """By the name of the container, before a byte is written."""
+        """Asks for an allocation of another target; expects the name of the container."""
         if case.foreign is None:
             assert case.runtime.can_write(case.source.allocation)
             return

@@ -119,9 +119,9 @@ def _data(
     for group in layout.groups.values():
         encoded = np.ascontiguousarray(source.encoded(group.name))
         yield group.stored_as, encoded.shape, encoded
-    for kept in layout.full_precision:
-        array = np.ascontiguousarray(source.full_precision(kept), dtype=np.float32)
-        yield kept.stored_as, array.shape, array
+    for tensor in layout.full_precision:
+        array = np.ascontiguousarray(source.full_precision(tensor), dtype=np.float32)
+        yield tensor.stored_as, array.shape, array
 
 
 def _layer(layer: int | None) -> int:
@@ -158,7 +158,7 @@ class _Cursor:
         )
 
     def skip(self, nbytes: int) -> int:
-        """Steps over `nbytes`; where they begin."""
+        """Steps over `nbytes`, and returns where they begin."""
         start = self.at
         if nbytes > len(self.data) - start:
             raise self.fail(f"{nbytes} bytes announced, {len(self.data) - start} left")
@@ -197,7 +197,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> Tensors:
-    """Every tensor: name to (format, shape, its bytes mapped from the file).
+    """Reads every tensor of a file: name to (format, shape, bytes mapped from the file).
 
     The shape is ours, slowest axis first, in weights; the bytes are `uint8` of shape
     `(*shape[:-1], bytes per row)`, so that `.view(np.float32)` gives an F32 tensor back.
@@ -213,7 +213,7 @@ def read_gguf(path: Path) -> Tensors:
 
 
 def metadata_end(path: Path) -> tuple[int, int]:
-    """The byte at which the tensor table of a file begins, and the alignment of tensor data.
+    """Returns the byte at which the tensor table of a file begins, and the data's alignment.
 
     Raises:
         VerifyError: if the file is missing, truncated or damaged.
@@ -259,7 +259,7 @@ def _tensors(
 ) -> Tensors:
     start = -(-cursor.at // alignment) * alignment
     whole = np.frombuffer(cursor.data, dtype=np.uint8)
-    found: Tensors = {}
+    tensors: Tensors = {}
     expected = 0
     for name, chosen, shape, offset in rows:
         nbytes = chosen.nbytes(shape)
@@ -270,7 +270,7 @@ def _tensors(
             )
         expected += -(-nbytes // alignment) * alignment
         data = whole[start + offset : start + offset + nbytes]
-        found[name] = chosen.name, shape, data.reshape(*shape[:-1], nbytes // prod(shape[:-1]))
+        tensors[name] = chosen.name, shape, data.reshape(*shape[:-1], nbytes // prod(shape[:-1]))
     if start + expected != len(whole):
         raise cursor.fail(f"tensors to byte {start + expected} in a file of {len(whole)}, found")
-    return found
+    return tensors

@@ -48,7 +48,7 @@ class _ModelParams(ctypes.Structure):
     )
 
     def has_known_layout(self) -> bool:
-        """Whether these defaults are where the builds of llama.cpp that we know have them."""
+        """Says whether these defaults lie where known builds of llama.cpp have them."""
         before, after = self.vocab_only_check_tensors, self.no_host_no_alloc_load_mtp
         return [*before, self.use_extra_bufts, *after] == [False] * 2 + [True] + [False] * 3
 
@@ -79,7 +79,7 @@ class _ContextParams(ctypes.Structure):
     )
 
     def has_known_layout(self) -> bool:
-        """Whether these defaults are where the builds of llama.cpp that we know have them."""
+        """Says whether these defaults lie where known builds of llama.cpp have them."""
         return (
             list(self.threads) == [4, 4]
             and [*self.rope_pooling_attention_type, self.flash_attn_type] == [-1] * 4
@@ -235,7 +235,7 @@ class LlamaCpp:
         kv_format: how keys and values are stored, e.g. `f16` or `q8_0/q4_0`, with flash attention;
             None leaves it to `exact`.
         micro_batch: tokens computed at once; a whole context by default.
-        sequences: room in the cache for so many, each of `context` tokens.
+        sequences: that the cache has room for, each of `context` tokens.
         yarn_betas: YaRN's `beta_fast` and `beta_slow`, which some loaders do not read from the
             file; None leaves llama.cpp's own.
         repack: let llama.cpp keep a second copy of weights that its CPU can compute faster with
@@ -307,7 +307,7 @@ class LlamaCpp:
         return params
 
     def buffers(self) -> Buffers:
-        """What is allocated now; to the byte, from `llama_get_memory_breakdown`.
+        """Returns what is allocated now; to the byte, from `llama_get_memory_breakdown`.
 
         Its `std::map` is read as libstdc++ lays it out (and its few nodes are not given back), so
         only on x86-64; the log has the same sizes in hundredths of a MiB.
@@ -338,7 +338,7 @@ class LlamaCpp:
         )
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits after every token of one sequence, tokens x vocabulary.
+        """Returns logits after every token of one sequence, `(tokens, vocabulary)`.
 
         Raises:
             VerifyError: if the sequence does not fit the context or vocabulary, or fails.
@@ -349,7 +349,7 @@ class LlamaCpp:
         return np.stack(rows)
 
     def generate(self, prompt_ids: Sequence[int], n: int) -> list[int]:
-        """Up to `n` tokens after the prompt, the likeliest each time; ends at an end-of-text token.
+        """Generates up to `n` tokens after a prompt, the likeliest each; ends at an end of text.
 
         Raises:
             VerifyError: if prompt and text do not fit the context or vocabulary, or it fails.
@@ -368,7 +368,7 @@ class LlamaCpp:
         return found
 
     def tokenize(self, text: str, *, markup: bool = False) -> list[int]:
-        """Tokens of a text, bos and eos added if the file says so.
+        """Returns the tokens of a text, bos and eos added if the file says so.
 
         Args:
             text: any.
@@ -387,7 +387,7 @@ class LlamaCpp:
         return list(ids[:n])
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out; bytes that are no UTF-8 become `U+FFFD`.
+        """Returns the text of tokens without special ones; what is no UTF-8 becomes `U+FFFD`.
 
         Raises:
             VerifyError: if the file has no tokenizer.

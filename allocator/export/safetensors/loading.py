@@ -48,7 +48,7 @@ class _Part:
 
 
 def load(path: str | Path, *, dense: bool = False) -> Any:
-    """The model of a written safetensors checkpoint, float32, for inference.
+    """Loads the model of a written safetensors checkpoint, float32, for inference.
 
     Args:
         path: the directory.

@@ -54,7 +54,7 @@ class GgufTarget(Target):
     predicts_memory = True
 
     def layout(self, inventory: Inventory) -> Layout:
-        """Groups under llama.cpp's names, `kv_b` split.
+        """Returns groups under llama.cpp's names, `kv_b` split.
 
         Raises:
             CheckpointError: if `config.json` lacks or contradicts what the file must say.
@@ -87,7 +87,7 @@ class GgufTarget(Target):
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
-        """Header, metadata and tensor table, padded to the alignment; formats do not matter."""
+        """Returns the bytes of header, metadata and tensor table, padded; formats do not matter."""
         n_experts = max(map(len, retained.values()))
         fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
@@ -106,21 +106,25 @@ class GgufTarget(Target):
         check_tokenizer(inventory)
 
     def check_kv_format(self, inventory: Inventory, kv_format: str) -> None:
-        """Raises:
-        TargetError: if llama.cpp has no such format, or its blocks do not fit the rows.
+        """Checks how keys and values are stored.
+
+        Raises:
+            TargetError: if llama.cpp has no such format, or its blocks do not fit the rows.
         """
         if set(kv_parts(kv_format)) != {"f16"}:  # which fits any row
             kv_read_bytes(inventory, kv_format=kv_format, context=1)
 
     def check_micro_batch(self, micro_batch: int) -> None:
-        """Raises:
-        TargetError: if it is no positive number.
+        """Checks the tokens computed at once.
+
+        Raises:
+            TargetError: if it is no positive number.
         """
         if not 1 <= micro_batch <= _MOST_AT_ONCE:
             raise TargetError(f"gguf: micro_batch {micro_batch}, needed 1 to {_MOST_AT_ONCE}")
 
     def kv_bytes(self, inventory: Inventory, kv_format: str, context: int) -> int:
-        """Bytes of keys and values that decoding a token reads."""
+        """Returns the bytes of keys and values that decoding a token reads."""
         return kv_read_bytes(inventory, kv_format=kv_format, context=context)
 
     def device_memory(
@@ -132,7 +136,7 @@ class GgufTarget(Target):
         weights: int,
         n_experts: int,
     ) -> DeviceMemory:
-        """What llama.cpp occupies, as it reports it when it loads the file."""
+        """Returns what llama.cpp occupies, as it reports when it loads the file."""
         held = {
             "context": workload.context,
             "sequences": workload.sequences,
@@ -183,7 +187,7 @@ def _told(inventory: Inventory) -> tuple[str, ...]:
 
 
 def yarn_options(betas: tuple[float, float]) -> str:
-    """What llama.cpp's programs are told of YaRN."""
+    """Writes the options that tell llama.cpp's programs of YaRN's `(fast, slow)` betas."""
     fast, slow = betas
     return f"--yarn-beta-fast {fast:g} --yarn-beta-slow {slow:g}"
 
