@@ -227,7 +227,7 @@ def check_weights(
     for kept in layout.full_precision:
         expected_bytes = runtime.full_precision_bytes(source, kept).tobytes()
         if tensors[kept.source].data.tobytes() != expected_bytes:
-            raise VerifyError(f"{folder}: {kept.source} holds other bytes than the checkpoint")
+            raise VerifyError(f"{folder}: {kept.source} holds other bytes than its source")
 
 
 def _check_decoding(where: str, fmt: Format, encoded: Bytes) -> None:
