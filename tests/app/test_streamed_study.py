@@ -85,13 +85,13 @@ def test_what_is_written_is_verified_layer_by_layer(study, tmp_path):
 
 
 def test_a_file_whose_weights_are_others_computes_another_loss(study, tmp_path, monkeypatch):
-    from allocator.export import verification as verify
+    from allocator.export.stored import StoredWeights
 
     folder, options = study
     pick = folder / "allocations" / "pick.json"
     written = api.materialize(folder, pick, tmp_path / "out", container="safetensors", **options)
-    plain = verify._Stored.decoded
-    monkeypatch.setattr(verify._Stored, "decoded", lambda *a: plain(*a) * 1.05)
+    plain = StoredWeights.decoded
+    monkeypatch.setattr(StoredWeights, "decoded", lambda *a: plain(*a) * 1.05)
     with pytest.raises(api.VerifyError, match="its runtime is off"):
         api.verify(folder, written.folder, **options)
 
