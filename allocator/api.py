@@ -23,10 +23,11 @@ from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
+from allocator.codecs import identity_of
 from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
 from allocator.comparison.runs import Run, chosen_runs
 from allocator.comparison.table import write_results
-from allocator.decision.allocation_record import AllocationRecord, codec, note_digests
+from allocator.decision.allocation_record import AllocationRecord, note_digests
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.difference import difference
@@ -437,7 +438,8 @@ def reproduce(
         if container in record.sha256 and digest != record.sha256[container]:
             raise VerifyError(
                 f"{written.folder}: sha256 {digest[:12]}…, {path.name} records "
-                f"{record.sha256[container][:12]}… (written by {record.codec}, here {codec()}); "
+                f"{record.sha256[container][:12]}… (written by {record.codec}, here "
+                f"{identity_of(record.decision.stored_formats)}); "
                 "install the versions of constraints.txt; the folder is left for a look"
             )
         rebuilt.append(written)

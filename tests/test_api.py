@@ -25,7 +25,7 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main
 from allocator.codecs import encodings as encodings
 from allocator.codecs.encodings import Encodings
-from allocator.codecs.ggml import encode
+from allocator.codecs.ggml import GGML
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.decision.search_space import SearchSpace, bind
@@ -48,6 +48,8 @@ from allocator.scoring.scorer import Scorer
 from allocator.study.trials import allocation_of, complete_trials
 from allocator.targets import GGUF
 from allocator.targets.group_weights import group_weights
+
+encode = GGML.encode
 
 torch.set_num_threads(1)
 ROUNDING = 1e-7

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.app.workers import run_workers
+from allocator.codecs import identity_of
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, changing, codec
+from allocator.decision.allocation_record import AllocationRecord, changing
 from allocator.decision.budget import Budget
 from allocator.decision.front import Point
 from allocator.decision.front import front as front_of
@@ -418,7 +419,7 @@ def _record(
         digest=allocation.digest,
         checkpoint=study_folder.inventory.digest,
         importance=study_folder.profile.importance,
-        codec=codec(),
+        codec=identity_of(allocation.stored_formats),
         bytes={
             "budget": limit.nbytes,
             "encoded": size.encoded,

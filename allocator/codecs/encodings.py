@@ -33,9 +33,8 @@ import numpy as np
 import xxhash
 
 from allocator.checkpoint.tensors import read_rows
-from allocator.codecs import ggml
-from allocator.codecs.ggml import Bytes, Floats
-from allocator.decision.allocation_record import codec
+from allocator.codecs.base import Bytes, Floats
+from allocator.codecs.registry import codec_of
 from allocator.errors import AllocatorError
 from allocator.families import Role
 from allocator.formats import Format, format_named
@@ -187,7 +186,8 @@ class Encodings:
 
     def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
         """A group in a format, decoded to float32; of a routed projection, these experts."""
-        return ggml.decode(self.encoded(name, fmt, experts), format_named(fmt))
+        known = format_named(fmt)
+        return codec_of(known).decode(self.encoded(name, fmt, experts), known)
 
     def anew(self, folder: Path) -> "Encodings":
         """An empty bank of the same groups and importance in another folder."""
@@ -225,7 +225,7 @@ class Encodings:
             return
         entry, slot = self._entry(name, fmt), expert or 0
         importance = self._slot_importance(name, entry)
-        encoded = ggml.encode(
+        encoded = codec_of(entry.fmt).encode(
             weights,
             entry.fmt,
             None if importance is None else importance[slot],
@@ -265,7 +265,8 @@ class Encodings:
                 "" if weighted is None else weighted.tobytes().hex(),
             )
             self._digests[name] = sha256(" ".join(parts).encode()).hexdigest()
-        return sha256(f"{self._digests[name]} {fmt} {codec()}".encode()).hexdigest()
+        encoder = codec_of(format_named(fmt)).identity
+        return sha256(f"{self._digests[name]} {fmt} {encoder}".encode()).hexdigest()
 
     def _checked(self, name: str, entry: _Entry, slots: Sequence[int]) -> tuple[Bytes, Bytes]:
         """All slots of an entry, mapped, and their digests; the given slots agree with theirs."""
@@ -336,7 +337,7 @@ class Encodings:
             for number, (held, rows) in enumerate(pieces, 1):
                 weights = coming.pop().result()
                 coming += [reader.submit(self._read, group, *p) for p in pieces[number:][:1]]
-                encoded = ggml.encode(
+                encoded = codec_of(entry.fmt).encode(
                     weights,
                     entry.fmt,
                     None if importance is None else importance[held],

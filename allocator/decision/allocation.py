@@ -18,7 +18,7 @@ import msgspec
 from allocator.decision.budget import Budget
 from allocator.decision.pricing import FileBytes, StoredBytes
 from allocator.errors import FormatError, SpaceError
-from allocator.formats import Parts, in_parts
+from allocator.formats import Format, Parts, formats_in, in_parts
 from allocator.targets import Layout, Target, target_named
 from allocator.targets.device_memory import MICRO_BATCH, DeviceMemory, RuntimeSettings, Workload
 
@@ -176,8 +176,18 @@ class Allocation:
             stored = self.parts(layout, name)
         for fmt, _ in stored:
             fmt.nbytes(group.shape)
+            if not group.can_hold(fmt):
+                raise SpaceError(
+                    f"allocation: {name} in {fmt.name}, a format of codec {fmt.codec}; files of "
+                    f"target {self.target} hold formats of {', '.join(group.codecs or ())}"
+                )
             if fmt.needs_importance and not group.importance:
                 raise SpaceError(f"allocation: {name} has no importance, which {fmt.name} needs")
+
+    @property
+    def stored_formats(self) -> frozenset[Format]:
+        """Every format that some group, or a part of one, is stored in."""
+        return frozenset(fmt for _, text in self.formats for fmt in formats_in(text))
 
     def stored(self, layout: Layout, container: Target | None = None) -> StoredBytes:
         """Returns the bytes of its checkpoint.

@@ -11,8 +11,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +159,6 @@ def read_importance(path: Path) -> dict[str, Floats]:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({first_line(error)}); restore the file") from None
     return vectors
-
-
-@cache
-def codec() -> str:
-    """Returns the name and version of the quantizer that writes bytes here."""
-    return f"xllamacpp {version('xllamacpp')}"
 
 
 def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:

@@ -172,7 +172,7 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
             continue
         if pin.format is not None:
             fmt = format_named(pin.format)
-            if not fmt.stores(group.shape) or (fmt.needs_importance and not group.importance):
+            if not group.can_hold(fmt) or (fmt.needs_importance and not group.importance):
                 raise SpaceError(
                     f"pin {pin.pattern!r}: {pin.format} cannot store {group.name} "
                     f"(rows of {group.shape[-1]}); offered: "

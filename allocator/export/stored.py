@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.checkpoint.tensors import floats_of
-from allocator.codecs.ggml import Floats, decode
+from allocator.codecs import Floats, codec_of
 from allocator.decision.allocation import Allocation
 from allocator.export.tensors import Bytes, encoded_shape
 from allocator.formats import format_named
@@ -78,7 +78,8 @@ class StoredWeights:
 
     def decoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Floats:
         """Returns the same decoded, `(..., rows, in)`, float32."""
-        return decode(np.ascontiguousarray(self.encoded(name, fmt, experts)), format_named(fmt))
+        known = format_named(fmt)
+        return codec_of(known).decode(self.encoded(name, fmt, experts), known)
 
     def full_precision(self, tensor: FullPrecision, experts: Sequence[int] | None) -> Floats:
         """Returns a norm, `tensor.shape`, or of a router the rows of `experts`; float32."""

@@ -3,9 +3,10 @@
 In: a directory written by `materialize`, the source that its tensors should come from, and a
 scorer. Out: a `Verification`.
 Invariant: every check compares the file with something else: the digests in the manifest, those of
-the bytes that the codecs encoded from the source, gguf-py's independent decoding, the runtime
-itself. No byte of a cache stands for an encoding: what is cached is held against its digests first,
-and encoded again where it differs; a source that encodes anew does so without the cache.
+the bytes that the codecs encoded from the source, a second implementation's decoding, the
+runtime itself. No byte of a cache stands for an encoding: what is cached is held against its
+digests first, and encoded again where it differs; a source that encodes anew does so without the
+cache.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +15,9 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from allocator.checkpoint.inventory import read_json
-from allocator.codecs.ggml import decode
+from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.decision.pricing import FileBytes
 from allocator.errors import VerifyError
@@ -231,8 +230,10 @@ def check_weights(
 
 
 def _check_decoding(where: str, fmt: Format, encoded: Bytes) -> None:
-    """Holds our decoding of some rows against gguf-py's."""
-    encoded = np.ascontiguousarray(encoded)
-    second = dequantize(encoded, GGMLQuantizationType(fmt.ggml_type))
-    if not np.array_equal(second.reshape(-1), decode(encoded, fmt).reshape(-1)):
-        raise VerifyError(f"{where} decodes differently in gguf-py; update the wheels")
+    """Holds a codec's decoding of some rows against a second implementation's, if there is one."""
+    codec, rows = codec_of(fmt), np.ascontiguousarray(encoded).reshape(-1, encoded.shape[-1])
+    second = codec.second_opinion(rows, fmt)
+    if second is not None and not np.array_equal(second, codec.decode(rows, fmt)):
+        raise VerifyError(
+            f"{where} decodes differently in a second implementation; update the wheels"
+        )

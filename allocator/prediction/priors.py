@@ -6,11 +6,11 @@ never reported; at one retained count their optimum is exact, as of any surrogat
 
 The form is that of HIGGS (arXiv 2411.17525, theorem 1): to first order, the loss is a sum over
 matrices of a sensitivity times the relative squared error `e` of the matrix. Our reference model
-agrees: over its 70 groups, the curvature of a format over `GAUSSIAN_ERROR` is the same for all
-formats from 1.6 to 8.5 bits, most within 5 %. So a prior is one sensitivity per role and relative
-depth, `w`, in nats per token for `e = 1` in every layer; a group of one of `n` layers costs
-`w e / n`. A prior counts layers and not weights: the loss of a matrix goes with the error of its
-output, whose size does not depend on the number of experts.
+agrees: over its 70 groups, the curvature of a format over `Format.gaussian_error` is the same for
+all formats from 1.6 to 8.5 bits, most within 5 %. So a prior is one sensitivity per role and
+relative depth, `w`, in nats per token for `e = 1` in every layer; a group of one of `n` layers
+costs `w e / n`. A prior counts layers and not weights: the loss of a matrix goes with the error of
+its output, whose size does not depend on the number of experts.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from allocator.decision.mixes import split
 from allocator.decision.space import Space
 from allocator.errors import SpaceError
 from allocator.families import Role
-from allocator.formats import GAUSSIAN_ERROR
+from allocator.formats import FORMATS, format_named
 from allocator.prediction.profile import bundle_of
 from allocator.prediction.surrogate import Surrogate
 from allocator.targets import Group
@@ -45,11 +45,11 @@ ROLE_WEIGHTS = {
 """Nats per token for a relative squared error of 1 in the matrices of that role in every layer.
 
 Measured on our reference model (studies/reference: DeepSeek-V3's architecture, 29 million weights,
-6 layers, text of the search split): the curvature of each group over `GAUSSIAN_ERROR`, median over
-formats, mean over layers, times layers. Three are not measured there and set by argument: the head
-is the embedding in that model, so each is given the loss of both; scores are products of queries
-and keys, so plain Q and K are given what `q_b` has; the output is a product of values and `o`, so V
-is given what O has. `kv_b` is its two halves together."""
+6 layers, text of the search split): the curvature of each group over `Format.gaussian_error`,
+median over formats, mean over layers, times layers. Three are not measured there and set by
+argument: the head is the embedding in that model, so each is given the loss of both; scores are
+products of queries and keys, so plain Q and K are given what `q_b` has; the output is a product of
+values and `o`, so V is given what O has. `kv_b` is its two halves together."""
 
 _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.HEAD: (Role.EMBEDDING,),
@@ -100,7 +100,7 @@ class Prior:
                 "without a profile"
             )
         weight = _at(weights.get(fmt, weights[""]), _depth(group.layer, n_layers))
-        return weight * GAUSSIAN_ERROR[fmt] / (1 if group.layer is None else n_layers)
+        return weight * format_named(fmt).gaussian_error / (1 if group.layer is None else n_layers)
 
     def surrogate(self, space: Space) -> Surrogate:
         """Returns the surrogate of these expectations.
@@ -137,7 +137,7 @@ class Prior:
 
 
 def published() -> Prior:
-    """Returns the prior `GAUSSIAN_ERROR` times `ROLE_WEIGHTS`, without pruning."""
+    """Returns the prior `Format.gaussian_error` times `ROLE_WEIGHTS`, without pruning."""
     return Prior(
         "Gaussian errors of the formats x sensitivities by role of the reference model",
         {role: {"": {0.5: weight}} for role, weight in ROLE_WEIGHTS.items()},
@@ -162,11 +162,11 @@ def transferred(relative: Surrogate, name: str) -> Prior:
         depth = _depth(group.layer, n)
         coupling.setdefault(_part(group), {})[depth] = relative.coupling[group_name]
         known = {
-            fmt: float(loss) / GAUSSIAN_ERROR[fmt] * (1 if group.layer is None else n)
+            fmt: float(loss) / format_named(fmt).gaussian_error * (1 if group.layer is None else n)
             for fmt, loss in zip(
                 space.formats[group_name], relative.error_losses[group_name][-1], strict=True
             )
-            if GAUSSIAN_ERROR.get(fmt)
+            if _is_inexact(fmt)
         }
         for fmt, weight in {**known, "": median(known.values())}.items():
             weights.setdefault(group.role, {}).setdefault(fmt, {})[depth] = weight
@@ -181,6 +181,11 @@ def transferred(relative: Surrogate, name: str) -> Prior:
             weights[role] = weights[nearest]
     source = f"the profile of {name}, by role and relative depth"
     return Prior(source, weights, coupling, pruned)
+
+
+def _is_inexact(value: str) -> bool:
+    """Tells whether a choice is one format, and loses something."""
+    return value in FORMATS and FORMATS[value].gaussian_error > 0
 
 
 def _part(group: Group) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from allocator.checkpoint.tensors import Floats
+from allocator.codecs import versions_of
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.decision.parameters import EXPERTS_USED
@@ -114,7 +114,7 @@ class ProfileInputs:
             "n_curvature": self.n_curvature,
             "saliency": self.saliency,
             "anchors": [ANCHOR_BITS, PRUNED_SHARES],
-            "codec": version("xllamacpp"),
+            **versions_of(f for g in self.layout.groups.values() for f in g.offered()),
             "schema": 2,
         }
         if self.sampled_rows is not None:

@@ -4,7 +4,7 @@ In: what `Profiler` takes, and a share of rows. Out: the same profile. Invariant
 the checkpoint layer by layer (see `proxy.stream`, `proxy.backward`); prices are those of the
 sampled rows, over their share of the squared gradients; which rows is fixed by a group's name.
 
-Rows are encoded on their own: ggml's formats know no row but the one that they encode. A sixteenth
+Rows are encoded on their own: formats know no row but the one that they encode. A sixteenth
 of them costs a sixteenth of the encoding, which is nearly all that a profile costs. The measured
 changes need all rows; where prices are of a sample they are made in formats that encode fast: the
 ones nearest to `ANCHOR_BITS` take hours for what a pass reads in minutes.
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from allocator.checkpoint.tensors import Floats, Ints, read_rows
-from allocator.codecs import ggml
+from allocator.codecs import codec_of
 from allocator.families import Role
 from allocator.files.checksums import read_checked, write_checked
 from allocator.formats import FORMATS, Format, format_named
@@ -100,8 +100,9 @@ class StreamedProfiler(Profiler):
             importance = self._importance(group, expert, rows)
             found = {}
             for fmt in self._priced_formats(group):
-                encoded = ggml.encode(weights, fmt, importance, threads=self.threads)
-                change = ggml.decode(encoded, fmt) - weights
+                codec = codec_of(fmt)
+                encoded = codec.encode(weights, fmt, importance, threads=self.threads)
+                change = codec.decode(encoded, fmt) - weights
                 found[fmt.name] = curvature.price_sample(group, change, rows, expert or 0)
             lines.append({"group": group.name, "expert": expert or 0, "prices": found})
 
@@ -124,8 +125,8 @@ class StreamedProfiler(Profiler):
         """The nearest format, or the nearest that encodes fast."""
         if self.inputs.sampled_rows == 1:
             return super().anchor(group, bits)
-        fast = [f for n, f in FORMATS.items() if ggml.ENCODE_SPEED.get(n, 0) >= FAST]
-        stores = [f for f in fast if f.stores(group.shape)]
+        fast = [f for f in FORMATS.values() if codec_of(f).weights_per_second(f) >= FAST]
+        stores = [f for f in fast if group.can_hold(f)]
         return min(stores, key=lambda f: (abs(f.bits - bits), f.name)).name
 
     def _priced_formats(self, group: Group) -> list[Format]:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from allocator.checkpoint.tensors import Floats, read_rows, read_tensor
-from allocator.codecs import ggml
-from allocator.codecs.ggml import Bytes
+from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.formats import format_named, parts
 from allocator.targets import FullPrecision, Group, Layout
@@ -177,7 +176,8 @@ class Weights:
         for start in range(0, group.shape[0], step):
             stop = min(start + step, group.shape[0])
             if encoded is not None and fmt is not None:
-                values = ggml.decode(encoded[start:stop], format_named(fmt))
+                known = format_named(fmt)
+                values = codec_of(known).decode(encoded[start:stop], known)
             elif whole:
                 values = self._original(group, None)[start:stop]
             else:

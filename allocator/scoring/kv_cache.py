@@ -1,15 +1,16 @@
 """Keys and values as the runtime keeps them: encoded when written, decoded when read.
 
-In: a `kv_format` of target gguf. Out: what stands in a transformers model where it has its cache.
-Invariant: attention sees what llama.cpp's attention reads from its cache. A row of grouped-query
-attention is all heads of a token; a row of multi-head latent attention is the latent, from which
-keys and values are computed, and then the key's part with a position.
+In: how a target's runtime stores them (`Target.cache_rows`). Out: a stand-in for the cache of a
+transformers model. Invariant: attention sees what the runtime's attention reads from its cache. A
+row of grouped-query attention is all heads of a token; a row of multi-head latent attention is the
+latent, from which keys and values are computed, and then the key's part with a position.
 
-llama.cpp encodes rotated heads where it can (`gguf_memory.rotation`): blocks of a head are
-multiplied by a normalised Hadamard matrix, queries are rotated alike, so what attention computes is
-that of rows decoded and rotated back.
+A runtime may encode rotated heads (`CacheRows.rotation`): blocks of a head are multiplied by a
+normalised Hadamard matrix, and queries are rotated alike, so attention computes the same as on rows
+that are decoded and rotated back.
 
-F16 is taken as exact: on the reference model its rounding costs less than 1e-6 nats per token.
+16-bit floats count as exact: on the reference model, their rounding costs less than 1e-6 nats per
+token.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,19 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.codecs import ggml
-from allocator.formats import format_named
-from allocator.targets.gguf.memory import kv_parts, rotation
-
-_FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0"}
+from allocator.codecs import codec_of
+from allocator.formats import Format
+from allocator.targets import CacheRows, Target
 
 
 def hadamard(n: int) -> torch.Tensor:
-    """Sylvester's Hadamard matrix of order `n`, a power of two, divided by `sqrt(n)`; symmetric."""
-    found: torch.Tensor = torch.ones(1, 1)
-    while len(found) < n:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found * float(n**-0.5)
+    """Returns Sylvester's Hadamard matrix, `n x n`, divided by `sqrt(n)`; symmetric.
+
+    Args:
+        n: its order, a power of two.
+    """
+    matrix: torch.Tensor = torch.ones(1, 1)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * float(n**-0.5)
 
 
 def _rotated(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -38,59 +41,62 @@ def _rotated(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 class KeysValues:
-    """Stands where a transformers model has its cache, and keeps nothing.
+    """Stands in for the cache of a transformers model, and stores nothing.
 
     Args:
         config: the checkpoint's.
-        kv_format: of keys and values.
+        keys: how the runtime stores keys.
+        values: how the runtime stores values.
     """
 
-    def __init__(self, config: Mapping[str, Any], kv_format: str) -> None:
-        self.kv_format = kv_format
-        self._keys, self._values = kv_parts(kv_format)
+    def __init__(self, config: Mapping[str, Any], keys: CacheRows, values: CacheRows) -> None:
+        self._keys, self._values = keys, values
         self._config = config
         self._latent = "kv_lora_rank" in config
-        orders = (
-            rotation(self._keys, _head_size(config), values=False),
-            rotation(self._values, _head_size(config), values=True),
-        )
-        self._rotations = [hadamard(n) if n and not self._latent else None for n in orders]
+        self._rotations = [
+            hadamard(rows.rotation) if rows.rotation and not self._latent else None
+            for rows in (keys, values)
+        ]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a cache would give back, of one layer's `(documents, heads, tokens, head size)`.
+        """Returns the keys and values of one layer that a cache would give back.
 
-        Of latent attention `keys` are the latents and `values` the keys with a position, one head.
+        Args:
+            keys: `documents x heads x tokens x head size`; of latent attention, the latents, with
+                one head.
+            values: of the same shape; of latent attention, the keys with a position, one head.
+            layer_idx: the layer; transformers passes it.
         """
         if not self._latent:
             return (
-                _kept(keys, self._keys, self._rotations[0]),
-                _kept(values, self._values, self._rotations[1]),
+                _stored(keys, self._keys.fmt, self._rotations[0]),
+                _stored(values, self._values.fmt, self._rotations[1]),
             )
         latent, placed = keys, values
         apart = self._config.get("rope_interleave", True)  # transformers pulls the pairs apart
         half = placed.shape[-1] // 2
         if apart:
             placed = placed.reshape(*placed.shape[:-1], 2, half).transpose(-1, -2).flatten(-2)
-        row = _kept(torch.cat([latent, placed], -1), self._keys, None)
+        row = _stored(torch.cat([latent, placed], -1), self._keys.fmt, None)
         latent, placed = row[..., : latent.shape[-1]], row[..., latent.shape[-1] :]
         if apart:
             placed = placed.reshape(*placed.shape[:-1], half, 2).transpose(-1, -2).flatten(-2)
         return latent, placed
 
-    # -- what a model asks of a cache that has seen nothing
+    # -- what a model asks of an empty cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No earlier tokens."""
+        """Returns 0: there are no earlier tokens."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """No earlier tokens."""
+        """Returns 0: there are no earlier tokens."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As many keys as queries, none earlier."""
+        """Returns the number of keys, which is that of queries, and the first one's place."""
         return query_length, 0
 
 
@@ -98,34 +104,41 @@ def _head_size(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def keys_values(config: Mapping[str, Any], kv_format: str) -> KeysValues | None:
-    """What `attach` takes; None for `f16`, as which models compute already."""
-    return None if kv_parts(kv_format) == ("f16", "f16") else KeysValues(config, kv_format)
+def keys_values(target: Target, config: Mapping[str, Any], kv_format: str) -> KeysValues | None:
+    """Builds what `attach` takes; None where the runtime stores 16-bit floats, which are exact.
+
+    Args:
+        target: whose runtime stores the keys and values.
+        config: the checkpoint's.
+        kv_format: as in `RuntimeSettings`.
+    """
+    keys, values = target.cache_rows(kv_format, _head_size(config))
+    return None if keys.fmt is values.fmt is None else KeysValues(config, keys, values)
 
 
-def attach(model: Any, held: Callable[[], KeysValues | None]) -> None:
-    """Makes a model's forward passes use what `held` gives at their time."""
+def attach(model: Any, current: Callable[[], KeysValues | None]) -> None:
+    """Makes each forward pass of a model use what `current` returns when the pass begins."""
 
     def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "past_key_values": held()}
+        return args, {**kwargs, "past_key_values": current()}
 
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _kept(rows: torch.Tensor, name: str, rotation: torch.Tensor | None) -> torch.Tensor:
-    """Rows after encoding and decoding; gradients pass as if nothing had happened."""
-    if name == "f16":
+def _stored(rows: torch.Tensor, fmt: Format | None, rotation: torch.Tensor | None) -> torch.Tensor:
+    """Encodes and decodes rows `(..., width)`; gradients pass as if nothing had happened."""
+    if fmt is None:
         return rows
     turned = rows.detach()
     if rotation is not None:
         rotation = rotation.to(rows.device)
         turned = _rotated(turned, rotation)
-    fmt = format_named(_FORMATS[name])
     flat = np.ascontiguousarray(turned.cpu().numpy(), dtype=np.float32).reshape(
         -1, turned.shape[-1]
     )
-    found = torch.from_numpy(ggml.decode(ggml.encode(flat, fmt), fmt)).to(rows.device)
-    found = found.view(turned.shape)
+    codec = codec_of(fmt)
+    read = torch.from_numpy(codec.decode(codec.encode(flat, fmt), fmt)).to(rows.device)
+    read = read.view(turned.shape)
     if rotation is not None:
-        found = _rotated(found, rotation)
-    return rows + (found - rows.detach()) if rows.requires_grad else found
+        read = _rotated(read, rotation)
+    return rows + (read - rows.detach()) if rows.requires_grad else read

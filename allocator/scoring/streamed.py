@@ -46,7 +46,7 @@ from allocator.scoring.swap_model import (
     set_experts_used,
     skeleton,
 )
-from allocator.targets import FullPrecision, Group, Layout
+from allocator.targets import FullPrecision, Group, Layout, target_named
 
 _ROWS_BYTES = 128 << 20  # of the head, decoded at a time
 _LOGITS_BYTES = 512 << 20  # of all distributions of the documents compared at a time
@@ -213,7 +213,8 @@ class StreamedModel:
     def install(self, layer: int, candidate: Candidate) -> None:
         """Everything of a layer but its routed experts."""
         if candidate.kv_format not in self._keys_values:
-            made = keys_values(self.inventory.config, candidate.kv_format)
+            target = target_named(self.layout.target)
+            made = keys_values(target, self.inventory.config, candidate.kv_format)
             self._keys_values[candidate.kv_format] = made
         self._kept_as = self._keys_values[candidate.kv_format]
         retained = candidate.retained_experts.get(layer)

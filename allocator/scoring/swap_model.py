@@ -26,7 +26,7 @@ from allocator.scoring.candidates import Candidate, CandidateWeights, retained_r
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
-from allocator.targets import FullPrecision, Group, Layout
+from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
@@ -449,7 +449,9 @@ class SwapModel:
         self.experts_used = candidate.experts_used
         set_experts_used(self.model, self.layout.layers, self.experts_used)
         if candidate.kv_format != self.kv_format:
-            self._keys_values = keys_values(self.inventory.config, candidate.kv_format)
+            self._keys_values = keys_values(
+                target_named(self.layout.target), self.inventory.config, candidate.kv_format
+            )
             self.kv_format = candidate.kv_format
 
     def _put_full_precision(self, candidate: Candidate) -> None:

@@ -8,7 +8,7 @@ every tensor of the file, so sizes predicted from it are the sizes written.
 from allocator.errors import TargetError
 from allocator.targets.base import Target
 from allocator.targets.gguf.contract import GGUF
-from allocator.targets.layout import FullPrecision, Group, Layout
+from allocator.targets.layout import CacheRows, FullPrecision, Group, Layout
 from allocator.targets.safetensors import SAFETENSORS
 
 TARGETS: dict[str, Target] = {}
@@ -18,6 +18,7 @@ __all__ = [
     "GGUF",
     "SAFETENSORS",
     "TARGETS",
+    "CacheRows",
     "FullPrecision",
     "Group",
     "Layout",

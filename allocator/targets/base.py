@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
-from allocator.targets.layout import FullPrecision, Group, Layout
+from allocator.targets.layout import CacheRows, FullPrecision, Group, Layout
 
 
 class Target(ABC):
@@ -26,6 +26,7 @@ class Target(ABC):
         alignment: tensor data in its file starts at multiples of this many bytes.
         stores_tokenizer: its file has the tokenizer in it, unless the checkpoint is read without.
         predicts_memory: `device_memory` and `kv_bytes` answer.
+        codecs: those whose formats its file can hold; None for all.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target(ABC):
     alignment: int
     stores_tokenizer: bool = False
     predicts_memory: bool = False
+    codecs: tuple[str, ...] | None = None
 
     @abstractmethod
     def layout(self, inventory: Inventory) -> Layout:
@@ -96,6 +98,15 @@ class Target(ABC):
                 f"kv_format {kv_format!r} with target {self.name}: it is chosen for llama.cpp's "
                 "cache; needed 'f16', or target gguf"
             )
+
+    def cache_rows(self, kv_format: str, head_size: int) -> tuple[CacheRows, CacheRows]:
+        """Returns how the runtime's cache stores keys, and how values.
+
+        Args:
+            kv_format: one that `check_kv_format` takes.
+            head_size: width of a head.
+        """
+        return CacheRows(), CacheRows()
 
     def check_micro_batch(self, micro_batch: int) -> None:
         """Checks the tokens computed at once.

@@ -27,6 +27,7 @@ class Group:
         stored_as: its name in the target's file.
         importance: whether its input channels have an importance vector.
         source_format: the format that the checkpoint holds it in; None if it holds floats.
+        codecs: those whose formats the target's file can hold; None for all.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Group:
     stored_as: str
     importance: bool = True
     source_format: Format | None = None
+    codecs: tuple[str, ...] | None = None
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape when its layer retains `n_experts`."""
@@ -47,8 +49,18 @@ class Group:
         return retained[self.layer] if self.role.is_expert and self.layer is not None else ()
 
     def offered(self) -> tuple[Format, ...]:
-        """Returns the formats that store it as named, largest first."""
-        return offered(self.shape, importance=self.importance, source=self.source_format)
+        """Returns the formats that a search considers for it, largest first."""
+        return offered(
+            self.shape,
+            importance=self.importance,
+            source=self.source_format,
+            codecs=self.codecs,
+        )
+
+    def can_hold(self, fmt: Format) -> bool:
+        """Tells whether the target's file can hold it in this format, as named."""
+        known = self.codecs is None or fmt.codec in self.codecs
+        return known and fmt.stores(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,19 @@ class FullPrecision:
         return prod(self.shape_with(n_experts)) * DTYPE_BYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheRows:
+    """How a runtime's cache stores its keys, or its values.
+
+    Attributes:
+        fmt: of the rows; None for 16-bit floats, which are taken as exact.
+        rotation: order of the Hadamard matrix that rotates heads before; 0 for none.
+    """
+
+    fmt: Format | None = None
+    rotation: int = 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """A target bound to an inventory.
@@ -102,7 +127,10 @@ class Layout:
 
 
 def plain_groups(
-    inventory: Inventory, stored_as: Mapping[str, str], skip: Iterable[Role] = ()
+    inventory: Inventory,
+    stored_as: Mapping[str, str],
+    skip: Iterable[Role] = (),
+    codecs: tuple[str, ...] | None = None,
 ) -> list[Group]:
     """Makes one group per matrix, and one per projection of a layer's experts.
 
@@ -110,6 +138,7 @@ def plain_groups(
         inventory: the checkpoint.
         stored_as: the target's name of each checkpoint tensor.
         skip: roles that the target lays out in its own way.
+        codecs: those whose formats the target's file can hold; None for all.
     """
     groups: dict[str, Group] = {}
     for tensor in inventory.tensors.values():
@@ -130,6 +159,7 @@ def plain_groups(
             # an embedding that is only looked up multiplies nothing
             importance=tensor.role is not Role.EMBEDDING or inventory.tied_embeddings,
             source_format=FORMATS[MXFP4] if tensor.dtype == MXFP4 else None,
+            codecs=codecs,
         )
     return list(groups.values())
 

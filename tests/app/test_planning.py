@@ -19,7 +19,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError
-from allocator.formats import FORMATS, GAUSSIAN_ERROR
+from allocator.formats import FORMATS
 from allocator.prediction.priors import ROLE_WEIGHTS, published, transferred
 from allocator.targets import GGUF
 from allocator.targets.device_memory import Workload
@@ -60,7 +60,7 @@ def test_the_first_allocation_is_the_best_of_all(share):
     sizes = [[prod(g.shape) // 32 * FORMATS[n].block_bytes * 32 // FORMATS[n].block for n in names]
              for g in groups]  # fmt: skip
     assert len(groups) == 8
-    losses = [[ROLE_WEIGHTS[g.role] * GAUSSIAN_ERROR[n] for n in names] for g in groups]
+    losses = [[ROLE_WEIGHTS[g.role] * FORMATS[n].gaussian_error for n in names] for g in groups]
     every = np.array(list(product(range(5), repeat=8)))
     nbytes = sum(np.array(s)[every[:, i]] for i, s in enumerate(sizes))
     loss = sum(np.array(v)[every[:, i]] for i, v in enumerate(losses))

@@ -18,12 +18,13 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tensors import read_rows
 from allocator.codecs import encodings as bank_module
 from allocator.codecs.encodings import Encodings
-from allocator.codecs.ggml import decode, encode
+from allocator.codecs.ggml import GGML
 from allocator.errors import AllocatorError, CheckpointError, FormatError
 from allocator.formats import FORMATS
 from allocator.targets import GGUF, SAFETENSORS
 from allocator.targets.group_weights import group_weights
 
+decode, encode = GGML.decode, GGML.encode
 UP, K_B, V_B = "layers.1.experts.up", "layers.1.attention.k_b", "layers.1.attention.v_b"
 UP_2 = "layers.2.experts.up"
 EXPERT = str(64 * 64 * 4)  # bytes of float32
@@ -65,7 +66,7 @@ def seen(monkeypatch):
         return encode(weights, *args, **options)
 
     monkeypatch.setattr(bank_module, "read_rows", reading)
-    monkeypatch.setattr("allocator.codecs.ggml.encode", encoding)
+    monkeypatch.setattr(GGML, "encode", encoding)
     return made
 
 

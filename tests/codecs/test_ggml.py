@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from allocator.codecs.ggml import decode, encode
+from allocator.codecs.ggml import GGML
 from allocator.errors import FormatError
-from allocator.formats import FORMATS, GAUSSIAN_ERROR, OFFERED
+from allocator.formats import FORMATS, OFFERED
+
+decode, encode = GGML.decode, GGML.encode
 
 NEEDY = [f.name for f in FORMATS.values() if f.needs_importance]
 
@@ -152,4 +154,4 @@ def test_the_table_of_gaussian_errors(name):
     weights = torch.from_numpy(normal(64, 2048)).bfloat16().float().numpy()
     decoded = decode(encode(weights, FORMATS[name], np.ones(2048, np.float32)), FORMATS[name])
     found = np.square(decoded - weights).sum() / np.square(weights).sum()
-    assert found == pytest.approx(GAUSSIAN_ERROR[name], rel=0.02, abs=1e-8)
+    assert found == pytest.approx(FORMATS[name].gaussian_error, rel=0.02, abs=1e-8)

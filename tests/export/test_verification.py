@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from allocator.codecs.encodings import Encodings
-from allocator.codecs.ggml import encode
+from allocator.codecs.ggml import GGML
 from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError, VerifyError
 from allocator.export.checkpoint import materialize
@@ -21,6 +21,8 @@ from allocator.export.tensors import EncodedTensors
 from allocator.export.verification import check_weights, verify
 from allocator.files.checksums import seal, unseal
 from allocator.targets import target_named
+
+encode = GGML.encode
 
 RANDOM_WEIGHTS_TOLERANCE = 0.05
 PRECISE = ("BF16",)  # random weights: llama.cpp's 8-bit activations flip their routing
@@ -182,7 +184,7 @@ def test_a_wrong_encoding_with_right_digests_is_found_by_encoding_anew(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("allocator.codecs.ggml.encode", failing)
+        patch.setattr(GGML, "encode", failing)
         source = EncodedTensors(encodings, allocation)
         materialize(source, tmp_path / "out", container=container, importance="i" * 64)
     runtime, source = runtime_named(container), EncodedTensors(encodings, allocation)

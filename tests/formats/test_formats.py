@@ -18,6 +18,7 @@ from allocator.formats import (
     parts,
     parts_text,
 )
+from allocator.formats.ggml import TYPES
 
 SHAPES = st.lists(st.integers(1, 5), max_size=3).flatmap(
     lambda outer: st.integers(1, 1100).map(lambda n: (*outer, n))
@@ -26,14 +27,14 @@ SHAPES = st.lists(st.integers(1, 5), max_size=3).flatmap(
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_table_is_that_of_the_library(fmt):
-    traits = library().ggml_get_type_traits(fmt.ggml_type).contents
+    traits = library().ggml_get_type_traits(TYPES[fmt.name]).contents
     assert (traits.blck_size, traits.type_size) == (fmt.block, fmt.block_bytes)
     assert traits.type_name.decode().upper() == fmt.name.upper()
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_table_is_that_of_gguf_py(fmt):
-    kind = GGMLQuantizationType(fmt.ggml_type)
+    kind = GGMLQuantizationType(TYPES[fmt.name])
     assert kind.name == fmt.name
     assert GGML_QUANT_SIZES[kind] == (fmt.block, fmt.block_bytes)
 
@@ -42,7 +43,7 @@ def test_importance_is_needed_where_the_library_says_so():
     needs = library().ggml_quantize_requires_imatrix
     needs.restype = ctypes.c_bool
     for fmt in FORMATS.values():
-        assert needs(fmt.ggml_type) == fmt.needs_importance, fmt.name
+        assert needs(TYPES[fmt.name]) == fmt.needs_importance, fmt.name
 
 
 @given(st.sampled_from(sorted(FORMATS)), SHAPES)

@@ -9,7 +9,7 @@ from allocator.checkpoint.outline import planned_inventory
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import SpaceError
 from allocator.families import PLANNED, Role
-from allocator.formats import FORMATS, GAUSSIAN_ERROR, OFFERED
+from allocator.formats import FORMATS, OFFERED
 from allocator.prediction.priors import ROLE_WEIGHTS, Prior, published, transferred
 from allocator.targets import GGUF, TARGETS
 
@@ -25,8 +25,7 @@ def qwen():
 def test_every_role_and_format_has_a_figure():
     roles = {rule.role for family in PLANNED.values() for rule in family.rules}
     assert {r for r in roles if r.is_encoded} | {Role.K_B, Role.V_B} == set(ROLE_WEIGHTS)
-    assert set(GAUSSIAN_ERROR) == set(FORMATS)
-    errors = [GAUSSIAN_ERROR[n] for n in OFFERED if FORMATS[n].block == 256]
+    errors = [FORMATS[n].gaussian_error for n in OFFERED if FORMATS[n].block == 256]
     assert errors == sorted(errors)  # a smaller format loses more
 
 
@@ -36,7 +35,7 @@ def test_the_formula(qwen):
     by_hand = 0.0
     for name, group in qwen.layout.groups.items():
         part = 1 if group.layer is None else 1 / 48
-        by_hand += ROLE_WEIGHTS[group.role] * GAUSSIAN_ERROR[qwen.formats[name][-1]] * part
+        by_hand += ROLE_WEIGHTS[group.role] * FORMATS[qwen.formats[name][-1]].gaussian_error * part
     assert surrogate.predict(params) == pytest.approx(by_hand)
     largest = qwen.complete(qwen.params(qwen.largest))
     assert surrogate.predict(largest) == 0  # all BF16, nothing pruned
@@ -47,7 +46,7 @@ def test_a_model_is_its_own_relative(target, surrogates, spaces):
     mine, space = surrogates[target], spaces[target]
     found = transferred(mine, "itself").surrogate(space)
     for group, rows in mine.error_losses.items():
-        counted = [GAUSSIAN_ERROR.get(v) != 0 and "*" not in v for v in space.formats[group]]
+        counted = ["*" not in v and FORMATS[v].gaussian_error > 0 for v in space.formats[group]]
         np.testing.assert_allclose(found.error_losses[group][-1][counted], rows[-1][counted])
     assert found.coupling == pytest.approx(mine.coupling)
     for layer, losses in mine.count_losses.items():
@@ -61,7 +60,7 @@ def test_a_deeper_model_loses_as_much_in_all(surrogates, spaces):
     downs = [g for g in layout.groups.values() if g.role is Role.EXPERT_DOWN]
     flat = Prior("", {Role.EXPERT_DOWN: {"": {0.1: 2.0, 0.9: 2.0}}})
     total = sum(flat.loss(g, "IQ1_S", 61) for g in downs)
-    assert total == pytest.approx(2.0 * GAUSSIAN_ERROR["IQ1_S"] * 58 / 61)
+    assert total == pytest.approx(2.0 * FORMATS["IQ1_S"].gaussian_error * 58 / 61)
     space = bind(SearchSpace(schema=1), layout, None)
     deep = prior.surrogate(space)
     share = 192 / 256

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allocator.checkpoint.inventory import read_inventory
-from allocator.codecs.ggml import decode, encode
+from allocator.codecs.ggml import GGML
 from allocator.decision.allocation import Allocation
 from allocator.decision.search_space import SALIENCIES
 from allocator.errors import AllocatorError
@@ -28,6 +28,8 @@ from allocator.scoring.scorer import Scorer
 from allocator.scoring.swap_model import SwapModel, destination
 from allocator.targets import GGUF, SAFETENSORS
 from allocator.targets.group_weights import group_weights
+
+decode, encode = GGML.decode, GGML.encode
 
 torch.set_num_threads(1)
 LENGTHS = (21, 21, 17, 17)

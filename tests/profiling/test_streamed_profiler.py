@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from allocator.checkpoint.inventory import read_inventory
-from allocator.codecs import ggml
+from allocator.codecs.ggml import GGML
 from allocator.profiling.profiler import ProfileInputs, Profiler, importance_digest
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.scoring.documents import Document
@@ -64,9 +64,9 @@ def test_sampled_rows_are_close_and_cheaper(inputs, whole, tmp_path, monkeypatch
 
     monkeypatch.setattr(module, "_LEAST_ROWS", 1)
     encoded = []
-    encode = module.ggml.encode
+    encode = GGML.encode
     monkeypatch.setattr(
-        module.ggml, "encode", lambda w, *a, **k: encoded.append(w.size) or encode(w, *a, **k)
+        GGML, "encode", lambda w, *a, **k: encoded.append(w.size) or encode(w, *a, **k)
     )
     sampled = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path)
     prices = sampled.curvature
@@ -92,7 +92,7 @@ def test_a_stopped_curvature_is_the_undisturbed_one(inputs, tmp_path, monkeypatc
     whole = StreamedProfiler(inputs, tmp_path / "whole")
     stopped = StreamedProfiler(inputs, tmp_path / "stopped")
     _ = stopped.statistics
-    plain, calls = ggml.encode, []
+    plain, calls = GGML.encode, []
 
     def encode(*args, **options):
         calls.append(args)
@@ -101,7 +101,7 @@ def test_a_stopped_curvature_is_the_undisturbed_one(inputs, tmp_path, monkeypatc
         return plain(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("allocator.profiling.streamed_profiler.ggml.encode", encode)
+        patched.setattr(GGML, "encode", encode)
         with pytest.raises(KeyboardInterrupt):
             _ = stopped.curvature
     again = StreamedProfiler(inputs, tmp_path / "stopped")

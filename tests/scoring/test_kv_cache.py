@@ -17,7 +17,7 @@ from allocator.export.tensors import EncodedTensors
 from allocator.profiling.statistics import importance_digest
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
-from allocator.scoring.kv_cache import KeysValues, hadamard, keys_values
+from allocator.scoring.kv_cache import hadamard, keys_values
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.streamed import StreamedModel, StreamedScorer
 from allocator.scoring.swap_model import SwapModel
@@ -125,7 +125,7 @@ def test_hadamard_is_its_own_inverse(n):
 def test_gradients_pass_as_if_nothing_had_happened(opened):
     config = opened("head 64")[0].inventory.config
     keys = torch.randn(1, 2, 5, 64, requires_grad=True)
-    found, values = KeysValues(config, "q4_0/q8_0").update(keys, keys, 0)
+    found, values = keys_values(GGUF, config, "q4_0/q8_0").update(keys, keys, 0)
     wide, narrow = (float((x - keys).detach().abs().max()) for x in (values, found))
     assert 0 < wide < narrow
     found.sum().backward()
@@ -134,8 +134,8 @@ def test_gradients_pass_as_if_nothing_had_happened(opened):
 
 def test_f16_is_what_models_compute_already(opened):
     config = opened("head 64")[0].inventory.config
-    assert keys_values(config, "f16") is None
-    assert keys_values(config, "f16/q8_0") is not None
+    assert keys_values(GGUF, config, "f16") is None
+    assert keys_values(GGUF, config, "f16/q8_0") is not None
 
 
 @pytest.mark.parametrize("name", ["latent", "head 64"])

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from allocator.codecs.ggml import decode
+from allocator.codecs import codec_of
 from allocator.decision.allocation import KV_FORMAT
 from allocator.errors import VerifyError
 from allocator.export.base import Exact
@@ -35,6 +35,7 @@ from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.stored import StoredWeights
 from allocator.formats import FORMATS
+from allocator.formats.ggml import TYPES
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed import States, StreamedModel
@@ -200,7 +201,7 @@ def write_decoded(file: BinaryIO, path: Path, tensors: Tensors, n_layers: int) -
         text = name.encode()
         file.write(struct.pack("<Q", len(text)) + text + struct.pack("<I", len(shape)))
         file.write(struct.pack(f"<{len(shape)}Q", *shape[::-1]))
-        file.write(struct.pack("<IQ", fmt.ggml_type, offset))
+        file.write(struct.pack("<IQ", TYPES[fmt.name], offset))
         offset += -(-fmt.nbytes(shape) // alignment) * alignment
     begin = -(-file.tell() // alignment) * alignment
     file.truncate(begin + offset)
@@ -212,7 +213,7 @@ def write_decoded(file: BinaryIO, path: Path, tensors: Tensors, n_layers: int) -
             flat = tensors[name][2].reshape(-1, tensors[name][2].shape[-1])
             step = max(1, _PIECE // (4 * shape[-1]))
             for i in range(0, len(flat), step):
-                file.write(decode(np.ascontiguousarray(flat[i : i + step]), stored).data)
+                file.write(codec_of(stored).decode(flat[i : i + step], stored).data)
         at += -(-fmt.nbytes(shape) // alignment) * alignment
     file.flush()
     return Path(f"/proc/self/fd/{file.fileno()}")

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
+from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Layout
 from allocator.targets.gguf.metadata import metadata
 
@@ -105,7 +106,7 @@ def _add_tensors(
         for k in layout.full_precision
     ]
     for name, shape, chosen in rows:
-        kind = GGMLQuantizationType(chosen.ggml_type)
+        kind = GGMLQuantizationType(TYPES[chosen.name])
         # a float dtype says that the shape counts weights, not bytes
         writer.add_tensor_info(
             name, shape, np.dtype(np.float32), chosen.nbytes(shape), raw_dtype=kind
@@ -140,7 +141,7 @@ def _sync_directory(path: Path) -> None:
 
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
-_BY_TYPE = {f.ggml_type: f for f in FORMATS.values()}
+_BY_TYPE = {number: FORMATS[name] for name, number in TYPES.items()}
 _VERSION = 3
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from allocator.checkpoint.inventory import read_json
-from allocator.codecs import ggml
+from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError
 from allocator.export.safetensors.files import FILE_NAME, QUANT_METHOD
@@ -27,7 +26,7 @@ from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.kv_cache import attach, keys_values
 from allocator.scoring.swap_model import destination, resize_experts, set_experts_used, skeleton
-from allocator.targets import Group
+from allocator.targets import Group, target_named
 from allocator.targets.layout import part_names
 
 
@@ -72,7 +71,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
     set_experts_used(model, layers, allocation.experts_used)
-    stored = keys_values(config, allocation.kv_format)
+    stored = keys_values(target_named(allocation.target), config, allocation.kv_format)
     if stored is not None:
         attach(model, lambda: stored)
     try:
@@ -212,13 +211,14 @@ _NONE = torch.empty(0)
 
 def _decode_into(view: torch.Tensor | list[torch.Tensor], fmt: Format, data: torch.Tensor) -> None:
     """Decodes without a second copy where the destination's rows lie together."""
+    codec = codec_of(fmt)
     if isinstance(view, torch.Tensor) and view.is_contiguous():
-        ggml.decode(data.numpy(), fmt, out=view.numpy())
+        codec.decode(data.numpy(), fmt, out=view.numpy())
     elif isinstance(view, list) or (view.dim() == 3 and view[0].is_contiguous()):
         for matrix, encoded in zip(view, data, strict=True):
-            ggml.decode(encoded.numpy(), fmt, out=matrix.numpy())
+            codec.decode(encoded.numpy(), fmt, out=matrix.numpy())
     else:
-        view.copy_(torch.from_numpy(ggml.decode(np.ascontiguousarray(data.numpy()), fmt)))
+        view.copy_(torch.from_numpy(codec.decode(data.numpy(), fmt)))
 
 
 def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:

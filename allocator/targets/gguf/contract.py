@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import FAMILIES, Role
+from allocator.formats.ggml import CODEC
 from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 from allocator.targets.gguf.memory import (
+    cache_rows,
     compute_bytes,
     kv_cache_bytes,
     kv_parts,
@@ -29,6 +31,7 @@ from allocator.targets.gguf.metadata import (
 )
 from allocator.targets.gguf.tokenizer import check_tokenizer
 from allocator.targets.layout import (
+    CacheRows,
     FullPrecision,
     Group,
     Layout,
@@ -52,6 +55,7 @@ class GgufTarget(Target):
     alignment = 32
     stores_tokenizer = True
     predicts_memory = True
+    codecs = (CODEC,)
 
     def layout(self, inventory: Inventory) -> Layout:
         """Returns groups under llama.cpp's names, `kv_b` split.
@@ -67,7 +71,7 @@ class GgufTarget(Target):
             for t in inventory.tensors.values()
             if t.role.is_encoded
         }
-        groups = plain_groups(inventory, names, skip=(Role.KV_B,))
+        groups = plain_groups(inventory, names, skip=(Role.KV_B,), codecs=self.codecs)
         for layer in range(inventory.n_layers):
             for tensor in inventory.of_role(Role.KV_B, layer):
                 groups += _halves(inventory, tensor, layer)
@@ -113,6 +117,14 @@ class GgufTarget(Target):
         """
         if set(kv_parts(kv_format)) != {"f16"}:  # which fits any row
             kv_read_bytes(inventory, kv_format=kv_format, context=1)
+
+    def cache_rows(self, kv_format: str, head_size: int) -> tuple[CacheRows, CacheRows]:
+        """Returns how llama.cpp's cache stores keys, and how values."""
+        keys, values = kv_parts(kv_format)
+        return (
+            cache_rows(keys, head_size, values=False),
+            cache_rows(values, head_size, values=True),
+        )
 
     def check_micro_batch(self, micro_batch: int) -> None:
         """Checks the tokens computed at once.
@@ -209,6 +221,7 @@ def _halves(inventory: Inventory, kv_b: TensorInfo, layer: int) -> list[Group]:
             shape=shape,
             sources=(kv_b.name,),
             stored_as=inventory.family.gguf_name(role, layer),
+            codecs=(CODEC,),
         )
         for role, shape in ((Role.K_B, (heads, rank, nope)), (Role.V_B, (heads, value, rank)))
     ]

@@ -22,14 +22,12 @@ from typing import Any
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
 from allocator.families import Role
+from allocator.formats import FORMATS
 from allocator.targets.gguf.graph import Graph, Tensor, padded
+from allocator.targets.layout import CacheRows
 
-KV_FORMATS = {
-    "f16": (1, 2),
-    "q8_0": (32, 2 + 32),  # a scale and 32 bytes
-    "q4_0": (32, 2 + 16),  # a scale and 32 half bytes
-}
-"""Values that are stored together, and their bytes, by llama.cpp's name of the format."""
+KV_FORMATS = {name: FORMATS[name.upper()] for name in ("f16", "q8_0", "q4_0")}
+"""Formats of keys and values, by llama.cpp's name."""
 
 PROCESS_BYTES = 24 << 20
 """The library itself: 17 MiB of code and tables, half a MiB for each of 14 threads."""
@@ -139,13 +137,13 @@ def _rows(dims: "_Dims", kv_format: str) -> tuple[tuple[int, int], tuple[int, in
 
 
 def _row_bytes(fmt: str, heads: int, width: int) -> int:
-    block, nbytes = KV_FORMATS[fmt]
-    if width % block:
+    stored = KV_FORMATS[fmt]
+    if not stored.stores((width,)):
         raise TargetError(
-            f"gguf: kv_format {fmt} stores {block} values together, the heads of this model have "
-            f"{width}; choose f16"
+            f"gguf: kv_format {fmt} stores {stored.block} values together, the heads of this "
+            f"model have {width}; choose f16"
         )
-    return heads * width // block * nbytes
+    return stored.nbytes((heads, width))
 
 
 # -- what is computed
@@ -269,9 +267,16 @@ def rotation(fmt: str, width: int, *, values: bool) -> int:
     head, values by 64 (and the attention's result back), if the format is quantized and the head a
     multiple of 64. Never under multi-head latent attention: its graph has no rotation.
     """
-    if KV_FORMATS[fmt][0] == 1 or width % _LEAST_ROTATION:
+    if KV_FORMATS[fmt].block == 1 or width % _LEAST_ROTATION:
         return 0
     return _LEAST_ROTATION if values else width & -width
+
+
+def cache_rows(fmt: str, width: int, *, values: bool) -> CacheRows:
+    """Returns how the cache stores heads of this width in a format of llama.cpp's name."""
+    if fmt == "f16":
+        return CacheRows()
+    return CacheRows(KV_FORMATS[fmt], rotation(fmt, width, values=values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,14 @@ import numpy as np
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tensors import read_tensor
-from allocator.codecs import ggml
 from allocator.codecs.encodings import Encodings
+from allocator.codecs.ggml import GGML, library
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.export.checkpoint import materialize
 from allocator.export.tensors import EncodedTensors
 from allocator.formats import fallback
+from allocator.formats.ggml import TYPES
 from allocator.targets import GGUF
 from allocator.targets.group_weights import group_weights
 
@@ -90,7 +91,7 @@ def raw_seconds(layout, allocation, importance):
     total = np.zeros(2)
     with ThreadPoolExecutor(THREADS) as pool:
         for name, expert, fmt, weights in matrices(layout, allocation):
-            ggml.prepare(fmt)
+            GGML.prepare(fmt)
             given = importance.get(name) if layout.groups[name].importance else None
             if given is not None:
                 given = given if expert is None or given.ndim == 1 else given[expert]
@@ -104,8 +105,8 @@ def raw_seconds(layout, allocation, importance):
             def work(piece, flat=flat, out=out, given=given, fmt=fmt, step=step):
                 matrix, start = piece
                 rows = flat[matrix, start : start + step]
-                ggml.library().ggml_quantize_chunk(
-                    fmt.ggml_type,
+                library().ggml_quantize_chunk(
+                    TYPES[fmt.name],
                     rows.ctypes.data,
                     out[matrix, start:].ctypes.data,
                     0,
@@ -154,7 +155,7 @@ def main():
         _ = layout.inventory.digest  # a search has it
         stored = (fmt for g in layout.groups for fmt, _ in allocation.parts(layout, g))
         for fmt in set(stored):
-            ggml.prepare(fmt)
+            GGML.prepare(fmt)
         counts = allocation.counts
         weights = sum(
             int(np.prod(g.shape_with(counts.get(g.layer, 0)))) for g in layout.groups.values()

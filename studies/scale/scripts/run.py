@@ -86,8 +86,9 @@ class Meter:
 
     def install(self):
         """Counts what this process reads, encodes and decodes."""
+        from allocator.checkpoint import tensors as source
         from allocator.checkpoint.inventory import Inventory
-        from allocator.codecs import ggml, source
+        from allocator.codecs.ggml import GGML
         from allocator.profiling import streamed_profiler as streamed
         from allocator.scoring.streamed import StreamedScorer
 
@@ -121,8 +122,8 @@ class Meter:
         streamed.measure_streamed = within("curvature, there and back", measure)
         StreamedScorer._pass = within("candidates", score)
         self.count(source, "_read", "read")
-        self.count(ggml, "encode", "encode", weights=lambda w, f, *_: (f.name, w.size))
-        self.count(ggml, "decode", "decode")
+        self.count(GGML, "encode", "encode", weights=lambda w, f, *_: (f.name, w.size))
+        self.count(GGML, "decode", "decode")
 
     def found(self):
         return {

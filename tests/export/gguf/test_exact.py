@@ -58,7 +58,7 @@ def test_zero_bytes_decode_to_zeros(name):
     """In gguf-py, which is not what writes and runs the files."""
     fmt = FORMATS[name]
     zeros = np.zeros((2, fmt.nbytes((1, 256))), np.uint8)
-    assert not dequantize(zeros, GGMLQuantizationType(fmt.ggml_type)).any()
+    assert not dequantize(zeros, GGMLQuantizationType[fmt.name]).any()
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
