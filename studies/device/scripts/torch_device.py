@@ -2,7 +2,7 @@
 
     python studies/device/scripts/torch_device.py --out DIR [--devices cpu cuda] [--trials 8]
 
-For each of two checkpoints (the reference model, and a random one of DeepSeek-V3's expert widths) and
+For each of two checkpoints (the reference model, and a random one of DeepSeek-V3's form) and
 each device, with a cache of its own: `search` of some trials, its seconds by what they were spent on;
 then, of one fixed allocation, `score` with nothing left to encode. Losses on the devices differ by
 rounding alone: the table says by how much. Everything goes through the command line, in processes of
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = ROOT / "studies/reference"
 BUILD = ROOT / "studies/scale/scripts/build_checkpoint.py"
 RANDOM = {
-    "--layers": 3, "--experts": 16, "--experts-used": 4, "--heads": 16, "--hidden": 2048,
+    "--layers": 2, "--experts": 16, "--experts-used": 4, "--heads": 16, "--hidden": 2048,
     "--width": 768, "--dense-width": 4096, "--vocabulary": 4096,
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def reference_study(folder, trials):
 
 
 def random_study(folder, trials, *, streamed):
-    """A random checkpoint of about half a billion weights; documents of random ids."""
+    """A random checkpoint of about 140 million weights; documents of random ids."""
     folder.mkdir(parents=True, exist_ok=True)
     model = folder.parent / "random-model"
     shape = [str(x) for pair in RANDOM.items() for x in pair]
@@ -80,8 +80,10 @@ def measured(folder, fixed, device, cache):
     """A row: seconds of a search by part, and of scoring one recorded allocation; its loss."""
     wall, text = allocator("search", folder, "--torch-device", device, cache=cache)
     parts = dict(re.findall(r"(scoring|gradient|sampler|storage) ([0-9.]+)", text))
-    allocator("score", folder, fixed, "--torch-device", device, cache=cache)  # encodes
-    again, text = allocator("score", folder, fixed, "--torch-device", device, cache=cache)
+    allocator("score", fixed, "--study", folder, "--torch-device", device, cache=cache)  # encodes
+    again, text = allocator(
+        "score", fixed, "--study", folder, "--torch-device", device, cache=cache
+    )
     loss = float(re.search(r"^loss +(\S+)", text, re.M)[1])
     return {"search": wall, **{k: float(v) for k, v in parts.items()}, "score": again, "loss": loss}
 
