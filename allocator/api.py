@@ -8,24 +8,29 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import optuna
 import pandas as pd
 
 from allocator.app.allocation_files import check_same_checkpoint
-from allocator.app.estimate import estimate
+from allocator.app.estimate import SearchEstimate
+from allocator.app.estimate import estimate as _estimate
 from allocator.app.planning import RUNTIME, Plan, first_paths, write_first
 from allocator.app.planning import plan as _plan
-from allocator.app.search_stage import search, trials_table, write_front
-from allocator.app.study_file import DeviceBudgetSpec
+from allocator.app.request import SearchRequest
+from allocator.app.resources import ResourceOptions, Resources, StudyOptions
+from allocator.app.search_stage import SearchResult
+from allocator.app.search_stage import search as _search
+from allocator.app.study_file import BudgetSpec, DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
+from allocator.app.trial_table import trials_table, write_front
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
 from allocator.codecs import identity_of
 from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
-from allocator.comparison.runs import Run, chosen_runs
+from allocator.comparison.runs import CompareRequest, Run, chosen_runs
 from allocator.comparison.table import write_results
 from allocator.decision.allocation_record import AllocationRecord, note_digests
 from allocator.decision.budget import Budget
@@ -52,6 +57,8 @@ from allocator.export.verification import verify as _verify
 from allocator.prediction.priors import Prior, published, transferred
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import from_profile
+from allocator.study.leases import LEASE_SECONDS
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import journal_path, open_storage
 from allocator.targets import target_named
 
@@ -93,7 +100,7 @@ def plan(
     micro_batch: int | None = None,
     profile: str | Path | None = None,
     out: str | Path | None = None,
-    **options: Any,
+    **options: Unpack[ResourceOptions],
 ) -> Plan:
     """What a model would take, and a first allocation, from its `config.json` alone.
 
@@ -105,11 +112,12 @@ def plan(
         micro_batch: tokens computed at once.
         profile: study of a smaller relative, whose losses are taken over; measured if need be.
         out: folder for the allocations that fit.
-        options: of `StudyFolder`, for the profile.
+        options: as of `ResourceOptions`, for the profile.
 
     Raises:
         AllocatorError: one line on whatever is wrong.
     """
+    Resources.of(options)  # refuses unknown keywords
     asked: dict[str, Any] = {
         "budget": None if device is None else device.budget(Path()),
         "counts": experts,
@@ -127,19 +135,112 @@ def plan(
     return found
 
 
-def _transferred(study: str | Path, **options: Any) -> Prior:
+def _transferred(study: str | Path, **options: Unpack[ResourceOptions]) -> Prior:
     study_folder = StudyFolder(study, target=RUNTIME, **options)
     measured = study_folder.profile
     space = bind(SearchSpace(schema=1), study_folder.layout, measured.saliency)
     return transferred(from_profile(measured, space), str(study))
 
 
-def profile(study: str | Path, **options: Any) -> Profile:
+def search(
+    study: str | Path,
+    *,
+    budget: str | None = None,
+    weights_budget: str | None = None,
+    device: DeviceBudgetSpec | None = None,
+    trials: int | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    storage: str | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    join: bool = False,
+    workers: int = 1,
+    lease_seconds: float = LEASE_SECONDS,
+    **options: Unpack[StudyOptions],
+) -> SearchResult:
+    """Launches or resumes a study, then picks among its front on the selection split.
+
+    Several searches may work on one study, on one machine or many: no trial is lost or made twice,
+    and each returns when the trials that the others have at its end have ended, too.
+
+    Args:
+        study: its folder.
+        budget: bytes of the whole file, e.g. `12MiB`; study.toml's by default. With `device`, a
+            second limit.
+        weights_budget: bytes of the searched matrices alone. With `device`, a second limit.
+        device: limit on everything in a device's memory, and what runs there.
+        trials: proposals in the study in total; study.toml's where neither `trials`, `seconds` nor
+            `tokens` is given.
+        seconds: time limit; replaces study.toml's `trials`.
+        tokens: limit on forward tokens, profile and pick included; replaces study.toml's `trials`.
+        storage: a database URL, `grpc://HOST:PORT` or `journal:PATH`; by default a journal in the
+            folder.
+        sampler: name of the sampler; study.toml's by default.
+        seed: of the study; study.toml's by default.
+        join: works beside a search that is running on this machine.
+        workers: processes that search side by side, each with its share of the cores and its own
+            copy of the model; only a search of one worker is reproducible.
+        lease_seconds: a worker that is silent for longer counts as dead; others make its trials.
+        options: as of `StudyOptions`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong, before anything is written.
+    """
+    return _search(
+        SearchRequest(
+            study=Path(study),
+            budget=BudgetSpec(file=budget, weights=weights_budget, device=device),
+            stop=StopRule(trials=trials, seconds=seconds, tokens=tokens),
+            sampler=sampler,
+            seed=seed,
+            storage=storage,
+            join=join,
+            workers=workers,
+            lease_seconds=lease_seconds,
+            target=options.get("target"),
+            resources=Resources.of(options),
+        )
+    )
+
+
+def estimate(
+    study: str | Path,
+    *,
+    budget: str | None = None,
+    weights_budget: str | None = None,
+    device: DeviceBudgetSpec | None = None,
+    trials: int | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    **options: Unpack[StudyOptions],
+) -> SearchEstimate:
+    """Prices a search without starting it: `search --dry-run`; arguments as of `search`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong.
+    """
+    return _estimate(
+        SearchRequest(
+            study=Path(study),
+            budget=BudgetSpec(file=budget, weights=weights_budget, device=device),
+            stop=StopRule(trials=trials),
+            sampler=sampler,
+            seed=seed,
+            target=options.get("target"),
+            resources=Resources.of(options),
+        )
+    )
+
+
+def profile(study: str | Path, **options: Unpack[StudyOptions]) -> Profile:
     """Builds or continues a study's profile."""
     return StudyFolder(study, **options).profile
 
 
-def front(study: str | Path, *, storage: str | None = None, **options: Any) -> pd.DataFrame:
+def front(
+    study: str | Path, *, storage: str | None = None, **options: Unpack[StudyOptions]
+) -> pd.DataFrame:
     """The non-dominated COMPLETE trials, smallest first; also written to `front.json`."""
     study_folder = StudyFolder(study, **options)
     path = journal_path(storage, study_folder.path)
@@ -159,7 +260,11 @@ def front(study: str | Path, *, storage: str | None = None, **options: Any) -> p
 
 
 def score(
-    study: str | Path, allocation: str | Path, *, base: str | None = None, **options: Any
+    study: str | Path,
+    allocation: str | Path,
+    *,
+    base: str | None = None,
+    **options: Unpack[StudyOptions],
 ) -> dict[str, Any]:
     """Scores any allocation on the search split: loss, per domain, bytes, effective bits."""
     study_folder = StudyFolder(study, **options)
@@ -175,7 +280,9 @@ def score(
     }
 
 
-def explain(study: str | Path, allocation: str | Path, **options: Any) -> pd.DataFrame:
+def explain(
+    study: str | Path, allocation: str | Path, **options: Unpack[StudyOptions]
+) -> pd.DataFrame:
     """Per decision of an allocation: bytes, predicted loss, and the next step up and down.
 
     `predicted_loss` is of a small change there: the part by jumps goes with the square root of
@@ -251,7 +358,7 @@ def materialize(
     *,
     container: str | None = None,
     record: bool = False,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> Written:
     """Writes the checkpoint of an allocation file.
 
@@ -261,7 +368,7 @@ def materialize(
         out: directory to make.
         container: name of the target whose runtime is to read it; the study's by default.
         record: note the weights' sha256 in the allocation file, for `reproduce`.
-        options: of `StudyFolder`.
+        options: as of `StudyOptions`.
 
     Raises:
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
@@ -301,7 +408,7 @@ def verify(
     documents: int | None = None,
     tolerance: float | None = None,
     encode: bool = False,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> Verification:
     """Re-opens a written checkpoint in its runtime and compares it with its allocation.
 
@@ -313,7 +420,7 @@ def verify(
         tolerance: how far the runtime may be off, nats per token; by default 1e-5 in transformers
             and 5e-3 in llama.cpp, whose kernels round activations to 8 bits.
         encode: encodes every group anew from the checkpoint, without the cache, and compares.
-        options: of `StudyFolder`.
+        options: as of `StudyOptions`.
 
     Raises:
         VerifyError: at the first thing that is not as it should be.
@@ -359,17 +466,23 @@ def compare(
     cache: Path | None = None,
     threads: int | None = None,
     on_run: Callable[[Run], None] | None = None,
-    **chosen: Any,
+    targets: Sequence[str] | None = None,
+    samplers: Sequence[str] | None = None,
+    weights: Sequence[int] | None = None,
+    seeds: int | None = None,
 ) -> pd.DataFrame:
     """Runs the searchers of study.toml's `[compare]` section that are not finished yet.
 
     Args:
         study: its folder; `runs/*.json`, `compare.csv`, `summary.csv` and `compare.png` go there.
         text: a further held-out file.
-        cache: as of `StudyFolder`.
+        cache: as of `StudyOptions`.
         threads: processes at a time, one core each; all cores by default.
         on_run: called when a run is finished.
-        chosen: only these runs, see `allocator.comparison.runs.chosen_runs`.
+        targets: runs of these targets only.
+        samplers: runs of these samplers only.
+        weights: runs under these budgets only, bytes of the searched matrices.
+        seeds: at most this number of seeds.
 
     Returns:
         What `summary.csv` holds: medians and ranges over seeds, of all finished runs.
@@ -379,12 +492,13 @@ def compare(
             then.
     """
     folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
-    runs = chosen_runs(folder, **chosen)
-    check_comparison(folder, runs, text=text, cache=cache)
-    for run in run_all(folder, runs, text=text, cache=cache, workers=workers):
+    runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
+    request = CompareRequest(folder, text, cache, workers)
+    check_comparison(request, runs)
+    for run in run_all(request, runs):
         if on_run is not None:
             on_run(run)
-    return write_results(folder, text=text, cache=cache, threads=workers)
+    return write_results(request)
 
 
 def estimate_compare(
@@ -393,13 +507,17 @@ def estimate_compare(
     text: Path | None = None,
     cache: Path | None = None,
     threads: int | None = None,
-    **chosen: Any,
+    targets: Sequence[str] | None = None,
+    samplers: Sequence[str] | None = None,
+    weights: Sequence[int] | None = None,
+    seeds: int | None = None,
 ) -> CompareEstimate:
-    """What `compare` would take, after the same look at its inputs: `compare --dry-run`."""
+    """Prices what `compare` would run, after the same checks: `compare --dry-run`."""
     folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
-    runs = chosen_runs(folder, **chosen)
-    check_comparison(folder, runs, text=text, cache=cache)
-    return estimate_runs(folder, runs, text=text, cache=cache, workers=workers)
+    runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
+    request = CompareRequest(folder, text, cache, workers)
+    check_comparison(request, runs)
+    return estimate_runs(request, runs)
 
 
 def reproduce(
@@ -408,7 +526,7 @@ def reproduce(
     *,
     study: str | Path | None = None,
     containers: Sequence[str] = (),
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> list[Written]:
     """Rebuilds the checkpoints of a committed allocation and compares their sha256.
 
@@ -417,12 +535,13 @@ def reproduce(
         out: parent directory; `<study>/out` by default.
         study: if the file lies elsewhere.
         containers: which; by default those whose sha256 the file records, else the target.
-        options: of `StudyFolder`.
+        options: as of `StudyOptions`.
 
     Raises:
         CheckpointError: if the source checkpoint is another one.
         VerifyError: if a rebuilt file differs from the recorded one.
     """
+    Resources.of(options)  # refuses unknown keywords
     path = Path(allocation)
     record = AllocationRecord.read(path)
     folder = Path(study if study is not None else Path(os.path.realpath(path)).parent.parent)

@@ -472,16 +472,18 @@ class FormulaScorer:
 def formula_search(
     checkpoint, storage, sampler, *, target="safetensors", bounds="file", share=0.4, seed=0,
     scorer=None, rungs=(3, 6), baselines=(), n_knapsack=2, population=4, local_prices=None,
-    gradient_tokens=0,
+    gradient_tokens=0, leases=None, on_trial=None, poll_seconds=0.5,
 ):  # fmt: skip
     """A `Search` of a checkpoint of zeros under synthetic measurements.
 
-    `share` places the budget between the floor and the ceiling.
+    `share` places the budget between the floor and the ceiling; `leases` makes those of a study.
     """
     from allocator.decision.budget import Budget
-    from allocator.samplers import make_sampler
+    from allocator.samplers import GradientStep, Problem, make_sampler
     from allocator.study.initial_trials import first_trials
-    from allocator.study.search import Search, open_study
+    from allocator.study.optuna_study import open_study
+    from allocator.study.race import Race
+    from allocator.study.search import Search
 
     layout = TARGETS[target].layout(read_inventory(checkpoint))
     profile = synthetic_profile(layout)
@@ -490,18 +492,21 @@ def formula_search(
     low, high = (a.used(layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
     budget = Budget(low + int(share * (high - low)), bounds)
     study = open_study(storage, "formula", {"sampler": sampler, "seed": seed})
-    study.sampler = make_sampler(
-        sampler, seed=seed, surrogate=surrogate, budget=budget, population=population,
-        local_prices=local_prices, gradient_tokens=gradient_tokens,
-    )  # fmt: skip
+    gradient = None if local_prices is None else GradientStep(local_prices, gradient_tokens)
+    problem = Problem(surrogate, budget, gradient=gradient, population=population)
+    held = None if leases is None else leases(study)
+    if on_trial is None and held is not None:
+        on_trial = held.take
     return Search(
         study=study,
-        space=space,
+        sampler=make_sampler(sampler, problem, seed=seed, on_trial=on_trial),
         surrogate=surrogate,
         budget=budget,
         scorer=scorer or FormulaScorer(),
-        rungs=rungs,
+        race=Race(rungs),
         queue=first_trials(surrogate, budget, baselines, n_knapsack=n_knapsack),
+        leases=held,
+        poll_seconds=poll_seconds,
     )
 
 

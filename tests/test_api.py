@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from allocator import api
 from allocator.app import estimate
 from allocator.app.importance import StudyEncodings
-from allocator.app.search_stage import N_FINALISTS, finalists_of
+from allocator.app.pick import N_FINALISTS, finalists_of
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main

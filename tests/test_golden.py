@@ -44,7 +44,7 @@ def study_folder(golden, tmp_path):
 def test_a_journal_resumes_with_its_trials(golden, study_folder):
     """Against front.json, by its text; under the lock of today's inputs."""
     front = json.loads((golden / "study/front.json").read_text())
-    study = study_folder.study(study_folder.budget())
+    study = study_folder.study(study_folder.launch())
     shown = {t["trial"]: t for t in front["trials"]}
     trials = [t for t in study.get_trials() if RESULT in t.user_attrs]
     assert [t.number for t in trials] == sorted(shown)

@@ -1,18 +1,16 @@
-"""What a launch would take: from a few seconds of the real thing, and the rates of what is slow.
+"""What a search would take, from a few timed forward passes and the rates of what is slow.
 
-In: a study folder. Out: bytes, counts and seconds. Invariant: nothing is written; the seconds are
+In: a search request. Out: bytes, counts and seconds. Invariant: nothing is written; the seconds are
 an upper estimate (every trial scored in full, every format encoded anew).
 """
 
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from allocator.app.study_file import DeviceBudgetSpec
+from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.budget import Budget
 from allocator.profiling.streamed_profiler import StreamedProfiler
@@ -29,11 +27,12 @@ _TABLES_SECONDS = 12.0
 """ggml's own tables for the smallest formats, made once by every process."""
 _PRICE_WEIGHTS_PER_SECOND = 6e6
 """The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
+_TIMED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class SearchEstimate:
-    """What a launch would do, measured on a few documents.
+    """What a search would take, measured on a few documents.
 
     Attributes:
         floor: bytes of the smallest allocation, counted as the budget counts.
@@ -46,8 +45,8 @@ class SearchEstimate:
         seconds_per_full_trial: to score one allocation on the full search split.
         profile_ready: whether the profile exists already.
         profile_seconds: to build it, if not.
-        total_seconds: an upper estimate of the launch: every trial scored in full, every look of
-            `auto` around a new incumbent.
+        total_seconds: an upper estimate of the search: every trial scored in full, every gradient
+            step of `auto` at a new incumbent.
         notes: what is left out, and what the runtime must be told.
     """
 
@@ -69,44 +68,37 @@ class SearchEstimate:
 class _Seconds:
     trial: float
     profile: float
-    look: float
+    gradient: float
 
 
-def estimate(
-    study: str | Path,
-    *,
-    budget: str | None = None,
-    weights_budget: str | None = None,
-    device: DeviceBudgetSpec | None = None,
-    trials: int | None = None,
-    sampler: str | None = None,
-    seed: int | None = None,
-    **options: Any,
-) -> SearchEstimate:
-    """Prices a launch without starting it: `search --dry-run`."""
-    study_folder = StudyFolder(study, **options)
-    limit = study_folder.budget(file=budget, weights=weights_budget, device=device)
-    study_folder.check_launch(sampler=sampler, seed=seed, trials=trials)
-    space = study_folder.unranked_space
+def estimate(request: SearchRequest) -> SearchEstimate:
+    """Prices a search without starting it: `search --dry-run`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong with the request.
+    """
+    study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
+    launch = study_folder.launch(request)
+    budget, space = launch.budget, study_folder.unranked_space
     seconds = (
         _in_memory(study_folder) if study_folder.spec.streamed is None else _streamed(study_folder)
     )
     ready = (study_folder.profiler.folder / "profile.json").exists()
     profile_seconds = 0.0 if ready else seconds.profile
-    n_trials = trials or study_folder.spec.trials
-    looks = math.ceil(n_trials / ROUND) if (sampler or study_folder.spec.sampler) == "auto" else 0
+    n_trials = request.stop.trials or study_folder.spec.trials
+    n_gradients = math.ceil(n_trials / ROUND) if launch.sampler == "auto" else 0
     memory, ends = None, (space.smallest, space.largest)
-    if limit.workload is not None:
-        smallest, largest = (a.device_memory(space.layout, limit.workload) for a in ends)
+    if budget.workload is not None:
+        smallest, largest = (a.device_memory(space.layout, budget.workload) for a in ends)
         memory = smallest, largest
     (floor, ceiling), *beside = (
         (ends[0].used(space.layout, each), ends[1].used(space.layout, each))
-        for each in limit.limits
+        for each in budget.limits
     )
     return SearchEstimate(
         floor=floor,
         ceiling=ceiling,
-        budget=limit,
+        budget=budget,
         beside=beside[0] if beside else None,
         memory=memory,
         groups=sum(len(v) > 1 for v in space.formats.values()),
@@ -114,13 +106,19 @@ def estimate(
         seconds_per_full_trial=seconds.trial,
         profile_ready=ready,
         profile_seconds=profile_seconds,
-        total_seconds=profile_seconds + seconds.trial * n_trials + looks * seconds.look,
+        total_seconds=profile_seconds + seconds.trial * n_trials + n_gradients * seconds.gradient,
         notes=space.layout.notes,
     )
 
 
 def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int) -> float:
-    """Of a candidate's forward pass; with the model in memory, timed on some search documents."""
+    """Returns the seconds of a candidate's forward pass, per token.
+
+    Args:
+        study_folder: of the study.
+        documents: of the search split, that are timed where the model is in memory.
+        threads: cores.
+    """
     if study_folder.spec.streamed is not None:
         return _streamed(study_folder).trial / study_folder.scorers.trials.n_tokens
     chosen = study_folder.calibration.search[:documents]
@@ -143,7 +141,7 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
     return _Seconds(
         trial=per_token * study_folder.scorers.trials.n_tokens,
         profile=per_token * tokens + encoding + pricing,
-        look=per_token * gradient_tokens + 2 * pricing,  # each format's loss, and its move
+        gradient=per_token * gradient_tokens + 2 * pricing,  # each format's loss, and its move
     )
 
 
@@ -168,7 +166,7 @@ def _streamed(study_folder: StudyFolder) -> _Seconds:
     return _Seconds(
         trial=(reading + computing + encoding) / together,
         profile=n_passes * reading + per_token * sum(passes.values()) + priced + anchors,
-        look=0.0,
+        gradient=0.0,
     )
 
 
@@ -192,6 +190,3 @@ def _one_expert(study_folder: StudyFolder) -> tuple[float, float]:
     )
     active = inventory.n_searched_weights - idle * experts
     return reading * inventory.n_searched_weights, computing * active
-
-
-_TIMED_TOKENS = 256

@@ -271,15 +271,8 @@ def _check_compare(path: Path, spec: CompareSpec) -> None:
             ) from None
 
 
-def chosen_budget(
-    spec: BudgetSpec,
-    folder: Path,
-    *,
-    file: str | None = None,
-    weights: str | None = None,
-    device: DeviceBudgetSpec | None = None,
-) -> Budget:
-    """The budget of a launch: the limits that the command line names, else the study's.
+def chosen_budget(spec: BudgetSpec, folder: Path, asked: BudgetSpec | None = None) -> Budget:
+    """Returns the budget of a launch: the limits that are asked for, else the study's.
 
     What is no limit of its own (context, sequences, reserve, bandwidth, tokens per second) changes
     what runs on the study's device, and leaves the study's limits as they are.
@@ -287,14 +280,15 @@ def chosen_budget(
     Args:
         spec: the study's.
         folder: that its device preset is relative to.
-        file: instead, the whole file; with `device`, beside it.
-        weights: instead, the searched matrices; with `device`, beside it.
-        device: instead, or where the study has a device too, over its values.
+        asked: the whole file or the searched matrices replace the study's limits; a device does
+            too, or changes single values where the study has a device already.
 
     Raises:
-        StudyError: if there is none, or both of `file` and `weights`.
+        StudyError: if there is no limit, or both of file and weights.
     """
-    named = file is not None or weights is not None
+    asked = asked or BudgetSpec()
+    named = asked.file is not None or asked.weights is not None
+    device = asked.device
     if device is not None:
         named |= device.memory is not None or device.preset is not None
         known = spec.device or DeviceBudgetSpec()
@@ -302,7 +296,7 @@ def chosen_budget(
             known = msgspec.structs.replace(known, memory=None, bandwidth=None)
         device = device.over(known)
     if named:
-        spec = BudgetSpec(weights=weights, file=file, device=device)
+        spec = BudgetSpec(weights=asked.weights, file=asked.file, device=device)
     elif device is not None:
         spec = msgspec.structs.replace(spec, device=device)
     plain = [

@@ -8,20 +8,22 @@ alone; the cache (profiles, encoded weights) only saves time.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import optuna
-from optuna.samplers import BaseSampler
 
 from allocator.app.allocation_files import read_encoded
 from allocator.app.cache import check_cache, default_cache, encodings_cap
 from allocator.app.calibration import Calibration
 from allocator.app.importance import StudyEncodings
+from allocator.app.request import Launch, SearchRequest
+from allocator.app.resources import Resources, StudyOptions
 from allocator.app.scorers import StudyScorers
-from allocator.app.study_file import DeviceBudgetSpec, StudySpec, chosen_budget
+from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
 from allocator.checkpoint.inventory import Inventory, read_inventory
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import carried_files
@@ -37,10 +39,12 @@ from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
 from allocator.profiling.profiler import ProfileInputs, Profiler
 from allocator.profiling.streamed_profiler import StreamedProfiler
-from allocator.samplers import check_sampler, make_sampler
+from allocator.samplers import GradientStep, Problem, check_sampler, make_sampler
 from allocator.scoring.documents import digest
 from allocator.scoring.swap_model import check_device
-from allocator.study.search import open_study
+from allocator.study.optuna_study import open_study
+from allocator.study.protocols import StudySampler
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
 from allocator.targets import Layout, target_named
 
@@ -50,36 +54,29 @@ class StudyFolder:
 
     Args:
         folder: of the study.
-        cache: where profiles and encoded weights are kept between studies.
-        threads: for torch and for encoding; all cores by default.
-        progress: shows bars for whatever takes longer than two seconds.
-        target: instead of study.toml's.
-        torch_device: where forward passes run, e.g. `cuda`; encoding is for the cores anyway.
+        options: what may be used of the machine (see `Resources`), and `target`, which replaces
+            study.toml's.
+
+    Raises:
+        TypeError: if a keyword is unknown.
+        AllocatorError: if the folder, its study.toml, the cache or the torch device is unusable.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        cache: Path | None = None,
-        threads: int | None = None,
-        progress: bool = False,
-        target: str | None = None,
-        torch_device: str = "cpu",
-    ) -> None:
+    def __init__(self, folder: str | Path, **options: Unpack[StudyOptions]) -> None:
+        self.resources = Resources.of(options)
         self.path = Path(folder)
         if not self.path.is_dir():
             raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
         self.spec = StudySpec.read(self.path)
-        self.target = target or self.spec.target
-        self.cache = cache or default_cache()
+        self.target = options.get("target") or self.spec.target
+        self.cache = self.resources.cache or default_cache()
         check_cache(self.cache)
         self.encodings_cap = encodings_cap()
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self.progress = progress
-        self.torch_device = torch_device
-        if torch_device != "cpu":
-            check_device(torch_device)
+        self.threads = self.resources.threads or len(os.sched_getaffinity(0))
+        self.progress = self.resources.progress
+        self.torch_device = self.resources.torch_device
+        if self.torch_device != "cpu":
+            check_device(self.torch_device)
 
     # -- what is given
 
@@ -104,17 +101,9 @@ class StudyFolder:
             return SearchSpace(schema=1)
         return SearchSpace.read(self.path / self.spec.space)
 
-    def budget(
-        self,
-        *,
-        file: str | None = None,
-        weights: str | None = None,
-        device: DeviceBudgetSpec | None = None,
-    ) -> Budget:
-        """The budget of a launch, checked against the floor."""
-        budget = chosen_budget(
-            self.spec.budget, self.path, file=file, weights=weights, device=device
-        )
+    def budget(self, asked: BudgetSpec | None = None) -> Budget:
+        """Returns the limits that are asked for, else study.toml's, checked against the floor."""
+        budget = chosen_budget(self.spec.budget, self.path, asked)
         check_budget(self.unranked_space, budget)
         return budget
 
@@ -243,24 +232,29 @@ class StudyFolder:
         settings = self.profiler.settings_tokens(self.unranked_space)
         return sum(self.profiler.forward_tokens.values()) + settings + self.scorers.trials.n_tokens
 
-    def check_launch(
-        self, *, sampler: str | None, seed: int | None, trials: int | None = None
-    ) -> None:
-        """Reads what a search needs and what is cheap to read, before anything is written.
+    def launch(self, request: SearchRequest | None = None) -> Launch:
+        """Returns what a request comes to here; reads what a search needs and is cheap to read.
+
+        Args:
+            request: of this folder; by default everything is study.toml's.
 
         Raises:
             AllocatorError: one line on whatever is wrong.
         """
+        asked = request or SearchRequest(self.path)
+        budget = self.budget(asked.budget)
         _ = self.calibration.splits
-        name, chosen = self._sampler_and_seed(sampler, seed)
-        check_sampler(name)
-        if chosen < 0:
-            raise StudyError(f"seed {chosen}: needed 0 or a positive number")
-        if trials is not None and trials < 1:
-            raise StudyError(f"{trials} trials: needed a positive number")
+        sampler = asked.sampler or self.spec.sampler
+        seed = self.spec.seed if asked.seed is None else asked.seed
+        check_sampler(sampler)
+        if seed < 0:
+            raise StudyError(f"seed {seed}: needed 0 or a positive number")
+        asked.stop.check()
+        stop = StopRule(trials=self.spec.trials) if asked.stop.is_unlimited else asked.stop
+        return Launch(budget, sampler, seed, asked.storage, stop)
 
-    def lock(self, budget: Budget, sampler: str, seed: int) -> dict[str, Any]:
-        """The resolved inputs of a study, known before anything is measured.
+    def lock(self, launch: Launch) -> dict[str, Any]:
+        """Returns the resolved inputs of a study, known before anything is measured.
 
         A study with other ones is another study.
         """
@@ -275,9 +269,9 @@ class StudyFolder:
         return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,
-            **budget.lock,
-            "sampler": sampler,
-            "seed": seed,
+            **launch.budget.lock,
+            "sampler": launch.sampler,
+            "seed": launch.seed,
             "space": hashlib.sha256((choices + protected).encode()).hexdigest(),
             "search split": digest(self.calibration.trial_documents),
             "rungs": list(self.spec.calibration.rungs),
@@ -288,39 +282,33 @@ class StudyFolder:
     def _has_tokenizer(self) -> bool:
         return any(p.name != "generation_config.json" for p in carried_files(self.inventory.path))
 
-    def study(
-        self,
-        budget: Budget,
-        *,
-        storage: str | None = None,
-        sampler: str | None = None,
-        seed: int | None = None,
-    ) -> optuna.Study:
-        """The Optuna study of this folder, created or re-opened; a changed one is refused.
+    def study(self, launch: Launch) -> optuna.Study:
+        """Creates or re-opens the Optuna study of this folder; a changed one is refused.
 
         Nothing is measured for it; it has no sampler of ours yet.
         """
-        name, chosen = self._sampler_and_seed(sampler, seed)
-        lock = self.lock(budget, name, chosen)
-        return open_study(open_storage(storage, self.path), self.study_name(storage), lock)
+        storage = open_storage(launch.storage, self.path)
+        return open_study(storage, self.study_name(launch.storage), self.lock(launch))
 
     def sampler(
-        self, budget: Budget, *, sampler: str | None = None, seed: int | None = None
-    ) -> BaseSampler:
-        """The sampler of a launch; needs the profile."""
-        name, chosen = self._sampler_and_seed(sampler, seed)
-        looking: dict[str, Any] = {}
+        self, launch: Launch, *, on_trial: Callable[[int], None] | None = None
+    ) -> StudySampler:
+        """Makes the sampler of a launch; needs the profile.
+
+        Args:
+            launch: of this folder.
+            on_trial: called with a trial's id before anything is proposed for it.
+        """
+        gradient: GradientStep | None = None
         if self.spec.streamed is None:  # a gradient needs the model in memory, twice
-            looking["local_prices"] = lru_cache(64)(
+            take = lru_cache(64)(
                 lambda allocation, part: self.profiler.local_prices(
                     allocation, self.scorers.gradients, part=part
                 )
             )
-            looking["gradient_tokens"] = self.profiler.gradient_tokens(self.scorers.gradients)
-        return make_sampler(name, seed=chosen, surrogate=self.surrogate, budget=budget, **looking)
-
-    def _sampler_and_seed(self, sampler: str | None, seed: int | None) -> tuple[str, int]:
-        return sampler or self.spec.sampler, self.spec.seed if seed is None else seed
+            gradient = GradientStep(take, self.profiler.gradient_tokens(self.scorers.gradients))
+        problem = Problem(self.surrogate, launch.budget, gradient=gradient)
+        return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
 
     def study_name(self, storage: str | None) -> str:
         """The study's name in its storage: the folder's, where others may be beside it.

@@ -1,8 +1,8 @@
 """Worker processes: each with its share of the cores, and none that outlives its parent.
 
-In: a function of plain values and how many processes are to run it. Out: what each returned, as it
+In: a function, its request, and the number of processes that run it. Out: what each returned, as it
 ends. Invariants: when the caller is done, in whatever way, the processes have ended; an error of
-one is the caller's; one that was killed is reported, and the others go on.
+one is raised in the caller; one that was killed is reported, and the others continue.
 """
 
 import ctypes
@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 
 from allocator.errors import AllocatorError, StudyError
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 0.2
@@ -42,7 +44,7 @@ class Ended:
 
 
 def begin_worker(parent: int, threads: int) -> None:
-    """Prepares this process: so many cores for torch; it ends if `parent` does (Linux)."""
+    """Prepares this process: gives torch `threads` cores, and ends when `parent` does (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before it could be listened to
@@ -58,7 +60,7 @@ def begin_worker(parent: int, threads: int) -> None:
 
 @contextmanager
 def cores_each(threads: int) -> Iterator[None]:
-    """Processes started within the block give so many cores to their numerical libraries."""
+    """Lets processes started within the block give `threads` cores to numerical libraries."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
@@ -77,16 +79,16 @@ def end_children() -> None:
 
 
 def run_workers(
-    n: int, work: Callable[..., Any], options: dict[str, Any], *, threads: int
+    n: int, work: Callable[[T], Any], request: T, *, threads: int
 ) -> Generator[list[Ended], None, None]:
-    """Runs `work(**options)` in `n` processes; several times a second yields those that ended.
+    """Runs `work(request)` in `n` processes; several times a second yields those that ended.
 
     Close it (`contextlib.closing`) to end the processes.
 
     Args:
         n: processes.
         work: a module's function.
-        options: that can be pickled.
+        request: can be pickled.
         threads: cores for each.
 
     Raises:
@@ -99,7 +101,7 @@ def run_workers(
             for _ in range(n):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_run, args=(os.getpid(), threads, work, options, sender)
+                    target=_run, args=(os.getpid(), threads, work, request, sender)
                 )
                 process.start()
                 sender.close()  # the child's own copy is left: its end is the pipe's
@@ -118,13 +120,13 @@ def run_workers(
 def _run(
     parent: int,
     threads: int,
-    work: Callable[..., Any],
-    options: dict[str, Any],
+    work: Callable[[T], Any],
+    request: T,
     outcome: Connection,
 ) -> None:
     begin_worker(parent, threads)
     try:
-        result = work(**options)
+        result = work(request)
     except (AllocatorError, OSError) as error:
         outcome.send((str(error), None))
     else:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.app.allocation_files import check_same_checkpoint
-from allocator.app.search_stage import check_tokens, finalists_of, pick_tokens, prepare
+from allocator.app.pick import check_tokens, finalists_of, pick_tokens
+from allocator.app.request import Launch
+from allocator.app.resources import ResourceOptions
+from allocator.app.search_setup import prepare
 from allocator.app.study_file import CompareSpec
 from allocator.app.study_folder import StudyFolder
-from allocator.comparison.runs import Run, RunResult, compare_spec
+from allocator.comparison.runs import CompareRequest, Run, RunResult, compare_spec
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import hand_rule
@@ -40,8 +43,10 @@ from allocator.scoring.documents import Document, interleaved
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed import AnyScorer
 from allocator.study.folder_lock import search_lock
+from allocator.study.optuna_study import open_study
 from allocator.study.outcomes import close_abandoned
-from allocator.study.search import Search, open_study
+from allocator.study.search import Search
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import mend_storage, open_storage
 from allocator.study.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
 
@@ -62,8 +67,7 @@ class Bench:
         folder: of the study.
         target: of these runs.
         text: a further held-out file.
-        cache: as of `StudyFolder`.
-        threads: as of `StudyFolder`.
+        options: as of `ResourceOptions`, but for one thread by default.
     """
 
     def __init__(
@@ -72,11 +76,11 @@ class Bench:
         target: str,
         *,
         text: Path | None = None,
-        cache: Path | None = None,
-        threads: int = 1,
+        **options: Unpack[ResourceOptions],
     ) -> None:
+        options.setdefault("threads", 1)
         self.folder = folder
-        self.study_folder = StudyFolder(folder, cache=cache, threads=threads, target=target)
+        self.study_folder = StudyFolder(folder, target=target, **options)
         self._text = text
         self._baselines: dict[tuple[str, int], float] = {}
         self._references: dict[int, dict[str, Reference]] = {}
@@ -101,7 +105,7 @@ class Bench:
             self.reference_files(run.weights)
 
     def check_importance(self, runs: Sequence[Run]) -> None:
-        """Looks for what references are encoded with; needs this study's statistics.
+        """Reads the importance vectors of references; needs this study's statistics.
 
         Raises:
             CheckpointError: if a file of importance vectors is missing or damaged.
@@ -131,7 +135,7 @@ class Bench:
                 f"{self.folder}/study.toml: report_documents = {n} under [compare], the report "
                 f"split has {len(report)}; lower it"
             )
-        found: dict[str, Sequence[Document]] = {"report": report[:n]}
+        splits: dict[str, Sequence[Document]] = {"report": report[:n]}
         if self._text is not None:
             text = self.study_folder.calibration.read(self._text)
             used = {d.ids for split in self.study_folder.calibration.splits for d in split}
@@ -140,12 +144,12 @@ class Bench:
                     f"{self._text}: shares a document with search or selection; needed a text that "
                     "no run sees"
                 )
-            found["text"] = interleaved(text)[:n]
-        return found
+            splits["text"] = interleaved(text)[:n]
+        return splits
 
     @cached_property
     def _scorers(self) -> dict[str, AnyScorer]:
-        scorers = {name: self.study_folder.scorers.on(found) for name, found in self.splits.items()}
+        scorers = {name: self.study_folder.scorers.on(part) for name, part in self.splits.items()}
         return {**scorers, "selection": self.study_folder.scorers.selection}
 
     def kl(
@@ -156,7 +160,7 @@ class Bench:
         *,
         encoded: tuple[str, Path] | None = None,
     ) -> Floats:
-        """Per-document KL, kept in the cache.
+        """Returns KL per document, `(documents,)`; caches it.
 
         Args:
             split: `selection` or a held-out one.
@@ -182,7 +186,7 @@ class Bench:
         return np.asarray(known["kl"])
 
     def loss(self, split: str, allocation: Allocation) -> float:
-        """Its token-weighted mean, nats per token."""
+        """Returns the token-weighted mean of `kl`, nats per token."""
         return mean(self.kl(split, allocation), self._scorers[split].documents)
 
     # -- one run
@@ -203,28 +207,19 @@ class Bench:
             close_abandoned(search.study)
             lock.ready()
             began = time.monotonic()
-            search.run(tokens=run.tokens - pick_tokens(self.study_folder))
+            search.run(StopRule(tokens=run.tokens - pick_tokens(self.study_folder)))
             result = self._result(run, search, time.monotonic() - began)
             write_whole(done, seal(result))
 
     def _search(self, run: Run, folder: Path) -> Search:
-        study_folder = self.study_folder
-        budget = Budget(run.weights, "weights")
-        lock = study_folder.lock(budget, run.sampler, run.seed)
+        launch = _launch(run)
+        lock = self.study_folder.lock(launch)
         study = open_study(open_storage(None, folder), "study", lock)
-        return prepare(
-            study_folder,
-            budget,
-            study,
-            sampler=run.sampler,
-            seed=run.seed,
-            baselines=(),
-            n_knapsack=1,
-        )
+        return prepare(self.study_folder, launch, study, baselines=(), n_knapsack=1)
 
     def _lock(self, run: Run) -> dict[str, Any]:
         """The inputs of a run: those of its search, and where it picks and is reported."""
-        lock = self.study_folder.lock(Budget(run.weights, "weights"), run.sampler, run.seed)
+        lock = self.study_folder.lock(_launch(run))
         return {
             **lock,
             "selection split": calibration.digest(self.study_folder.scorers.selection.documents),
@@ -232,17 +227,17 @@ class Bench:
         }
 
     def check(self, result: RunResult) -> tuple[Allocation, Allocation]:
-        """The pick and the knapsack alone of a finished run.
+        """Returns the pick and the knapsack alone of a finished run.
 
         Raises:
             StudyError: if it was made with other inputs than study.toml names now, or is damaged.
         """
         file = result.run.file(self.folder)
         lock = self._lock(result.run)
-        odd = [key for key in lock if result.lock.get(key) != lock[key]]
-        if odd:
+        changed = [key for key in lock if result.lock.get(key) != lock[key]]
+        if changed:
             raise StudyError(
-                f"{file}: made with another {odd[0]} than study.toml names now; restore it, or "
+                f"{file}: made with another {changed[0]} than study.toml names now; restore it, or "
                 "move the run away and compare again"
             )
         try:
@@ -283,17 +278,17 @@ class Bench:
         }
 
     def _point(self, tokens: int, trial: FrozenTrial) -> dict[str, float]:
-        """The best so far after so many forward tokens, and its held-out losses."""
+        """The best trial after `tokens` forward tokens, and its held-out losses."""
         allocation = allocation_of(trial)
-        held = {s: self.loss(s, allocation) for s in ("selection", *self.splits)}
-        return {"tokens": tokens, "search": float(trial.values[0]), **held}
+        losses = {s: self.loss(s, allocation) for s in ("selection", *self.splits)}
+        return {"tokens": tokens, "search": float(trial.values[0]), **losses}
 
     # -- references
 
     def baseline(self, split: str, weights: int) -> float:
-        """Loss of uniform formats and role mixes at exactly these bytes (lower hull).
+        """Returns the loss of uniform formats and role mixes at exactly these bytes (lower hull).
 
-        NaN where they do not reach so far.
+        NaN where none of them is that small, or that large.
         """
         if (split, weights) not in self._baselines:
             self._baselines[split, weights] = self._baseline(split, weights)
@@ -322,7 +317,7 @@ class Bench:
         return _hull_loss(points(near, None), weights)
 
     def by_hand(self) -> list[dict[str, Any]]:
-        """Rows of the seed paper's hand rule, at the sizes that it comes to."""
+        """Returns rows of the seed paper's hand rule, at the sizes that it comes to."""
         layout, gates = self.study_folder.layout, self.study_folder.profile.saliency["gate"]
         rankings = {
             x: tuple(np.argsort(-np.array(v), kind="stable").tolist()) for x, v in gates.items()
@@ -349,14 +344,14 @@ class Bench:
         return rows
 
     def references(self, split: str, weights: int) -> dict[str, Floats]:
-        """Per-document KL of the allocations named in study.toml for these bytes."""
+        """Returns KL per document, `(documents,)`, of study.toml's references for these bytes."""
         return {
             name: self.kl(split, allocation, encoded=encoded)
             for name, (allocation, encoded) in self.reference_files(weights).items()
         }
 
     def reference_files(self, weights: int) -> dict[str, Reference]:
-        """References by name.
+        """Returns the references of study.toml for these bytes, by name.
 
         Raises:
             StudyError: if a file is missing, or is of another checkpoint or layout.
@@ -367,7 +362,7 @@ class Bench:
 
     def _read_references(self, weights: int) -> dict[str, Reference]:
         bits = weights * 8 / self.study_folder.inventory.n_searched_weights
-        found = {}
+        references: dict[str, Reference] = {}
         for name, pattern in self.spec.references.items():
             path = self.folder / pattern.format(
                 target=self.study_folder.target, weights=weights, bits=round(bits, 2)
@@ -380,17 +375,33 @@ class Bench:
             except AllocatorError as error:
                 about = "" if str(path) in str(error) else f"{path}: "
                 raise StudyError(f"reference {name!r}: {about}{error}") from None
-            found[name] = allocation, None if record is None else (record.importance, path)
-        return found
+            encoded = None if record is None else (record.importance, path)
+            references[name] = allocation, encoded
+        return references
+
+
+def bench_of(request: CompareRequest, target: str, *, threads: int = 1) -> Bench:
+    """Opens the folder of a comparison for one target.
+
+    Args:
+        request: of the comparison.
+        target: of the runs.
+        threads: cores.
+    """
+    return Bench(request.folder, target, text=request.text, cache=request.cache, threads=threads)
+
+
+def _launch(run: Run) -> Launch:
+    return Launch(Budget(run.weights, "weights"), run.sampler, run.seed)
 
 
 def ratio(loss: float, other: float) -> float:
-    """Of two losses; NaN where there is nothing to compare with."""
+    """Returns the ratio of two losses; NaN where `other` is no positive number."""
     return float(loss) / float(other) if other > 0 else math.nan
 
 
 def _hull_loss(points: list[Point], nbytes: int) -> float:
-    """The baseline at these bytes; NaN where the points do not reach so far."""
+    """The baseline at these bytes; NaN where no point is that small, or that large."""
     try:
         return baseline_loss(points, nbytes)
     except BudgetError:

@@ -17,6 +17,23 @@ from allocator.files.checksums import unseal
 
 
 @dataclass(frozen=True)
+class CompareRequest:
+    """A comparison as it is asked for.
+
+    Attributes:
+        folder: of the study.
+        text: a further held-out file.
+        cache: folder for profiles and encoded weights; None for `$ALLOCATOR_CACHE`.
+        workers: processes at a time, one core each.
+    """
+
+    folder: Path
+    text: Path | None = None
+    cache: Path | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Run:
     """One searcher on one problem."""
 
@@ -32,12 +49,12 @@ class Run:
         return f"{self.target}-{self.weights}-{self.sampler}-{self.seed}-{self.tokens}"
 
     def file(self, folder: Path) -> Path:
-        """What it leaves in a comparison's folder when it is finished."""
+        """Returns the path of the file that a finished run leaves in a comparison's folder."""
         return folder / "runs" / f"{self.name}.json"
 
 
 def planned(spec: CompareSpec) -> list[Run]:
-    """All runs, the ones that tell most first: first seeds, then long runs, then more seeds."""
+    """Returns all runs, the ones that tell most first: first seeds, long runs, more seeds."""
     runs = [
         (seed, 0, Run(target, weights, sampler, seed, spec.tokens))
         for target, n_seeds in spec.seeds.items()
@@ -55,7 +72,7 @@ def planned(spec: CompareSpec) -> list[Run]:
 
 
 def compare_spec(folder: Path) -> CompareSpec:
-    """The `[compare]` section.
+    """Reads the `[compare]` section.
 
     Raises:
         StudyError: if there is none.
@@ -76,10 +93,17 @@ def chosen_runs(
     weights: Sequence[int] | None = None,
     seeds: int | None = None,
 ) -> list[Run]:
-    """The planned runs, narrowed down by what is given.
+    """Returns the planned runs, narrowed down by the values that are given.
+
+    Args:
+        folder: of the study.
+        targets: runs of these targets only.
+        samplers: runs of these samplers only.
+        weights: runs under these budgets only, bytes of the searched matrices.
+        seeds: at most this number of seeds.
 
     Raises:
-        StudyError: if something given is in no run, nothing is left, or a run is planned twice.
+        StudyError: if a value is in no run, no run has all values, or a run is planned twice.
     """
     runs = planned(compare_spec(folder))
     for run in runs:
@@ -88,7 +112,7 @@ def chosen_runs(
     _check_known(folder, "--target", targets, (r.target for r in runs))
     _check_known(folder, "--sampler", samplers, (r.sampler for r in runs))
     _check_known(folder, "--weights", weights, (r.weights for r in runs))
-    found = [
+    chosen = [
         run
         for run in runs
         if (targets is None or run.target in targets)
@@ -96,28 +120,28 @@ def chosen_runs(
         and (weights is None or run.weights in weights)
         and (seeds is None or run.seed < seeds)
     ]
-    if not found:
+    if not chosen:
         raise StudyError(
             f"{folder}: no run has all of what --target, --sampler and --weights ask for; leave "
             "one of them out"
         )
-    return found
+    return chosen
 
 
 def _check_known(
     folder: Path, option: str, wanted: Sequence[Any] | None, known: Iterable[Any]
 ) -> None:
-    there = list(dict.fromkeys(known))
+    listed = list(dict.fromkeys(known))
     for value in wanted or ():
-        if value not in there:
+        if value not in listed:
             raise StudyError(
                 f"{option} {value}: not under [compare] in {folder}/study.toml, which has "
-                f"{', '.join(map(str, there))}; add it there"
+                f"{', '.join(map(str, listed))}; add it there"
             )
 
 
 class Point(msgspec.Struct):
-    """The best trial after so many forward tokens, and its mean KL on the splits."""
+    """The best trial after a number of forward tokens, and its mean KL on the splits."""
 
     tokens: int
     search: float
@@ -177,18 +201,18 @@ class RunResult(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def results(folder: Path) -> list[RunResult]:
-    """All finished runs.
+    """Reads all finished runs.
 
     Raises:
-        StudyError: if a file among them is none.
+        StudyError: if a file among them is not that of a run.
     """
-    found = []
+    finished = []
     for path in sorted((folder / "runs").glob("*.json")):
         try:
-            found.append(msgspec.convert(unseal(path.read_bytes()), RunResult))
+            finished.append(msgspec.convert(unseal(path.read_bytes()), RunResult))
         except ValueError as error:
             raise StudyError(
                 f"{path}: not the file of a finished run ({error}); restore it, or move it away "
                 "and compare again"
             ) from None
-    return found
+    return finished

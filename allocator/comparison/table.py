@@ -1,4 +1,4 @@
-"""What a comparison found: a row per run, medians over seeds, a plot.
+"""The result of a comparison: a row per run, medians over seeds, a plot.
 
 In: finished runs. Out: `compare.csv` (a row per run and held-out split), `summary.csv` (a row per
 target, budget, split and searcher), `compare.png`. Invariant: runs of different inputs never stand
@@ -14,25 +14,25 @@ import numpy.typing as npt
 import pandas as pd
 
 from allocator.app.study_folder import StudyFolder
-from allocator.comparison.bench import Bench, ratio
-from allocator.comparison.runs import RunResult, results
+from allocator.comparison.bench import Bench, bench_of, ratio
+from allocator.comparison.runs import CompareRequest, RunResult, results
 from allocator.errors import StudyError
 from allocator.files.atomic import write_whole
 
 Floats = npt.NDArray[np.float64]
 
 
-def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) -> pd.DataFrame:
-    """A row per finished run and held-out split: its pick beside the references; the hand rule.
+def table(request: CompareRequest) -> pd.DataFrame:
+    """Returns a row per finished run and held-out split, then the rows of the hand rule.
 
     Columns `/<reference>` are ratios of mean KL; `low` and `high` the 95 % paired bootstrap
     interval of the ratio to the knapsack alone.
     """
     benches: dict[str, Bench] = {}
     rows = []
-    for run in results(folder):
+    for run in results(request.folder):
         if run.target not in benches:
-            benches[run.target] = Bench(folder, run.target, text=text, cache=cache, threads=threads)
+            benches[run.target] = bench_of(request, run.target, threads=request.workers)
         bench = benches[run.target]
         pick, alone = bench.check(run)
         for split in bench.splits:
@@ -63,16 +63,23 @@ def table(folder: Path, *, text: Path | None, cache: Path | None, threads: int) 
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Medians and ranges over seeds, per target, budget, split, searcher and tokens."""
+    """Returns medians and ranges over seeds, per target, budget, split, searcher and tokens."""
     keys = ["target", "bits", "split", "tokens", "sampler"]
     ratios = [c for c in frame.columns if c.startswith("/")]
     grouped = frame.groupby(keys)
-    found = grouped["kl"].agg(["median", "min", "max", "count"])
-    return found.join(grouped[[*ratios, "low", "high"]].median()).reset_index()
+    spread = grouped["kl"].agg(["median", "min", "max", "count"])
+    return spread.join(grouped[[*ratios, "low", "high"]].median()).reset_index()
 
 
 def interval(a: Floats, b: Floats, *, seed: int = 0, n: int = 2000) -> tuple[float, float]:
-    """95 % paired bootstrap interval over documents of `mean(a) / mean(b)`; NaN if `b` is 0."""
+    """Returns the 95 % paired bootstrap interval of `mean(a) / mean(b)`; NaN if `b` is 0.
+
+    Args:
+        a: losses, `(documents,)`.
+        b: of the same documents.
+        seed: of the draws.
+        n: draws of documents.
+    """
     if not (b > 0).all():
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
@@ -90,8 +97,8 @@ def check_plot() -> None:
         raise StudyError("no matplotlib for the plot; pip install matplotlib")
 
 
-def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> None:
-    """Best held-out KL against forward tokens: a panel per target and budget, median and spread.
+def plot(finished: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> None:
+    """Draws the best held-out KL against forward tokens, a panel per target and budget.
 
     Raises:
         StudyError: if matplotlib is not installed.
@@ -102,7 +109,7 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted({(r.target, r.weights) for r in found})
+    panels = sorted({(r.target, r.weights) for r in finished})
     columns = min(5, len(panels))
     figure, axes = plt.subplots(
         -(-len(panels) // columns),
@@ -111,10 +118,10 @@ def plot(found: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> No
         squeeze=False,
         layout="constrained",
     )
-    names = sorted({r.sampler for r in found})
+    names = sorted({r.sampler for r in finished})
     colors = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, (target, weights) in zip(axes.flat, panels, strict=False):
-        mine = [r for r in found if (r.target, r.weights) == (target, weights)]
+        mine = [r for r in finished if (r.target, r.weights) == (target, weights)]
         for name, tokens in sorted({(r.sampler, r.tokens) for r in mine}):
             runs = [r for r in mine if (r.sampler, r.tokens) == (name, tokens)]
             start = max(r.course[0].tokens for r in runs)
@@ -143,20 +150,18 @@ def _at(run: RunResult, tokens: float) -> float:
     return [p.report for p in run.course if p.tokens <= tokens][-1]
 
 
-def write_results(
-    folder: Path, *, text: Path | None, cache: Path | None, threads: int
-) -> pd.DataFrame:
+def write_results(request: CompareRequest) -> pd.DataFrame:
     """Writes `compare.csv`, `summary.csv` and `compare.png`; returns the summary."""
-    frame = table(folder, text=text, cache=cache, threads=threads)
+    folder, frame = request.folder, table(request)
     short = summary(frame)
     for name, rows in (("compare.csv", frame), ("summary.csv", short)):
         text_rows = rows.to_csv(index=False, float_format="%.6g")
         write_whole(folder / name, text_rows.encode())
-    found = results(folder)
+    finished = results(folder)
     searched = StudyFolder(folder).inventory.n_searched_weights
     plot(
-        found,
+        finished,
         folder / "compare.png",
-        bits_of={r.weights: r.weights * 8 / searched for r in found},
+        bits_of={r.weights: r.weights * 8 / searched for r in finished},
     )
     return short

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from allocator.app.resources import StudyOptions
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
@@ -36,7 +37,7 @@ def evaluate(
     tasks: bool = False,
     domains: bool = False,
     on_table: Callable[[pd.DataFrame], None] | None = None,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> pd.DataFrame:
     """KL, perplexity and top-1 agreement on held-out documents, smallest first.
 
@@ -49,7 +50,7 @@ def evaluate(
         tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
         domains: columns of KL and perplexity per domain.
         on_table: called with the table so far whenever something was measured.
-        options: of `StudyFolder`.
+        options: as of `StudyOptions`.
 
     Raises:
         AllocatorError: one line on whatever is wrong, before anything is measured where it can be

@@ -15,22 +15,23 @@ the study's trials and the seed alone, so a resumed study proposes what an undis
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
 from allocator.decision.parameters import Params
 from allocator.errors import SpaceError
 from allocator.prediction.posterior import Observation, Posterior, fit
-from allocator.prediction.surrogate import Floats, LocalPrices, Surrogate
+from allocator.prediction.surrogate import Floats, Surrogate
 from allocator.samplers.knapsack import SolvingSampler
+from allocator.samplers.problem import GradientStep, Problem
+from allocator.study.optuna_private import set_system_attr
 from allocator.study.trials import (
-    LOOKED,
+    GRADIENT_TOKENS,
     LOSSES,
     PROPOSAL,
     allocation_of,
@@ -39,19 +40,19 @@ from allocator.study.trials import (
 )
 
 ROUND = 5
-"""Own proposals from one look to the next."""
-NOISE = 2.0
-"""Looks whose average is as much noise as signal: `n` looks get the share `n / (n + NOISE)`."""
+"""Own proposals from one gradient step to the next."""
+NOISY_STEPS = 2.0
+"""Gradient steps whose average is as much noise as signal: `n` steps count with the share
+`n / (n + NOISY_STEPS)`."""
 PLACES = ((1.0, 0.0), (0.7, 0.5), (1.3, 0.5), (0.7, 1.0), (1.0, 1.0))
 """By place in the round: a factor of that share, and of the posterior's spread."""
 
-LOOKED_AT = "auto:incumbent"
-"""System attribute of the trial before which a look was taken: the incumbent's `PROPOSAL`."""
+INCUMBENT = "auto:incumbent"
+"""System attribute of a trial that begins a round: `PROPOSAL` of the incumbent then, where the
+round's gradient step is taken."""
 
-_Here = tuple[Params, list[Mapping[str, Floats]]]
-"""The incumbent, and what the looks price every switch from there."""
-GradientStep = Callable[[Allocation, int], LocalPrices]
-"""An allocation, and which part of the documents to use, to what a gradient says around it."""
+_Slopes = tuple[Params, list[Mapping[str, Floats]]]
+"""The incumbent, and what each gradient step says of every switch from there."""
 
 
 class AutoSampler(SolvingSampler):
@@ -61,11 +62,7 @@ class AutoSampler(SolvingSampler):
         surrogate: predicted losses.
         budget: the hard limit.
         seed: of this trial.
-        local_prices: None where no gradient is to be had.
-        gradient_tokens: forward tokens of a look.
-
-    Attributes:
-        gradient_seconds: what the look before the last proposal took.
+        gradient: None where no gradient is to be had.
     """
 
     at_the_cap = 0.95
@@ -76,70 +73,77 @@ class AutoSampler(SolvingSampler):
         budget: Budget,
         *,
         seed: int,
-        local_prices: GradientStep | None = None,
-        gradient_tokens: int = 0,
+        gradient: GradientStep | None = None,
     ) -> None:
         super().__init__(surrogate, budget, seed=seed)
-        self._local_prices = local_prices
-        self._look_tokens = gradient_tokens
-        self.gradient_seconds = 0.0
-        self._posterior: Posterior
-        self._here: _Here | None = None
-        self._near = False  # whether what is aimed at is near enough to it
+        self._gradient = gradient
+        self._place = 0  # in the round
+        self._curved = surrogate  # with the curvature at the incumbent
+        self._posterior: Posterior | None = None
+        self._slopes: _Slopes | None = None
+        self._is_near = False  # whether the byte target is near enough to the incumbent
 
-    def next_tokens(self, study: Study, n: int = 1) -> int:
-        """Forward tokens of the looks that the next `n` proposals begin with."""
+    @classmethod
+    def of(cls, problem: Problem, seed: int) -> Self:
+        """Makes the sampler of one trial."""
+        return cls(problem.surrogate, problem.budget, seed=seed, gradient=problem.gradient)
+
+    def next_tokens(self, study: Study, n: int) -> int:
+        """Returns the forward tokens of the gradient steps that the next `n` proposals take."""
         done = not_abandoned(study)
+        if self._gradient is None or best_complete(done) is None:
+            return 0
         own = _own(done)
         rounds = sum(i % ROUND == 0 for i in range(own, own + n))
-        looks = self._local_prices is not None and best_complete(done) is not None
-        return rounds * self._look_tokens if looks else 0
+        return rounds * self._gradient.forward_tokens
 
     def _learn(self, study: Study, trial: FrozenTrial) -> None:
         done = not_abandoned(study, before=trial.number)
         self._place = _own(done) % ROUND
-        self._global, self._here = self._surrogate, None
+        self._curved, self._slopes = self._surrogate, None
         if not self._place:
             incumbent = best_complete(done)
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
-            study._storage.set_trial_system_attr(trial._trial_id, LOOKED_AT, number)
-        if looks := self._looks(done):
-            assert self._local_prices is not None
+            set_system_attr(study, trial, INCUMBENT, number)
+        if incumbents := self._incumbents(done):
+            assert self._gradient is not None
             began = time.perf_counter()
-            seen = [self._local_prices(allocation_of(t), part) for part, t in enumerate(looks)]
+            steps = [
+                self._gradient.take(allocation_of(t), part) for part, t in enumerate(incumbents)
+            ]
             self.gradient_seconds = time.perf_counter() - began
             if not self._place:
-                tokens = seen[-1].forward_tokens
-                study._storage.set_trial_system_attr(trial._trial_id, LOOKED, tokens)
-            self._global = self._surrogate.with_curvature_at(seen[-1].curvature)
+                set_system_attr(study, trial, GRADIENT_TOKENS, steps[-1].forward_tokens)
+            self._curved = self._surrogate.with_curvature_at(steps[-1].curvature)
             tables: list[Mapping[str, Floats]] = [
-                self._surrogate.table(look.moves, allocation_of(t).counts)
-                for t, look in zip(looks, seen, strict=True)
+                self._surrogate.table(step.moves, allocation_of(t).counts)
+                for t, step in zip(incumbents, steps, strict=True)
             ]
-            self._here = self._params(looks[-1]), tables
-        self._posterior = fit(self._global, list(self._observations(done)))
+            self._slopes = self._params(incumbents[-1]), tables
+        self._posterior = fit(self._curved, list(self._observations(done)))
 
     def _aim(self, target: Budget) -> None:
-        self._near = target.nbytes == self._budget.nbytes
+        self._is_near = target.nbytes == self._budget.nbytes
 
     def _draw(self, attempt: int) -> tuple[Surrogate, dict[str, float]]:
+        assert self._posterior is not None
         factor, scale = PLACES[self._place]
         scale = max(scale, 0.5) * 1.2**attempt if attempt else scale
         multipliers = self._posterior.draw(self._rng, scale=scale)
-        surrogate = self._global.multiplied(multipliers)
-        if self._here is not None and self._near:
-            params, tables = self._here
-            share = min(factor * len(tables) / (len(tables) + NOISE), 1.0)
+        surrogate = self._curved.multiplied(multipliers)
+        if self._slopes is not None and self._is_near:
+            params, tables = self._slopes
+            share = min(factor * len(tables) / (len(tables) + NOISY_STEPS), 1.0)
             surrogate = surrogate.local(params, tables, share=share)
         return surrogate, multipliers
 
-    def _looks(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
+    def _incumbents(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
         """The incumbent at the beginning of every round so far, this one's last.
 
-        What was the best then is noted with the trial that began the round: trials that ran beside
-        it may have ended since.
+        The trial that began a round notes the incumbent then: trials that ran at the same time may
+        have ended since.
         """
-        if self._local_prices is None:
+        if self._gradient is None:
             return []
         begins = range(len(done) - _own(done), len(done) + 1, ROUND)
         incumbents = [_best_then(done, begin) for begin in begins]
@@ -176,8 +180,8 @@ class AutoSampler(SolvingSampler):
 
 def _best_then(done: list[FrozenTrial], begin: int) -> FrozenTrial | None:
     """The incumbent when the trial at this place was asked for."""
-    if begin < len(done) and LOOKED_AT in done[begin].system_attrs:
-        number = done[begin].system_attrs[LOOKED_AT]
+    if begin < len(done) and INCUMBENT in done[begin].system_attrs:
+        number = done[begin].system_attrs[INCUMBENT]
         if number is None:
             return None
         return next((t for t in done if t.system_attrs.get(PROPOSAL) == number), None)

@@ -15,7 +15,7 @@ The selection among the offspring of a generation is the study's (`Selection`).
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -25,6 +25,8 @@ from optuna.trial import FrozenTrial
 from allocator.decision.costs import Costs
 from allocator.decision.parameters import EXPERTS_USED, Params, largest_first
 from allocator.samplers.base import WholeSampler
+from allocator.samplers.problem import Problem
+from allocator.study.generations import Selection
 from allocator.study.trials import best_complete, key_of, proposed
 
 _SWITCHES = 3  # drawn twice from 1.._SWITCHES, the lesser taken: 1 is likeliest
@@ -41,20 +43,25 @@ class LevelSwitchSampler(WholeSampler):
         costs: of the space, under the budget.
         seed: of this trial.
 
-    Attributes:
-        generational: asks the search to run generations.
     """
-
-    generational = True
 
     def __init__(self, costs: Costs, *, seed: int) -> None:
         super().__init__(costs.space, seed=seed)
         self._costs = costs
 
+    @classmethod
+    def of(cls, problem: Problem, seed: int) -> Self:
+        """Makes the sampler of one trial."""
+        return cls(Costs(problem.surrogate.space, problem.budget), seed=seed)
+
+    def selection(self, n_documents: int) -> Selection:
+        """Returns the default selection, since one trial at a time would tell little."""
+        return Selection.over(n_documents)
+
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """An offspring of the best finished trial that was not proposed before."""
+        """Proposes an offspring of the best finished trial that was not proposed before."""
         space = self._space
         parent = self._parent(study)
         if parent is None:
@@ -70,34 +77,34 @@ class LevelSwitchSampler(WholeSampler):
         return {name: child[name] for name in space.distributions}
 
     def _parent(self, study: Study) -> Params | None:
-        """The params scored by the best finished trial, as proposed; a search repairs none."""
+        """The params of the best finished trial; its proposal was feasible as it was."""
         best = best_complete(study.get_trials(deepcopy=False), nbytes=self._costs.budget.nbytes)
         return None if best is None else self._space.complete(best.params)
 
 
 def random_start(costs: Costs, rng: np.random.Generator) -> Params:
-    """The largest of everything, random units lowered until the budget holds."""
+    """Returns the largest of everything, with random units lowered until it fits the budget."""
     space = costs.space
     walk = _Walk(costs, space.complete(space.params(space.largest)), rng)
-    while (walk.left < 0 or not costs.fits(walk.params)) and walk.lower():
+    while (walk.spare_bytes < 0 or not costs.fits(walk.params)) and walk.lower():
         pass
     return walk.params
 
 
 def offspring(costs: Costs, parent: Params, rng: np.random.Generator) -> Params | None:
-    """One draw of complete params within the budget; None if it strays too far, or nowhere."""
+    """Draws complete params within the budget; None if they stray too far, or nowhere."""
     walk = _Walk(costs, dict(parent), rng)
     raised_first = rng.random() >= _LOWERED_FIRST
     for _ in range(int(rng.integers(1, _SWITCHES + 1, size=2).min())):
         walk.switch() if raised_first else walk.lower()
     while walk.changes_left > 0 and walk.debt > 0:
-        if raised_first and walk.left >= 0:
+        if raised_first and walk.spare_bytes >= 0:
             return None  # gave up too much
-        pay = walk.lower if walk.left < 0 else walk.raise_within
+        pay = walk.lower if walk.spare_bytes < 0 else walk.raise_within
         if not pay(least=walk.debt / walk.changes_left):
             return None
-    held = walk.debt <= 0 and walk.params != parent and costs.fits(walk.params)
-    return walk.params if held else None
+    is_good = walk.debt <= 0 and walk.params != parent and costs.fits(walk.params)
+    return walk.params if is_good else None
 
 
 @dataclass
@@ -110,11 +117,11 @@ class _Walk:
     n_changes: int = 0
     added: int = 0
     removed: int = 0
-    left: int = 0  # bytes of the budget that are not spent
+    spare_bytes: int = 0  # of the budget
     _directions: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.left = self.costs.spare_bytes(self.params)
+        self.spare_bytes = self.costs.spare_bytes(self.params)
 
     @property
     def changes_left(self) -> int:
@@ -123,18 +130,20 @@ class _Walk:
     @property
     def debt(self) -> float:
         """Bytes over the budget; within it, bytes of the least return that are not spent."""
-        return -self.left if self.left < 0 else _LEAST_RETURN * self.removed - self.added
+        return (
+            -self.spare_bytes if self.spare_bytes < 0 else _LEAST_RETURN * self.removed - self.added
+        )
 
     def switch(self) -> bool:
         """Raises a random unit, within the budget or not; one without bytes goes either way."""
         return self._move(1)
 
     def raise_within(self, *, least: float) -> bool:
-        """Raises a random unit that fits and adds at least so many bytes; False if none."""
-        return self._move(1, least, self.left)
+        """Raises a random unit that fits and adds at least `least` bytes; False if none does."""
+        return self._move(1, least, self.spare_bytes)
 
     def lower(self, *, least: float = 0) -> bool:
-        """Lowers a random unit that saves at least so many bytes; False if there is none."""
+        """Lowers a random unit that saves at least `least` bytes; False if none does."""
         return self._move(-1, least)
 
     def _move(self, direction: int, least: float = 0, most: float = math.inf) -> bool:
@@ -144,17 +153,17 @@ class _Walk:
             if self._directions.get(name, direction) != direction:
                 continue
             if name == EXPERTS_USED.name and direction > 0:
-                found = self._sideways(name)
+                level = self._sideways(name)
             else:
-                found = self._neighbour(name, direction)
-            if found is None or not least <= abs(found[1]) <= most:
+                level = self._neighbour(name, direction)
+            if level is None or not least <= abs(level[1]) <= most:
                 continue
-            self.params[name], change = found
+            self.params[name], change = level
             self._directions[name] = direction
             self.n_changes += 1
             self.added += max(change, 0)
             self.removed += max(-change, 0)
-            self.left -= change
+            self.spare_bytes -= change
             return True
         return False
 

@@ -8,7 +8,7 @@ drawn target; so accepted factors correct the surrogate where measurements disag
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -21,6 +21,8 @@ from allocator.decision.parameters import Params
 from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
 from allocator.samplers.base import WholeSampler
+from allocator.samplers.problem import Problem
+from allocator.study.optuna_private import set_system_attr
 from allocator.study.trials import best_complete, key_of, proposed
 
 MULTIPLIERS = "knapsack:multipliers"
@@ -30,7 +32,7 @@ _LOWER = 6  # more of them, each with a byte target of its own anywhere below th
 
 
 class SolvingSampler(WholeSampler):
-    """Solves a multiplied surrogate; subclasses say which multipliers.
+    """A sampler that solves a multiplied surrogate; subclasses say which multipliers.
 
     Args:
         surrogate: predicted losses.
@@ -61,7 +63,7 @@ class SolvingSampler(WholeSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The optimum of a multiplied surrogate; remembers its multipliers with the trial."""
+        """Proposes the optimum of a multiplied surrogate; notes its multipliers with the trial."""
         if "fixed_params" in trial.system_attrs:
             return {}
         seen = proposed(study)
@@ -70,19 +72,19 @@ class SolvingSampler(WholeSampler):
             if key_of(solution[0]) not in seen:
                 break
         proposal, multipliers = solution
-        study._storage.set_trial_system_attr(trial._trial_id, MULTIPLIERS, multipliers)
+        set_system_attr(study, trial, MULTIPLIERS, multipliers)
         return proposal
 
     def _solutions(self) -> Iterator[tuple[Params, dict[str, float]]]:
-        for target, attempts in self._targets():
+        for target, attempts in self.targets():
             self._aim(target)
             for attempt in attempts:
                 surrogate, multipliers = self._draw(attempt)
                 solved = solve(surrogate, target)
                 yield {name: solved[name] for name in self._space.distributions}, multipliers
 
-    def _targets(self) -> Iterator[tuple[Budget, Sequence[int]]]:
-        """Byte targets, and the attempts at each."""
+    def targets(self) -> Iterator[tuple[Budget, Sequence[int]]]:
+        """Yields byte targets, each with the numbers of the attempts at it."""
         share = 1.0 if self._rng.random() < self.at_the_cap else float(self._rng.random())
         yield Costs(self._space, self._budget).budget_at(share), range(_ATTEMPTS)
         for attempt in range(_LOWER):
@@ -94,12 +96,23 @@ class KnapsackSampler(SolvingSampler):
 
     at_the_cap = 0.75
 
+    def __init__(self, surrogate: Surrogate, budget: Budget, *, seed: int) -> None:
+        super().__init__(surrogate, budget, seed=seed)
+        self._trials: list[FrozenTrial] = []
+        self._sigma = 0.0  # of the logarithms of the factors
+        self._parent: dict[str, float] = {}  # multipliers that the factors are around
+
+    @classmethod
+    def of(cls, problem: Problem, seed: int) -> Self:
+        """Makes the sampler of one trial."""
+        return cls(problem.surrogate, problem.budget, seed=seed)
+
     def _learn(self, study: Study, trial: FrozenTrial) -> None:
         self._trials = study.get_trials(deepcopy=False)
 
     def _aim(self, target: Budget) -> None:
         self._sigma = float(self._rng.choice(_SIGMAS))
-        self._parent: dict[str, float] = {}
+        self._parent = {}
         best = best_complete(self._trials, nbytes=target.nbytes)
         if best is not None:
             # first trials carry none: the unperturbed surrogate, all ones

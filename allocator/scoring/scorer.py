@@ -143,6 +143,17 @@ class Scorer(Documents):
         self.swap.put(candidate if isinstance(candidate, Candidate) else Candidate.of(candidate))
         return self.score_installed(start, stop)
 
+    @property
+    def side_by_side(self) -> int:
+        """Allocations that one pass scores."""
+        return 1
+
+    def score_many(
+        self, allocations: Sequence[Allocation], start: int = 0, stop: int | None = None
+    ) -> list[DocumentLosses]:
+        """Returns losses on `documents[start:stop]`, of one allocation after the other."""
+        return [self.score(allocation, start, stop) for allocation in allocations]
+
     def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:
         """Losses of allocations on all documents, one after the other."""
         return map(self.score, allocations)

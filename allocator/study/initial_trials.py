@@ -1,25 +1,31 @@
 """What a study begins with: the knapsack's solutions, then what people do without a search.
 
-In: a solved surrogate, a budget, baselines. Out: allocations that the space holds, within the cap.
-Invariant: none is there twice, and the order does not depend on anything else.
+In: a solved surrogate, a budget, baselines. Out: allocations of the space within the cap, and which
+of them a study still lacks. Invariant: none is there twice, and the order does not depend on
+anything else.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.parameters import Params
 from allocator.decision.space import Space
-from allocator.errors import SpaceError
+from allocator.errors import SpaceError, StudyError
 from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
+from allocator.study.trials import Key, key_of, not_abandoned
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A first trial: what it is, and its allocation; the space must hold it."""
+    """A first trial: what it is called, and its allocation, which is in the space."""
 
     kind: str
     allocation: Allocation
@@ -32,13 +38,12 @@ def first_trials(
     *,
     n_knapsack: int,
 ) -> list[Queued]:
-    """The unperturbed knapsack solutions, at the cap first, then the baselines that fit.
+    """Returns the unperturbed knapsack solutions, at the cap first, then the baselines that fit.
 
     Args:
         surrogate: solved.
         budget: the cap.
-        baselines: names and allocations; those the space does not hold, or over the cap, are left
-            to the committed references.
+        baselines: names and allocations; those outside the space or over the cap are left out.
         n_knapsack: solutions, at byte targets spread between floor and cap.
     """
     space = surrogate.space
@@ -52,18 +57,80 @@ def first_trials(
         target = costs.budget_at(1 - i / max(1, n_knapsack))
         add("knapsack", space.allocation(solve(surrogate, target)))
     for name, allocation in baselines:
-        if _held(space, allocation) and costs.fits(_full(space, allocation)):
+        if _is_in(space, allocation) and costs.fits(_complete(space, allocation)):
             add(name, allocation)
     return list(queue.values())
 
 
-def _full(space: Space, allocation: Allocation) -> Params:
+def _complete(space: Space, allocation: Allocation) -> Params:
     return space.complete(space.params(allocation))
 
 
-def _held(space: Space, allocation: Allocation) -> bool:
+def _is_in(space: Space, allocation: Allocation) -> bool:
     try:
         space.params(allocation)
     except SpaceError:
         return False
     return True
+
+
+def enqueued_params(trial: FrozenTrial) -> Params:
+    """Returns the params that a trial was enqueued with; none if it was not."""
+    params: Params = trial.system_attrs.get("fixed_params", {})
+    return params
+
+
+class FirstTrials:
+    """The first trials of a study, told by their params.
+
+    Args:
+        study: the Optuna study.
+        space: of the allocations.
+        queue: in order.
+        budget: the cap.
+
+    Raises:
+        StudyError: if one is over the budget.
+    """
+
+    def __init__(
+        self, study: optuna.Study, space: Space, queue: Sequence[Queued], budget: Budget
+    ) -> None:
+        self._study = study
+        self._space = space
+        self._queue = tuple(queue)
+        self._keys = [key_of(space.params(queued.allocation)) for queued in self._queue]
+        for queued in self._queue:
+            if not queued.allocation.fits(space.layout, budget):
+                raise StudyError(f"first trial {queued.kind} is over the budget")
+
+    def missing(self) -> list[Queued]:
+        """Returns the first trials that are in no trial yet, in order."""
+        made = Counter(key_of(p) for t in not_abandoned(self._study) if (p := enqueued_params(t)))
+        missing = []
+        for queued, key in zip(self._queue, self._keys, strict=True):
+            made[key] -= 1
+            if made[key] < 0:
+                missing.append(queued)
+        return missing
+
+    def enqueue_next(self) -> None:
+        """Enqueues the next missing one, unless a trial waits already."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and (missing := self.missing()):
+            self._study.enqueue_trial(self._space.params(missing[0].allocation))
+
+    def kind(self, trial: FrozenTrial) -> str | None:
+        """Returns which first trial this is, `proposal` if none.
+
+        None for a first trial that an earlier trial is already.
+        """
+        if not (enqueued := enqueued_params(trial)):
+            return "proposal"
+        key: Key = key_of(enqueued)
+        kinds = [q.kind for q, k in zip(self._queue, self._keys, strict=True) if k == key]
+        if not kinds:
+            return "proposal"  # enqueued by hand
+        earlier = not_abandoned(self._study, before=trial.number)
+        n_before = sum(key_of(p) == key for t in earlier if (p := enqueued_params(t)))
+        return kinds[n_before] if n_before < len(kinds) else None

@@ -35,11 +35,12 @@ from typing import Any, BinaryIO
 from weakref import finalize
 
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 
 from allocator.errors import StudyError, first_line
 from allocator.files.atomic import accessing
 from allocator.files.checksums import CHECKSUM, checksum
+from allocator.study.optuna_private import JournalLink
 
 _RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
 _BLOCK_BYTES = 1 << 16
@@ -187,7 +188,7 @@ def _keep(path: Path, tail: bytes) -> Path:
     return kept
 
 
-class _MendingLock(JournalFileSymlinkLock):
+class _MendingLock(JournalLink):
     """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
 
     Covers what no start can repair: a search killed, or a disk filled, beside a living one. Ours
@@ -197,9 +198,8 @@ class _MendingLock(JournalFileSymlinkLock):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+        super().__init__(path)
         self._path = path
-        self._lock_target_file = f"{path.parent}/./{path.name}"
         self._flock: int | None = None
         # both stay open, so that no other file can have their inodes
         self._link: int | None = None  # while the lock is held
@@ -230,11 +230,11 @@ class _MendingLock(JournalFileSymlinkLock):
                 fcntl.flock(flock, fcntl.LOCK_EX)
                 self.check_file()
                 with suppress(FileNotFoundError):
-                    if os.readlink(self._lock_file) == self._lock_target_file:
-                        os.unlink(self._lock_file)
+                    if self.is_ours:
+                        os.unlink(self.link)
                 super().acquire()  # calls `release` where it breaks a link
                 with suppress(FileNotFoundError):
-                    self._link = os.open(self._lock_file, os.O_PATH | os.O_NOFOLLOW)
+                    self._link = os.open(self.link, os.O_PATH | os.O_NOFOLLOW)
             except BaseException:
                 os.close(flock)
                 raise
@@ -268,16 +268,16 @@ class _MendingLock(JournalFileSymlinkLock):
                     os.close(handle)
 
     def _is_there(self, link: int | None) -> bool:
-        return link is not None and os.path.samestat(os.lstat(self._lock_file), os.fstat(link))
+        return link is not None and os.path.samestat(os.lstat(self.link), os.fstat(link))
 
 
 class _CheckedFile(JournalFileBackend):
     """Optuna's journal file, with a checksum in every record."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), lock_obj=_MendingLock(path))
+        self._journal_lock = _MendingLock(path)
+        super().__init__(str(path), lock_obj=self._journal_lock)
         self._path = path
-        self._lock: _MendingLock
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         plain = [json.loads(json.dumps(log)) for log in logs]
@@ -287,7 +287,7 @@ class _CheckedFile(JournalFileBackend):
         """Raises:
         StudyError: at a record that is none, or is not as it was written.
         """
-        self._lock.check_file()
+        self._journal_lock.check_file()
         try:
             for log in super().read_logs(log_number_from):
                 _check_record(log)

@@ -30,12 +30,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.errors import first_line
+from allocator.study.optuna_private import end_session, set_user_attr, trial_id
 
 LEASE = "lease"
 """User attribute of a trial: `owner`, `seconds` that it holds, `renewal` (counts up), and when it
 `expires` by the owner's wall clock, for people only."""
-SECONDS = 60.0
-"""How long a lease holds; it is renewed at a third of this."""
+LEASE_SECONDS = 60.0
+"""How long a lease holds, unless something else is asked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Owner:
 
     @classmethod
     def here(cls, folder: Path) -> "Owner":
-        """This process."""
+        """Returns the owner that this process is."""
         return cls(socket.gethostname(), str(folder.resolve()), os.getpid(), secrets.token_hex(4))
 
     @property
@@ -61,38 +62,39 @@ class Owner:
 
 
 def left_here(trials: Iterable[FrozenTrial], folder: Path, *, pid: int = 0) -> list[FrozenTrial]:
-    """Trials whose lease is of a worker of this host and study folder.
+    """Returns the trials whose lease is of a worker of this host and study folder.
 
     Args:
         trials: RUNNING ones.
         folder: of the study.
         pid: of this process alone; of any by default.
     """
-    here: dict[str, Any] = {"host": socket.gethostname(), "folder": str(folder.resolve())}
+    wanted: dict[str, Any] = {"host": socket.gethostname(), "folder": str(folder.resolve())}
     if pid:
-        here["pid"] = pid
+        wanted["pid"] = pid
     owners = ((t, t.user_attrs.get(LEASE, {}).get("owner", {})) for t in trials)
-    return [t for t, owner in owners if here.items() <= owner.items()]
+    return [t for t, owner in owners if wanted.items() <= owner.items()]
 
 
 class Leases:
-    """One worker's: it renews its own in a thread and watches those of others.
+    """The leases of one worker, which renews its own in a thread and watches those of others.
 
         with Leases(study, folder) as leases:
-            leases.take(trial_id)
-            ...                       # score it
-            leases.drop([trial_id])   # once it was told
+            leases.take(id_)
+            ...                  # score it
+            leases.drop([id_])   # once it was told
 
     Args:
         study: the trials'.
         folder: of the study.
+        seconds: how long a lease holds; it is renewed at a third of this.
     """
 
-    def __init__(self, study: Study, folder: Path) -> None:
+    def __init__(self, study: Study, folder: Path, *, seconds: float = LEASE_SECONDS) -> None:
         self.owner = Owner.here(folder)
         self._study = study
-        self._seconds = SECONDS
-        self._held: dict[int, int] = {}  # trial id to renewals
+        self._seconds = seconds
+        self._renewals: dict[int, int] = {}  # trial id to renewals
         self._seen: dict[int, tuple[Any, float]] = {}  # trial id to a lease and since when
         self._changing = threading.Lock()
         self._stopped = threading.Event()
@@ -111,34 +113,40 @@ class Leases:
         self._stopped.set()
         self._thread.join()
 
-    def take(self, trial_id: int) -> None:
-        """Holds a trial from now on; nothing if it is held already."""
-        with self._changing:
-            if trial_id in self._held:
-                return
-            self._held[trial_id] = 0
-        self._write(trial_id, 0)
+    def take(self, id_: int) -> None:
+        """Writes a lease into the trial with this id and renews it from now on.
 
-    def drop(self, trial_ids: Iterable[int]) -> None:
-        """Renews them no more."""
+        Does nothing if this worker holds the trial's lease already.
+        """
         with self._changing:
-            for trial_id in trial_ids:
-                self._held.pop(trial_id, None)
+            if id_ in self._renewals:
+                return
+            self._renewals[id_] = 0
+        self._write(id_, 0)
+
+    def drop(self, ids: Iterable[int]) -> None:
+        """Stops renewing the leases of these trials."""
+        with self._changing:
+            for id_ in ids:
+                self._renewals.pop(id_, None)
 
     def others(self) -> list[FrozenTrial]:
-        """RUNNING trials that other workers have in hand, or had."""
+        """Returns the RUNNING trials of other workers, dead ones included."""
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [t for t in running if t._trial_id not in self._held]
+        return [t for t in running if trial_id(t) not in self._renewals]
 
     def expired(self) -> list[FrozenTrial]:
-        """Those of `others` whose worker is dead; call it often: what it sees starts the clock."""
+        """Returns those of `others` whose worker is dead.
+
+        A lease counts from the call that first saw it, so call this often.
+        """
         now, others = time.monotonic(), self.others()
-        found = {t._trial_id: t.user_attrs.get(LEASE) for t in others}
+        leases = {trial_id(t): t.user_attrs.get(LEASE) for t in others}
         self._seen = {
             i: self._seen[i] if i in self._seen and self._seen[i][0] == lease else (lease, now)
-            for i, lease in found.items()
+            for i, lease in leases.items()
         }
-        return [t for t in others if now - self._seen[t._trial_id][1] >= self._holds(t)]
+        return [t for t in others if now - self._seen[trial_id(t)][1] >= self._holds(t)]
 
     def _holds(self, trial: FrozenTrial) -> float:
         return float(trial.user_attrs.get(LEASE, {}).get("seconds", self._seconds))
@@ -146,22 +154,22 @@ class Leases:
     def _renew(self) -> None:
         while not self._stopped.wait(self._seconds / 3):
             with self._changing:
-                self._held = {i: n + 1 for i, n in self._held.items()}
-                held = list(self._held.items())
-            for trial_id, renewal in held:
+                self._renewals = {i: n + 1 for i, n in self._renewals.items()}
+                renewals = list(self._renewals.items())
+            for id_, renewal in renewals:
                 try:
-                    self._write(trial_id, renewal)
+                    self._write(id_, renewal)
                 except UpdateFinishedTrialError:
                     pass  # taken over, or just told: its worker finds out
                 except Exception as error:  # whatever a storage raises: the next one may succeed
                     _log.warning("a lease could not be renewed: %s", first_line(error))
-        self._study._storage.remove_session()  # this thread's connection
+        end_session(self._study)
 
-    def _write(self, trial_id: int, renewal: int) -> None:
+    def _write(self, id_: int, renewal: int) -> None:
         lease = {
             "owner": asdict(self.owner),
             "seconds": self._seconds,
             "renewal": renewal,
             "expires": f"{datetime.now(UTC) + timedelta(seconds=self._seconds):%FT%TZ}",
         }
-        self._study._storage.set_trial_user_attr(trial_id, LEASE, lease)
+        set_user_attr(self._study, id_, LEASE, lease)

@@ -11,6 +11,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from allocator.study.optuna_private import set_user_attr, trial_id
 from allocator.study.trials import ABANDONED
 
 VERDICTS = "verdicts"
@@ -32,10 +33,10 @@ def close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
     return True
 
 
-def abandon(study: optuna.Study, trial_id: int, number: int, why: str | bool = True) -> bool:
+def abandon(study: optuna.Study, id_: int, number: int, why: str | bool = True) -> bool:
     """Closes a trial so that its proposal is made again; False if somebody else has closed it."""
     try:
-        study._storage.set_trial_user_attr(trial_id, ABANDONED, why)
+        set_user_attr(study, id_, ABANDONED, why)
     except UpdateFinishedTrialError:
         return False
     return close(study, number, (TrialState.FAIL.name, None))
@@ -57,7 +58,7 @@ def close_abandoned(study: optuna.Study, dead: Sequence[FrozenTrial] | None = No
     ended = [t for t in dead if str(t.number) in verdicts]
     for trial in ended:
         close(study, trial.number, verdicts[str(trial.number)])
-    return sum(abandon(study, t._trial_id, t.number) for t in dead if t not in ended)
+    return sum(abandon(study, trial_id(t), t.number) for t in dead if t not in ended)
 
 
 def _verdicts(study: optuna.Study) -> dict[str, Verdict]:

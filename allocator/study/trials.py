@@ -20,8 +20,8 @@ DOUBLED = "doubled"
 """Its value where another worker was scoring the same: the next try has other random numbers."""
 PROPOSAL = "proposal"
 """System attribute of a trial: the number that its random state is from; abandoned ones free it."""
-LOOKED = "auto:forward_tokens"
-"""System attribute of the trial before which a look was taken: what that cost."""
+GRADIENT_TOKENS = "auto:forward_tokens"
+"""System attribute of a trial that a gradient step was taken for: forward tokens of the step."""
 
 Key = tuple[tuple[str, Any], ...]
 
@@ -52,10 +52,10 @@ def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTria
 
 
 def forward_tokens(trial: FrozenTrial) -> int:
-    """Tokens through all layers that a trial cost, the look before it included."""
+    """Returns the tokens through all layers that a trial took, its gradient step included."""
     scored: int = trial.user_attrs.get(RESULT, {}).get("tokens", 0)
-    looked: int = trial.system_attrs.get(LOOKED, 0)
-    return scored + looked
+    gradient: int = trial.system_attrs.get(GRADIENT_TOKENS, 0)
+    return scored + gradient
 
 
 def best_complete(

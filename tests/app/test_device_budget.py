@@ -293,25 +293,29 @@ def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
     known = BudgetSpec(device=DeviceBudgetSpec(memory="2GiB", context=512, bandwidth="1GB"))
     budget = chosen_budget(known, tmp_path)
     assert budget == Budget(2 << 30, "device", Workload(context=512, bandwidth=10**9))
-    budget = chosen_budget(known, tmp_path, device=DeviceBudgetSpec(reserve="1MiB", sequences=2))
+    budget = chosen_budget(
+        known, tmp_path, BudgetSpec(device=DeviceBudgetSpec(reserve="1MiB", sequences=2))
+    )
     assert budget.workload == Workload(512, 2, 1 << 20, 10**9)
-    budget = chosen_budget(known, tmp_path, device=DeviceBudgetSpec(preset="x.toml"))
+    budget = chosen_budget(known, tmp_path, BudgetSpec(device=DeviceBudgetSpec(preset="x.toml")))
     assert (budget.nbytes, budget.workload) == (1 << 30, Workload(512, bandwidth=10**10))
-    assert chosen_budget(known, tmp_path, weights="5MB") == Budget(5_000_000, "weights")
+    assert chosen_budget(known, tmp_path, BudgetSpec(weights="5MB")) == Budget(5_000_000, "weights")
     # what is no limit leaves the study's
     both = msgspec.structs.replace(known, file="5MB")
-    found = chosen_budget(both, tmp_path, device=DeviceBudgetSpec(bandwidth="3GB"))
+    found = chosen_budget(both, tmp_path, BudgetSpec(device=DeviceBudgetSpec(bandwidth="3GB")))
     workload = Workload(512, bandwidth=3 * 10**9)
     assert found == Budget(2 << 30, "device", workload, Budget(5_000_000, "file"))
-    found = chosen_budget(both, tmp_path, device=DeviceBudgetSpec(memory="1GiB"))
+    found = chosen_budget(both, tmp_path, BudgetSpec(device=DeviceBudgetSpec(memory="1GiB")))
     assert found == Budget(1 << 30, "device", Workload(512, bandwidth=10**9))
-    found = chosen_budget(both, tmp_path, weights="4MB", device=DeviceBudgetSpec(context=64))
+    found = chosen_budget(
+        both, tmp_path, BudgetSpec(weights="4MB", device=DeviceBudgetSpec(context=64))
+    )
     workload = Workload(64, bandwidth=10**9)
     assert found == Budget(2 << 30, "device", workload, Budget(4_000_000, "weights"))
     # a limit beside the device: the command line's, or the study's
     device = DeviceBudgetSpec(sequences=3)
     for found in (
-        chosen_budget(known, tmp_path, device=device, file="5MB"),
+        chosen_budget(known, tmp_path, BudgetSpec(device=device, file="5MB")),
         chosen_budget(msgspec.structs.replace(known, file="5MB", device=device.over(known.device)),
                       tmp_path),
     ):  # fmt: skip
@@ -340,6 +344,6 @@ def test_file_and_weights_are_refused_together(tmp_path):
     for beside in ({}, {"device": device}):
         given = {"file": "1GB", "weights": "1GB", **beside}
         with pytest.raises(StudyError, match="needed one budget"):
-            chosen_budget(BudgetSpec(), tmp_path, **given)
+            chosen_budget(BudgetSpec(), tmp_path, BudgetSpec(**given))
         with pytest.raises(StudyError, match="needed one budget"):
             chosen_budget(BudgetSpec(**given), tmp_path)

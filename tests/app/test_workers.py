@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from allocator import api
-from allocator.app.search_stage import _close_dead
+from allocator.app.search_stage import close_dead
 from allocator.app.study_folder import StudyFolder
 from allocator.errors import StudyError
 from allocator.study.leases import LEASE
@@ -23,7 +23,8 @@ from allocator.study.storages import reaching
 from allocator.study.trials import PROPOSAL, allocation_of, forward_tokens, not_abandoned
 
 BRIEF = (
-    "import signal, sys, allocator.study.leases as l; l.SECONDS = 3.0;"
+    "import signal, sys; from functools import partial; from allocator import api;"
+    "api.search = partial(api.search, lease_seconds=3.0);"
     "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job ignores it
     "from allocator.cli import main; sys.exit(main(sys.argv[1:]))"
 )
@@ -216,10 +217,10 @@ def test_a_shared_storage_keeps_trials_of_living_workers_elsewhere(fresh, study_
     for trial, host in ((elsewhere, "elsewhere"), (here, os.uname().nodename)):
         owner = {"host": host, "folder": str(fresh.resolve()), "pid": 1, "token": ""}
         trial.set_user_attr(LEASE, {"owner": owner, "seconds": 3600.0, "renewal": 1})
-    assert _close_dead(study, spec, fresh) == 1
+    assert close_dead(study, spec, fresh) == 1
     states = [t.state for t in study.get_trials()[-2:]]
     assert states == [TrialState.RUNNING, TrialState.FAIL]
-    assert _close_dead(study, None, fresh) == 1
+    assert close_dead(study, None, fresh) == 1
 
 
 BUILD = """

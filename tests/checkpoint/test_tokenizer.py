@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from allocator import api
-from allocator.app.estimate import estimate
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
@@ -146,7 +145,7 @@ def test_what_is_not_converted_is_refused_unless_none_is_wanted(
     (study / "study.toml").write_text(text.replace('tokenizer = "none"\n', ""))
     options = {"cache": tmp_path / "cache", "threads": 1}
     for verb in (
-        lambda: estimate(study, **options),
+        lambda: api.estimate(study, **options),
         lambda: api.search(study, **options),
         lambda: StudyFolder(study, **options).layout,
     ):

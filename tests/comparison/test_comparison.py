@@ -20,7 +20,7 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.comparison import table as compare
 from allocator.comparison.bench import Bench
 from allocator.comparison.pool import estimate_runs, run_all
-from allocator.comparison.runs import Run, chosen_runs, planned, results
+from allocator.comparison.runs import CompareRequest, Run, chosen_runs, planned, results
 from allocator.comparison.table import interval
 from allocator.decision.allocation import Allocation
 from allocator.decision.front import Point, baseline_loss
@@ -115,7 +115,7 @@ def test_auto_looks_and_others_do_not(finished):
 
 
 def test_table_is_what_one_computes_by_hand(finished, study_cache):
-    frame = compare.table(finished, text=None, cache=study_cache, threads=1)
+    frame = compare.table(CompareRequest(finished, cache=study_cache))
     by_hand = frame["sampler"].str.startswith("hand rule")
     assert (len(frame), by_hand.sum()) == (7, 3)
     assert frame[by_hand]["bits"].is_monotonic_decreasing
@@ -124,7 +124,8 @@ def test_table_is_what_one_computes_by_hand(finished, study_cache):
         row = frame[frame["sampler"] == run.sampler].iloc[0]
         pick, alone = (Allocation.from_json(a) for a in (run.pick, run.knapsack))
         documents = bench.study_folder.calibration.report[:3]
-        kl, other = (bench._scorers["report"].score(a).kl for a in (pick, alone))
+        scorer = bench.study_folder.scorers.on(documents)
+        kl, other = (scorer.score(a).kl for a in (pick, alone))
         assert row["documents"] == len(documents) == 3
         assert row["kl"] == pytest.approx(kl.mean(), rel=1e-6)
         assert row["/knapsack"] == pytest.approx(kl.mean() / other.mean(), rel=1e-6)
@@ -134,11 +135,15 @@ def test_table_is_what_one_computes_by_hand(finished, study_cache):
     assert summary["count"].eq(1).all()
 
 
-def test_a_finished_run_is_not_run_again(finished, study_cache, monkeypatch):
-    monkeypatch.setattr(Bench, "_search", lambda *_: pytest.fail("searched again"))
+def test_a_finished_run_is_not_run_again(finished, study_cache):
+    def written():
+        return {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+
+    before = written()
     for run in planned(Bench(finished, "safetensors", cache=study_cache).spec):
         Bench(finished, run.target, cache=study_cache).run(run)
-    assert list(run_all(finished, [], text=None, cache=study_cache, workers=1)) == []
+    assert written() == before
+    assert list(run_all(CompareRequest(finished, cache=study_cache), [])) == []
 
 
 @pytest.mark.parametrize("sampler", ["auto", "evolution"])
@@ -174,8 +179,8 @@ def test_processes_write_the_same(folder, finished, study_cache, tmp_path):
     copy = tmp_path / "study"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     runs = chosen_runs(copy, samplers=["knapsack"])
-    assert list(run_all(copy, runs, text=None, cache=study_cache, workers=2)) == runs
-    short = compare.write_results(copy, text=None, cache=study_cache, threads=1)
+    assert list(run_all(CompareRequest(copy, cache=study_cache, workers=2), runs)) == runs
+    short = compare.write_results(CompareRequest(copy, cache=study_cache))
     assert [n for n in short["sampler"] if not n.startswith("hand rule")] == ["knapsack"]
     (run,) = results(copy)
     assert run.pick == next(r for r in results(finished) if r.sampler == "knapsack").pick
@@ -189,15 +194,15 @@ def test_runs_of_other_inputs_are_not_mixed(finished, study_cache, tmp_path):
     text = (copy / "study.toml").read_text()
     (copy / "study.toml").write_text(text.replace("search_documents = 6", "search_documents = 5"))
     with pytest.raises(StudyError, match=r"\.json: made with another search split than .* move"):
-        compare.table(copy, text=None, cache=study_cache, threads=1)
+        compare.table(CompareRequest(copy, cache=study_cache))
 
 
 def test_estimate_counts_what_is_missing(folder, finished, study_cache):
     runs = chosen_runs(folder)
-    found = estimate_runs(finished, runs, text=None, cache=study_cache, workers=2)
+    found = estimate_runs(CompareRequest(finished, cache=study_cache, workers=2), runs)
     assert (found.runs, found.finished, found.tokens) == ((), 4, 0)
     more = [replace(r, seed=9) for r in runs]
-    found = estimate_runs(finished, more, text=None, cache=study_cache, workers=2)
+    found = estimate_runs(CompareRequest(finished, cache=study_cache, workers=2), more)
     base = results(finished)[0].base_tokens
     assert found.tokens == 4 * (TOKENS - base)
     assert found.seconds > 0
@@ -309,10 +314,10 @@ def test_inputs_are_looked_at_before_the_first_run(folder, study_cache, checkpoi
 
 
 def test_a_reference_without_its_importance_stops_before_the_first_run(
-    folder, study_cache, tmp_path, monkeypatch
+    folder, study_cache, tmp_path
 ):
     copy = tmp_path / "study"
-    shutil.copytree(folder, copy)
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     text = (copy / "study.toml").read_text().replace('target = "gguf"', 'target = "safetensors"')
     (copy / "study.toml").write_text(text)
     pick = api.search(copy, trials=1, cache=study_cache, threads=1).pick
@@ -320,9 +325,13 @@ def test_a_reference_without_its_importance_stops_before_the_first_run(
     (copy / "odd.json").write_text(json.dumps(record))
     named = "references.a = 'odd.json'\nreport_documents"
     (copy / "study.toml").write_text(text.replace("report_documents", named))
-    monkeypatch.setattr("allocator.comparison.pool._workers", lambda _: pytest.fail("a run began"))
+    runs = run_all(
+        CompareRequest(copy, cache=study_cache),
+        chosen_runs(copy),
+        processes=lambda n: pytest.fail("a run began"),
+    )
     with pytest.raises(AllocatorError, match="importance 000000000000 is neither in"):
-        api.compare(copy, cache=study_cache, threads=1)
+        next(runs)
 
 
 def test_budgets_without_a_baseline_leave_it_empty(folder, finished, study_cache, tmp_path):
@@ -331,7 +340,7 @@ def test_budgets_without_a_baseline_leave_it_empty(folder, finished, study_cache
     bench = Bench(copy, "safetensors", cache=study_cache)
     assert np.isnan(bench.baseline("report", 1))
     assert np.isnan(bench.baseline("report", 10**9))
-    frame = compare.table(copy, text=None, cache=study_cache, threads=1)
+    frame = compare.table(CompareRequest(copy, cache=study_cache))
     assert frame["/baseline"].notna().any()
     assert all(np.isnan(interval(np.ones(3), np.zeros(3))))
 
@@ -351,7 +360,7 @@ def test_damaged_runs_are_named(finished, study_cache, tmp_path):
     ):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(StudyError, match=f"{path.name}: .*{match}.*restore it"):
-            compare.table(copy, text=None, cache=study_cache, threads=1)
+            compare.table(CompareRequest(copy, cache=study_cache))
 
 
 COMPARE = """
@@ -359,11 +368,12 @@ import signal
 import sys
 from pathlib import Path
 from allocator.comparison.pool import run_all
-from allocator.comparison.runs import chosen_runs
+from allocator.comparison.runs import CompareRequest, chosen_runs
 folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    for run in run_all(folder, chosen_runs(folder), text=None, cache=cache, workers=workers):
+    request = CompareRequest(folder, cache=cache, workers=workers)
+    for run in run_all(request, chosen_runs(folder)):
         print(run.name, flush=True)
 """
 
@@ -448,6 +458,6 @@ def test_one_comparison_at_a_time(comparing, study_cache):
     copy, process = comparing()
     process.stdout.readline()
     with pytest.raises(StudyError, match=rf"is being searched by pid {process.pid}.*wait for it"):
-        list(run_all(copy, chosen_runs(copy), text=None, cache=study_cache, workers=1))
+        list(run_all(CompareRequest(copy, cache=study_cache), chosen_runs(copy)))
     process.kill()
     process.communicate()

@@ -1,6 +1,7 @@
 """The default sampler on losses that are formulas: looks, rounds, resumption, and what it gains."""
 
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,14 @@ from optuna.trial import TrialState
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.budget import Budget
 from allocator.prediction.surrogate import LocalPrices
-from allocator.samplers.auto import ROUND
+from allocator.samplers import GradientStep, Problem
+from allocator.samplers.auto import ROUND, AutoSampler
 from allocator.samplers.knapsack import MULTIPLIERS
+from allocator.samplers.seeded import SeededSampler
 from allocator.study.outcomes import close_abandoned
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
-from allocator.study.trials import ABANDONED, LOOKED, allocation_of, complete_trials
+from allocator.study.trials import ABANDONED, GRADIENT_TOKENS, allocation_of, complete_trials
 from allocator.targets import TARGETS
 
 N_FIRST, N_TRIALS = 2, 15
@@ -118,7 +122,7 @@ def undisturbed(formula, toys):
     """A finished search with looks, and its `Watched`; read only."""
     look = Watched(toys["safetensors"])
     search = started(formula, toys["safetensors"], InMemoryStorage(), look=look)
-    search.run(n_trials=N_TRIALS)
+    search.run(StopRule(trials=N_TRIALS))
     return SimpleNamespace(search=search, look=look)
 
 
@@ -136,28 +140,29 @@ def told(study):
 @pytest.mark.parametrize("looking", [False, True])
 @pytest.mark.parametrize("bounds", ["file", "weights"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_proposals_are_feasible_and_within_their_target(
-    monkeypatch, formula, toys, target, bounds, looking
-):
-    from allocator.samplers.auto import AutoSampler
+def test_proposals_are_feasible_and_within_their_target(formula, toys, target, bounds, looking):
+    targets = []  # first and last one of every proposal
 
-    targets, found = [], AutoSampler._targets  # first and last ones
+    class Noting(AutoSampler):
+        at_the_cap = 0.5
 
-    def watched(sampler):
-        first = None
-        for target, attempts in found(sampler):
-            if first is None:
-                first = target
-                targets.append(None)
-            targets[-1] = first, target
-            yield target, attempts
+        def targets(self):
+            first = None
+            for target, attempts in super().targets():
+                if first is None:
+                    first = target
+                    targets.append(None)
+                targets[-1] = first, target
+                yield target, attempts
 
-    monkeypatch.setattr(AutoSampler, "at_the_cap", 0.5)
-    monkeypatch.setattr(AutoSampler, "_targets", watched)
     toy = toys[target]
     look = Watched(toy) if looking else None
     search = started(formula, toy, InMemoryStorage(), look=look, target=target, bounds=bounds)
-    search.run(n_trials=N_TRIALS)
+    gradient = GradientStep(look, LOOK_TOKENS) if looking else None
+    problem = Problem(search.surrogate, search.budget, gradient=gradient)
+    sampler = SeededSampler(lambda seed: Noting.of(problem, seed), 0)
+    search = replace(search, sampler=sampler)
+    search.run(StopRule(trials=N_TRIALS))
     own = search.study.get_trials()[N_FIRST:]
     assert len(targets) == len(own)
     low = search.space.smallest.used(search.space.layout, Budget(1, bounds))
@@ -204,7 +209,11 @@ def test_looks_are_around_the_incumbent_at_the_start_of_every_round(undisturbed)
             firsts.append(N_FIRST + at)
     assert next(asked, None) is None
     assert len(firsts) > 1
-    noted = {t.number: t.system_attrs[LOOKED] for t in trials if LOOKED in t.system_attrs}
+    noted = {
+        t.number: t.system_attrs[GRADIENT_TOKENS]
+        for t in trials
+        if GRADIENT_TOKENS in t.system_attrs
+    }
     assert noted == dict.fromkeys(firsts, LOOK_TOKENS)
     spent = sum(t.user_attrs["result"]["tokens"] for t in trials)
     assert undisturbed.search.forward_tokens() == spent + LOOK_TOKENS * len(firsts)
@@ -212,10 +221,10 @@ def test_looks_are_around_the_incumbent_at_the_start_of_every_round(undisturbed)
 
 def test_what_is_seen_there_changes_the_proposals(formula, toys, undisturbed):
     blind = started(formula, toys["safetensors"], InMemoryStorage())
-    blind.run(n_trials=N_TRIALS)
+    blind.run(StopRule(trials=N_TRIALS))
     trials = blind.study.get_trials()
     assert len(trials) == N_TRIALS
-    assert not any(LOOKED in t.system_attrs for t in trials)
+    assert not any(GRADIENT_TOKENS in t.system_attrs for t in trials)
     seeing = [t.params for t in undisturbed.search.study.get_trials()]
     assert [t.params for t in trials][:N_FIRST] == seeing[:N_FIRST]
     assert trials[N_FIRST].params != seeing[N_FIRST]
@@ -226,10 +235,10 @@ def test_without_a_finished_trial_there_is_no_look(formula, toys):
     search = started(formula, toys["safetensors"], InMemoryStorage(), look=look, n_knapsack=0)
     search.step()
     assert look.asked == []
-    search.run(n_trials=ROUND + 1)
+    search.run(StopRule(trials=ROUND + 1))
     assert len(look.asked) == 1  # the first round had none; the second begins with one
     assert look.asked[0][1] == 0
-    noted = [LOOKED in t.system_attrs for t in search.study.get_trials()]
+    noted = [GRADIENT_TOKENS in t.system_attrs for t in search.study.get_trials()]
     assert noted == [False] * ROUND + [True]
 
 
@@ -242,7 +251,7 @@ def test_stopped_and_resumed_is_undisturbed(formula, toys, undisturbed, tmp_path
         look = Watched(toys["safetensors"])
         storage = open_storage(None, tmp_path)
         search = started(formula, toys["safetensors"], storage, look=look)
-        search.run(n_trials=stop)
+        search.run(StopRule(trials=stop))
     assert told(search.study) == told(undisturbed.search.study)
     assert search.forward_tokens() == undisturbed.search.forward_tokens()
 
@@ -267,13 +276,13 @@ def test_killed_and_resumed_is_undisturbed(formula, toys, undisturbed, where, at
         formula, toy, storage, look=look, before=(lambda *_: None) if inside else before
     )
     with pytest.raises(KilledError):
-        search.run(n_trials=N_TRIALS)
+        search.run(StopRule(trials=N_TRIALS))
     assert search.study.trials[-1].state is TrialState.RUNNING
     asked = [p for p in range(N_TRIALS) for _ in range(p // ROUND + 1)]  # looks, by proposal
     assert search.study.trials[-1].number == N_FIRST + (asked[at] if inside else at)
     search = started(formula, toy, storage, look=Watched(toy))
     assert close_abandoned(search.study) == 1
-    search.run(n_trials=N_TRIALS)
+    search.run(StopRule(trials=N_TRIALS))
     assert len(search.study.trials) == N_TRIALS + 1
     assert told(search.study) == told(undisturbed.search.study)
     assert search.forward_tokens() == undisturbed.search.forward_tokens()
@@ -288,7 +297,7 @@ def gains(formula, toy, *, looking, seed, n_trials=16, **options):
     search = started(
         formula, toy, InMemoryStorage(), look=look, seed=seed, n_knapsack=1, rungs=(), **options
     )
-    search.run(n_trials=n_trials)
+    search.run(StopRule(trials=n_trials))
     first = search.study.get_trials()[0]
     assert first.user_attrs["kind"] == "knapsack"
     best = complete_trials(search.study)[0]
@@ -317,7 +326,7 @@ def test_a_lossless_incumbent_ends_nothing(formula):
         search = formula.search(
             InMemoryStorage(), "auto", scorer=scorer, share=1.0, n_knapsack=1, rungs=()
         )
-        search.run(n_trials=5)
+        search.run(StopRule(trials=5))
         trials = search.study.get_trials()
         assert [t.state for t in trials] == [TrialState.COMPLETE] * 5
         assert allocation_of(trials[0]) == search.space.largest
@@ -326,11 +335,11 @@ def test_a_lossless_incumbent_ends_nothing(formula):
 def test_a_trial_without_a_finite_loss_is_passed_over(formula, toys):
     toy, look = toys["safetensors"], Watched(toys["safetensors"])
     search = started(formula, toy, InMemoryStorage(), look=look)
-    search.run(n_trials=3)
+    search.run(StopRule(trials=3))
     search.scorer.change = lambda kl: kl * np.nan
-    search.run(n_trials=5)
+    search.run(StopRule(trials=5))
     search.scorer.change = lambda kl: kl
-    search.run(n_trials=9)
+    search.run(StopRule(trials=9))
     states = [t.state.name for t in search.study.get_trials()]
     assert states[3:5] == ["FAIL", "FAIL"]
     assert "FAIL" not in states[:3] + states[5:]

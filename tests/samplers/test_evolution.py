@@ -1,6 +1,7 @@
 """Level-switch evolution: offspring within the budget and near the parent; improvement; steps."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ from allocator.prediction.solver import solve
 from allocator.samplers.evolution import offspring, random_start
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import Queued
+from allocator.study.stop_rule import StopRule
 from allocator.study.trials import allocation_of, complete_trials
 from allocator.targets import SAFETENSORS, TARGETS
 
@@ -221,8 +223,8 @@ def test_switches_reach_the_optimum_of_an_additive_loss(tiny):
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_generations_improve_on_the_best_of_the_queue(formula, target):
     search = formula.search(InMemoryStorage(), "evolution", target=target)
-    search.queue, search.selection = [Queued("smallest", search.space.smallest)], STEPS
-    search.run(n_trials=1)
+    search = replace(search, queue=[Queued("smallest", search.space.smallest)], selection=STEPS)
+    search.run(StopRule(trials=1))
     parents = [complete_trials(search.study)[0]]
     for _ in range(25):
         finished = search.generation(STEPS)
@@ -244,7 +246,7 @@ def test_generations_improve_on_the_best_of_the_queue(formula, target):
 
 def test_without_a_finished_trial_it_starts_at_random_within_the_budget(formula):
     search = formula.search(InMemoryStorage(), "evolution", share=0.3)
-    search.queue, search.selection = (), STEPS
+    search = replace(search, queue=(), selection=STEPS)
     finished = search.generation(STEPS)
     assert len({allocation_of(t).digest for t in finished}) == 8
     for trial in finished:
@@ -256,7 +258,7 @@ def test_without_a_finished_trial_it_starts_at_random_within_the_budget(formula)
 def test_budgets_at_the_ends_are_searched(formula, share):
     search = formula.search(InMemoryStorage(), "evolution", share=share, bounds="weights")
     search.selection = STEPS
-    search.run(n_trials=12)
+    search.run(StopRule(trials=12))
     sizes = {t.values[1] for t in complete_trials(search.study)}
     assert max(sizes) <= search.budget.nbytes
 

@@ -14,7 +14,9 @@ from optuna.trial import TrialState
 from allocator.errors import StudyError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.study.generations import Selection
+from allocator.study.optuna_private import trial_id
 from allocator.study.outcomes import close_abandoned
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import mend_storage, open_storage
 from allocator.study.trials import ABANDONED, allocation_of
 
@@ -56,7 +58,7 @@ def undisturbed(formula):
         key = sampler, bounds, share
         if key not in made:
             made[key] = started(formula, InMemoryStorage(), sampler, bounds=bounds, share=share)
-            made[key].run(n_trials=N_TRIALS)
+            made[key].run(StopRule(trials=N_TRIALS))
         return made[key]
 
     return run
@@ -113,7 +115,7 @@ def test_first_trials_come_first(undisturbed, sampler):
 
 
 def generations(study):
-    return {t._trial_id: t.system_attrs["NSGAIISampler:generation"] for t in study.get_trials()}
+    return {trial_id(t): t.system_attrs["NSGAIISampler:generation"] for t in study.get_trials()}
 
 
 def bred_from(study, generation):
@@ -123,8 +125,8 @@ def bred_from(study, generation):
 
 def test_nsga2_breeds_from_scored_trials(formula):
     search = formula.search(InMemoryStorage(), "nsga2", population=4, rungs=(), seed=3)
-    search.run(n_trials=26)
-    trials = {t._trial_id: t for t in search.study.get_trials()}
+    search.run(StopRule(trials=26))
+    trials = {trial_id(t): t for t in search.study.get_trials()}
     generation = generations(search.study)
     assert max(generation.values()) == 6
     for child, trial in trials.items():
@@ -146,10 +148,10 @@ def test_nsga2_breeds_from_scored_trials(formula):
 def test_nsga2_breeds_from_the_first_trials(formula):
     """Optuna gives what is enqueued whole no generation, so its first parents are random ones."""
     search = formula.search(InMemoryStorage(), "nsga2", population=4, rungs=(), n_knapsack=3)
-    search.run(n_trials=6)
+    search.run(StopRule(trials=6))
     assert list(generations(search.study).values()) == [0, 0, 0, 0, 1, 1]
     trials = search.study.get_trials()
-    parents = {t.number for t in trials if t._trial_id in bred_from(search.study, 1)}
+    parents = {t.number for t in trials if trial_id(t) in bred_from(search.study, 1)}
     assert parents == {0, 1, 2, 3}  # three of the queue
     values = [set(t.params.items()) for t in trials]
     for child in values[4:]:
@@ -160,9 +162,9 @@ def test_nsga2_breeds_from_the_first_trials(formula):
 def test_a_queue_longer_than_the_population_is_all_bred_from(formula):
     search = formula.search(InMemoryStorage(), "nsga2", population=2, rungs=(), n_knapsack=5)
     assert len(search.queue) == 5
-    search.run(n_trials=7)
+    search.run(StopRule(trials=7))
     assert list(generations(search.study).values()) == [0, 0, 1, 1, 2, 2, 3]
-    trials = {t._trial_id: t.number for t in search.study.get_trials()}
+    trials = {trial_id(t): t.number for t in search.study.get_trials()}
     assert {trials[i] for i in bred_from(search.study, 2)} <= {0, 1, 2, 3}
 
 
@@ -170,7 +172,7 @@ def test_a_queue_longer_than_the_population_is_all_bred_from(formula):
 def test_stopped_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampler):
     for stop in (1, 5, 12, N_TRIALS):
         search = started(formula, open_storage(None, tmp_path), sampler)
-        search.run(n_trials=stop)
+        search.run(StopRule(trials=stop))
         assert search.n_proposals() == whole(sampler, stop)
     assert digests(search.study) == digests(undisturbed(sampler).study)
     assert proposals(search.study) == proposals(undisturbed(sampler).study)
@@ -182,6 +184,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import FormulaScorer, formula_search
 from allocator.study.generations import Selection
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
 
 begun = []
@@ -196,7 +199,7 @@ search = formula_search(
     scorer=FormulaScorer(before),
 )
 search.selection = search.selection and Selection(4, ((3, 2), (6, 1)))
-search.run(n_trials=100)
+search.run(StopRule(trials=100))
 """
 
 
@@ -217,7 +220,7 @@ def test_killed_and_resumed_is_undisturbed(formula, undisturbed, tmp_path, sampl
     left = search.study.trials[-1]
     assert (left.state, left.user_attrs[ABANDONED]) == (TrialState.FAIL, True)
     assert left.values is None
-    search.run(n_trials=N_TRIALS)
+    search.run(StopRule(trials=N_TRIALS))
     assert len(search.study.trials) == N_TRIALS + n_abandoned
     assert digests(search.study) == digests(undisturbed(sampler).study)
     assert proposals(search.study)[left.number] == left.params
@@ -229,7 +232,7 @@ def test_global_random_states_do_not_matter(formula, undisturbed, sampler):
     np.random.seed(7)
     states = random.getstate(), np.random.get_state()[1].tolist()
     search = started(formula, InMemoryStorage(), sampler)
-    search.run(n_trials=12)
+    search.run(StopRule(trials=12))
     n = whole(sampler, 12)
     assert digests(search.study) == digests(undisturbed(sampler).study)[:n]
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
@@ -238,7 +241,7 @@ def test_global_random_states_do_not_matter(formula, undisturbed, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_another_seed_proposes_otherwise(formula, undisturbed, sampler):
     search = started(formula, InMemoryStorage(), sampler, seed=1)
-    search.run(n_trials=8)
+    search.run(StopRule(trials=8))
     same = digests(undisturbed(sampler).study)[: whole(sampler, 8)]
     assert digests(search.study)[:N_FIRST] == same[:N_FIRST]
     assert digests(search.study)[N_FIRST:] != same[N_FIRST:]
@@ -250,25 +253,25 @@ def test_another_seed_proposes_otherwise(formula, undisturbed, sampler):
 )
 def test_unknown_samplers_and_bad_seeds_are_refused(name, seed, what):
     with pytest.raises(StudyError, match=what):
-        make_sampler(name, seed=seed, surrogate=None, budget=None)
+        make_sampler(name, None, seed=seed)
 
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])
 def test_nothing_is_proposed_twice_while_there_is_something_else(formula, sampler):
     search = formula.search(InMemoryStorage(), sampler)
-    search.run(n_trials=40)
+    search.run(StopRule(trials=40))
     assert len({allocation_of(t).digest for t in search.study.get_trials()}) == 40
 
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])
 def test_a_budget_above_the_ceiling_leaves_the_front_to_look_for(formula, sampler):
     search = formula.search(InMemoryStorage(), sampler, share=2)
-    search.run(n_trials=20)
+    search.run(StopRule(trials=20))
     assert len({allocation_of(t).digest for t in search.study.get_trials()}) > 15
 
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])
 def test_a_budget_at_the_floor_leaves_one_allocation(formula, sampler):
     search = formula.search(InMemoryStorage(), sampler, share=0.0)
-    search.run(n_trials=3)
+    search.run(StopRule(trials=3))
     assert set(digests(search.study)) == {search.space.smallest.digest}

@@ -14,18 +14,20 @@ import numpy as np
 import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator import samplers
 from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
+from allocator.samplers.seeded import number_proposal, proposal_number
 from allocator.study import leases
-from allocator.study import search as study
 from allocator.study.generations import Selection
 from allocator.study.leases import LEASE, Leases, left_here
+from allocator.study.optuna_private import frozen_trial, set_user_attr, trial_id
 from allocator.study.outcomes import VERDICTS, close_abandoned
-from allocator.study.search import Limits
+from allocator.study.proposals import MOST_DOUBLED
+from allocator.study.stop_rule import StopRule
 from allocator.study.trials import (
     ABANDONED,
     DOUBLED,
@@ -41,12 +43,6 @@ from allocator.study.trials import (
 STORAGES = ["journal", "sqlite", "postgresql", "grpc"]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(leases, "SECONDS", 0.6)
-    monkeypatch.setattr(study, "_POLL_SECONDS", 0.05)
-
-
 @pytest.fixture
 def joined(formula, opened, tmp_path):
     """`joined(spec, ...)`: a worker: a search with leases; their threads end with the test."""
@@ -54,9 +50,12 @@ def joined(formula, opened, tmp_path):
 
     def make(spec, sampler="random", **options):
         storage = spec if isinstance(spec, InMemoryStorage) else opened(spec)
-        search = formula.search(storage, sampler, **options)
-        held.append(Leases(search.study, tmp_path).__enter__())
-        return replace(search, leases=held[-1])
+        search = formula.search(
+            storage, sampler, poll_seconds=0.05,
+            leases=lambda study: Leases(study, tmp_path, seconds=0.6).__enter__(), **options,
+        )  # fmt: skip
+        held.append(search.leases)
+        return search
 
     yield make
     for worker in held:
@@ -115,7 +114,7 @@ def check(opened_study, n, *, distinct=True):
 def test_a_lease_is_renewed_until_its_worker_dies(shared, joined, kind):
     spec = shared(kind)
     mine, other = joined(spec), joined(spec)
-    candidate = mine._propose(1, Limits())[0]
+    candidate = mine.propose(1)[0]
     (seen,) = other.leases.others()
     assert mine.leases.others() == []
     first = seen.user_attrs[LEASE]
@@ -139,10 +138,10 @@ def test_clocks_are_not_compared(joined):
     storage = InMemoryStorage()
     mine, other = joined(storage), joined(storage)
     die(mine)
-    trial_id = mine._propose(1, Limits())[0].trial._trial_id
+    id_ = trial_id(mine.propose(1)[0].trial)
     for renewal in range(20):
         lease = {"owner": {}, "seconds": 0.5, "renewal": renewal, "expires": "1999-01-01T00:00:00Z"}
-        storage.set_trial_user_attr(trial_id, LEASE, lease)
+        storage.set_trial_user_attr(id_, LEASE, lease)
         assert other.leases.expired() == []
         time.sleep(0.05)
     wait_until(other.leases.expired)
@@ -159,8 +158,7 @@ def test_a_trial_without_a_lease_expires_from_when_it_was_seen(joined, formula):
 
 
 def test_a_lease_is_there_before_anything_is_sampled(joined):
-    worker = joined(InMemoryStorage())
-    worker.queue = ()
+    worker = joined(InMemoryStorage(), n_knapsack=0)
     found = []
     sample = worker.study.sampler.sample_relative
 
@@ -175,7 +173,7 @@ def test_a_lease_is_there_before_anything_is_sampled(joined):
 
 def test_left_here_knows_host_folder_and_process(joined, tmp_path, monkeypatch):
     worker = joined(InMemoryStorage())
-    worker._propose(1, Limits())
+    worker.propose(1)
     (trial,) = worker.study.get_trials()
     pid = trial.user_attrs[LEASE]["owner"]["pid"]
     assert left_here([trial], tmp_path) == left_here([trial], tmp_path, pid=pid) == [trial]
@@ -185,17 +183,18 @@ def test_left_here_knows_host_folder_and_process(joined, tmp_path, monkeypatch):
 
 
 def test_a_renewal_that_fails_is_tried_again(joined, caplog, monkeypatch):
-    worker = joined(InMemoryStorage())
-    worker._propose(1, Limits())
-    write, failed = worker.leases._write, []
+    storage = InMemoryStorage()
+    worker = joined(storage)
+    worker.propose(1)
+    write, failed = storage.set_trial_user_attr, []
 
-    def lost(trial_id, renewal):
+    def lost(id_, key, value):
         if len(failed) < 2:
-            failed.append(renewal)
+            failed.append(value)
             raise OSError("gone\nfor a while")
-        write(trial_id, renewal)
+        write(id_, key, value)
 
-    monkeypatch.setattr(worker.leases, "_write", lost)
+    monkeypatch.setattr(storage, "set_trial_user_attr", lost)
     wait_until(lambda: worker.study.get_trials()[0].user_attrs[LEASE]["renewal"] > 2)
     said = [r.getMessage() for r in caplog.records if r.name == leases.__name__]
     assert said == ["a lease could not be renewed: gone"] * 2
@@ -208,34 +207,37 @@ def test_a_renewal_that_fails_is_tried_again(joined, caplog, monkeypatch):
 def test_one_process_closes_a_trial(shared, opened, formula, kind):
     """Both have seen it RUNNING; the storage refuses whoever comes second."""
     spec = shared(kind)
-    one, two = (formula.search(opened(spec), "random") for _ in range(2))
+    one, two = opened(spec), opened(spec)
+    study = formula.search(one, "random").study
     for first, second in ((one, two), (two, one)):
-        trial = first.study.ask()
-        for storage in (first.study._storage, second.study._storage):
-            assert storage.get_trial(trial._trial_id).state is TrialState.RUNNING
-        first.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        id_ = trial_id(study.ask())
+        for storage in (first, second):
+            assert storage.get_trial(id_).state is TrialState.RUNNING
+        first.set_trial_state_values(id_, TrialState.FAIL)
         with pytest.raises(UpdateFinishedTrialError):
-            second.study._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
+            second.set_trial_state_values(id_, TrialState.PRUNED)
         with pytest.raises(UpdateFinishedTrialError):
-            second.study._storage.set_trial_user_attr(trial._trial_id, ABANDONED, True)
+            second.set_trial_user_attr(id_, ABANDONED, True)
 
 
 CLOSE = """
 import sys, time
 from pathlib import Path
 import optuna
+from allocator.study.optuna_private import trial_id
 from allocator.study.storages import open_storage
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-study = optuna.load_study(study_name="formula", storage=open_storage(sys.argv[1], Path(".")))
+storage = open_storage(sys.argv[1], Path("."))
+study = optuna.load_study(study_name="formula", storage=storage)
 trials = study.get_trials()
 print("ready", flush=True)
 sys.stdin.readline()
 won = 0
 for trial in trials:
     try:
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        storage.set_trial_state_values(trial_id(trial), TrialState.FAIL)
         won += 1
     except UpdateFinishedTrialError:
         pass
@@ -262,17 +264,16 @@ def test_of_processes_that_close_the_same_trials_each_is_closed_by_one(
 def test_a_complete_trial_that_was_marked_meanwhile_counts(joined):
     """Its worker told between the mark of whoever took it for dead and the close."""
     worker = joined(InMemoryStorage())
-    candidate = worker._propose(1, Limits())[0]
-    worker._race([candidate])
-    worker.study._storage.set_trial_user_attr(candidate.trial._trial_id, ABANDONED, True)
-    (trial,) = worker._tell([candidate], lost=[])
+    candidate = worker.propose(1)[0]
+    worker.run_race([candidate])
+    set_user_attr(worker.study, trial_id(candidate.trial), ABANDONED, True)
+    (trial,) = worker.tell([candidate], lost=[])
     assert trial.state is TrialState.COMPLETE
     assert not is_abandoned(trial)
     assert worker.n_proposals() == 1
     assert trial_counts(worker.study)["COMPLETE"] == 1
     assert close_abandoned(worker.study, [trial]) == 0
-    worker.queue = ()
-    worker.run(n_trials=2)
+    replace(worker, queue=()).run(StopRule(trials=2))
     check(worker.study, 2)
 
 
@@ -280,19 +281,19 @@ def test_a_complete_trial_that_was_marked_meanwhile_counts(joined):
 def test_a_slow_worker_drops_its_result_and_goes_on(shared, joined, caplog, kind):
     spec = shared(kind)
     slow, quick = joined(spec), joined(spec)
-    slow.run(n_trials=3)
+    slow.run(StopRule(trials=3))
 
     def before(allocation, start, stop):
         if start == 0 and not before.stalled:
             before.stalled = True
             die(slow)  # silent, but not dead
-            quick.run(n_trials=8)
+            quick.run(StopRule(trials=8))
 
     before.stalled = False
     slow.scorer.before = before
     seen = []
     with caplog.at_level(logging.WARNING):
-        slow.run(n_trials=10, on_trial=seen.append)
+        slow.run(StopRule(trials=10), on_trial=seen.append)
     assert [m for m in caplog.messages if "taken over" in m] == [
         "trial 3 was taken over by another worker: this one was silent for longer than its lease; "
         "its result is dropped"
@@ -309,12 +310,12 @@ def test_the_least_free_number_is_proposed_again(joined):
     """A dead worker's proposal is made again under its own seed, not the next one's."""
     storage = InMemoryStorage()
     dead, living = joined(storage), joined(storage)
-    living.run(n_trials=3)
-    lost = dead._propose(1, Limits())[0]
+    living.run(StopRule(trials=3))
+    lost = dead.propose(1)[0]
     later = living.step()
     die(dead)
     wait_until(living.leases.expired)
-    living.run(n_trials=5)
+    living.run(StopRule(trials=5))
     again = living.study.get_trials()[5]
     assert (again.number, again.params) == (5, lost.trial.params)
     assert again.params != later.params
@@ -322,17 +323,15 @@ def test_the_least_free_number_is_proposed_again(joined):
 
 
 def test_trials_asked_for_at_once_have_numbers_of_their_own(joined):
-    storage = InMemoryStorage()
-    one, two = joined(storage), joined(storage)
-    one.queue = two.queue = ()
-    on_trial, asked = one.study.sampler.on_trial, []
+    storage, asked = InMemoryStorage(), []
 
-    def other_first(trial_id):
-        on_trial(trial_id)
-        asked.append(two._ask())
+    def other_first(id_):
+        one.leases.take(id_)
+        asked.append(two.proposer.ask())
 
-    one.study.sampler.on_trial = other_first
-    first = one._ask()
+    one = joined(storage, n_knapsack=0, on_trial=other_first)
+    two = joined(storage, n_knapsack=0)
+    first = one.proposer.ask()
     numbers = [t.system_attrs[PROPOSAL] for t in one.study.get_trials()]
     assert numbers == [0, 1]
     assert first.allocation != asked[0].allocation
@@ -340,10 +339,9 @@ def test_trials_asked_for_at_once_have_numbers_of_their_own(joined):
 
 def test_what_another_scores_is_given_up(joined):
     storage = InMemoryStorage()
-    one, two = joined(storage), joined(storage)
-    one.queue = two.queue = ()
-    taken = one._propose(1, Limits())[0]
-    ask, doubled = two._ask, []
+    one, two = joined(storage, n_knapsack=0), joined(storage, n_knapsack=0)
+    taken = one.propose(1)[0]
+    ask, doubled = two.proposer.ask, []
 
     def same():
         found = ask()
@@ -353,8 +351,8 @@ def test_what_another_scores_is_given_up(joined):
             found.allocation = taken.allocation
         return found
 
-    two._ask = same
-    (kept,) = two._propose(1, Limits())
+    two.proposer.ask = same
+    (kept,) = two.propose(1)
     trials = two.study.get_trials()
     assert [is_abandoned(trials[n]) for n in doubled] == [True, True]
     assert kept.trial.number == 3
@@ -363,22 +361,22 @@ def test_what_another_scores_is_given_up(joined):
     assert retried[0] != retried[1]  # with other random numbers, or it would be the same for ever
     assert retried[1] != kept.trial.params
     doubled.clear()
-    two._is_doubled = lambda candidate: True
-    two._propose(1, Limits())  # a bounded number of times
-    assert len(two.study.get_trials()) == 4 + study._ATTEMPTS + 1
+    two.proposer.is_doubled = lambda candidate: True
+    two.propose(1)  # a bounded number of times
+    assert len(two.study.get_trials()) == 4 + MOST_DOUBLED + 1
 
 
 def test_one_trial_too_many_is_given_up(joined):
     storage = InMemoryStorage()
     one, two = joined(storage), joined(storage)
-    one.run(n_trials=3)
-    first = one._propose(1, Limits(n_trials=4))
-    assert two._propose(1, Limits(n_trials=4)) == []  # both had seen three
+    one.run(StopRule(trials=3))
+    first = one.propose(1, StopRule(trials=4))
+    assert two.propose(1, StopRule(trials=4)) == []  # both had seen three
     assert len(first) == 1
     assert is_abandoned(two.study.get_trials()[-1])
-    one._race(first)
-    one._tell(first, lost=[])
-    two.run(n_trials=4)
+    one.run_race(first)
+    one.tell(first, lost=[])
+    two.run(StopRule(trials=4))
     check(two.study, 4)
 
 
@@ -386,41 +384,41 @@ def test_of_a_proposal_given_up_meanwhile_the_number_is_not_lost(joined):
     """It was in hand when the next one was numbered, and is not when that asks whether it may."""
     storage = InMemoryStorage()
     one, two = joined(storage), joined(storage)
-    one.run(n_trials=3)
-    in_hand = two._ask()
-    is_within = one._is_within
+    one.run(StopRule(trials=3))
+    in_hand = two.proposer.ask()
+    is_within = one.accounts.is_within
 
     def given_up_meanwhile(*args):
-        two._give_up(in_hand, DOUBLED)
+        two.proposer.give_up(in_hand, DOUBLED)
         return is_within(*args)
 
-    one._is_within = given_up_meanwhile
-    assert one._propose(1, Limits(n_trials=4)) == []
-    one._is_within = is_within
-    one.run(n_trials=4)
+    one.accounts.is_within = given_up_meanwhile
+    assert one.propose(1, StopRule(trials=4)) == []
+    one.accounts.is_within = is_within
+    one.run(StopRule(trials=4))
     check(one.study, 4)
 
 
-def test_numbers_taken_at_once_differ(joined, monkeypatch):
+def test_numbers_taken_at_once_differ(joined):
     """The other took the same between the look at what is free and the note of it."""
     storage = InMemoryStorage()
-    one, two, third = (joined(storage) for _ in range(3))
-    one.queue = two.queue = third.queue = ()
-    one.run(n_trials=3)
-    find, asked = samplers.proposal_number, []
+    one, two, third = (joined(storage, n_knapsack=0) for _ in range(3))
+    one.run(StopRule(trials=3))
+    asked = []
 
     def freed_and_taken(study, trial):
-        number = find(study, trial)
+        number = proposal_number(study, trial)
         if not asked:
             asked.append(None)
-            third._give_up(in_hand)
-            asked[0] = two._ask()
+            third.proposer.give_up(in_hand)
+            asked[0] = two.proposer.ask()
         return number
 
-    in_hand = third._ask()
-    monkeypatch.setattr(samplers, "proposal_number", freed_and_taken)
-    first = one._ask()
-    assert first.trial.number < asked[0].trial.number
+    in_hand = third.proposer.ask()
+    stock = optuna.load_study(study_name="formula", storage=storage, sampler=RandomSampler())
+    first = stock.ask()
+    number_proposal(stock, frozen_trial(stock, first), choose=freed_and_taken)
+    assert first.number < asked[0].trial.number
     kept = [t.system_attrs[PROPOSAL] for t in not_abandoned(one.study)]
     assert sorted(kept) == [0, 1, 2, 3, 4]
 
@@ -430,34 +428,34 @@ def test_tokens_hold_for_all_workers(joined, share):
     """At 120 a trial, beside one in hand; whatever is asked for at once."""
     storage = InMemoryStorage()
     one, two = joined(storage, rungs=()), joined(storage, rungs=())
-    limits = Limits(tokens=int(share * 120))
-    assert one._may_begin(limits)
-    assert two._may_begin(limits)
-    first = one._propose(1, limits)
-    assert two._may_begin(limits) == (share == 2)
-    assert len(two._propose(1, limits)) == (share == 2)
+    limits = StopRule(tokens=int(share * 120))
+    assert one.may_begin(limits)
+    assert two.may_begin(limits)
+    first = one.propose(1, limits)
+    assert two.may_begin(limits) == (share == 2)
+    assert len(two.propose(1, limits)) == (share == 2)
     assert len(first) == 1
 
 
 def test_a_run_returns_when_all_have_ended(joined):
     storage = InMemoryStorage()
     one, two = joined(storage), joined(storage)
-    candidates = one._propose(1, Limits())
+    candidates = one.propose(1)
     die(one)
     began = time.monotonic()
-    two.run(n_trials=4)  # three of its own, and the dead worker's
+    two.run(StopRule(trials=4))  # three of its own, and the dead worker's
     assert time.monotonic() - began > 0.3
     check(two.study, 4)
     assert is_abandoned(two.study.get_trials()[candidates[0].trial.number])
-    two.run(seconds=0)
+    two.run(StopRule(seconds=0))
 
 
 def test_time_is_over_for_what_was_taken_over(joined):
     storage = InMemoryStorage()
     one, two = joined(storage), joined(storage)
-    one._propose(1, Limits())
+    one.propose(1)
     die(one)
-    two.run(seconds=0)
+    two.run(StopRule(seconds=0))
     assert [t.state.name for t in two.study.get_trials()] == ["FAIL"]
 
 
@@ -475,11 +473,11 @@ def test_one_worker_alone_does_what_a_search_without_leases_does(joined, formula
     alone = formula.search(InMemoryStorage(), sampler, **options)
     worker = joined(InMemoryStorage(), sampler, **options)
     for n in (8, 19):
-        limits = {"n_trials": n} if limit == "trials" else {"tokens": 130 * n}
+        rule = StopRule(trials=n) if limit == "trials" else StopRule(tokens=130 * n)
         for search in (alone, worker):
             if search.selection is not None:
                 search.selection = Selection(8, ((2, 3), (6, 1)))
-            search.run(**limits)
+            search.run(rule)
     told = [
         [(t.state, t.params, t.values, t.system_attrs) for t in search.study.get_trials()]
         for search in (alone, worker)
@@ -499,13 +497,13 @@ def test_first_trials_are_found_by_content(joined):
     kinds = [f"kind {i}" for i in range(len(one.queue))]
     queue = [replace(q, kind=k) for q, k in zip(one.queue, kinds, strict=True)]
     assert len(queue) == 2
-    one.queue = two.queue = queue
-    one._propose(1, Limits())
+    one, two = replace(one, queue=queue), replace(two, queue=queue)
+    one.propose(1)
     assert two.step().user_attrs["kind"] == "kind 1"
     assert two.step().user_attrs["kind"] == "proposal"
     die(one)
     wait_until(two.leases.expired)
-    two.run(n_trials=4)
+    two.run(StopRule(trials=4))
     made = {t.number: t.user_attrs["kind"] for t in not_abandoned(two.study)}
     assert made == {1: "kind 1", 2: "proposal", 3: "kind 0", 4: "proposal"}
 
@@ -516,7 +514,7 @@ def test_of_a_first_trial_enqueued_twice_the_later_is_given_up(joined):
     params = one.space.params(one.queue[0].allocation)
     for worker in (one, two):
         worker.study.enqueue_trial(params)
-    kept = [w._propose(1, Limits())[0] for w in (one, two)]
+    kept = [w.propose(1)[0] for w in (one, two)]
     assert [c.allocation for c in kept] == [q.allocation for q in one.queue]
     assert [is_abandoned(t) for t in one.study.get_trials()] == [False, True, False]
 
@@ -525,7 +523,7 @@ def test_a_trial_enqueued_by_hand_is_a_proposal(joined):
     worker = joined(InMemoryStorage())
     by_hand = worker.space.params(worker.space.smallest)
     worker.study.enqueue_trial(by_hand)
-    worker.run(n_trials=4)
+    worker.run(StopRule(trials=4))
     kinds = [t.user_attrs["kind"] for t in worker.study.get_trials()]
     assert kinds == ["proposal", "knapsack", "knapsack", "proposal"]
     assert worker.study.get_trials()[0].params == by_hand
@@ -538,7 +536,7 @@ def test_generations_of_two_workers_do_not_clobber_each_other(joined, monkeypatc
     """Both die between their verdicts and their tells: all are told, none abandoned."""
     storage = InMemoryStorage()
     one, two = joined(storage, "evolution"), joined(storage, "evolution")
-    one.run(n_trials=2)
+    one.run(StopRule(trials=2))
     tell = optuna.Study.tell
 
     def killed(*args, **kwargs):
@@ -554,7 +552,7 @@ def test_generations_of_two_workers_do_not_clobber_each_other(joined, monkeypatc
     assert sum(key.startswith(VERDICTS) for key in one.study.user_attrs) == 2
     third = joined(storage, "evolution")
     wait_until(third.leases.expired)
-    third.run(n_trials=10)
+    third.run(StopRule(trials=10))
     states = [t.state.name for t in third.study.get_trials()[2:]]
     assert sorted(states) == ["COMPLETE"] * 2 + ["PRUNED"] * 6
     assert best_complete(third.study.get_trials()) is not None
@@ -565,15 +563,14 @@ def test_generations_of_two_workers_do_not_clobber_each_other(joined, monkeypatc
 TESTS = Path(__file__).parents[1]
 WORKER = """
 import sys, time
-from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest, optuna
-from allocator.study import leases, search as study
+from allocator.study.leases import Leases
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
 checkpoint, spec, folder, sampler, n, pause = sys.argv[2:]
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-leases.SECONDS, study._POLL_SECONDS = 3.0, 0.1
 
 def before(allocation, start, stop):
     if not start:
@@ -582,12 +579,13 @@ def before(allocation, start, stop):
 
 search = conftest.formula_search(
     Path(checkpoint), open_storage(spec, Path(folder)), sampler,
-    scorer=conftest.FormulaScorer(before),
+    scorer=conftest.FormulaScorer(before), poll_seconds=0.1,
+    leases=lambda study: Leases(study, Path(folder), seconds=3.0),
 )
-with leases.Leases(search.study, Path(folder)) as held:
+with search.leases:
     print("ready", flush=True)
     sys.stdin.readline()
-    replace(search, leases=held).run(n_trials=int(n))
+    search.run(StopRule(trials=int(n)))
 print("done", flush=True)
 """
 
@@ -629,7 +627,7 @@ def test_tokens_hold_for_processes(shared, opened, formula, python, tmp_path):
     """Two at once: what was spent is within the limit, and nearly all of it."""
     spec = shared("journal")
     search = formula.search(opened(spec), "knapsack")
-    code = WORKER.replace("n_trials=int(n)", "tokens=int(n)")
+    code = WORKER.replace("trials=int(n)", "tokens=int(n)")
     workers = [
         python(code, TESTS, formula.checkpoint, spec, tmp_path, "knapsack", 1000, 0.02)
         for _ in range(2)

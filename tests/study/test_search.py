@@ -1,6 +1,7 @@
 """The study loop: races, states, the lock, the first trials, and Optuna's own view of it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -17,10 +18,14 @@ from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import Queued, first_trials
+from allocator.study.optuna_private import set_system_attr
+from allocator.study.optuna_study import open_study
 from allocator.study.outcomes import VERDICTS, close_abandoned
-from allocator.study.search import RACE_SLACK, Search, loses, open_study
+from allocator.study.race import RACE_SLACK, Race, loses
+from allocator.study.search import Search
+from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
-from allocator.study.trials import ABANDONED, LOOKED, allocation_of, complete_trials
+from allocator.study.trials import ABANDONED, GRADIENT_TOKENS, allocation_of, complete_trials
 
 N = 12  # documents of the formula's scorer
 
@@ -43,8 +48,8 @@ def started(formula):
         search = formula.search(
             InMemoryStorage(), sampler, scorer=scorer, share=share, rungs=rungs, n_knapsack=1
         )
-        search.queue = [Queued(name, make(search.space)) for name, make in queue.items()]
-        return search
+        first = [Queued(name, make(search.space)) for name, make in queue.items()]
+        return replace(search, queue=first)
 
     return make
 
@@ -68,7 +73,7 @@ def test_a_clearly_worse_candidate_is_pruned_without_values(started, formula):
     search.step()
     asked.clear()
     bad = uniform(search.space, "Q4_0", 2, head="Q8_0", embedding="Q8_0")
-    search.queue = [search.queue[0], Queued("worse", bad)]
+    search = replace(search, queue=[search.queue[0], Queued("worse", bad)])
     change = formula.Scorer(change=lambda kl: kl * 2)
     search.scorer.change = change.change
     lost = search.step()
@@ -129,12 +134,13 @@ def test_a_larger_rival_does_not_race(started):
 
 
 @pytest.mark.parametrize(("slack", "state"), [(0.99, "COMPLETE"), (1.01, "PRUNED")])
-def test_rivals_may_be_larger_by_the_slack(monkeypatch, started, slack, state):
+def test_rivals_may_be_larger_by_the_slack(started, slack, state):
     search = started({"larger": lambda s: uniform(s, "Q5_0"),
                       "smaller": lambda s: uniform(s, "Q5_0", head="Q4_0")})  # fmt: skip
     sizes = [q.allocation.nbytes(search.space.layout).file for q in search.queue]
     assert RACE_SLACK < 0.005 < sizes[0] / sizes[1] - 1
-    monkeypatch.setattr("allocator.study.search.RACE_SLACK", slack * (sizes[0] / sizes[1] - 1))
+    race = replace(search.race, slack=slack * (sizes[0] / sizes[1] - 1))
+    search = replace(search, race=race)
     assert search.step().state is TrialState.COMPLETE
     search.scorer.change = lambda kl: kl + 1
     assert search.step().state.name == state
@@ -182,7 +188,7 @@ def test_a_generation_keeps_exactly_the_best(formula, sampler, seed):
     )
     search = formula.search(InMemoryStorage(), sampler, scorer=scorer, seed=seed, n_knapsack=1)
     search.selection = STEPS
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     asked.clear()
     finished = search.generation(STEPS)
     assert len(finished) == len(asked) == 8
@@ -205,7 +211,7 @@ def test_a_generation_keeps_exactly_the_best(formula, sampler, seed):
 
 def test_several_survivors_are_all_complete(formula):
     search = begun(formula, InMemoryStorage())
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     finished = search.generation(Selection(5, ((4, 2),)))
     assert sorted(t.state.name for t in finished) == ["COMPLETE"] * 2 + ["PRUNED"] * 3
     assert [t.state.name for t in search.generation(Selection(2, ()))] == ["COMPLETE"] * 2
@@ -216,15 +222,15 @@ def test_first_trials_then_whole_generations(formula):
     search = formula.search(InMemoryStorage(), "evolution")
     assert search.selection == Selection(16, ((1, 4), (4, 1)))
     search.selection = STEPS
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     assert search.n_proposals() == 1
-    search.run(n_trials=3, on_trial=seen.append)
+    search.run(StopRule(trials=3), on_trial=seen.append)
     assert [t.number for t in seen] == list(range(1, 2 + 8))
     assert [t.user_attrs["kind"] for t in seen] == ["knapsack"] + ["proposal"] * 8
-    search.run(n_trials=10, on_trial=seen.append)
+    search.run(StopRule(trials=10), on_trial=seen.append)
     assert len(seen) == 9
     assert formula.search(InMemoryStorage(), "tpe").selection is None
-    search.run(seconds=0)
+    search.run(StopRule(seconds=0))
     assert search.n_proposals() == 10
 
 
@@ -237,7 +243,7 @@ def test_offspring_without_a_finite_loss_fail_with_their_reason(formula, bad):
         return kl * math.nan if len(calls) <= bad else kl
 
     search = begun(formula, InMemoryStorage())
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     search.scorer.change = change
     states = [t.state.name for t in search.generation(STEPS)]
     assert states[:bad] == ["FAIL"] * bad
@@ -255,7 +261,7 @@ def test_offspring_without_a_finite_loss_fail_with_their_reason(formula, bad):
 def test_a_survivor_without_a_finite_loss_fails(formula):
     """The one survivor meets a document without a loss: nothing of the generation is COMPLETE."""
     search = begun(formula, InMemoryStorage())
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     search.scorer.change = lambda kl: kl * (math.inf if len(kl) == N - 6 else 1)
     assert sorted(t.state.name for t in search.generation(STEPS)) == ["FAIL"] + ["PRUNED"] * 7
 
@@ -267,7 +273,7 @@ N_CALLS = 8 + 3 + 1  # scorer calls of a generation
 @pytest.mark.parametrize("generation", [0, 1])
 def test_dying_in_a_generation_and_resuming_is_undisturbed(formula, call, generation):
     undisturbed = begun(formula, InMemoryStorage())
-    undisturbed.run(n_trials=1 + 3 * 8)
+    undisturbed.run(StopRule(trials=1 + 3 * 8))
     left = [3 + generation * N_CALLS + call]  # 3: the queue's one trial has two rungs
 
     def before(allocation, start, stop):
@@ -277,13 +283,13 @@ def test_dying_in_a_generation_and_resuming_is_undisturbed(formula, call, genera
 
     storage = InMemoryStorage()
     with pytest.raises(RuntimeError, match="killed"):
-        begun(formula, storage, formula.Scorer(before)).run(n_trials=100)
+        begun(formula, storage, formula.Scorer(before)).run(StopRule(trials=100))
     search = begun(formula, storage)
     running = [t for t in search.study.get_trials() if t.state is TrialState.RUNNING]
     assert len(running) == 8  # nothing of a generation is told before its end
     assert close_abandoned(search.study) == 8
     assert search.n_proposals() == 1 + 8 * generation
-    search.run(n_trials=1 + 3 * 8)
+    search.run(StopRule(trials=1 + 3 * 8))
     assert len(search.study.trials) == 1 + 4 * 8
     assert told(search.study) == told(undisturbed.study)
 
@@ -301,32 +307,32 @@ def die_after(tells, search, *, n_trials, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            search.run(n_trials=n_trials)
+            search.run(StopRule(trials=n_trials))
 
 
 @pytest.mark.parametrize("tells", range(8))
 def test_dying_between_tells_and_resuming_is_undisturbed(formula, monkeypatch, tells):
     undisturbed = begun(formula, InMemoryStorage())
-    undisturbed.run(n_trials=1 + 3 * 8)
+    undisturbed.run(StopRule(trials=1 + 3 * 8))
     storage = InMemoryStorage()
     search = begun(formula, storage)
-    search.run(n_trials=1 + 8)
+    search.run(StopRule(trials=1 + 8))
     die_after(tells, search, n_trials=1 + 3 * 8, monkeypatch=monkeypatch)
     search = begun(formula, storage)
     n_running = sum(t.state is TrialState.RUNNING for t in search.study.get_trials())
     assert n_running == 8 - tells
     assert close_abandoned(search.study) == 0  # all had ended
-    search.run(n_trials=1 + 3 * 8)
+    search.run(StopRule(trials=1 + 3 * 8))
     assert len(search.study.trials) == 1 + 3 * 8
     assert told(search.study) == told(undisturbed.study)
 
 
 def test_dying_before_the_verdicts_are_written_abandons_all(formula, monkeypatch):
     undisturbed = begun(formula, InMemoryStorage())
-    undisturbed.run(n_trials=1 + 2 * 8)
+    undisturbed.run(StopRule(trials=1 + 2 * 8))
     storage = InMemoryStorage()
     search = begun(formula, storage)
-    search.run(n_trials=1 + 8)
+    search.run(StopRule(trials=1 + 8))
     assert len(search.study.user_attrs[VERDICTS]) == 8
     set_user_attr = optuna.Study.set_user_attr
 
@@ -341,7 +347,7 @@ def test_dying_before_the_verdicts_are_written_abandons_all(formula, monkeypatch
             search.generation(STEPS)
     search = begun(formula, storage)
     assert close_abandoned(search.study) == 8
-    search.run(n_trials=1 + 2 * 8)
+    search.run(StopRule(trials=1 + 2 * 8))
     assert told(search.study) == told(undisturbed.study)
 
 
@@ -375,12 +381,12 @@ def wide(formula, storage, sampler="knapsack", dies_in=None, **options):
 
 def test_a_batch_races_together_a_pass_per_rung(formula):
     search = wide(formula, InMemoryStorage(), sampler="random")
-    search.run(n_trials=1)
+    search.run(StopRule(trials=1))
     assert [t.user_attrs["kind"] for t in search.study.trials] == ["knapsack"] * 2 + [
         "proposal"
     ] * 2
     assert search.passes == [(4, 0, 3), (4, 3, 6), (4, 6, N)]  # nobody to race against
-    search.run(n_trials=20)
+    search.run(StopRule(trials=20))
     assert search.n_proposals() == 20
     for batch in range(1, 5):
         trials = search.study.trials[4 * batch : 4 * batch + 4]
@@ -407,7 +413,7 @@ def test_a_batch_races_together_a_pass_per_rung(formula):
     rows = sum(n * (stop - start) for n, start, stop in search.passes)
     assert rows == sum(len(t.user_attrs["losses"]) for t in search.study.trials)
     assert any(t.state is TrialState.PRUNED for t in search.study.trials)
-    search.run(n_trials=21)
+    search.run(StopRule(trials=21))
     assert search.n_proposals() == 24  # a batch that was begun is finished
 
 
@@ -420,16 +426,16 @@ def test_dying_in_a_batch_and_resuming_is_undisturbed(formula, sampler, at):
         return search
 
     undisturbed = started(InMemoryStorage())
-    undisturbed.run(n_trials=16)
+    undisturbed.run(StopRule(trials=16))
     storage = InMemoryStorage()
     search = started(storage, at)
     with pytest.raises(RuntimeError, match="killed"):
-        search.run(n_trials=16)
+        search.run(StopRule(trials=16))
     n_running = sum(t.state is TrialState.RUNNING for t in search.study.trials)
     assert n_running in (2, 4, 8)  # of evolution's, two are queued, then eight are a generation
     search = started(storage)
     assert close_abandoned(search.study) == n_running
-    search.run(n_trials=16)
+    search.run(StopRule(trials=16))
     assert told(search.study) == told(undisturbed.study)
     assert search.forward_tokens() == undisturbed.forward_tokens()
 
@@ -437,23 +443,24 @@ def test_dying_in_a_batch_and_resuming_is_undisturbed(formula, sampler, at):
 @pytest.mark.parametrize("tells", range(4))
 def test_dying_between_the_tells_of_a_batch_loses_none(formula, monkeypatch, tells):
     undisturbed = wide(formula, InMemoryStorage())
-    undisturbed.run(n_trials=12)
+    undisturbed.run(StopRule(trials=12))
     storage = InMemoryStorage()
     search = wide(formula, storage)
-    search.run(n_trials=4)
+    search.run(StopRule(trials=4))
     die_after(tells, search, n_trials=12, monkeypatch=monkeypatch)
     search = wide(formula, storage)
     assert close_abandoned(search.study) == 0
-    search.run(n_trials=12)
+    search.run(StopRule(trials=12))
     assert told(search.study) == told(undisturbed.study)
 
 
 def test_a_generation_is_scored_side_by_side(formula):
     alone, beside = begun(formula, InMemoryStorage()), wide(formula, InMemoryStorage(), "evolution")
-    beside.selection, beside.queue = STEPS, beside.queue[:1]
+    passes = beside.passes
+    beside = replace(beside, selection=STEPS, queue=beside.queue[:1])
     for search in (alone, beside):
-        search.run(n_trials=9)
-    assert beside.passes[-4:] == [(4, 0, 2), (4, 0, 2), (3, 2, 6), (1, 6, N)]
+        search.run(StopRule(trials=9))
+    assert passes[-4:] == [(4, 0, 2), (4, 0, 2), (3, 2, 6), (1, 6, N)]
     assert told(alone.study) == told(beside.study)
 
 
@@ -522,7 +529,7 @@ def test_allocation_of_refuses_a_trial_without_one(formula):
 @pytest.mark.parametrize("bounds", ["file", "weights"])
 def test_the_constraint_is_stored_and_kept(formula, bounds):
     search = formula.search(InMemoryStorage(), "tpe", bounds=bounds)
-    search.run(n_trials=8)
+    search.run(StopRule(trials=8))
     for trial in search.study.get_trials():
         used = allocation_of(trial).used(search.space.layout, search.budget)
         assert trial.constraints == {"budget": used - search.budget.nbytes}
@@ -531,7 +538,7 @@ def test_the_constraint_is_stored_and_kept(formula, bounds):
 
 def test_optunas_own_tools_read_the_study(formula, tmp_path):
     search = formula.search(open_storage(None, tmp_path), "knapsack")
-    search.run(n_trials=10)
+    search.run(StopRule(trials=10))
     study = optuna.load_study(study_name="formula", storage=open_storage(None, tmp_path))
     done = [t for t in study.trials if t.state is TrialState.COMPLETE]
     front = {
@@ -564,7 +571,7 @@ def test_the_same_allocation_twice_has_the_same_loss(started):
 
 def test_complete_trials_best_first(formula):
     search = formula.search(InMemoryStorage(), "random")
-    search.run(n_trials=10)
+    search.run(StopRule(trials=10))
     losses = [t.values[0] for t in complete_trials(search.study)]
     assert losses == sorted(losses)
     assert len(losses) > 1
@@ -572,12 +579,12 @@ def test_complete_trials_best_first(formula):
 
 def test_run_stops_at_the_count_or_the_clock(formula):
     search = formula.search(InMemoryStorage(), "random")
-    search.run(seconds=0)
+    search.run(StopRule(seconds=0))
     assert search.n_proposals() == 0
     seen = []
-    search.run(n_trials=3, on_trial=seen.append)
+    search.run(StopRule(trials=3), on_trial=seen.append)
     assert [t.number for t in seen] == [0, 1, 2]
-    search.run(n_trials=3, on_trial=seen.append)
+    search.run(StopRule(trials=3), on_trial=seen.append)
     assert len(seen) == 3
     assert min(search.seconds.values()) >= 0
 
@@ -665,8 +672,8 @@ def test_a_first_trial_over_the_budget_is_refused(formula):
     search = formula.search(InMemoryStorage(), "random", share=0.2)
     with pytest.raises(StudyError, match="too big"):
         Search(
-            study=search.study, space=search.space, surrogate=search.surrogate,
-            budget=search.budget, scorer=search.scorer, rungs=(),
+            study=search.study, sampler=search.sampler, surrogate=search.surrogate,
+            budget=search.budget, scorer=search.scorer, race=Race(),
             queue=[Queued("too big", search.space.largest)],
         )  # fmt: skip
 
@@ -676,7 +683,7 @@ def test_a_file_budget_at_the_floor_is_searched(formula, target):
     search = formula.search(InMemoryStorage(), "random", target=target, share=0.0)
     floor = search.space.smallest.nbytes(search.space.layout).file
     assert search.budget == Budget(floor, "file")
-    search.run(n_trials=3)
+    search.run(StopRule(trials=3))
     for trial in search.study.get_trials():  # IQ4_NL and Q4_0 have the same bytes
         assert allocation_of(trial).nbytes(search.space.layout).file == floor
 
@@ -720,11 +727,12 @@ def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs, si
             gradient_tokens=LOOK_TOKENS,
             scorer=formula.Scorer(spent.before, lengths=LENGTHS), n_knapsack=1,
         )  # fmt: skip
-        spent.layout, search.base_tokens = search.space.layout, 300
+        spent.layout = search.space.layout
         search.scorer.side_by_side = side_by_side
+        search = replace(search, base_tokens=300)
         search.selection = search.selection and STEPS
         for given in (tokens // 2, tokens):  # a second run continues
-            search.run(tokens=300 + given)
+            search.run(StopRule(tokens=300 + given))
             assert search.forward_tokens() == 300 + spent.tokens
             assert spent.tokens <= given
         most = offspring if sampler == "evolution" and search.n_proposals() else whole
@@ -739,7 +747,7 @@ def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs, si
 def test_tokens_of_a_trial_that_died_are_not_counted_twice(formula):
     """Its proposal is made again; a search that was killed ends where an undisturbed one does."""
     undisturbed = formula.search(InMemoryStorage(), "random")
-    undisturbed.run(tokens=700)
+    undisturbed.run(StopRule(tokens=700))
     calls = []
 
     def before(*_):
@@ -749,11 +757,11 @@ def test_tokens_of_a_trial_that_died_are_not_counted_twice(formula):
 
     storage = InMemoryStorage()
     with pytest.raises(RuntimeError, match="killed"):
-        formula.search(storage, "random", scorer=formula.Scorer(before)).run(tokens=700)
+        formula.search(storage, "random", scorer=formula.Scorer(before)).run(StopRule(tokens=700))
     search = formula.search(storage, "random")
     died = search.study.trials[-1]
-    search.study._storage.set_trial_system_attr(died._trial_id, LOOKED, 500)
+    set_system_attr(search.study, died, GRADIENT_TOKENS, 500)
     assert close_abandoned(search.study) == 1
-    search.run(tokens=700)
+    search.run(StopRule(tokens=700))
     assert told(search.study) == told(undisturbed.study)
     assert search.forward_tokens() == undisturbed.forward_tokens()

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from allocator.app.search_stage import pick_tokens
+from allocator.app.pick import pick_tokens
 from allocator.comparison.bench import Bench
 from allocator.comparison.runs import compare_spec
 from allocator.decision.budget import Budget

@@ -23,10 +23,11 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from allocator.app.search_stage import prepare
+from allocator.app.search_setup import prepare
 from allocator.app.study_folder import StudyFolder
 from allocator.scoring.documents import batches
-from allocator.study.trials import LOOKED, RESULT
+from allocator.study.stop_rule import StopRule
+from allocator.study.trials import GRADIENT_TOKENS, RESULT
 
 EVERY = 10
 """Trials from one plain forward to the next."""
@@ -76,8 +77,8 @@ def main():
 def measured(folder, given):
     """One row per trial; the plain forwards beside them."""
     study_folder = StudyFolder(folder, threads=given.threads)
-    limit = study_folder.budget()
-    search = prepare(study_folder, limit, study_folder.study(limit))
+    launch = study_folder.launch()
+    search = prepare(study_folder, launch, study_folder.study(launch))
     scorer = study_folder.scorers.trials
     scorer.ensure_reference(scorer.n_documents)  # no trial's; the profile has encoded everything
     plain = Plain(study_folder.inventory.path, scorer.documents, scorer.batch_tokens)
@@ -90,13 +91,13 @@ def measured(folder, given):
         tokens = trial.user_attrs[RESULT]["tokens"]
         spent = {what: s - before[what] for what, s in search.seconds.items()}
         row = {"trial": trial.number, "state": trial.state.name, "tokens": tokens, **spent}
-        row["looked"] = trial.system_attrs.get(LOOKED, 0)
+        row["looked"] = trial.system_attrs.get(GRADIENT_TOKENS, 0)
         rows.append(row | {"seconds": time.perf_counter() - began})
         if trial.number % EVERY == 0:
             plain.run()
         began, before = time.perf_counter(), dict(search.seconds)
 
-    search.run(n_trials=given.trials, on_trial=note)
+    search.run(StopRule(trials=given.trials), on_trial=note)
     return pd.DataFrame(rows), plain, scorer
 
 

@@ -1,0 +1,83 @@
+"""What a stage may use of the machine: cores, a folder for its cache, and a torch device.
+
+In: keywords of a public verb. Out: one frozen value that travels whole, to worker processes too.
+Invariant: an unknown keyword is refused by its name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+
+class ResourceOptions(TypedDict, total=False):
+    """Keywords that every verb with a study takes.
+
+    Attributes:
+        cache: folder for profiles and encoded weights; `$ALLOCATOR_CACHE` by default.
+        threads: cores for torch and for encoding; all by default.
+        progress: shows bars for whatever takes longer than two seconds.
+        torch_device: where forward passes run, e.g. `cuda`; `cpu` by default.
+    """
+
+    cache: Path | None
+    threads: int | None
+    progress: bool
+    torch_device: str
+
+
+class StudyOptions(ResourceOptions, total=False):
+    """Keywords of a verb that opens a study folder.
+
+    Attributes:
+        target: `gguf` or `safetensors`; replaces study.toml's.
+    """
+
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a stage may use of the machine.
+
+    Attributes:
+        cache: folder for profiles and encoded weights; None for `$ALLOCATOR_CACHE`.
+        threads: cores for torch and for encoding; None for all.
+        progress: shows bars for whatever takes longer than two seconds.
+        torch_device: where forward passes run, e.g. `cuda`; encoding runs on cores.
+    """
+
+    cache: Path | None = None
+    threads: int | None = None
+    progress: bool = False
+    torch_device: str = "cpu"
+
+    @classmethod
+    def of(cls, options: ResourceOptions | StudyOptions) -> "Resources":
+        """Returns the resources among the keywords of a verb.
+
+        Raises:
+            TypeError: if a keyword is unknown.
+        """
+        known = StudyOptions.__annotations__
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"unknown keyword {name!r}; beside a verb's own, the known ones are "
+                    f"{', '.join(sorted(known))}"
+                )
+        return cls(
+            cache=options.get("cache"),
+            threads=options.get("threads"),
+            progress=options.get("progress", False),
+            torch_device=options.get("torch_device", "cpu"),
+        )
+
+    @property
+    def options(self) -> ResourceOptions:
+        """The same as keywords."""
+        return {
+            "cache": self.cache,
+            "threads": self.threads,
+            "progress": self.progress,
+            "torch_device": self.torch_device,
+        }
