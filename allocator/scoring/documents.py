@@ -34,7 +34,7 @@ class Document:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file.
+    """Yields the records of a JSON-lines file.
 
     Raises:
         CalibrationError: if it cannot be read, naming the line.
@@ -56,7 +56,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
-    """The documents of a file whose records hold `ids`, in file order.
+    """Reads the documents of a file whose records hold `ids`, in file order.
 
     Raises:
         CalibrationError: if a record has no usable ids.
@@ -77,7 +77,7 @@ def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Document]:
-    """Real text in windows: per domain, texts concatenated and cut.
+    """Reads real text in windows: per domain, texts are concatenated and cut.
 
     Args:
         path: records with `text` and optionally `domain`.
@@ -113,7 +113,7 @@ def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Docum
 
 
 def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Two thirds and one third of every domain: the third, sixth, ... document of each apart."""
+    """Parts every domain in two thirds, and a third: its third, sixth, ... document."""
     seen: dict[str, int] = {}
     parts: tuple[list[Document], list[Document]] = [], []
     for document in documents:
@@ -123,7 +123,7 @@ def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Doc
 
 
 def interleaved(documents: Sequence[Document]) -> list[Document]:
-    """The same documents, taken from the domains in turn."""
+    """Orders documents so that they come from the domains in turn."""
     by_domain: dict[str, list[Document]] = {}
     for document in documents:
         by_domain.setdefault(document.domain, []).append(document)
@@ -134,7 +134,7 @@ def interleaved(documents: Sequence[Document]) -> list[Document]:
 def batches(
     documents: Sequence[Document], start: int, stop: int, *, n_tokens: int
 ) -> Iterator[list[int]]:
-    """Indices of `documents[start:stop]` in runs of one length, at most `n_tokens` each."""
+    """Yields indices of `documents[start:stop]` in runs of one length, `n_tokens` each at most."""
     batch: list[int] = []
     for i in range(start, stop):
         length = len(documents[i].ids)
@@ -148,7 +148,7 @@ def batches(
 
 
 def digest(documents: Sequence[Document]) -> str:
-    """sha256 of the ids, in order."""
+    """Returns the sha256 of the ids, in order."""
     total = hashlib.sha256()
     for document in documents:
         total.update(json.dumps(document.ids).encode() + b"\n")

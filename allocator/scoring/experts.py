@@ -23,7 +23,7 @@ def routed_experts(
     *,
     observe: Observer | None = None,
 ) -> torch.Tensor:
-    """Sum over a token's experts of gate x output.
+    """Sums gate x output over each token's experts.
 
     Args:
         experts: has `gate_up_proj` `(E, 2 width, hidden)` and `down_proj` `(E, hidden, width)`.
@@ -84,14 +84,17 @@ def differentiable_experts(
     *,
     watch: Watcher,
 ) -> torch.Tensor:
-    """What `routed_experts` computes, without writing in place, so that gradients flow.
+    """Computes what `routed_experts` does without writing in place, so that gradients flow.
 
     Args:
-        experts: as there.
-        hidden: as there.
-        index: as there.
-        gates: as there.
+        experts: as of `routed_experts`.
+        hidden: `(tokens, hidden)`.
+        index: `(tokens, k)` chosen experts.
+        gates: `(tokens, k)`.
         watch: called twice per expert that got tokens.
+
+    Returns:
+        `(tokens, hidden)`.
     """
     n_tokens, k = index.shape
     flat = index.reshape(-1)

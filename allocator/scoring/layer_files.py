@@ -37,22 +37,22 @@ class LayerFiles:
     of: str = ""
 
     def save(self, what: str, layer: int, values: Batches) -> None:
-        """Whole, or not at all."""
+        """Writes values by batch, `(documents, length, width)`: whole, or not at all."""
         flat = torch.cat([batch.flatten(0, 1) for batch in values]).cpu().numpy()
         save_arrays(self._path(what, layer), {what: flat}, self.of)
 
     def load(self, what: str, layer: int) -> Batches | None:
-        """By batch; None if the file is missing or damaged."""
-        found = load_arrays(self._path(what, layer), self.of)
-        if found is None:
+        """Reads what `save` wrote, by batch; None if the file is missing or damaged."""
+        arrays = load_arrays(self._path(what, layer), self.of)
+        if arrays is None:
             return None
-        flat = torch.from_numpy(found[what]).to(self.device)
+        flat = torch.from_numpy(arrays[what]).to(self.device)
         shapes = [(len(batch), len(batch[0].ids)) for batch in self.chosen]
         pieces = torch.split(flat, [n * length for n, length in shapes])
         return [p.view(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
 
     def drop(self, what: str, layer: int) -> None:
-        """Frees their room."""
+        """Removes the file."""
         self._path(what, layer).unlink(missing_ok=True)
 
     def _path(self, what: str, layer: int) -> Path:

@@ -51,12 +51,12 @@ class Choices:
         return formats, candidate.retained_experts.get(layer), settings
 
     def before(self, candidate: Candidate) -> list[str]:
-        """By layer, a digest of all that is decided before it."""
-        digest, found = sha256(), []
+        """Returns, by layer, a digest of all that is decided before it."""
+        digest, digests = sha256(), []
         for layer in self._layers:
             digest.update(repr(self.of(layer, candidate)).encode())
-            found.append(digest.hexdigest())
-        return found[:-1]
+            digests.append(digest.hexdigest())
+        return digests[:-1]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Boundaries:
         self._best: dict[Span, _Best] = {}
 
     def first(self, span: Span, before: Sequence[str]) -> int:
-        """The layer that a candidate may begin with: the last kept one before which it is known."""
+        """Returns the layer to begin with: the last cached one before which all is known."""
         best = self._best.get(span)
         kept = () if best is None else best.states
         return max((i for i in kept if best and best.before[i] == before[i]), default=0)
 
     def entered(self, span: Span, layer: int) -> Mapping[Batch, torch.Tensor]:
-        """What entered a layer, by batch, `(documents, length, hidden)` each."""
+        """Returns what entered a layer, by batch, `(documents, length, hidden)` each."""
         return self._best[span].states[layer]
 
     def offer(
@@ -131,7 +131,7 @@ class Entering(threading.local):
 
     @contextmanager
     def noting(self, model: Any) -> Iterator[None]:
-        """While forward passes of several threads run; each begins by emptying `states`."""
+        """Notes what enters layers in any thread's forward passes; each begins with no `states`."""
 
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             self.states.append(args[0].clone())
@@ -146,7 +146,7 @@ class Entering(threading.local):
 
 @contextmanager
 def starting_at(model: Any, layer: int) -> Iterator[None]:
-    """The model without the layers before `layer`; it then takes their output as embeddings."""
+    """Removes the layers before `layer` for a while: their output is then taken as embeddings."""
     whole = model.model.layers
     model.model.layers = whole[layer:]
     try:

@@ -70,7 +70,7 @@ class Documents:
         return len(self.documents)
 
     def summary(self, losses: DocumentLosses) -> dict[str, Any]:
-        """Means of losses that began at document 0, as plain values for trial attributes."""
+        """Averages losses that began at document 0: plain values, for trial attributes."""
         scored = self.documents[: len(losses.kl)]
         return {
             "loss": mean(losses.kl, scored),
@@ -87,7 +87,7 @@ class Documents:
         return self.tokens(self.n_documents)
 
     def tokens(self, stop: int) -> int:
-        """Tokens of the first `stop` documents."""
+        """Counts the tokens of the first `stop` documents."""
         return sum(len(d.ids) for d in self.documents[:stop])
 
 
@@ -155,18 +155,18 @@ class Scorer(Documents):
         return [self.score(allocation, start, stop) for allocation in allocations]
 
     def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:
-        """Losses of allocations on all documents, one after the other."""
+        """Yields losses of allocations on all documents, one after the other."""
         return map(self.score, allocations)
 
     def score_original(self) -> DocumentLosses:
-        """Losses of the original: no divergence, its own likelihoods."""
+        """Returns losses of the original: no divergence, its own likelihoods."""
         self.ensure_reference(len(self.documents))
         self.swap.reset()
         return self.score_installed()
 
     @torch.inference_mode()
     def score_installed(self, start: int = 0, stop: int | None = None) -> DocumentLosses:
-        """Losses of what the model holds now; begins in the first layer that is a new one.
+        """Returns losses of what the model holds now; begins in the first layer that is new.
 
         Weights that were not put there by `SwapModel.put` are not known to be new.
         """
@@ -181,7 +181,7 @@ class Scorer(Documents):
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
-        """Losses of any transformers model with this vocabulary, e.g. a re-opened checkpoint."""
+        """Returns losses of any model with this vocabulary, e.g. a re-opened checkpoint."""
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
 
@@ -227,16 +227,21 @@ class Scorer(Documents):
 
     @torch.inference_mode()
     def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
-        """KL, top-1, overlap and nll of one document from another runtime's logits."""
+        """Compares another runtime's logits of one document, `(tokens, vocabulary)`."""
         self.ensure_reference(index + 1)
         return self._compare(index, torch.from_numpy(logits))
 
     @torch.inference_mode()
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
-        """Logits `(tokens, vocabulary)` of what the model holds now, on one document."""
+        """Returns logits `(tokens, vocabulary)` of what the model holds now, on one document."""
         model = self.swap.model
         logits: torch.Tensor = model.lm_head(_hidden_states(model, [self.documents[index]])[0])
         return logits.cpu().numpy()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the original's log-probabilities that are cached."""
+        return sum(log_probs.nbytes for log_probs in self._log_probs.values())
 
     @torch.inference_mode()
     def ensure_reference(self, stop: int) -> None:
@@ -261,7 +266,7 @@ class Scorer(Documents):
 
     @torch.inference_mode()
     def reference(self, index: int) -> torch.Tensor:
-        """The original's log-probabilities on one document, `(tokens, vocabulary)`."""
+        """Returns the original's log-probabilities on one document, `(tokens, vocabulary)`."""
         self.ensure_reference(index + 1)
         return self._reference(index)
 
@@ -315,7 +320,7 @@ class _Forward:
         }
 
     def states(self, batch: list[int]) -> torch.Tensor:
-        """The last layer's output `(documents, length, hidden)`; from any thread."""
+        """Computes the last layer's output `(documents, length, hidden)`; from any thread."""
         self.entering.states = []
         if self.first:
             given = {"inputs_embeds": self._begin[tuple(batch)]}
@@ -334,12 +339,12 @@ class _Forward:
 def compare(
     p_log: torch.Tensor, top1: torch.Tensor, logits: torch.Tensor, ids: Sequence[int]
 ) -> Row:
-    """KL, top-1 agreement, overlap and nll, means over the positions of one document.
+    """Computes KL, top-1 agreement, overlap and nll, means over the positions of a document.
 
     Args:
         p_log: the original's log-probabilities, `(tokens, vocabulary)`.
         top1: their greatest, `(tokens,)`.
-        logits: the candidate's.
+        logits: the candidate's, `(tokens, vocabulary)`.
         ids: the tokens.
     """
     following = torch.tensor(ids[1:]).to(logits.device)
@@ -358,7 +363,7 @@ def compare(
 
 
 def losses_of(rows: Sequence[Row]) -> DocumentLosses:
-    """What `compare` gave for each document."""
+    """Gathers what `compare` returned for each document."""
     return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
 
 
@@ -387,13 +392,13 @@ def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
 
 
 def mean(values: Array, documents: Sequence[Document]) -> float:
-    """Token-weighted mean of per-document values."""
+    """Averages per-document values, `(documents,)`, weighted by tokens."""
     weights = np.array([len(d.ids) for d in documents], np.float64)
     return float(np.average(values, weights=weights))
 
 
 def by_domain(values: Array, documents: Sequence[Document]) -> dict[str, float]:
-    """Token-weighted mean per domain."""
+    """Averages per-document values, `(documents,)`, by domain, weighted by tokens."""
     domains = sorted({d.domain for d in documents})
     return {
         domain: mean(
@@ -405,6 +410,11 @@ def by_domain(values: Array, documents: Sequence[Document]) -> dict[str, float]:
 
 
 def perplexity(nll: Array, documents: Sequence[Document]) -> float:
-    """exp of the mean negative log-likelihood of all predicted tokens."""
+    """Returns exp of the mean negative log-likelihood of all predicted tokens.
+
+    Args:
+        nll: nats per token, by document.
+        documents: whose values they are.
+    """
     n_predicted = np.array([len(d.ids) - 1 for d in documents], np.float64)
     return math.exp(float(np.average(nll, weights=n_predicted)))

@@ -48,8 +48,6 @@ from allocator.scoring.swap_model import (
 )
 from allocator.targets import FullPrecision, Group, Layout, target_named
 
-_ROWS_BYTES = 128 << 20  # of the head, decoded at a time
-_LOGITS_BYTES = 512 << 20  # of all distributions of the documents compared at a time
 _PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,12 +78,21 @@ class StreamedModel:
         layout: the groups.
         weights: where their values come from.
         device: torch's, that computes, and holds the layer and all states.
+        rows_bytes: of the head, float32, decoded at a time.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        weights: Weights,
+        *,
+        device: str = "cpu",
+        rows_bytes: int = 128 << 20,
+    ) -> None:
         self.layout = layout
         self.inventory = layout.inventory
         self.weights = weights
+        self._rows_bytes = rows_bytes
         self.model = skeleton(self.inventory.path, device)
         self.inventory.check_unchanged()  # transformers has read config.json again
         self.device = torch.device(device)
@@ -108,7 +115,7 @@ class StreamedModel:
     def layer_files(
         self, folder: Path, documents: Sequence[Document], batch_tokens: int, of: str = ""
     ) -> LayerFiles:
-        """Where a pass over these documents keeps its states, and its batches.
+        """Opens the files of a pass over these documents: its batches, and states between layers.
 
         Args:
             folder: an existing one, of this pass alone.
@@ -124,13 +131,13 @@ class StreamedModel:
         return LayerFiles(folder, chosen, width, self.device, of)
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
-        """The original's states before the first layer, for documents by batch."""
+        """Returns the original's states before the first layer, for documents by batch."""
         return States(self.original, [0], self.embed(chosen, self.original))
 
     def embed(
         self, chosen: Sequence[Sequence[Document]], candidate: Candidate
     ) -> list[torch.Tensor]:
-        """Embeddings of documents of one length by batch, `(documents, length, hidden)`."""
+        """Returns embeddings by batch of documents of one length, `(documents, length, hidden)`."""
         ids = [torch.tensor([d.ids for d in batch]) for batch in chosen]
         group = self.layout.groups[str(Role.EMBEDDING)]
         found = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
@@ -154,7 +161,7 @@ class StreamedModel:
         return found
 
     def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
-        """Logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
+        """Returns logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
         return self.head(self.normed(hidden, candidate), candidate)
 
     def all_logits(self, asked: Sequence[tuple[Candidate, torch.Tensor]]) -> list[torch.Tensor]:
@@ -171,14 +178,18 @@ class StreamedModel:
         return [found[i] for i in range(len(asked))]
 
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
-        """Logits `(tokens, vocabulary)` of what the head multiplies."""
+        """Returns logits `(tokens, vocabulary)` of what the head multiplies, `(tokens, hidden)`."""
         found = torch.empty(len(normed), self.output.shape[0], device=self.device)
         for start, rows in self._chunks(self.output, candidate):
             torch.mm(normed, rows.to(self.device).T, out=found[:, start : start + len(rows)])
         return found
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient `(tokens, hidden)` of what the original's head multiplies."""
+        """Returns the gradient `(tokens, hidden)` of what the original's head multiplies.
+
+        Args:
+            gradient: of the logits, `(tokens, vocabulary)`.
+        """
         found = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
         for start, rows in self._chunks(self.output, self.original):
             found += gradient[:, start : start + len(rows)] @ rows.to(self.device)
@@ -191,7 +202,7 @@ class StreamedModel:
         return self.layout.groups[str(role)]
 
     def _chunks(self, group: Group, candidate: Candidate) -> Iterator[tuple[int, torch.Tensor]]:
-        step = max(1, _ROWS_BYTES // (4 * group.shape[-1]))
+        step = max(1, self._rows_bytes // (4 * group.shape[-1]))
         return self.weights.chunks(candidate, group, step)
 
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
@@ -211,7 +222,7 @@ class StreamedModel:
         empty(self.model.model.layers[layer])
 
     def install(self, layer: int, candidate: Candidate) -> None:
-        """Everything of a layer but its routed experts."""
+        """Installs everything of a layer but its routed experts."""
         if candidate.kv_format not in self._keys_values:
             target = target_named(self.layout.target)
             made = keys_values(target, self.inventory.config, candidate.kv_format)
@@ -233,7 +244,7 @@ class StreamedModel:
             install_full_precision(self.model, tensor, values)
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """A layer as the architecture computes it, its routed experts giving zero."""
+        """Runs a layer on `(documents, length, hidden)`, its routed experts giving zero."""
         inner = self.model.model
         whole, norm = inner.layers, inner.norm
         inner.layers, inner.norm = whole[layer : layer + 1], nn.Identity()
@@ -244,7 +255,7 @@ class StreamedModel:
         return found
 
     def taken(self) -> list[Routed]:
-        """What routed experts were asked for by `forward` since the last call, by batch."""
+        """Returns what `forward` asked routed experts for since the last call, by batch."""
         found, self._taken = self._taken, []
         return found
 
@@ -276,15 +287,15 @@ class StreamedModel:
             routing.add_to(held.hidden)
 
     def expert(self, candidate: Candidate, group: Group, expert: int) -> torch.Tensor:
-        """One routed expert's matrix of a projection, where the model computes."""
+        """Returns a routed expert's matrix, `(out, in)`, of a projection, on the torch device."""
         return torch.from_numpy(self.weights.of(candidate, group, expert)).to(self.device)
 
     def groups(self, layer: int | None) -> list[Group]:
-        """Groups of a layer; of none: embedding and head."""
+        """Returns the groups of a layer; of none: embedding and head."""
         return self._groups[layer]
 
     def projections(self, layer: int) -> list[Group]:
-        """The groups gate, up and down of a layer's routed experts."""
+        """Returns the groups gate, up and down of a layer's routed experts."""
         by_role = {g.role: g for g in self._groups[layer]}
         return [by_role[role] for role in _PROJECTIONS]
 
@@ -317,12 +328,12 @@ class Routing:
         self._sum = torch.zeros_like(self.inputs)
 
     def places(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where an expert was chosen: among `gates`, and by which tokens."""
+        """Returns where an expert is chosen: places in `gates`, and tokens; `(chosen,)` each."""
         places = self._order[self.reached[expert]]
         return places, places // self._k
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds to what the routed experts give to some tokens."""
+        """Adds values `(chosen, hidden)` to what the routed experts give to these tokens."""
         self._sum.index_add_(0, tokens, values)
 
     def add_to(self, batches: Sequence[torch.Tensor]) -> None:
@@ -338,7 +349,15 @@ def add_expert(
     act: Any,
     observe: Observer | None,
 ) -> None:
-    """What one expert gives to its tokens in several computations, times their gates."""
+    """Adds what one expert gives to its tokens in several computations, times their gates.
+
+    Args:
+        routings: that reach the expert.
+        expert: its index.
+        weights: gate, up and down, `(out, in)` each.
+        act: the architecture's activation.
+        observe: sees the expert; None for nobody.
+    """
     gate, up, down = weights
     places = [routing.places(expert) for routing in routings]
     chosen = list(zip(routings, places, strict=True))
@@ -355,7 +374,7 @@ def add_expert(
 
 
 def by_batch(flat: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`(tokens, hidden)` in the shapes of `batches`."""
+    """Splits `(tokens, hidden)` into the shapes of `batches`, `(documents, length, hidden)`."""
     sizes = [hidden.shape[0] * hidden.shape[1] for hidden in batches]
     return [
         part.view(hidden.shape)
@@ -371,6 +390,7 @@ class StreamedScorer(Documents):
         documents: what is scored, in this order.
         side_by_side: candidates in one pass; more take further passes.
         batch_tokens: tokens per forward pass of a layer.
+        logits_bytes: of all distributions of the documents that are compared at a time.
     """
 
     def __init__(
@@ -380,11 +400,13 @@ class StreamedScorer(Documents):
         *,
         side_by_side: int = 8,
         batch_tokens: int = 2048,
+        logits_bytes: int = 512 << 20,
     ) -> None:
         super().__init__(documents)
         self.model = model
         self.side_by_side = side_by_side
         self.batch_tokens = batch_tokens
+        self._logits_bytes = logits_bytes
         self._reference: dict[int, torch.Tensor] = {}
         self._last: tuple[Candidate, list[torch.Tensor]]
 
@@ -395,13 +417,13 @@ class StreamedScorer(Documents):
         return self.score_many([candidate], start, stop)[0]
 
     def score_original(self) -> DocumentLosses:
-        """Losses of the original: no divergence, its own likelihoods."""
+        """Returns losses of the original: no divergence, its own likelihoods."""
         return self.score_many([self.model.original])[0]
 
     def score_many(
         self, candidates: Sequence[Allocation | Candidate], start: int = 0, stop: int | None = None
     ) -> list[DocumentLosses]:
-        """Losses of several candidates on `documents[start:stop]`, `side_by_side` in one pass.
+        """Returns losses of candidates on `documents[start:stop]`, `side_by_side` in one pass.
 
         The original runs with them where it has not run on these documents before; its final
         hidden states are kept: tokens x hidden.
@@ -411,7 +433,7 @@ class StreamedScorer(Documents):
     def each(
         self, candidates: Iterable[Allocation | Candidate], start: int = 0, stop: int | None = None
     ) -> Iterator[DocumentLosses]:
-        """The same, as they are asked for."""
+        """Yields losses of candidates on `documents[start:stop]`, pass by pass."""
         stop, left = len(self.documents) if stop is None else stop, iter(candidates)
         while together := list(islice(left, self.side_by_side)):
             yield from self._pass(together, start, stop)
@@ -441,7 +463,7 @@ class StreamedScorer(Documents):
 
     @torch.no_grad()
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
-        """Logits `(tokens, vocabulary)` of the last candidate of the last pass, on a document."""
+        """Returns logits `(tokens, vocabulary)` of the last candidate of a pass, on a document."""
         candidate, states = self._last
         logits = self.model.logits(states[index], candidate)
         found: npt.NDArray[np.float32] = logits.cpu().numpy()
@@ -449,7 +471,7 @@ class StreamedScorer(Documents):
 
     @torch.no_grad()
     def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
-        """KL, top-1, overlap and nll of a document of the last pass, from a runtime's logits."""
+        """Compares a runtime's logits `(tokens, vocabulary)` of a document of the last pass."""
         states = self._reference[index]
         p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
         found = torch.from_numpy(logits).to(p_log.device)
@@ -488,7 +510,9 @@ class StreamedScorer(Documents):
 
     def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
         """Documents of which `n` distributions fit in memory at once; at least one."""
-        most = max(1, _LOGITS_BYTES // (4 * n * int(self.model.inventory.config["vocab_size"])))
+        most = max(
+            1, self._logits_bytes // (4 * n * int(self.model.inventory.config["vocab_size"]))
+        )
         first = start
         while first < stop:
             last, n_tokens = first + 1, len(self.documents[first].ids)

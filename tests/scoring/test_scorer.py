@@ -121,7 +121,7 @@ def test_the_cache_does_not_matter_and_keeps_its_limit(swap, documents):
         scorer = Scorer(swap, documents, cache_bytes=size)
         identical(scorer.score(chosen), whole)
         identical(scorer.score(chosen), whole)
-        assert sum(t.nbytes for t in scorer._log_probs.values()) <= size
+        assert scorer.cached_bytes <= size
 
 
 def test_twice_is_the_same(swap, documents):

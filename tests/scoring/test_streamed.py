@@ -107,12 +107,13 @@ def test_nothing_of_a_layer_stays_in_memory(layout, documents, tmp_path):
     assert all(p.is_meta for n, p in model.named_parameters() if "norm" not in n)
 
 
-def test_head_and_comparison_in_chunks_give_the_same(layout, documents, tmp_path, monkeypatch):
+def test_head_and_comparison_in_chunks_give_the_same(layout, documents, tmp_path):
     encodings = Encodings(tmp_path, layout, {})
     whole = scorer(layout, encodings, documents).score_many(candidates(layout))
-    monkeypatch.setattr(stream, "_ROWS_BYTES", 4 * layout.groups["embedding"].shape[-1] * 100)
-    monkeypatch.setattr(stream, "_LOGITS_BYTES", 4 * 512 * 30)
-    pieces = scorer(layout, encodings, documents).score_many(candidates(layout))
+    rows_bytes = 4 * layout.groups["embedding"].shape[-1] * 100
+    model = StreamedModel(layout, Weights(layout, lambda: encodings), rows_bytes=rows_bytes)
+    in_pieces = StreamedScorer(model, documents, logits_bytes=4 * 512 * 30)
+    pieces = in_pieces.score_many(candidates(layout))
     for a, b in zip(whole, pieces, strict=True):
         same(a, b)
 
