@@ -122,7 +122,7 @@ class Calibration:
         if first is None:
             raise CalibrationError(f"{path}: no documents")
         if "ids" in first:
-            return read_documents(path, vocab_size=int(self._inventory.config["vocab_size"]))
+            return read_documents(path, vocab_size=self._inventory.dimensions.vocabulary)
         tokenizer = read_tokenizer(self._inventory)
         if tokenizer is None:
             raise CalibrationError(

@@ -20,6 +20,7 @@ from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.families import Role
+from allocator.families.config import quantization_method
 from allocator.files.atomic import write_whole
 from allocator.prediction.priors import Prior
 from allocator.prediction.solver import solve
@@ -29,12 +30,6 @@ from allocator.targets.device_memory import DeviceMemory
 
 RUNTIME = next(target.name for target in TARGETS.values() if target.predicts_memory)
 """The target whose runtime's memory is known."""
-
-_SEED_MODEL = ("deepseek_v3", 61, 256)
-_SEED_PAPER = (
-    "hand rule: formats by role and layer of arXiv 2509.25689, which reports 103 GB for its "
-    "DeepSeek-V3 with fewer experts",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,14 +348,11 @@ def _measured(
 
 def _quantized(inventory: Inventory) -> tuple[str, ...]:
     """What config.json says of quantized weights, where the plan does not take it as it is."""
-    found = inventory.config.get("quantization_config")
-    if found is None or any(t.dtype == MXFP4 for t in inventory.tensors.values()):
-        return ()
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method == "fp8":
+    method = quantization_method(inventory.config)
+    if method in (None, "fp8") or any(t.dtype == MXFP4 for t in inventory.tensors.values()):
         return ()
     return (
-        f"config.json has quant_method {str(method)[:40]!r}: planned as the bfloat16 checkpoint "
+        f"config.json has quant_method {method!r}: planned as the bfloat16 checkpoint "
         "that it was made from",
     )
 
@@ -372,9 +364,9 @@ def _caveats(inventory: Inventory, prior: Prior) -> tuple[str, ...]:
         else "they leave out what pruning itself costs, so compare them at one retained count only"
     )
     groups = inventory.expert_groups
-    shape = (inventory.family.model_type, inventory.n_layers, inventory.n_experts)
+    family = inventory.family
     return (
-        *(_SEED_PAPER if shape == _SEED_MODEL else ()),
+        *family.plan_notes(family.text_config(inventory.config)),
         f"losses are predictions, not measurements: {prior.source}; {pruning}",
         "which experts are kept is a placeholder, "
         + (f"the first of each of {groups} router groups" if groups > 1 else "those from 0 on")

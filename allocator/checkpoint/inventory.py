@@ -36,7 +36,23 @@ from allocator.checkpoint.refusals import (
     unknown_tensor,
 )
 from allocator.errors import CheckpointError
-from allocator.families import COMPUTED, SCALE_SUFFIX, Family, Role, family_of
+from allocator.families import (
+    SCALE_SUFFIX,
+    Config,
+    Dimensions,
+    Family,
+    ModelFacts,
+    Role,
+    Router,
+    Stack,
+    family_of,
+)
+from allocator.families.config import (
+    check_fp8,
+    is_tied,
+    quantization_method,
+    weight_block,
+)
 from allocator.files.digests import Digests, Identity
 
 FP8 = "F8_E4M3"
@@ -48,15 +64,6 @@ _STORED_BYTES = DTYPE_BYTES | {
     "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Of every dtype whose place in a file is known; only those of `DTYPE_BYTES` are read."""
-_COUNTS = ("num_experts_per_tok", "hidden_size", "vocab_size")
-_LISTED = ("num_hidden_layers",)
-_WIDTHS = (
-    "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace", "topk_group",
-    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-)  # fmt: skip
-_MOST_WIDE = 1 << 28
-_MOST_LISTED = 1 << 14  # layers, experts
 _VECTORS = (Role.NORM, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHANGED = (
@@ -113,16 +120,18 @@ class Inventory:
         files: `config.json` and the files with weights, as they were when they were opened.
         digests: remembers those of tensors, if given.
         computed: stored buffers that the architecture computes itself; no part of anything here.
+        ignored: stored tensors of other parts of the model; no part of anything here.
         without_tokenizer: whether a file of it is to read token ids alone.
     """
 
     path: Path
-    config: Mapping[str, Any]
+    config: Config
     family: Family
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
     digests: Digests | None = field(default=None, compare=False, repr=False)
     computed: tuple[Stored, ...] = ()
+    ignored: tuple[Stored, ...] = ()
     without_tokenizer: bool = False
 
     @cached_property
@@ -132,12 +141,13 @@ class Inventory:
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
         for what, left in (
             ("buffers that the model computes itself", self.computed),
+            ("tensors of other parts of the model", self.ignored),
             ("tensors of multi-token prediction", nextn),
         ):
             if left and left[0].file:  # planned ones lie in no file
                 nbytes = sum(t.total_bytes if isinstance(t, TensorInfo) else t.nbytes for t in left)
                 found.append(f"left out: {len(left)} {what}, {nbytes:,} bytes, e.g. {left[0].name}")
-        method = _quant_method(self.config)
+        method = quantization_method(self.config)
         if method and all(t.dtype in FLOATS for t in self.tensors.values()) and self._is_read:
             found.append(
                 f"left out: config.json says quant_method {method!r}, but no tensor is quantized"
@@ -150,9 +160,25 @@ class Inventory:
         return any(t.file for t in self.tensors.values())
 
     @cached_property
+    def dimensions(self) -> Dimensions:
+        """Sizes of the model, as its `config.json` has them."""
+        return self.family.dimensions(self.config)
+
+    @cached_property
+    def router(self) -> Router:
+        """How a token's experts are chosen."""
+        return self.family.router(self.config)
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What the description of the model in a runtime's file is made from."""
+        vocabulary = self.of_role(Role.EMBEDDING)[0].shape[0]
+        return self.family.facts(self.config, vocabulary=vocabulary, moe_layers=self.moe_layers)
+
+    @cached_property
     def n_layers(self) -> int:
         """Decoder layers, the multi-token-prediction ones not counted."""
-        return int(self.config["num_hidden_layers"])
+        return self.family.n_layers(self.config)
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -163,32 +189,26 @@ class Inventory:
     @cached_property
     def n_experts(self) -> int:
         """Routed experts per MoE layer."""
-        return int(self.config[self.family.n_experts_key(self.config)])
+        return self.family.n_experts(self.config)
 
     @cached_property
     def experts_used(self) -> int:
         """Routed experts that a token passes through."""
-        return int(self.config["num_experts_per_tok"])
+        return self.family.experts_used(self.config)
 
     @cached_property
     def expert_groups(self) -> int:
-        """Groups that the router first chooses among (`n_group`); 1 where it has none."""
-        return _router_groups(self.config, self.family)[0]
+        """Groups that the router first chooses among; 1 where it has none."""
+        return self.router.groups
 
     @cached_property
     def expert_groups_used(self) -> int:
-        """Of those, how many a token's experts may come from (`topk_group`)."""
-        return _router_groups(self.config, self.family)[1]
+        """Of those, how many a token's experts may come from."""
+        return self.router.groups_used
 
     def least_experts(self, used: int) -> int:
-        """The fewest experts per layer from which the router can choose `used`.
-
-        A router with groups rates each by its two best experts, and then chooses experts from the
-        `topk_group` best groups.
-        """
-        if self.config.get("n_group") is None and self.family.router_groups == (1, 1):
-            return used
-        return self.expert_groups * max(2, -(-used // self.expert_groups_used))
+        """Returns the fewest experts per layer from which the router can choose `used`."""
+        return self.router.least_experts(used)
 
     @cached_property
     def tied_embeddings(self) -> bool:
@@ -203,8 +223,7 @@ class Inventory:
     @cached_property
     def scale_block(self) -> tuple[int, int]:
         """Rows and columns of an FP8 matrix that share one factor; needs a checkpoint with FP8."""
-        rows, columns = self.config["quantization_config"]["weight_block_size"]
-        return int(rows), int(columns)
+        return weight_block(self.config)
 
     @cached_property
     def digest(self) -> str:
@@ -429,39 +448,43 @@ def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
 
 
 def _check_stored(
-    path: Path, place: Stored, names: Iterable[str], config: Mapping[str, Any]
+    path: Path, place: Stored, names: Iterable[str], config: Config, family: Family
 ) -> None:
     """A tensor has values, in a dtype that is read."""
     if 0 in place.shape:
-        none = "n_shared_experts is 0 in config.json, and " * (config.get("n_shared_experts") == 0)
+        key = family.empty_part(config)
+        none = "" if key is None else f"{key} is 0 in config.json, and "
         raise CheckpointError(
             f"{path}: {none}{place.name} has shape {place.shape}, so no values: a model with such "
             "a part is not supported"
         )
     if place.dtype not in DTYPE_BYTES:
-        why = quantized(names, _quant_method(config))
+        why = quantized(names, quantization_method(config))
         raise CheckpointError(f"{path}: {why or stored_as(place.name, place.dtype, DTYPE_BYTES)}")
 
 
 def _tensors(
-    path: Path, config: Mapping[str, Any], family: Family, stored: Mapping[str, Stored]
+    path: Path, config: Config, family: Family, stored: Mapping[str, Stored]
 ) -> Iterator[tuple[TensorInfo, str]]:
     """Yields every tensor, and what it is called within its layer."""
-    n_layers, n_nextn = int(config["num_hidden_layers"]), config.get("num_nextn_predict_layers")
-    n_nextn = family.n_nextn_layers if n_nextn is None else int(n_nextn)
+    n_layers, n_nextn = family.n_layers(config), family.n_nextn(config)
+    n_nextn = family.n_nextn_layers if n_nextn is None else n_nextn
     for name, place in stored.items():
-        _check_stored(path, place, stored, config)
+        _check_stored(path, place, stored, config, family)
         if _is_scale(path, name, stored):
             continue
-        found = family.match(name)
-        layer = found[1] if found else family.foreign_layer(name)
-        expert = found[2] if found else None
-        part = family.part(found[0]) if found else name
-        role = found[0].role if found else Role.NEXTN
+        if stacked := family.match_stack(name):
+            yield from _experts_of(path, family, place, *stacked)
+            continue
+        match = family.match(name)
+        layer = match[1] if match else family.foreign_layer(name)
+        expert = match[2] if match else None
+        part = match[0].part if match else name
+        role = match[0].role if match else Role.NEXTN
         if layer is not None and layer >= n_layers:
-            role, found = Role.NEXTN, None
-        if found is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
-            why = quantized(stored, _quant_method(config))
+            role, match = Role.NEXTN, None
+        if match is None and (layer is None or not n_layers <= layer < n_layers + n_nextn):
+            why = quantized(stored, quantization_method(config))
             raise CheckpointError(
                 f"{path}: {why or unknown_tensor(name, family, n_layers, n_nextn)}"
             )
@@ -471,6 +494,28 @@ def _tensors(
             )
         at, scale = (place.file, place.offset, place.nbytes), stored.get(name + SCALE_SUFFIX)
         yield TensorInfo(name, place.shape, place.dtype, *at, role, layer, expert, scale), part
+
+
+def _experts_of(
+    path: Path, family: Family, place: Stored, stack: Stack, layer: int
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields the matrices of experts that lie in one tensor, under the names of single ones."""
+    n_parts = len(stack.roles)
+    if len(place.shape) != 3 or place.shape[1] % n_parts or place.dtype == FP8:
+        raise CheckpointError(
+            f"{path}: {place.name} of {place.dtype} has shape {place.shape}, needed experts x "
+            f"rows x columns, {n_parts} matrices of equal rows per expert, in floats"
+        )
+    n_experts, rows, columns = place.shape
+    nbytes = place.nbytes // n_experts // n_parts
+    for expert in range(n_experts):
+        for number, role in enumerate(stack.roles):
+            rule = family.rule_of(role)
+            name = rule.pattern.format(layer=layer, expert=expert)
+            offset = place.offset + (expert * n_parts + number) * nbytes
+            shape = (rows // n_parts, columns)
+            at = (place.file, offset, nbytes)
+            yield TensorInfo(name, shape, place.dtype, *at, role, layer, expert), rule.part
 
 
 def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
@@ -486,7 +531,7 @@ def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
             f"{where} is stored as {FP8} without its {tensor.name}{SCALE_SUFFIX}, one factor "
             "per block; the checkpoint is not whole: fetch it again"
         )
-    if inventory.config.get("quantization_config") is None:
+    if quantization_method(inventory.config) is None:
         raise CheckpointError(
             f"{where} is stored as {FP8}, but config.json has no quantization_config, needed its "
             "weight_block_size; fetch config.json from the place of the weights"
@@ -537,11 +582,14 @@ def _check_layer(inventory: Inventory, layer: int, found: frozenset[str]) -> Non
         )
 
 
-def _check_names(inventory: Inventory, names: Iterable[str]) -> None:
-    for name in names:
-        if name not in inventory.tensors:
+def _check_outside(inventory: Inventory, names: frozenset[str]) -> None:
+    """The tensors outside of the layers are there."""
+    config = inventory.family.text_config(inventory.config)
+    for rule in inventory.family.rules:
+        may_lack = rule.has_layer or (rule.role is Role.HEAD and is_tied(config))
+        if not may_lack and rule.part not in names:
             raise CheckpointError(
-                f"{inventory.path}: {name} is missing; the checkpoint is not whole"
+                f"{inventory.path}: {rule.pattern} is missing; the checkpoint is not whole"
             )
 
 
@@ -563,10 +611,11 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
     family = family_of(config)
-    check_config(path, config, family)
+    family.check(config, f"{path}/config.json")
     stored = _stored(path, opened)
-    computed = tuple(place for name, place in stored.items() if COMPUTED.fullmatch(name))
-    for place in computed:
+    computed = tuple(place for name, place in stored.items() if family.is_computed(name))
+    ignored = tuple(place for name, place in stored.items() if family.is_ignored(name))
+    for place in (*computed, *ignored):
         del stored[place.name]
     tensors: dict[str, TensorInfo] = {}
     parts: dict[int | None, set[str]] = {}
@@ -574,95 +623,14 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
         tensors[tensor.name] = tensor
         parts.setdefault(tensor.layer, set()).add(part)
     remembered = None if digests is None else Digests(digests)
-    inventory = Inventory(path, config, family, tensors, opened, remembered, computed)
+    inventory = Inventory(path, config, family, tensors, opened, remembered, computed, ignored)
     in_fp8 = [tensor for tensor in tensors.values() if tensor.dtype == FP8]
     if in_fp8:
-        _check_quantization(path, config.get("quantization_config"))
+        check_fp8(config, f"{path}/config.json", way_out=ORIGINAL)
     for tensor in in_fp8:
         _check_fp8(inventory, tensor)
-    _check_names(inventory, ("model.embed_tokens.weight", "model.norm.weight"))
-    if not config.get("tie_word_embeddings", False):
-        _check_names(inventory, ("lm_head.weight",))
+    _check_outside(inventory, frozenset(parts.get(None, ())))
     for layer in range(inventory.n_layers):
         _check_layer(inventory, layer, frozenset(parts.get(layer, ())))
     _check_experts(inventory)
     return inventory
-
-
-def check_config(path: Path, config: Mapping[str, Any], family: Family) -> None:
-    """Raises:
-    CheckpointError: if counts of layers or experts are missing, or make no sense.
-    """
-
-    def check(key: str, least: int, most: int = _MOST_WIDE) -> int:
-        value = config.get(key)
-        if type(value) is not int or not least <= value <= most:
-            raise CheckpointError(
-                f"{path}/config.json: {key} is {value!r}, needed a number from {least} to {most}"
-            )
-        return value
-
-    for key in _COUNTS:
-        check(key, 1)
-    for key in _LISTED:
-        check(key, 1, _MOST_LISTED)
-    for key in _WIDTHS:
-        if config.get(key) is not None:
-            check(key, 0)
-    scale = config.get("routed_scaling_factor")
-    if scale is not None and type(scale) not in (int, float):
-        raise CheckpointError(
-            f"{path}/config.json: routed_scaling_factor is {scale!r}, needed a number"
-        )
-    n_experts = check(family.n_experts_key(config), 1, _MOST_LISTED)
-    if config.get("num_nextn_predict_layers") is not None:
-        check("num_nextn_predict_layers", 0, _MOST_LISTED)
-    for key in sorted(family.never_null & set(config)):
-        if config[key] is None:
-            raise CheckpointError(
-                f"{path}/config.json: {key} is null, which transformers refuses; write its value "
-                "(or leave it out, where transformers' default is meant)"
-            )
-    if config.get("n_group") is not None:
-        check("n_group", 1)
-    groups, chosen = _router_groups(config, family)
-    if groups > 1 and "topk_group" in config:
-        check("topk_group", 1)
-    if config["num_experts_per_tok"] > n_experts or n_experts % groups or chosen > groups:
-        raise CheckpointError(
-            f"{path}/config.json: {config['num_experts_per_tok']} of {n_experts} experts used, in "
-            f"{chosen} of {groups} groups; needed at most all, in equal groups"
-        )
-
-
-def _router_groups(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
-    """Groups of a router, and how many of them a token uses; null stands for no groups."""
-    groups, used = family.router_groups
-    groups = config.get("n_group", groups) or 1
-    return (1, 1) if groups == 1 else (groups, config.get("topk_group", used))
-
-
-def _quant_method(config: Mapping[str, Any]) -> str | None:
-    """What config.json says of quantized weights; None if nothing."""
-    found = config.get("quantization_config")
-    if found is None:
-        return None
-    return str(found.get("quant_method") if isinstance(found, dict) else found)[:40]
-
-
-def _check_quantization(path: Path, quantization: Any) -> None:
-    """config.json says FP8 in blocks, or nothing (`_check_fp8` says what it needs then)."""
-    if quantization is None:
-        return
-    found = quantization if isinstance(quantization, dict) else {}
-    if found.get("quant_method") != "fp8":
-        raise CheckpointError(
-            f"{path}/config.json: quant_method is {found.get('quant_method')!r} of a checkpoint in "
-            f"{FP8}, needed 'fp8'; {ORIGINAL}"
-        )
-    block = found.get("weight_block_size")
-    if not isinstance(block, list) or [type(n) is int and n >= 1 for n in block] != [True, True]:
-        raise CheckpointError(
-            f"{path}/config.json: weight_block_size is {block!r}, needed two numbers from 1, as in "
-            "[128, 128]; convert a checkpoint with other scales to bfloat16 first"
-        )

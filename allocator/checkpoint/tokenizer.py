@@ -15,6 +15,7 @@ from typing import Any
 
 from allocator.checkpoint.inventory import Inventory, read_json
 from allocator.errors import CheckpointError, first_line
+from allocator.families.config import token_ids
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -160,7 +161,8 @@ def read_tokenizer(inventory: Inventory) -> Tokenizer | None:
     """
     path = inventory.path
     versions = tuple(_version(path / name) for name in _WATCHED)
-    ids = tuple((role, _first(inventory.config.get(f"{role}_token_id"))) for role in ROLES)
+    config = inventory.family.text_config(inventory.config)
+    ids = tuple(token_ids(config, ROLES).items())
     return _read(path, ids, versions)
 
 
@@ -242,8 +244,3 @@ def _added_in_files(path: Path) -> dict[str, int]:
     found = dict(read_json(file)) if file.is_file() else {}
     named = (read_json(config) if config.is_file() else {}).get("added_tokens_decoder") or {}
     return found | {a["content"]: int(number) for number, a in named.items()}
-
-
-def _first(value: Any) -> int | None:
-    value = value[0] if isinstance(value, list) and value else value
-    return value if type(value) is int else None

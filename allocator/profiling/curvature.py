@@ -235,7 +235,7 @@ class Curvature:
             experts: what the model held when this was measured, in order.
         """
         values = torch.from_numpy(np.ascontiguousarray(held))
-        slope = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        slope = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
         values, apart = values.to(slope.device), len(experts) or 1
         linear = slope - self._times(group, values, experts)
         shape = (apart, -1, values.shape[-1])
@@ -268,7 +268,7 @@ class Curvature:
             group: of the layout.
             change: new less held weights, in the shape that the model held.
         """
-        held = view_of(self._slopes.__getitem__, self._layout.inventory.config, group)
+        held = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
         products = held * torch.from_numpy(np.ascontiguousarray(change)).to(held.device)
         values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
         return [float(v) / self.n_tokens for v in values]
@@ -289,10 +289,13 @@ class Curvature:
         self, group: Group, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Product]:
         """A change by head, `(heads, rows, in)`, which rows of the whole all heads have, and it."""
-        config = self._layout.inventory.config
-        heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
-        n_rows = heads * (nope + int(config["v_head_dim"]))
-        rows = torch.arange(n_rows).view(heads, -1)
+        latent, heads = (
+            self._layout.inventory.dimensions.latent,
+            self._layout.inventory.dimensions.heads,
+        )
+        assert latent is not None, group.name
+        nope = latent.nope
+        rows = torch.arange(heads * (nope + latent.value)).view(heads, -1)
         first = group.role is Role.K_B
         rows = rows[:, :nope] if first else rows[:, nope:]
         change = values.transpose(1, 2) if first else values

@@ -372,12 +372,12 @@ class Profiler:
     ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, list[float]]]]:
         curvature: dict[str, dict[str, list[float]]] = {}
         moves: dict[str, dict[str, list[float]]] = {}
-        config = self.layout.inventory.config
+        dimensions = self.layout.inventory.dimensions
         for name, group in self.layout.groups.items():
             experts = allocation.retained_experts[group.layer or 0] if group.role.is_expert else ()
             weights = group_weights(self.layout, group)
             weights = weights[list(experts)] if experts else weights
-            held = destination(self.swap.model, config, group).cpu().numpy()
+            held = destination(self.swap.model, dimensions, group).cpu().numpy()
             tangent = found.tangent(group, held - weights, experts)
             curvature[name], moves[name] = {}, {}
             self.encodings.release()

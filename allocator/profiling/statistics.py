@@ -120,7 +120,7 @@ class _Experts:
 
 def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
     """Hooks that feed `sums` for every group that is no routed expert."""
-    config = layout.inventory.config
+    heads, latent = layout.inventory.dimensions.heads, layout.inventory.dimensions.latent
     handles = []
 
     def on_input(name: str) -> Callable[..., None]:
@@ -128,8 +128,9 @@ def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any
 
     def on_q(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
-            sums[name].add(output.reshape(-1, heads, output.shape[-1] // heads)[..., :nope], heads)
+            assert latent is not None, name
+            by_head = output.reshape(-1, heads, output.shape[-1] // heads)
+            sums[name].add(by_head[..., : latent.nope], heads)
 
         return hook
 
@@ -139,7 +140,8 @@ def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any
         sums[group.name] = _MeanSquare()
         if group.role is Role.K_B:  # multiplies the query's part without rotation
             attention = model.model.layers[group.layer].self_attn
-            q = attention.q_proj if config.get("q_lora_rank") is None else attention.q_b_proj
+            whole = latent is not None and latent.q_rank is None
+            q = attention.q_proj if whole else attention.q_b_proj
             handles.append(q.register_forward_hook(on_q(group.name)))
         else:
             module = _reader(model, group)
@@ -300,7 +302,7 @@ def _continued(kept: LayerFiles, states: States, layers_sums: Sequence[_LayerSum
 
 def _of_layers(layout: Layout) -> dict[int, _Experts]:
     inventory = layout.inventory
-    hidden = int(inventory.config["hidden_size"])
+    hidden = inventory.dimensions.hidden
     return {
         layer: _Experts(
             inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]

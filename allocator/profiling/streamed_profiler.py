@@ -165,7 +165,7 @@ class StreamedProfiler(Profiler):
     @property
     def side_by_side(self) -> int:
         """Changes in one pass."""
-        width = int(self.layout.inventory.config["hidden_size"])
+        width = self.layout.inventory.dimensions.hidden
         state_bytes = 4 * width * self._tokens(self.inputs.n_measured)
         return max(SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
 

@@ -13,13 +13,14 @@ that are decoded and rotated back.
 token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from allocator.codecs import codec_of
+from allocator.families import Dimensions
 from allocator.formats import Format
 from allocator.targets import CacheRows, Target
 
@@ -44,17 +45,16 @@ class KeysValues:
     """Stands in for the cache of a transformers model, and stores nothing.
 
     Args:
-        config: the checkpoint's.
+        dimensions: the checkpoint's.
         keys: how the runtime stores keys.
         values: how the runtime stores values.
     """
 
-    def __init__(self, config: Mapping[str, Any], keys: CacheRows, values: CacheRows) -> None:
+    def __init__(self, dimensions: Dimensions, keys: CacheRows, values: CacheRows) -> None:
         self._keys, self._values = keys, values
-        self._config = config
-        self._latent = "kv_lora_rank" in config
+        self._latent = dimensions.latent
         self._rotations = [
-            hadamard(rows.rotation) if rows.rotation and not self._latent else None
+            hadamard(rows.rotation) if rows.rotation and self._latent is None else None
             for rows in (keys, values)
         ]
 
@@ -69,13 +69,13 @@ class KeysValues:
             values: of the same shape; of latent attention, the keys with a position, one head.
             layer_idx: the layer; transformers passes it.
         """
-        if not self._latent:
+        if self._latent is None:
             return (
                 _stored(keys, self._keys.fmt, self._rotations[0]),
                 _stored(values, self._values.fmt, self._rotations[1]),
             )
         latent, placed = keys, values
-        apart = self._config.get("rope_interleave", True)  # transformers pulls the pairs apart
+        apart = self._latent.interleaved  # transformers pulls the pairs apart
         half = placed.shape[-1] // 2
         if apart:
             placed = placed.reshape(*placed.shape[:-1], 2, half).transpose(-1, -2).flatten(-2)
@@ -100,20 +100,16 @@ class KeysValues:
         return query_length, 0
 
 
-def _head_size(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def keys_values(target: Target, config: Mapping[str, Any], kv_format: str) -> KeysValues | None:
+def keys_values(target: Target, dimensions: Dimensions, kv_format: str) -> KeysValues | None:
     """Builds what `attach` takes; None where the runtime stores 16-bit floats, which are exact.
 
     Args:
         target: whose runtime stores the keys and values.
-        config: the checkpoint's.
+        dimensions: the checkpoint's.
         kv_format: as in `RuntimeSettings`.
     """
-    keys, values = target.cache_rows(kv_format, _head_size(config))
-    return None if keys.fmt is values.fmt is None else KeysValues(config, keys, values)
+    keys, values = target.cache_rows(kv_format, dimensions.head)
+    return None if keys.fmt is values.fmt is None else KeysValues(dimensions, keys, values)
 
 
 def attach(model: Any, current: Callable[[], KeysValues | None]) -> None:

@@ -127,7 +127,7 @@ class StreamedModel:
             [documents[i] for i in batch]
             for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
         ]
-        width = int(self.inventory.config["hidden_size"])
+        width = self.inventory.dimensions.hidden
         return LayerFiles(folder, chosen, width, self.device, of)
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
@@ -225,7 +225,7 @@ class StreamedModel:
         """Installs everything of a layer but its routed experts."""
         if candidate.kv_format not in self._keys_values:
             target = target_named(self.layout.target)
-            made = keys_values(target, self.inventory.config, candidate.kv_format)
+            made = keys_values(target, self.inventory.dimensions, candidate.kv_format)
             self._keys_values[candidate.kv_format] = made
         self._kept_as = self._keys_values[candidate.kv_format]
         retained = candidate.retained_experts.get(layer)
@@ -236,7 +236,7 @@ class StreamedModel:
             if not group.role.is_expert:
                 values = self.weights.of(candidate, group)
                 if group.role in (Role.K_B, Role.V_B):  # halves of one matrix
-                    install(self.model, self.inventory.config, group, values)
+                    install(self.model, self.inventory.dimensions, group, values)
                 else:
                     place(self.model, group, values)
         for tensor in self._full_precision[layer]:
@@ -510,9 +510,8 @@ class StreamedScorer(Documents):
 
     def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
         """Documents of which `n` distributions fit in memory at once; at least one."""
-        most = max(
-            1, self._logits_bytes // (4 * n * int(self.model.inventory.config["vocab_size"]))
-        )
+        vocabulary = self.model.inventory.dimensions.vocabulary
+        most = max(1, self._logits_bytes // (4 * n * vocabulary))
         first = start
         while first < stop:
             last, n_tokens = first + 1, len(self.documents[first].ids)

@@ -8,7 +8,7 @@ own router code, and the weights are the decoded ones of the file.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
-from allocator.families import Role
+from allocator.families import Dimensions, Role
+from allocator.families.config import plain_skeleton
 from allocator.formats import parts
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
 from allocator.scoring.documents import Document
@@ -49,11 +50,7 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        for key in ("n_group", "topk_group"):  # null stands for no groups
-            if getattr(config, key, 1) is None:
-                setattr(config, key, 1)
+        plain_skeleton(config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
@@ -170,13 +167,13 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def destination(model: Any, config: Mapping[str, Any], group: Group) -> torch.Tensor:
+def destination(model: Any, dimensions: Dimensions, group: Group) -> torch.Tensor:
     """Returns a view of a group's memory in the model, `group.shape_with(retained)`."""
-    return view_of(lambda name: parameter_of(model, name), config, group)
+    return view_of(lambda name: parameter_of(model, name), dimensions, group)
 
 
 def view_of(
-    tensor_of: Callable[[str], torch.Tensor], config: Mapping[str, Any], group: Group
+    tensor_of: Callable[[str], torch.Tensor], dimensions: Dimensions, group: Group
 ) -> torch.Tensor:
     """Returns a view, with a group's shape, of a parameter or of something of its shape."""
     if group.role.is_expert:
@@ -188,19 +185,20 @@ def view_of(
         return fused[:, :half] if group.role is Role.EXPERT_GATE else fused[:, half:]
     weight = tensor_of(group.sources[0])
     if group.role in (Role.K_B, Role.V_B):
-        heads, nope = int(config["num_attention_heads"]), int(config["qk_nope_head_dim"])
-        halves = weight.view(heads, -1, weight.shape[-1])
+        assert dimensions.latent is not None, group.name
+        nope = dimensions.latent.nope
+        halves = weight.view(dimensions.heads, -1, weight.shape[-1])
         return halves[:, :nope].transpose(1, 2) if group.role is Role.K_B else halves[:, nope:]
     return weight
 
 
-def install(model: Any, config: Mapping[str, Any], group: Group, values: Floats) -> None:
+def install(model: Any, dimensions: Dimensions, group: Group, values: Floats) -> None:
     """Puts a group's values, `group.shape_with(retained)`, into the model.
 
     Raises:
         CheckpointError: if the architecture has another shape there.
     """
-    _fill(destination(model, config, group), values, group.name)
+    _fill(destination(model, dimensions, group), values, group.name)
 
 
 def place(model: Any, group: Group, values: Floats) -> None:
@@ -218,18 +216,18 @@ def place(model: Any, group: Group, values: Floats) -> None:
 
 
 def install_experts(
-    model: Any, config: Mapping[str, Any], group: Group, values: Floats, places: Sequence[int]
+    model: Any, dimensions: Dimensions, group: Group, values: Floats, places: Sequence[int]
 ) -> None:
     """Puts some experts of a routed projection, `(len(places), out, in)`, into the model.
 
     Args:
         model: where to.
-        config: the checkpoint's.
+        dimensions: the checkpoint's.
         group: the projection.
         values: one matrix per expert.
         places: where each stands among those that its layer retains.
     """
-    view = destination(model, config, group)
+    view = destination(model, dimensions, group)
     for place, matrix in zip(places, values, strict=True):
         _fill(view[place], matrix, group.name)
 
@@ -288,7 +286,7 @@ def check_names(model: Any, layout: Layout) -> None:
             )
     for group in layout.groups.values():
         try:
-            held = view_of(lambda name: _existing(model, name), layout.inventory.config, group)
+            held = view_of(lambda name: _existing(model, name), layout.inventory.dimensions, group)
             shape = tuple(held.shape)
         except RuntimeError:  # of another size altogether
             shape = tuple(_existing(model, group.sources[0]).shape)
@@ -437,10 +435,10 @@ class SwapModel:
             if fmt is None:
                 values = group_weights(self.layout, group)
                 values = values if held is None else values[list(held)]
-                install(self.model, self.inventory.config, group, values)
+                install(self.model, self.inventory.dimensions, group, values)
             elif held is None:
                 values = decoded(name, fmt, None)
-                install(self.model, self.inventory.config, group, values)
+                install(self.model, self.inventory.dimensions, group, values)
             else:
                 before = before if digest == candidate.weights_digest else ""
                 self._put_experts(group, before, fmt, held, decoded)
@@ -450,7 +448,7 @@ class SwapModel:
         set_experts_used(self.model, self.layout.layers, self.experts_used)
         if candidate.kv_format != self.kv_format:
             self._keys_values = keys_values(
-                target_named(self.layout.target), self.inventory.config, candidate.kv_format
+                target_named(self.layout.target), self.inventory.dimensions, candidate.kv_format
             )
             self.kv_format = candidate.kv_format
 
@@ -484,7 +482,7 @@ class SwapModel:
             if new:
                 values = decoded(group.name, fmt.name, new)
                 places = [held.index(e) for e in new]
-                install_experts(self.model, self.inventory.config, group, values, places)
+                install_experts(self.model, self.inventory.dimensions, group, values, places)
 
     def _retain(self, layer: int, experts: tuple[int, ...]) -> None:
         self.retained.pop(layer, None)  # nothing is known if what follows fails

@@ -19,7 +19,7 @@ def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats
     Args:
         weight: `(heads * (nope + value), rank)`.
         heads: attention heads.
-        nope: `qk_nope_head_dim`.
+        nope: rows of a head's keys without rotation.
 
     Returns:
         `k_b` `(heads, rank, nope)` and `v_b` `(heads, value, rank)`.
@@ -39,11 +39,12 @@ def group_weights(layout: Layout, group: Group) -> Floats:
     """Returns all weights of a group, `group.shape`, every expert included, float32."""
     inventory = layout.inventory
     if group.role in (Role.K_B, Role.V_B):
-        config = inventory.config
+        latent = inventory.dimensions.latent
+        assert latent is not None, group.name
         halves = split_kv_b(
             read_tensor(inventory, group.sources[0]),
-            heads=int(config["num_attention_heads"]),
-            nope=int(config["qk_nope_head_dim"]),
+            heads=inventory.dimensions.heads,
+            nope=latent.nope,
         )
         return halves[group.role is Role.V_B]
     if group.role.is_expert:

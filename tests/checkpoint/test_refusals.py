@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main
 from allocator.errors import CheckpointError
-from allocator.families import FAMILIES
+from allocator.families import family_of
 
 torch.set_num_threads(1)
 AT = "model.layers.0."
@@ -325,7 +325,7 @@ def test_stacked_experts_split_as_we_say_are_the_checkpoint(tmp_path, checkpoint
 @pytest.mark.parametrize("name", ["deepseek", "qwen3"])
 def test_null_is_refused_where_transformers_refuses_it(tmp_path, checkpoints, name):
     config = json.loads((checkpoints[name] / "config.json").read_text())
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config)
     refused = set()
     for key in config:
         (tmp_path / "config.json").write_text(json.dumps(config | {key: None}))

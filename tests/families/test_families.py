@@ -6,17 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.errors import CheckpointError
-from allocator.families import (
-    DEEPSEEK_V3,
-    FAMILIES,
-    GPT_OSS,
-    MIXTRAL,
-    PLANNED,
-    QWEN3_MOE,
-    Role,
-    family_of,
-    planned_family_of,
-)
+from allocator.families import Role, Support, families, family_of, planned_family_of
 
 ARCHITECTURES = {
     "deepseek2": MODEL_ARCH.DEEPSEEK2,
@@ -25,18 +15,22 @@ ARCHITECTURES = {
     "gpt-oss": MODEL_ARCH.GPT_OSS,
 }
 
+DEEPSEEK_V3, QWEN3_MOE = families(Support.READ)
 
-@pytest.mark.parametrize("family", PLANNED.values(), ids=lambda f: f.model_type)
+
+@pytest.mark.parametrize("family", families(), ids=lambda f: f.model_type)
 def test_gguf_names_are_llama_cpps(family):
-    known = MODEL_TENSORS[ARCHITECTURES[family.gguf_architecture]]
+    known = MODEL_TENSORS[ARCHITECTURES[family.for_gguf().architecture]]
     names = {TENSOR_NAMES[kind].replace("{bid}", "{layer}") for kind in known}
     for rule in family.rules:
         stem = rule.gguf.removesuffix(".weight").removesuffix(".bias")
         # the common rules hold a few that only the other family uses
         assert stem in names or rule.role in (Role.Q, Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+    for half in family.for_gguf().halves:
+        assert half.name.removesuffix(".weight") in names
 
 
-@pytest.mark.parametrize("family", PLANNED.values(), ids=lambda f: f.model_type)
+@pytest.mark.parametrize("family", families(), ids=lambda f: f.model_type)
 @given(layer=st.integers(0, 999_999), expert=st.integers(0, 999_999))
 def test_a_pattern_matches_what_it_makes(family, layer, expert):
     for rule in family.rules:
@@ -83,8 +77,8 @@ def test_family_of():
 
 
 def test_planned_families_are_for_planning_alone():
-    assert set(PLANNED) - set(FAMILIES) == {"mixtral", "gpt_oss"}
-    for family in (MIXTRAL, GPT_OSS):
+    assert {f.model_type for f in families(Support.PLANNED)} == {"mixtral", "gpt_oss"}
+    for family in families(Support.PLANNED):
         config = {"model_type": family.model_type}
         assert planned_family_of(config) is family
         with pytest.raises(

@@ -60,7 +60,7 @@ def candidate(layout, n_experts=6):
 
 def held_of(swap, group):
     """What the model holds of a group."""
-    return destination(swap.model, swap.inventory.config, group).detach().clone().numpy()
+    return destination(swap.model, swap.inventory.dimensions, group).detach().clone().numpy()
 
 
 def random_change(values, seed=0, scale=0.05):
@@ -321,13 +321,13 @@ def test_the_slope_is_plain_autograds(case, name, target):
         held = held_of(the.swap, group)
         change = random_change(held, seed)
         before = {n: p.clone() for n, p in the.swap.model.named_parameters()}
-        install(the.swap.model, the.layout.inventory.config, group, held + change)
+        install(the.swap.model, the.layout.inventory.dimensions, group, held + change)
         parts = {
             n: gradients[n] * (p - before[n]).double()
             for n, p in the.swap.model.named_parameters()
             if not torch.equal(p, before[n])
         }
-        install(the.swap.model, the.layout.inventory.config, group, held)
+        install(the.swap.model, the.layout.inventory.dimensions, group, held)
         assert len(parts) == 1
         (products,) = parts.values()
         expected = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
@@ -357,18 +357,18 @@ def test_the_slope_is_what_the_loss_does(case, name, target):
     """Central differences of the scorer's KL, along steps that send no token elsewhere."""
     the = case(name, target)
     found = measured_slope(the)
-    config, checked = the.layout.inventory.config, 0
+    dimensions, checked = the.layout.inventory.dimensions, 0
     _, routing = loss_and_routing(the)
     for group in the.layout.groups.values():
         held = held_of(the.swap, group)
         change = random_change(held, seed=1, scale=1e-3)
         losses = []
         for sign in (1, -1):
-            install(the.swap.model, config, group, held + np.float32(sign) * change)
+            install(the.swap.model, dimensions, group, held + np.float32(sign) * change)
             loss, there = loss_and_routing(the)
             if torch.equal(there, routing):
                 losses.append(loss)
-        install(the.swap.model, config, group, held)
+        install(the.swap.model, dimensions, group, held)
         if len(losses) == 2:
             slope = sum(found.slope(group, change))
             difference = (losses[0] - losses[1]) / 2
@@ -403,9 +403,9 @@ def test_a_small_change_loses_its_price(case, name, groups):
         held, losses, prices = held_of(the.swap, group), [], []
         for seed in range(4):
             change = random_change(held, seed, scale=1e-3)
-            install(the.swap.model, the.layout.inventory.config, group, held + change)
+            install(the.swap.model, the.layout.inventory.dimensions, group, held + change)
             loss, there = loss_and_routing(the)
-            install(the.swap.model, the.layout.inventory.config, group, held)
+            install(the.swap.model, the.layout.inventory.dimensions, group, held)
             if torch.equal(there, routing):
                 losses.append(loss)
                 prices += [c.price(group, change, ())[0] for c in found]

@@ -463,7 +463,7 @@ def test_around_is_the_curvature_and_the_slope_there(inputs, near):
         kept = RETAINED[group.layer] if group.role.is_expert else ()
         weights = group_weights(layout, group)
         weights = weights[list(kept)] if kept else weights
-        held = destination(swap.model, layout.inventory.config, group).numpy().copy()
+        held = destination(swap.model, layout.inventory.dimensions, group).numpy().copy()
         decoded = profiler.encodings.decoded(name, fmt, kept or None)
         curvature = there.price(group, decoded - weights, kept)
         step = np.add(there.price(group, decoded - held, kept), there.slope(group, decoded - held))

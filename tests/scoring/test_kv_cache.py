@@ -60,7 +60,7 @@ def opened(reference, make_checkpoint, tmp_path_factory):
             importance=importance_digest({}),
         )
         rng = np.random.default_rng(0)
-        ids = rng.integers(int(inventory.config["vocab_size"]), size=(N_DOCUMENTS, LENGTH))
+        ids = rng.integers(inventory.dimensions.vocabulary, size=(N_DOCUMENTS, LENGTH))
         documents = [Document(tuple(map(int, row)), "x") for row in ids]
         made[name] = layout, encodings, whole, folder / "gguf" / "model.gguf", documents
         return made[name]
@@ -123,9 +123,9 @@ def test_hadamard_is_its_own_inverse(n):
 
 
 def test_gradients_pass_as_if_nothing_had_happened(opened):
-    config = opened("head 64")[0].inventory.config
+    dimensions = opened("head 64")[0].inventory.dimensions
     keys = torch.randn(1, 2, 5, 64, requires_grad=True)
-    found, values = keys_values(GGUF, config, "q4_0/q8_0").update(keys, keys, 0)
+    found, values = keys_values(GGUF, dimensions, "q4_0/q8_0").update(keys, keys, 0)
     wide, narrow = (float((x - keys).detach().abs().max()) for x in (values, found))
     assert 0 < wide < narrow
     found.sum().backward()
@@ -133,9 +133,9 @@ def test_gradients_pass_as_if_nothing_had_happened(opened):
 
 
 def test_f16_is_what_models_compute_already(opened):
-    config = opened("head 64")[0].inventory.config
-    assert keys_values(GGUF, config, "f16") is None
-    assert keys_values(GGUF, config, "f16/q8_0") is not None
+    dimensions = opened("head 64")[0].inventory.dimensions
+    assert keys_values(GGUF, dimensions, "f16") is None
+    assert keys_values(GGUF, dimensions, "f16/q8_0") is not None
 
 
 @pytest.mark.parametrize("name", ["latent", "head 64"])

@@ -61,7 +61,7 @@ def write_gguf(path: Path, layout: Layout, allocation: Allocation, source: GgufS
 
 
 def _write(path: Path, layout: Layout, allocation: Allocation, source: GgufSource) -> None:
-    writer = GGUFWriter(path, layout.inventory.family.gguf_architecture)
+    writer = GGUFWriter(path, layout.inventory.family.for_gguf().architecture)
     try:
         _add_metadata(writer, layout, allocation)
         shapes = _add_tensors(writer, layout, allocation)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from allocator.decision.allocation import KV_FORMAT, Allocation
 from allocator.errors import FormatError
+from allocator.families.gguf import yarn_options
 from allocator.formats import FORMATS
 from allocator.targets import Layout
-from allocator.targets.gguf.contract import yarn_options
 from allocator.targets.gguf.memory import kv_parts
 from allocator.targets.gguf.metadata import yarn_betas
 

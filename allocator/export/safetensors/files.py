@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError
 from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
+from allocator.families.config import with_encoding
 from allocator.targets import Layout
 from allocator.targets.safetensors import entries, header
 
@@ -68,11 +68,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
     """Writes config.json with the allocation, and copies what a runtime needs beside it."""
     inventory = layout.inventory
-    config: dict[str, Any] = dict(inventory.config)
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        "allocation": allocation.to_json(),
-    }
+    described = {"quant_method": QUANT_METHOD, "allocation": allocation.to_json()}
+    config = with_encoding(inventory.config, described)
     (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in carried_files(inventory.path):
         (place / name).parent.mkdir(exist_ok=True)

@@ -21,7 +21,8 @@ from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError
 from allocator.export.safetensors.files import FILE_NAME, QUANT_METHOD
-from allocator.families import Role, family_of
+from allocator.families import Dimensions, Role, family_of
+from allocator.families.config import encoding
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.kv_cache import attach, keys_values
@@ -59,7 +60,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config") or {}
+    quantization = encoding(config)
     if quantization.get("quant_method") != QUANT_METHOD:
         raise VerifyError(
             f"{folder}: config.json has quant_method {quantization.get('quant_method')!r}, needed "
@@ -71,7 +72,8 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
     set_experts_used(model, layers, allocation.experts_used)
-    stored = keys_values(target_named(allocation.target), config, allocation.kv_format)
+    dimensions = family_of(config).dimensions(config)
+    stored = keys_values(target_named(allocation.target), dimensions, allocation.kv_format)
     if stored is not None:
         attach(model, lambda: stored)
     try:
@@ -85,10 +87,10 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     for module_name, part in parts.items():
         module = model.get_submodule(module_name)
         if dense:
-            _fill(model, config, part)
+            _fill(model, dimensions, part)
         else:
             _empty(model, part)
-            module.register_forward_pre_hook(lambda *_, part=part: _fill(model, config, part))
+            module.register_forward_pre_hook(lambda *_, part=part: _fill(model, dimensions, part))
             module.register_forward_hook(lambda *_, part=part: _empty(model, part))
     if dense and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -189,13 +191,13 @@ def _set(model: Any, name: str, values: torch.Tensor) -> None:
         module._parameters[attribute] = nn.Parameter(values, requires_grad=False)
 
 
-def _fill(model: Any, config: Mapping[str, Any], part: _Part) -> None:
+def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
     with torch.no_grad():
         for name, shape in part.shapes.items():
             kept = part.full_precision.get(name)
             _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
         for group, fmt, data, places in part.groups:
-            view = destination(model, config, group)
+            view = destination(model, dimensions, group)
             _decode_into(view if places is None else [view[i] for i in places], fmt, data)
 
 

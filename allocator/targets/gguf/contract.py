@@ -6,11 +6,11 @@ multi-head latent attention stores `k_b` (transposed: rows of `qk_nope_head_dim`
 `kv_lora_rank`) in place of `kv_b`; tensor data contiguous, each padded to 32 bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import FAMILIES, Role
+from allocator.families import Half, Role
 from allocator.formats.ggml import CODEC
 from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
@@ -27,7 +27,6 @@ from allocator.targets.gguf.metadata import (
     hyperparameters,
     metadata,
     metadata_bytes,
-    yarn_betas,
 )
 from allocator.targets.gguf.tokenizer import check_tokenizer
 from allocator.targets.layout import (
@@ -41,9 +40,6 @@ from allocator.targets.layout import (
 
 _MOST_AT_ONCE = 1 << 20  # tokens of a micro-batch: beyond any buffer
 _HEADER = 4 + 4 + 8 + 8  # magic, version, number of tensors, number of metadata pairs
-_WITHOUT_Q_LORA = {26: None, 27: None, 48: 128_256}
-"""Layers, and rows of the embedding, by which llama.cpp tells deepseek2 models without q_lora_rank
-apart from the others; None: any."""
 
 
 class GgufTarget(Target):
@@ -65,22 +61,23 @@ class GgufTarget(Target):
             TargetError: if stock llama.cpp would not load the model, or not compute it rightly.
         """
         _check(inventory)
-        family = inventory.family
+        family, gguf = inventory.family, inventory.family.for_gguf()
         names = {
             t.name: family.gguf_name(t.role, t.layer)
             for t in inventory.tensors.values()
             if t.role.is_encoded
         }
-        groups = plain_groups(inventory, names, skip=(Role.KV_B,), codecs=self.codecs)
-        for layer in range(inventory.n_layers):
-            for tensor in inventory.of_role(Role.KV_B, layer):
-                groups += _halves(inventory, tensor, layer)
+        groups = plain_groups(
+            inventory, names, skip={half.of for half in gguf.halves}, codecs=self.codecs
+        )
+        for half in gguf.halves:
+            groups += _halves(inventory, half)
         kept = tuple(
             FullPrecision(t.name, _kept_name(inventory, t), t.role, t.layer, t.shape, "F32")
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
-        notes = (*inventory.notes, *_told(inventory))
+        notes = (*inventory.notes, *gguf.notes(family.text_config(inventory.config)))
         return Layout(self.name, inventory, in_file_order(groups), kept, notes)
 
     def header_bytes(
@@ -166,71 +163,43 @@ class GgufTarget(Target):
 
 
 def _check(inventory: Inventory) -> None:
-    if inventory.family.model_type not in FAMILIES:  # planned: no file is written
+    gguf = inventory.family.for_gguf()
+    if gguf.hyperparameters is None:  # planned: no file is written
         return
-    config, vocab = inventory.config, inventory.of_role(Role.EMBEDDING)[0].shape[0]
-    if (
-        inventory.family.model_type == "deepseek_v3"
-        and config.get("q_lora_rank") is None
-        and _WITHOUT_Q_LORA.get(inventory.n_layers, 0) not in (None, vocab)
-    ):
-        raise TargetError(
-            "gguf: llama.cpp loads a deepseek2 model without q_lora_rank only with 26 or 27 "
-            f"layers, or with 48 and 128,256 tokens; got {inventory.n_layers} layers and "
-            f"{vocab:,} tokens; use target safetensors"
-        )
-    if inventory.family.model_type == "deepseek_v3" and not config.get("rope_interleave", True):
-        raise TargetError(
-            "gguf: llama.cpp rotates interleaved pairs in deepseek2, config.json says "
-            "rope_interleave = false; use target safetensors"
-        )
+    gguf.check(inventory.facts)
     hyperparameters(inventory, n_experts=inventory.n_experts, experts_used=inventory.experts_used)
 
 
-def _told(inventory: Inventory) -> tuple[str, ...]:
-    """A line on what no file can tell llama.cpp."""
-    if inventory.family.model_type not in FAMILIES or (betas := yarn_betas(inventory)) is None:
-        return ()
-    return (
-        f"llama.cpp must be told {yarn_options(betas)}: its loader of "
-        f"{inventory.family.gguf_architecture} does not read YaRN's betas from the file, and would "
-        "compute with 32 and 1",
-    )
-
-
-def yarn_options(betas: tuple[float, float]) -> str:
-    """Writes the options that tell llama.cpp's programs of YaRN's `(fast, slow)` betas."""
-    fast, slow = betas
-    return f"--yarn-beta-fast {fast:g} --yarn-beta-slow {slow:g}"
-
-
-def _halves(inventory: Inventory, kv_b: TensorInfo, layer: int) -> list[Group]:
-    config = inventory.config
-    heads, rank = int(config["num_attention_heads"]), int(config["kv_lora_rank"])
-    nope, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
-    if kv_b.shape != (heads * (nope + value), rank):
-        raise CheckpointError(
-            f"{inventory.path}: {kv_b.name} has shape {kv_b.shape}, config.json says "
-            f"{heads} heads x ({nope} + {value}) by {rank}; fetch the checkpoint again"
-        )
-    return [
-        Group(
-            name=f"layers.{layer}.{role}",
-            role=role,
-            layer=layer,
-            shape=shape,
-            sources=(kv_b.name,),
-            stored_as=inventory.family.gguf_name(role, layer),
-            codecs=(CODEC,),
-        )
-        for role, shape in ((Role.K_B, (heads, rank, nope)), (Role.V_B, (heads, value, rank)))
-    ]
+def _halves(inventory: Inventory, half: Half) -> Iterator[Group]:
+    """Groups of one half of latent attention's `kv_b`, layer by layer."""
+    dimensions = inventory.dimensions
+    latent, heads = dimensions.latent, dimensions.heads
+    assert latent is not None
+    shapes = {Role.K_B: (latent.rank, latent.nope), Role.V_B: (latent.value, latent.rank)}
+    for layer in range(inventory.n_layers):
+        for kv_b in inventory.of_role(half.of, layer):
+            if kv_b.shape != (heads * (latent.nope + latent.value), latent.rank):
+                raise CheckpointError(
+                    f"{inventory.path}: {kv_b.name} has shape {kv_b.shape}, config.json says "
+                    f"{heads} heads x ({latent.nope} + {latent.value}) by {latent.rank}; fetch "
+                    "the checkpoint again"
+                )
+            yield Group(
+                name=f"layers.{layer}.{half.role}",
+                role=half.role,
+                layer=layer,
+                shape=(heads, *shapes[half.role]),
+                sources=(kv_b.name,),
+                stored_as=half.name.format(layer=layer),
+                codecs=(CODEC,),
+            )
 
 
 def _kept_name(inventory: Inventory, tensor: TensorInfo) -> str:
-    found = inventory.family.match(tensor.name)
-    assert found is not None
-    return found[0].gguf.format(layer=tensor.layer)
+    match = inventory.family.match(tensor.name)
+    assert match is not None
+    assert match[0].gguf is not None
+    return match[0].gguf.format(layer=tensor.layer)
 
 
 GGUF = GgufTarget()

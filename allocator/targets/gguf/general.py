@@ -11,6 +11,7 @@ from gguf import GGUFValueType
 from allocator.checkpoint.inventory import Inventory, read_json
 from allocator.errors import CheckpointError
 from allocator.families import Role
+from allocator.families.config import hub_name
 from allocator.targets.gguf.fields import Field
 
 _TEXT, _WHOLE, _REAL = GGUFValueType.STRING, GGUFValueType.INT32, GGUFValueType.FLOAT32
@@ -37,9 +38,8 @@ def general_name(inventory: Inventory) -> str:
     llama.cpp's converter takes the directory's name too. Ours may not: whoever rebuilds a file from
     a checkpoint in another place must get the same bytes.
     """
-    told = inventory.config.get("_name_or_path")
-    if isinstance(told, str) and told.count("/") == 1 and told[0] not in "./":
-        return told.split("/")[1] or told
+    if (name := hub_name(inventory.config)) is not None:
+        return name
     counted = (t for t in inventory.tensors.values() if t.role is not Role.NEXTN)
     return f"{inventory.family.model_type} {_size(sum(prod(t.shape) for t in counted))}"
 

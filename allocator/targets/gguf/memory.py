@@ -14,14 +14,12 @@ taken as with swa_full = false, the default of llama-server and llama-cli and wh
 for; the library's own default, true, would give it as many cells as the first.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
-from allocator.families import Role
+from allocator.families import Role, Scoring
 from allocator.formats import FORMATS
 from allocator.targets.gguf.graph import Graph, Tensor, padded
 from allocator.targets.layout import CacheRows
@@ -37,7 +35,6 @@ TOKEN_BYTES = 512
 
 _CELLS = 256  # a stream of the cache is a multiple of it
 _LEAST_ROTATION = 64
-_ALTERNATING = ("sliding_attention", "full_attention")
 
 
 # -- the cache
@@ -119,11 +116,11 @@ def _n_tokens(micro_batch: int, context: int, sequences: int) -> int:
 
 def _kv_bytes(d: "_Dims", kv_format: str) -> tuple[int, ...]:
     """Bytes of a cell in a layer, keys and values."""
-    rows = zip(kv_parts(kv_format), _rows(d, kv_format), strict=True)
+    rows = zip(kv_parts(kv_format), _cell_rows(d, kv_format), strict=True)
     return tuple(_row_bytes(fmt, heads, width) for fmt, (heads, width) in rows)
 
 
-def _rows(dims: "_Dims", kv_format: str) -> tuple[tuple[int, int], tuple[int, int]]:
+def _cell_rows(dims: "_Dims", kv_format: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Heads and their width in a row of keys and in one of values."""
     if not dims.rank:
         return (dims.kv_heads, dims.head), (dims.kv_heads, dims.head)
@@ -290,6 +287,7 @@ class _Dims:
     kv_heads: int
     head: int
     window: int
+    sliding: frozenset[int]
     q_rank: int
     rank: int
     nope: int
@@ -307,54 +305,45 @@ class _Dims:
     has_scale: bool
 
     def slides(self, layer: int) -> bool:
-        """Whether a layer has the sliding window (llama-hparams.cpp, `set_swa_pattern(2)`)."""
-        return self.window > 0 and layer % 2 == 0
+        """Returns whether a layer has the sliding window."""
+        return layer in self.sliding
 
 
 def _dims(inventory: Inventory) -> _Dims:
-    config, architecture = inventory.config, inventory.family.gguf_architecture
-    mla, windows = architecture == "deepseek2", architecture == "gpt-oss"
-    heads = int(config["num_attention_heads"])
-    head = config.get("head_dim") or int(config["hidden_size"]) // heads
-    expert = inventory.of_role(Role.EXPERT_UP, inventory.moe_layers[0])[0].shape[0]
-    scale = float(config.get("routed_scaling_factor") or 0) if mla else 0
+    dimensions, router, family = inventory.dimensions, inventory.router, inventory.family
+    latent, first = dimensions.latent, inventory.moe_layers[0]
+    window = family.for_gguf().window(family.text_config(inventory.config), inventory.n_layers)
     return _Dims(
         n_layers=inventory.n_layers,
-        hidden=int(config["hidden_size"]),
-        vocab=inventory.of_role(Role.EMBEDDING)[0].shape[0],
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head=int(head),
-        window=_window(config) if windows else 0,
-        q_rank=int(config.get("q_lora_rank") or 0) if mla else 0,
-        rank=int(config["kv_lora_rank"]) if mla else 0,
-        nope=int(config["qk_nope_head_dim"]) if mla else 0,
-        rope=int(config["qk_rope_head_dim"]) if mla else 0,
-        value=int(config["v_head_dim"]) if mla else int(head),
-        first_moe=inventory.moe_layers[0],
-        dense=int(config.get("intermediate_size") or 0),
-        expert=expert,
-        shared=expert * int(config.get("n_shared_experts") or 0) if mla else 0,
-        groups=inventory.expert_groups,
-        groups_used=inventory.expert_groups_used,
-        has_bias=mla and bool(inventory.of_role(Role.ROUTER_BIAS, inventory.moe_layers[0])),
-        has_norm=bool(config.get("norm_topk_prob", True)),
-        has_late_softmax=windows,
-        has_scale=scale not in (0, 1),
+        hidden=dimensions.hidden,
+        vocab=inventory.facts.vocabulary,
+        heads=dimensions.heads,
+        kv_heads=dimensions.kv_heads,
+        head=dimensions.head,
+        window=window.tokens,
+        sliding=window.layers,
+        q_rank=0 if latent is None else latent.q_rank or 0,
+        rank=0 if latent is None else latent.rank,
+        nope=0 if latent is None else latent.nope,
+        rope=0 if latent is None else latent.rope,
+        value=dimensions.head if latent is None else latent.value,
+        first_moe=first,
+        dense=_rows(inventory, Role.MLP_UP, 0),
+        expert=_rows(inventory, Role.EXPERT_UP, first),
+        shared=_rows(inventory, Role.SHARED_UP, first),
+        groups=router.groups,
+        groups_used=router.groups_used,
+        has_bias=router.selection_bias,
+        has_norm=router.normalizes,
+        has_late_softmax=router.scoring is Scoring.SOFTMAX_OF_CHOSEN,
+        has_scale=router.scale not in (0, 1),
     )
 
 
-def _window(config: Mapping[str, Any]) -> int:
-    window, kinds = config.get("sliding_window"), config.get("layer_types") or _ALTERNATING
-    if type(window) is not int or window < 1:
-        raise TargetError(f"gguf: sliding_window is {window!r}, needed a number from 1")
-    listed = isinstance(kinds, (list, tuple))
-    if not listed or any(kind != _ALTERNATING[layer % 2] for layer, kind in enumerate(kinds)):
-        raise TargetError(
-            "gguf: llama.cpp gives gpt-oss a sliding window in every other layer, from the first "
-            "on; config.json has other layer_types"
-        )
-    return window
+def _rows(inventory: Inventory, role: Role, layer: int) -> int:
+    """Rows of the matrices of a role in a layer; 0 if it has none."""
+    matrices = inventory.of_role(role, layer)
+    return matrices[0].shape[0] if matrices else 0
 
 
 # -- the graph, line by line: llama-graph.cpp and, in models/, deepseek2.cpp, qwen3moe.cpp,

@@ -300,7 +300,7 @@ def write_planned(folder, config, n_experts, fmt):
     """A file of a family that we only plan, by gguf-py; its zeros are a hole."""
     path, inventory = folder / "model.gguf", planned_inventory(config)
     layout = GGUF.layout(inventory)
-    writer = GGUFWriter(path, inventory.family.gguf_architecture)
+    writer = GGUFWriter(path, inventory.family.for_gguf().architecture)
     hparams(writer, config, n_experts)
     sizes = []
     for group in layout.groups.values():

@@ -1,0 +1,87 @@
+"""Tensors that several architectures share, as transformers and llama.cpp name them.
+
+Sources: transformers' `modeling_*`; llama.cpp's tensor names as in gguf-py's
+`constants.MODEL_TENSORS`.
+"""
+
+from itertools import product
+
+from allocator.families.base import Parts, Rule
+from allocator.families.roles import Role
+
+L = "model.layers.{layer}."
+B = "blk.{layer}."
+
+BASE = (
+    Rule("model.embed_tokens.weight", Role.EMBEDDING, "vocabulary x hidden", "token_embd.weight"),
+    Rule("lm_head.weight", Role.HEAD, "vocabulary x hidden", "output.weight"),
+    Rule("model.norm.weight", Role.NORM, "hidden", "output_norm.weight"),
+    Rule(L + "input_layernorm.weight", Role.NORM, "hidden", B + "attn_norm.weight"),
+    Rule(L + "self_attn.o_proj.weight", Role.O, "hidden x attended", B + "attn_output.weight"),
+    Rule(L + "self_attn.q_proj.weight", Role.Q, "queries x hidden", B + "attn_q.weight"),
+)
+KEYS_VALUES = (
+    Rule(L + "self_attn.k_proj.weight", Role.K, "keys x hidden", B + "attn_k.weight"),
+    Rule(L + "self_attn.v_proj.weight", Role.V, "keys x hidden", B + "attn_v.weight"),
+)
+FFN_NORM = (
+    Rule(L + "post_attention_layernorm.weight", Role.NORM, "hidden", B + "ffn_norm.weight"),
+)
+EXPERT_ROLES = {"gate": Role.EXPERT_GATE, "up": Role.EXPERT_UP, "down": Role.EXPERT_DOWN}
+
+
+def expert_rules(pattern: str, names: dict[str, str]) -> tuple[Rule, ...]:
+    """Returns the rules of a routed expert's three matrices.
+
+    Args:
+        pattern: the checkpoint's name, with `{kind}` for the matrix.
+        names: what the checkpoint calls gate, up and down.
+    """
+    shapes = {"gate": "expert_width x hidden", "up": "expert_width x hidden"}
+    return tuple(
+        Rule(
+            pattern.replace("{kind}", names[kind]),
+            role,
+            shapes.get(kind, "hidden x expert_width"),
+            B + f"ffn_{kind}_exps.weight",
+        )
+        for kind, role in EXPERT_ROLES.items()
+    )
+
+
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+EXPERTS = expert_rules(L + "mlp.experts.{expert}.{kind}.weight", PROJECTIONS)
+MLP = (
+    Rule(L + "mlp.gate.weight", Role.ROUTER, "experts x hidden", B + "ffn_gate_inp.weight"),
+    Rule(L + "mlp.gate_proj.weight", Role.MLP_GATE, "dense_width x hidden", B + "ffn_gate.weight"),
+    Rule(L + "mlp.up_proj.weight", Role.MLP_UP, "dense_width x hidden", B + "ffn_up.weight"),
+    Rule(L + "mlp.down_proj.weight", Role.MLP_DOWN, "hidden x dense_width", B + "ffn_down.weight"),
+)
+COMMON = BASE + FFN_NORM + MLP + EXPERTS
+
+# -- sets of tensors that make up a layer, by `Rule.part`
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+GROUPED_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ROUTED = ("mlp.gate", *(f"mlp.experts.{{expert}}.{name}" for name in PROJECTIONS.values()))
+
+
+def layer(attention: tuple[str, ...], mlp: tuple[str, ...]) -> Parts:
+    """Returns the tensors of a layer with this attention (names in `self_attn`) and this block."""
+    return frozenset((*NORMS, *(f"self_attn.{name}" for name in attention), *mlp))
+
+
+def layers(
+    attentions: tuple[tuple[str, ...], ...], mlps: tuple[tuple[str, ...], ...]
+) -> tuple[Parts, ...]:
+    """Returns the layers with every pair of an attention and a block."""
+    return tuple(layer(attention, mlp) for attention, mlp in product(attentions, mlps))
+
+
+NEVER_NULL = frozenset({
+    "attention_bias", "hidden_act", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "moe_intermediate_size", "num_attention_heads",
+    "output_router_logits", "rms_norm_eps", "tie_word_embeddings", "use_cache",
+})  # fmt: skip
+"""Keys with which transformers refuses null in every architecture here."""

@@ -1,0 +1,145 @@
+"""DeepSeek-V3, and other models of its architecture.
+
+Sources: transformers' `modeling_deepseek_v3`; llama.cpp's loader and graph of `deepseek2`.
+"""
+
+from collections.abc import Iterator
+
+from allocator.errors import TargetError
+from allocator.families.base import Family, Parts, Rule
+from allocator.families.common import COMMON, DENSE, NEVER_NULL, ROUTED, B, L, layer, layers
+from allocator.families.config import Config, count, number, whole
+from allocator.families.gguf import Fixed, Gguf, Half, ModelFacts, Pair, leading_dense
+from allocator.families.keys import Keys, LatentKeys
+from allocator.families.roles import Role
+from allocator.families.sizes import Scoring
+
+_SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_WITHOUT_Q_RANK = {26: None, 27: None, 48: 128_256}
+"""Layers, and rows of the embedding, by which llama.cpp tells deepseek2 models without q_lora_rank
+apart from the others; None: any."""
+_REPORTED = (61, 256)  # layers and experts of DeepSeek-V3 itself
+_HAND_RULE = (
+    "hand rule: formats by role and layer of arXiv 2509.25689, which reports 103 GB for its "
+    "DeepSeek-V3 with fewer experts"
+)
+_KEYS = Keys(experts=("n_routed_experts", "num_local_experts"), latent=LatentKeys())
+
+_LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+_WITHOUT_RANK = (*_LATENT, "q_proj")
+_WITH_RANK = (*_LATENT, "q_a_proj", "q_a_layernorm", "q_b_proj")
+_BIASED = (*ROUTED, "mlp.gate.e_score_correction_bias")
+_SHARED = (*_BIASED, *(f"mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down")))
+
+_A, _S = L + "self_attn.", L + "mlp.shared_experts."
+_RULES = (
+    *COMMON,
+    Rule(_A + "q_a_proj.weight", Role.Q_A, "q_rank x hidden", B + "attn_q_a.weight"),
+    Rule(_A + "q_a_layernorm.weight", Role.NORM, "q_rank", B + "attn_q_a_norm.weight"),
+    Rule(_A + "q_b_proj.weight", Role.Q_B, "queries x q_rank", B + "attn_q_b.weight"),
+    Rule(_A + "kv_a_proj_with_mqa.weight", Role.KV_A, "row x hidden", B + "attn_kv_a_mqa.weight"),
+    Rule(_A + "kv_a_layernorm.weight", Role.NORM, "rank", B + "attn_kv_a_norm.weight"),
+    Rule(_A + "kv_b_proj.weight", Role.KV_B, "keys_values x rank", B + "attn_kv_b.weight"),
+    Rule(
+        L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "experts", B + "exp_probs_b.bias"
+    ),
+    Rule(_S + "gate_proj.weight", Role.SHARED_GATE, "shared_width x hidden",
+         B + "ffn_gate_shexp.weight"),
+    Rule(_S + "up_proj.weight", Role.SHARED_UP, "shared_width x hidden",
+         B + "ffn_up_shexp.weight"),
+    Rule(_S + "down_proj.weight", Role.SHARED_DOWN, "hidden x shared_width",
+         B + "ffn_down_shexp.weight"),
+)  # fmt: skip
+
+
+def _layer_parts(config: Config, number: int) -> Parts:
+    attention = _WITHOUT_RANK if config.get("q_lora_rank") is None else _WITH_RANK
+    if number < count(config, "first_k_dense_replace", 0):
+        return layer(attention, DENSE)
+    return layer(attention, _SHARED if config.get("n_shared_experts") else _BIASED)
+
+
+def _scoring(config: Config) -> tuple[Scoring, bool]:
+    return Scoring.SIGMOID, bool(config.get("norm_topk_prob", True))
+
+
+def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+    config, router, latent = facts.config, facts.router, facts.dimensions.latent
+    assert latent is not None
+    if config.get("scoring_func") not in (None, "sigmoid"):
+        raise TargetError(
+            f"gguf: config.json says scoring_func = {config['scoring_func']!r}, which transformers "
+            "computes as a sigmoid all the same; set it to 'sigmoid' if that is meant"
+        )
+    # multi-head latent attention runs as attention with one key/value head of rank + rope
+    yield "attention.head_count_kv", 1
+    yield "attention.key_length", latent.rank + latent.rope
+    yield "attention.value_length", latent.rank
+    yield "attention.key_length_mla", latent.nope + latent.rope
+    yield "attention.value_length_mla", latent.value
+    yield "attention.kv_lora_rank", latent.rank
+    if latent.q_rank is not None:
+        yield "attention.q_lora_rank", latent.q_rank
+    yield "rope.dimension_count", latent.rope
+    yield "leading_dense_block_count", leading_dense(facts)
+    yield "expert_shared_count", whole(config, "n_shared_experts")
+    yield "expert_weights_scale", number(config, "routed_scaling_factor")
+    yield "expert_weights_norm", router.normalizes
+    yield "expert_gating_func", _SIGMOID
+    if router.groups > 1:
+        yield "expert_group_count", router.groups
+        yield "expert_group_used_count", router.groups_used
+
+
+def _check(facts: ModelFacts) -> None:
+    latent, n_layers, tokens = facts.dimensions.latent, facts.dimensions.n_layers, facts.vocabulary
+    assert latent is not None
+    if latent.q_rank is None and _WITHOUT_Q_RANK.get(n_layers, 0) not in (None, tokens):
+        raise TargetError(
+            "gguf: llama.cpp loads a deepseek2 model without q_lora_rank only with 26 or 27 "
+            f"layers, or with 48 and 128,256 tokens; got {n_layers} layers and {tokens:,} tokens; "
+            "use target safetensors"
+        )
+    if not latent.interleaved:
+        raise TargetError(
+            "gguf: llama.cpp rotates interleaved pairs in deepseek2, config.json says "
+            "rope_interleave = false; use target safetensors"
+        )
+
+
+def _plan_notes(config: Config) -> tuple[str, ...]:
+    size = (config.get("num_hidden_layers"), config.get("n_routed_experts"))
+    return (_HAND_RULE,) if size == _REPORTED else ()
+
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    rules=_RULES,
+    keys=_KEYS,
+    layer_parts=_layer_parts,
+    layers=layers((_WITHOUT_RANK, _WITH_RANK), (DENSE, _BIASED, _SHARED)),
+    scoring=_scoring,
+    gguf=Gguf(
+        "deepseek2",
+        _hyperparameters,
+        fixed=(Fixed("hidden_act", "silu", "silu"),),
+        check=_check,
+        halves=(
+            Half(Role.KV_B, Role.K_B, B + "attn_k_b.weight"),
+            Half(Role.KV_B, Role.V_B, B + "attn_v_b.weight"),
+        ),
+        divides_mscale=True,
+    ),
+    n_nextn_layers=1,
+    router_groups=(8, 4),
+    ranks_groups=True,
+    selection_bias=True,
+    scales_gates=True,
+    never_null=NEVER_NULL
+    | {
+        "first_k_dense_replace", "kv_lora_rank", "n_shared_experts", "qk_nope_head_dim",
+        "qk_rope_head_dim", "routed_scaling_factor", "v_head_dim",
+    },
+    bias_keys=("attention_bias",),
+    plan_notes=_plan_notes,
+)  # fmt: skip

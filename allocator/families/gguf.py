@@ -1,0 +1,227 @@
+"""What stock llama.cpp needs to know of an architecture, as plain keys and values.
+
+In: what a family says of one config and its tensors (`ModelFacts`). Out: the hyperparameters of a
+GGUF file, what must hold because llama.cpp hard-codes it, what llama.cpp must be told beside the
+file, and what its graph depends on. Invariant: a model that llama.cpp would compute in another way
+is a `TargetError`; an architecture without hyperparameters here is one, too.
+
+The type of a value is its type in the file: `int` an unsigned integer of 32 bits, `float` a float
+of 32 bits, `bool` and `str` their own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from allocator.errors import TargetError
+from allocator.families.config import Config, number, whole
+from allocator.families.keys import Keys
+from allocator.families.roles import Role
+from allocator.families.rope import rope_pairs, yarn_betas
+from allocator.families.sizes import Dimensions, Router
+
+Value = bool | int | float | str
+Pair = tuple[str, Value]
+"""A key, without the architecture that llama.cpp has before it, and its value."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a checkpoint where its description is made.
+
+    Attributes:
+        config: the language model's.
+        keys: of `config`.
+        dimensions: sizes.
+        router: how experts are chosen.
+        vocabulary: rows of the embedding.
+        moe_layers: layers that route.
+    """
+
+    config: Config
+    keys: Keys
+    dimensions: Dimensions
+    router: Router
+    vocabulary: int
+    moe_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Half:
+    """A tensor of llama.cpp's that is a part of a checkpoint's.
+
+    Attributes:
+        of: the role of the checkpoint's tensor.
+        role: of the half.
+        name: llama.cpp's, with `{layer}`.
+    """
+
+    of: Role
+    role: Role
+    name: str
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A choice that llama.cpp hard-codes.
+
+    Attributes:
+        key: of `config.json`.
+        value: what llama.cpp computes with.
+        default: what transformers computes with where `config.json` does not say.
+    """
+
+    key: str
+    value: Value
+    default: Value
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window of attention.
+
+    Attributes:
+        tokens: that a token looks back on, itself included.
+        layers: that have the window; others look back on everything.
+    """
+
+    tokens: int = 0
+    layers: frozenset[int] = frozenset()
+
+
+def _no_window(config: Config, n_layers: int) -> Window:
+    return Window()
+
+
+def _nothing(facts: ModelFacts) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp has an architecture; names of tensors stand in its rules.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        hyperparameters: yields the pairs that this architecture has beside those of all; None where
+            no file is written.
+        fixed: what llama.cpp hard-codes.
+        check: refuses what llama.cpp does not load.
+        halves: tensors that it stores in parts.
+        window: the sliding window of a config with so many layers.
+        divides_mscale: see `rope_pairs`.
+        reads_yarn_betas: whether its loader reads YaRN's betas from the file.
+    """
+
+    architecture: str
+    hyperparameters: Callable[[ModelFacts], Iterator[Pair]] | None
+    fixed: tuple[Fixed, ...] = ()
+    check: Callable[[ModelFacts], None] = _nothing
+    halves: tuple[Half, ...] = ()
+    window: Callable[[Config, int], Window] = _no_window
+    divides_mscale: bool = False
+    reads_yarn_betas: bool = False
+
+    def pairs(
+        self, facts: ModelFacts, *, n_experts: int, experts_used: int
+    ) -> Iterator[tuple[str, Value]]:
+        """Yields every pair that says how the model is computed, under its whole key.
+
+        Args:
+            facts: of the checkpoint.
+            n_experts: routed experts that every MoE layer retains.
+            experts_used: routed experts per token.
+
+        Raises:
+            CheckpointError: if `config.json` lacks or contradicts what is needed.
+            TargetError: if llama.cpp computes the model in another way, or not with these counts.
+        """
+        if self.hyperparameters is None:
+            raise TargetError(
+                f"gguf: what a file of {self.architecture} must say of the model is not known; "
+                "needed an architecture whose files are written"
+            )
+        _check_router_groups(facts.router, n_experts, experts_used)
+        yield from self._named(_of_all(facts))
+        self._check_fixed(facts.config)
+        yield f"{self.architecture}.expert_count", n_experts
+        yield f"{self.architecture}.expert_used_count", experts_used
+        yield from self._named(self.hyperparameters(facts))
+        rope = rope_pairs(facts.config, self.architecture, divides_mscale=self.divides_mscale)
+        yield from self._named(rope)
+
+    def _named(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
+        for key, value in pairs:
+            yield f"{self.architecture}.{key}", value
+
+    def _check_fixed(self, config: Config) -> None:
+        for fixed in self.fixed:
+            value = config.get(fixed.key, fixed.default)
+            if isinstance(fixed.value, bool):
+                value = bool(value)
+            if value != fixed.value:
+                raise TargetError(
+                    f"gguf: llama.cpp computes {self.architecture} with {fixed.key} = "
+                    f"{fixed.value!r}, config.json says {config.get(fixed.key)!r}; use target "
+                    "safetensors"
+                )
+
+    def yarn_betas(self, config: Config) -> tuple[float, float] | None:
+        """Returns YaRN's betas that llama.cpp must be told; None where the file tells it enough."""
+        return None if self.reads_yarn_betas else yarn_betas(config)
+
+    def notes(self, config: Config) -> tuple[str, ...]:
+        """Returns a line on everything that no file can tell llama.cpp."""
+        if self.hyperparameters is None or (betas := self.yarn_betas(config)) is None:
+            return ()
+        return (
+            f"llama.cpp must be told {yarn_options(betas)}: its loader of {self.architecture} does "
+            "not read YaRN's betas from the file, and would compute with 32 and 1",
+        )
+
+
+def yarn_options(betas: tuple[float, float]) -> str:
+    """Returns what llama.cpp's programs are told of YaRN."""
+    fast, slow = betas
+    return f"--yarn-beta-fast {fast:g} --yarn-beta-slow {slow:g}"
+
+
+def leading_dense(facts: ModelFacts) -> int:
+    """Returns how many layers come before the first that routes.
+
+    Raises:
+        TargetError: if a layer after the first does not route.
+    """
+    first, n_layers = facts.moe_layers[0], facts.dimensions.n_layers
+    if facts.moe_layers != tuple(range(first, n_layers)):
+        raise TargetError(
+            f"gguf: llama.cpp needs experts in every layer from the first on that has them, got "
+            f"layers {facts.moe_layers} of {n_layers}; use target safetensors"
+        )
+    return first
+
+
+def _of_all(facts: ModelFacts) -> Iterator[Pair]:
+    """The pairs that every architecture has."""
+    config, keys = facts.config, facts.keys
+    yield "vocab_size", facts.vocabulary
+    yield "block_count", facts.dimensions.n_layers
+    yield "context_length", whole(config, keys.context)
+    yield "embedding_length", whole(config, keys.hidden)
+    yield "feed_forward_length", whole(config, keys.dense_width)
+    yield "expert_feed_forward_length", whole(config, keys.expert_width)
+    yield "attention.head_count", whole(config, keys.heads)
+    epsilon = number({keys.norm_epsilon: 1e-6, **config}, keys.norm_epsilon)
+    yield "attention.layer_norm_rms_epsilon", epsilon
+
+
+def _check_router_groups(router: Router, n_experts: int, experts_used: int) -> None:
+    if router.groups == 1:
+        return
+    size = n_experts // router.groups
+    # a group is ranked by its two best experts, and only the chosen groups' experts are used
+    if n_experts % router.groups or size < 2 or experts_used > size * router.groups_used:
+        raise TargetError(
+            f"gguf: {experts_used} of {n_experts} retained experts in {router.groups} router "
+            f"groups (n_group) of which {router.groups_used} are chosen; retain a multiple of "
+            f"{router.groups}, at least two per group and {experts_used} in the chosen ones"
+        )

@@ -1,0 +1,46 @@
+"""Which key of a `config.json` says what."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LatentKeys:
+    """Keys of latent attention; transformers' usual ones by default."""
+
+    rank: str = "kv_lora_rank"
+    q_rank: str = "q_lora_rank"
+    nope: str = "qk_nope_head_dim"
+    rope: str = "qk_rope_head_dim"
+    value: str = "v_head_dim"
+    interleaved: str = "rope_interleave"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of an architecture; transformers' usual ones by default.
+
+    Attributes:
+        experts: routed experts of a layer: alternatives, of which the first that is present counts.
+        latent: None for grouped attention.
+    """
+
+    experts: tuple[str, ...]
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    vocabulary: str = "vocab_size"
+    experts_used: str = "num_experts_per_tok"
+    expert_width: str = "moe_intermediate_size"
+    dense_width: str = "intermediate_size"
+    shared_experts: str = "n_shared_experts"
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head: str = "head_dim"
+    groups: str = "n_group"
+    groups_used: str = "topk_group"
+    scale: str = "routed_scaling_factor"
+    normalizes: str = "norm_topk_prob"
+    nextn: str = "num_nextn_predict_layers"
+    context: str = "max_position_embeddings"
+    activation: str = "hidden_act"
+    norm_epsilon: str = "rms_norm_eps"
+    latent: LatentKeys | None = None

@@ -1,0 +1,86 @@
+"""Qwen3-MoE.
+
+Sources: transformers' `modeling_qwen3_moe`; llama.cpp's loader and graph of `qwen3moe`.
+"""
+
+from collections.abc import Iterator
+
+from allocator.errors import CheckpointError, TargetError
+from allocator.families.base import Family, Parts, Rule
+from allocator.families.common import (
+    COMMON,
+    DENSE,
+    GROUPED_ATTENTION,
+    KEYS_VALUES,
+    NEVER_NULL,
+    ROUTED,
+    B,
+    L,
+    layer,
+    layers,
+)
+from allocator.families.config import Config, count, whole
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, leading_dense
+from allocator.families.keys import Keys
+from allocator.families.roles import Role
+from allocator.families.sizes import Scoring
+
+_ATTENTION = (*GROUPED_ATTENTION, "q_norm", "k_norm")
+_KEYS = Keys(experts=("num_experts", "num_local_experts"))
+_RULES = (
+    *COMMON,
+    *KEYS_VALUES,
+    Rule(L + "self_attn.q_norm.weight", Role.NORM, "head", B + "attn_q_norm.weight"),
+    Rule(L + "self_attn.k_norm.weight", Role.NORM, "head", B + "attn_k_norm.weight"),
+)
+
+
+def _layer_parts(config: Config, number: int) -> Parts:
+    every = count(config, "decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, needed a list")
+    is_dense = number in dense or (number + 1) % every != 0
+    return layer(_ATTENTION, DENSE if is_dense else ROUTED)
+
+
+def _scoring(config: Config) -> tuple[Scoring, bool]:
+    return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
+
+
+def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+    if leading_dense(facts):
+        raise TargetError(
+            "gguf: llama.cpp needs experts in every layer of qwen3moe, some are dense; "
+            "use target safetensors"
+        )
+    head = facts.dimensions.head
+    yield "attention.head_count_kv", whole(facts.config, facts.keys.kv_heads)
+    yield "attention.key_length", head
+    yield "attention.value_length", head
+    yield "rope.dimension_count", head
+
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    rules=_RULES,
+    keys=_KEYS,
+    layer_parts=_layer_parts,
+    layers=layers((_ATTENTION,), (DENSE, ROUTED)),
+    scoring=_scoring,
+    gguf=Gguf(
+        "qwen3moe",
+        _hyperparameters,
+        fixed=(
+            Fixed("hidden_act", "silu", "silu"),
+            Fixed("norm_topk_prob", True, False),
+            Fixed("use_sliding_window", False, False),
+        ),
+    ),
+    never_null=NEVER_NULL
+    | {
+        "attention_dropout", "decoder_sparse_step", "head_dim", "norm_topk_prob",
+        "num_key_value_heads", "router_aux_loss_coef", "use_sliding_window",
+    },
+    bias_keys=("attention_bias",),
+)  # fmt: skip

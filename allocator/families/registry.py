@@ -1,0 +1,93 @@
+"""Every architecture, named once.
+
+In: a `config.json`. Out: its `Family`. Invariant: an architecture that nobody registered is an
+error that names those that are.
+"""
+
+from typing import Any
+
+from allocator.errors import CheckpointError
+from allocator.families.base import Family, Support
+from allocator.families.config import Config
+from allocator.families.deepseek_v3 import DEEPSEEK_V3
+from allocator.families.gpt_oss import GPT_OSS
+from allocator.families.mixtral import MIXTRAL
+from allocator.families.qwen3_moe import QWEN3_MOE
+
+_FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (DEEPSEEK_V3, QWEN3_MOE, MIXTRAL, GPT_OSS)
+}
+
+
+def families(support: Support | None = None) -> tuple[Family, ...]:
+    """Returns the registered architectures, with this support alone if given."""
+    return tuple(f for f in _FAMILIES.values() if support in (None, f.support))
+
+
+def register_family(family: Family) -> None:
+    """Makes an architecture known to everything that asks `family_of`.
+
+    Raises:
+        ValueError: if another one has its `model_type`.
+    """
+    if _FAMILIES.get(family.model_type, family) is not family:
+        raise ValueError(f"{family.model_type}: another family has this model_type")
+    _FAMILIES[family.model_type] = family
+
+
+def unregister_family(model_type: str) -> None:
+    """Removes an architecture, e.g. after a test.
+
+    Raises:
+        KeyError: if it is not registered.
+    """
+    del _FAMILIES[model_type]
+
+
+def family_of(config: Config) -> Family:
+    """Returns the family of a `config.json`.
+
+    Raises:
+        CheckpointError: if no checkpoint of its `model_type` is read.
+    """
+    family = planned_family_of(config)
+    if family.support is not Support.READ:
+        raise CheckpointError(
+            f"config.json: model_type is {family.model_type!r}, whose sizes alone are known: "
+            f"`allocator plan` works with it; {Support.READ}: {_names(Support.READ)}"
+        )
+    return family
+
+
+def planned_family_of(config: Config) -> Family:
+    """Returns the family of a `config.json`, also one that is planned only.
+
+    Raises:
+        CheckpointError: if its `model_type` is not registered.
+    """
+    model_type = config.get("model_type")
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    for key, inner in config.items():
+        if (family is None or family.text_key != key) and _is_nested(config, family, inner):
+            raise CheckpointError(
+                f"config.json: model_type is {model_type!r} with a language model of type "
+                f"{inner.get('model_type')!r} inside of {key}: models of text and more are not "
+                "supported; save the language model alone, e.g. with transformers, and name that"
+            )
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported yet; supported: "
+            f"{_names(Support.READ)}; planned (`allocator plan` only): "
+            f"{', '.join(sorted(f.model_type for f in families(Support.PLANNED)))}"
+        )
+    return family
+
+
+def _is_nested(config: Config, family: Family | None, inner: Any) -> bool:
+    """Whether a value is the config of a language model in place of one beside it."""
+    key = "num_hidden_layers" if family is None else family.keys.layers
+    return key not in config and isinstance(inner, dict) and key in inner
+
+
+def _names(support: Support) -> str:
+    return ", ".join(family.model_type for family in families(support))

@@ -1,0 +1,50 @@
+"""What a tensor does in a model, in the same words for every architecture."""
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a tensor does; the value names its group."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+    EXPERT_GATE = "experts.gate"
+    EXPERT_UP = "experts.up"
+    EXPERT_DOWN = "experts.down"
+    SHARED_GATE = "shared.gate"
+    SHARED_UP = "shared.up"
+    SHARED_DOWN = "shared.down"
+    MLP_GATE = "mlp.gate"
+    MLP_UP = "mlp.up"
+    MLP_DOWN = "mlp.down"
+    Q = "attention.q"
+    K = "attention.k"
+    V = "attention.v"
+    O = "attention.o"  # noqa: E741
+    Q_A = "attention.q_a"
+    Q_B = "attention.q_b"
+    KV_A = "attention.kv_a"
+    KV_B = "attention.kv_b"
+    K_B = "attention.k_b"
+    V_B = "attention.v_b"
+    BIAS = "bias"
+    EXPERT_BIAS = "experts.bias"
+    NEXTN = "nextn"
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is a routed expert's matrix."""
+        return self in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it has one row or value per routed expert."""
+        return self in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether its format is searched; routers, norms and biases keep full precision."""
+        return not self.is_router and self not in (Role.NORM, Role.BIAS, Role.NEXTN)

@@ -1,0 +1,123 @@
+"""Sizes of a model, and how it routes: what other modules ask instead of `config.json`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+
+class Scoring(StrEnum):
+    """What a router makes of its logits."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    SOFTMAX_OF_CHOSEN = "softmax of the chosen experts' logits"
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a token's experts are chosen and weighed.
+
+    Attributes:
+        scoring: what gates are made of.
+        normalizes: whether the chosen gates are divided by their sum.
+        scale: factor on the gates after that.
+        groups: into which experts are divided; 1 for none.
+        groups_used: of those, how many a token's experts may come from.
+        ranks_groups: whether groups are ranked by their two best experts, even a single one.
+        selection_bias: whether a bias per expert takes part in the choice, and not in the gate.
+    """
+
+    scoring: Scoring = Scoring.SOFTMAX
+    normalizes: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    ranks_groups: bool = False
+    selection_bias: bool = False
+
+    def least_experts(self, used: int) -> int:
+        """Returns the fewest experts per layer from which `used` can be chosen."""
+        if not self.ranks_groups:
+            return used
+        return self.groups * max(2, -(-used // self.groups_used))
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Sizes of multi-head latent attention: keys and values are read from one row per token.
+
+    Attributes:
+        rank: of the latents, from which keys and values are made.
+        q_rank: of the queries; None where they are made from the states.
+        nope: of a head's queries and keys, the width without rotation.
+        rope: the width with rotation; the rotated part of keys is shared by all heads.
+        value: a head's width of values.
+        interleaved: whether neighbours are rotated as pairs, as checkpoints store them.
+    """
+
+    rank: int
+    q_rank: int | None
+    nope: int
+    rope: int
+    value: int
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a model.
+
+    Attributes:
+        hidden: width of the states between layers.
+        vocabulary: tokens.
+        n_layers: decoder layers, without those of multi-token prediction.
+        heads: of queries.
+        kv_heads: of keys and values.
+        head: width of a head under grouped attention.
+        experts: routed, per MoE layer.
+        expert_width: of a routed expert; None if `config.json` does not say.
+        dense_width: of the feed-forward block of a dense layer; None if not said.
+        n_shared: shared experts per MoE layer.
+        latent: sizes of latent attention; None for grouped attention.
+    """
+
+    hidden: int
+    vocabulary: int
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    experts: int
+    expert_width: int | None
+    dense_width: int | None
+    n_shared: int = 0
+    latent: LatentAttention | None = None
+
+    @cached_property
+    def sizes(self) -> dict[str, int | None]:
+        """By the names that `Rule.shape` uses."""
+        width = self.expert_width
+        named = {
+            "hidden": self.hidden,
+            "twice_hidden": 2 * self.hidden,
+            "vocabulary": self.vocabulary,
+            "experts": self.experts,
+            "expert_width": width,
+            "shared_width": None if width is None else self.n_shared * width,
+            "dense_width": self.dense_width,
+            "heads": self.heads,
+            "head": self.head,
+            "queries": self.heads * self.head,
+            "keys": self.kv_heads * self.head,
+            "attended": self.heads * self.head,
+        }
+        if (x := self.latent) is not None:
+            named |= {
+                "rank": x.rank,
+                "q_rank": x.q_rank,
+                "row": x.rank + x.rope,
+                "queries": self.heads * (x.nope + x.rope),
+                "keys_values": self.heads * (x.nope + x.value),
+                "attended": self.heads * x.value,
+            }
+        return named
