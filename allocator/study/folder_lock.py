@@ -1,7 +1,7 @@
-"""Who searches a study folder on this machine.
+"""Which searches of a study folder live on this machine.
 
-In: the folder. Out: a lock that says whether a search lives, and who may repair. Invariant: it ends
-with its process, kill -9 included.
+In: the folder. Out: a lock that says whether another search lives, and so whether what a dead one
+left may be mended. Invariant: the lock ends with its process, kill -9 included.
 """
 
 import fcntl
@@ -18,17 +18,18 @@ from allocator.errors import StudyError
 from allocator.files.atomic import accessing
 
 _POLL_SECONDS = 0.02
-_START_SECONDS = 30.0  # how long a starter waits for another one to finish its repairs
+START_SECONDS = 30.0
+"""How long a search that starts waits for another one to finish its repairs."""
 _MOST_SIGNED = 1 << 16  # bytes of the list of searches
 
 
 @dataclass
 class SearchLock:
-    """A living search's hold on its study folder.
+    """The lock of a living search on its study folder.
 
     Attributes:
         exclusive_start: True when no other search lives. Until `ready()` none can start: this is
-            the time to repair. False for a search that joined one: it must not repair.
+            the time to mend. False for a search that joined one, which must not mend.
     """
 
     exclusive_start: bool
@@ -47,8 +48,9 @@ def search_lock(
     *,
     join: bool = False,
     way_out: str = "add --join to work beside it, or stop it first",
+    start_seconds: float = START_SECONDS,
 ) -> Iterator[SearchLock]:
-    """Holds `study_dir` for a search, until the block ends or the process dies, kill -9 included.
+    """Locks `study_dir` for a search, until the block ends or the process dies, kill -9 included.
 
         with search_lock(study_dir, join=join) as lock:
             if lock.exclusive_start:
@@ -71,18 +73,19 @@ def search_lock(
 
     Args:
         study_dir: the study's folder.
-        join: work beside a living search; makes no difference when none lives.
+        join: works beside a living search; makes no difference when none lives.
         way_out: what to tell who is refused.
+        start_seconds: how long to wait for another search that is starting.
 
     Raises:
-        StudyError: if a search lives and `join` is False, if another one takes more than 30 s to
-            start, or if the folder cannot be locked.
+        StudyError: if a search lives and `join` is False, if another one takes longer than
+            `start_seconds` to start, or if the folder cannot be locked.
     """
     startup = _open_lock(study_dir / "search.start")
     alive: int | None = None
     lock = SearchLock(exclusive_start=False, _startup=startup)
     try:
-        _wait_for_startup(startup, study_dir)
+        _wait_for_startup(startup, study_dir, start_seconds)
         alive = _open_lock(study_dir / "search.lock")
         lock.exclusive_start = _take(alive, fcntl.LOCK_EX, study_dir)
         if not lock.exclusive_start and not join:
@@ -117,12 +120,12 @@ def _take(fd: int, kind: int, study_dir: Path) -> bool:
     return True
 
 
-def _wait_for_startup(startup: int, study_dir: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+def _wait_for_startup(startup: int, study_dir: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while not _take(startup, fcntl.LOCK_EX, study_dir):
         if time.monotonic() > deadline:
             raise StudyError(
-                f"{study_dir}: another search has been starting for {_START_SECONDS:g} s; "
+                f"{study_dir}: another search has been starting for {seconds:g} s; "
                 "wait for it, or stop it"
             )
         time.sleep(_POLL_SECONDS)

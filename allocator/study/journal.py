@@ -1,8 +1,8 @@
 """Optuna's journal, such that kill -9 leaves it readable.
 
-In: its path. Out: an Optuna storage whose every append repairs the tail first. Invariants: no byte
-of a journal is dropped without a copy beside it; a record is never glued to a torn one; a record
-of ours that changed since it was written is never replayed.
+In: its path. Out: an Optuna storage whose every append mends the tail first. Invariants: no byte of
+a journal is dropped without a copy in the same folder; a record is never glued to a torn one; a
+record of ours that changed since it was written is never replayed.
 
 Every record that is appended here carries its `checksum` (see `checked`), one more key that Optuna
 reads past: stock Optuna opens our journals, and appends to them. A record without one is taken if
@@ -42,6 +42,8 @@ from allocator.files.atomic import accessing
 from allocator.files.checksums import CHECKSUM, checksum
 from allocator.study.optuna_private import JournalLink
 
+GRACE_SECONDS = 30
+"""Age at which Optuna's lock of a journal counts as left by a dead process."""
 _RECORD_START = b'{"op_code":'  # every record that Optuna writes starts so
 _BLOCK_BYTES = 1 << 16
 # of all records of Optuna 4 and 5, see optuna/storages/journal/_storage.py
@@ -95,8 +97,8 @@ def remove_stale_lock(path: Path) -> str | None:
 def mend_journal(path: Path) -> str | None:
     """Makes the journal end in a whole record; returns one line to show, or None if it did.
 
-    A last line that is not a record is cut off, and kept beside the journal in `<name>.torn-<n>`,
-    which is on the disk before the journal is touched. A whole record that lacks only its newline
+    A last line that is not a record is cut off and copied to `<name>.torn-<n>`, which is on the
+    disk before the journal is touched. A whole record that lacks only its newline
     is completed: an object without its closing brace never parses, so nothing of it is missing,
     and it may be a finished trial. Costs the same for any length of journal: only the last line
     is parsed, and the line before it when the last is torn.
@@ -191,14 +193,15 @@ def _keep(path: Path, tail: bytes) -> Path:
 class _MendingLock(JournalLink):
     """Optuna's journal lock; whoever takes it finds a journal that ends in a whole record.
 
-    Covers what no start can repair: a search killed, or a disk filled, beside a living one. Ours
-    hold a flock of the journal too, which ends with its process: so a link of ours that is there
-    when the flock was had is a dead one's, and goes at once. (Optuna's way, every waiter breaking
-    the link after 30 s, lets two of them write.) Ours are told by how they spell their target.
+    So a search that is killed, or a disk that fills, while another search lives does no harm. A
+    process of ours takes a flock of the journal, too, which ends with the process: a link of ours
+    that exists once the flock was taken is that of a dead process, and is removed at once.
+    (Optuna's way, every waiter breaking the link after 30 s, lets two of them write.) Links of ours
+    are recognized by the spelling of their target.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, grace_seconds: int) -> None:
+        super().__init__(path, grace_seconds=grace_seconds)
         self._path = path
         self._flock: int | None = None
         # both stay open, so that no other file can have their inodes
@@ -274,8 +277,8 @@ class _MendingLock(JournalLink):
 class _CheckedFile(JournalFileBackend):
     """Optuna's journal file, with a checksum in every record."""
 
-    def __init__(self, path: Path) -> None:
-        self._journal_lock = _MendingLock(path)
+    def __init__(self, path: Path, *, grace_seconds: int) -> None:
+        self._journal_lock = _MendingLock(path, grace_seconds=grace_seconds)
         super().__init__(str(path), lock_obj=self._journal_lock)
         self._path = path
 
@@ -304,14 +307,18 @@ def _check_record(record: Any) -> None:
         raise ValueError("no record")
     known = record.pop(CHECKSUM, None)
     if known is None:
-        if odd := set(record).difference(_STOCK_KEYS):
-            raise ValueError(f"no {CHECKSUM}, and an unknown key {min(odd)[:40]!r}")
+        if unknown := set(record).difference(_STOCK_KEYS):
+            raise ValueError(f"no {CHECKSUM}, and an unknown key {min(unknown)[:40]!r}")
     elif known != checksum(record):
         raise ValueError(f"its {CHECKSUM} is not that of its content")
 
 
-def open_journal(path: Path) -> BaseStorage:
-    """The storage in a journal, created if it is not there yet.
+def open_journal(path: Path, *, grace_seconds: int = GRACE_SECONDS) -> BaseStorage:
+    """Opens the storage in a journal; creates it if it is not there yet.
+
+    Args:
+        path: of the journal.
+        grace_seconds: a lock of stock Optuna that is older counts as left by a dead process.
 
     Raises:
         StudyError: if its folder is missing, or it is damaged before its last line.
@@ -319,7 +326,7 @@ def open_journal(path: Path) -> BaseStorage:
     if not path.parent.is_dir():
         raise StudyError(f"{path}: needed an existing folder, {path.parent} is none; create it")
     with accessing(path):
-        backend = _CheckedFile(path)
+        backend = _CheckedFile(path, grace_seconds=grace_seconds)
         try:
             return JournalStorage(backend)
         except (OSError, StudyError):

@@ -70,10 +70,11 @@ class JournalLink(JournalFileSymlinkLock):
 
     Args:
         journal: absolute path of the journal.
+        grace_seconds: a link that is older counts as left by a dead process.
     """
 
-    def __init__(self, journal: Path) -> None:
-        super().__init__(str(journal))
+    def __init__(self, journal: Path, *, grace_seconds: int) -> None:
+        super().__init__(str(journal), grace_period=grace_seconds)
         self._lock_target_file = f"{journal.parent}/./{journal.name}"
 
     @property

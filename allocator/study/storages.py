@@ -20,12 +20,13 @@ from allocator.study.journal import mend_journal, open_journal, remove_stale_loc
 
 _PROXY = "grpc://"
 _MOST_PORT = 65535
-_ANSWER_SECONDS = 20.0  # until a proxy must have answered
+ANSWER_SECONDS = 20.0
+"""How long a proxy may take to answer."""
 _BUSY_SECONDS = 60.0  # how long a writer waits for others of a sqlite file
 
 
 def journal_path(spec: str | None, study_dir: Path) -> Path | None:
-    """The absolute path of the journal that `spec` names; None when it names a database.
+    """Returns the absolute path of the journal that `spec` names; None if it names a database.
 
     Raises:
         StudyError: if `spec` is neither None, `journal:PATH`, a database URL nor a proxy's.
@@ -42,13 +43,16 @@ def journal_path(spec: str | None, study_dir: Path) -> Path | None:
     )
 
 
-def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
-    """The Optuna storage of `spec`, created if it is not there yet.
+def open_storage(
+    spec: str | None, study_dir: Path, *, answer_seconds: float = ANSWER_SECONDS
+) -> BaseStorage:
+    """Opens the Optuna storage of `spec`; creates it if it is not there yet.
 
     Args:
         spec: None for `study_dir/journal`, `journal:PATH`, a database URL (`sqlite:///...`), or
             `grpc://HOST:PORT` of a running `optuna.storages.run_grpc_proxy_server`.
         study_dir: the study's folder.
+        answer_seconds: how long a proxy may take to answer.
 
     Raises:
         StudyError: if the spec is unknown, its folder is missing, the journal is damaged before
@@ -58,14 +62,16 @@ def open_storage(spec: str | None, study_dir: Path) -> BaseStorage:
     if path is not None:
         return open_journal(path)
     assert spec is not None
-    return _open_proxy(spec) if spec.startswith(_PROXY) else _open_database(spec)
+    if spec.startswith(_PROXY):
+        return _open_proxy(spec, answer_seconds)
+    return _open_database(spec)
 
 
 def mend_storage(spec: str | None, study_dir: Path) -> list[str]:
     """Mends what a killed search left behind in the folder's own journal; returns lines to show.
 
     Call it only where nobody else writes, i.e. under `SearchLock.exclusive_start`: it removes
-    Optuna's lock file, whoever holds it. Nothing is done for what others may share: a database
+    Optuna's lock file, whoever made it. Storages that others may share are left alone: a database
     mends itself, `journal:PATH` is mended by the next append.
 
     Raises:
@@ -100,7 +106,7 @@ def _open_database(url: str) -> BaseStorage:
         ) from error
 
 
-def _open_proxy(spec: str) -> BaseStorage:
+def _open_proxy(spec: str, answer_seconds: float) -> BaseStorage:
     """Optuna's proxy, once it answers."""
     host, _, port = spec.removeprefix(_PROXY).rstrip("/").rpartition(":")
     if not host or not re.fullmatch("[0-9]+", port) or int(port) > _MOST_PORT:
@@ -109,7 +115,7 @@ def _open_proxy(spec: str) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             storage = GrpcStorageProxy(host=host, port=int(port))
-        storage.wait_server_ready(timeout=_ANSWER_SECONDS)
+        storage.wait_server_ready(timeout=answer_seconds)
     except ImportError as error:
         raise StudyError(f"storage {spec}: {error}; pip install '.[grpc]'") from None
     except ConnectionError as error:
@@ -146,10 +152,10 @@ def _begin_immediately(storage: RDBStorage) -> None:
 
 @contextmanager
 def reaching(spec: str | None) -> Iterator[None]:
-    """Says in one line that the database of `spec` was lost within the block.
+    """Turns the loss of a database within the block into one line.
 
     Raises:
-        StudyError: if it was.
+        StudyError: if the database of `spec` was lost.
     """
     try:
         yield

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from allocator.errors import StudyError
-from allocator.study import folder_lock as searching
 from allocator.study.folder_lock import search_lock
 
 SEARCH = """
@@ -87,13 +86,12 @@ def test_starters_at_once(tmp_path, how):
     assert all(line == "joined\n" if how == "join" else "--join" in line for line in others)
 
 
-def test_nobody_joins_before_ready(tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "_START_SECONDS", 0.1)
+def test_nobody_joins_before_ready(tmp_path):
     with search_lock(tmp_path) as lock:
         for join in (False, True):
             with (
                 pytest.raises(StudyError, match="has been starting"),
-                search_lock(tmp_path, join=join),
+                search_lock(tmp_path, join=join, start_seconds=0.1),
             ):
                 pass
         lock.ready()
