@@ -14,7 +14,8 @@ from allocator.codecs.ggml import GGML
 from allocator.errors import FormatError
 from allocator.formats import Format, Offer, register_formats
 
-_CODECS: dict[str, Codec] = {GGML.name: GGML}
+CODECS: dict[str, Codec] = {GGML.name: GGML}
+"""By name; see `register_codec`."""
 
 
 def register_codec(codec: Codec, *, offered: Offer | None = None) -> None:
@@ -27,13 +28,13 @@ def register_codec(codec: Codec, *, offered: Offer | None = None) -> None:
     Raises:
         FormatError: if its name, or that of one of its formats, is taken.
     """
-    known = _CODECS.get(codec.name, codec)
+    known = CODECS.get(codec.name, codec)
     if known.identity != codec.identity:
         raise FormatError(
             f"codec {codec.name!r} is {known.identity} already; give {codec.identity} another name"
         )
     register_formats(codec.name, codec.formats, offered=offered)
-    _CODECS[codec.name] = codec
+    CODECS[codec.name] = codec
 
 
 def codec_of(fmt: Format) -> Codec:
@@ -42,12 +43,12 @@ def codec_of(fmt: Format) -> Codec:
     Raises:
         FormatError: if it is not registered.
     """
-    if fmt.codec not in _CODECS:
+    if fmt.codec not in CODECS:
         raise FormatError(
-            f"{fmt.name}: no codec {fmt.codec!r}, known: {', '.join(_CODECS)}; import the module "
+            f"{fmt.name}: no codec {fmt.codec!r}, known: {', '.join(CODECS)}; import the module "
             "that registers it"
         )
-    return _CODECS[fmt.codec]
+    return CODECS[fmt.codec]
 
 
 def identity_of(formats: Iterable[Format]) -> str:
@@ -66,4 +67,4 @@ def versions_of(formats: Iterable[Format]) -> dict[str, str]:
 
 
 def _codecs_of(formats: Iterable[Format]) -> list[Codec]:
-    return [_CODECS[name] for name in sorted({fmt.codec for fmt in formats})]
+    return [CODECS[name] for name in sorted({fmt.codec for fmt in formats})]

@@ -16,7 +16,8 @@ Offer = Callable[[tuple[int, ...]], Iterable[Format]]
 
 FORMATS: dict[str, Format] = dict(ggml.FORMATS)
 """Every format by name."""
-_OFFERS: dict[str, Offer] = {ggml.CODEC: ggml.offered}  # by codec
+OFFERS: dict[str, Offer] = {ggml.CODEC: ggml.offered}
+"""What a search considers, by codec; see `register_formats`."""
 
 
 def register_formats(
@@ -41,7 +42,7 @@ def register_formats(
                 f"{FORMATS[fmt.name].codec}; give it another name"
             )
     FORMATS.update({fmt.name: fmt for fmt in formats})
-    _OFFERS[codec] = offered or (lambda shape: formats)
+    OFFERS[codec] = offered or (lambda shape: formats)
 
 
 def format_named(name: str) -> Format:
@@ -78,7 +79,7 @@ def offered(
         codecs: names of those whose formats are considered; all by default.
     """
     considered = chain.from_iterable(
-        offer(shape) for codec, offer in _OFFERS.items() if codecs is None or codec in codecs
+        offer(shape) for codec, offer in OFFERS.items() if codecs is None or codec in codecs
     )
     formats = sorted((f for f in considered if f.stores(shape)), key=lambda f: -f.bits)
     if source is not None:

@@ -1,0 +1,206 @@
+"""What every codec must do, as test cases that a codec's own test class inherits.
+
+In: a codec, given by the fixture `codec`, and the names of its formats. Out: tests for pytest.
+Invariant: encoded bytes are compared with what the format table says of them, with a second
+implementation, and with the same weights encoded in another way.
+
+    class TestMine(CodecConformance):
+        formats = ("INT3", "INT5")
+
+        @pytest.fixture(scope="class")
+        @classmethod
+        def codec(cls):
+            return MY_CODEC  # registered
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from allocator.codecs import Bytes, Codec, Floats, codec_of
+from allocator.errors import FormatError
+from allocator.formats import Format, Importance, format_named
+
+_ROWS, _WIDTH = 64, 2048
+_ERROR_TOLERANCE = 0.02  # of `Format.gaussian_error`
+
+
+class CodecConformance:
+    """Tests of one codec, for each of its formats.
+
+    Attributes:
+        formats: names of all its formats.
+    """
+
+    formats: ClassVar[Sequence[str]] = ()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def codec(cls) -> Codec:
+        """Gives the codec, which is registered while the tests run."""
+        raise NotImplementedError("give a fixture `codec` and the names `formats`")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Runs a test that asks for `name` once for each format."""
+        if "name" in metafunc.fixturenames:
+            assert metafunc.cls is not None
+            metafunc.parametrize("name", metafunc.cls.formats)
+
+    @pytest.fixture
+    def fmt(self, codec: Codec, name: str) -> Format:
+        """Gives one of its formats."""
+        return format_named(name)
+
+    def test_all_formats_are_registered_with_it(self, codec: Codec) -> None:
+        """Looks each format and its codec up by name."""
+        assert {fmt.name for fmt in codec.formats} == {*self.formats}
+        for fmt in codec.formats:
+            assert format_named(fmt.name) is fmt
+            assert codec_of(fmt) is codec
+            assert codec.weights_per_second(fmt) > 0
+            assert codec.preparation_seconds(fmt) >= 0
+
+    def test_its_identity_names_package_and_version(self, codec: Codec) -> None:
+        """Other versions may write other bytes, so keys and records name theirs."""
+        assert codec.version
+        assert codec.identity == f"{codec.package} {codec.version}"
+
+    def test_bytes_are_as_many_as_the_format_says(self, codec: Codec, fmt: Format) -> None:
+        """Compares with the format table."""
+        for shape in ((3, 2 * fmt.block), (2, 3, fmt.block), (1, 5 * fmt.block), (0, 2, fmt.block)):
+            data = codec.encode(_normal(*shape), fmt, np.ones(shape[-1], np.float32))
+            assert data.dtype == np.uint8
+            assert data.shape[:-1] == shape[:-1]
+            assert data.nbytes == fmt.nbytes(shape)
+            decoded = codec.decode(data, fmt)
+            assert decoded.dtype == np.float32
+            assert decoded.shape == shape
+
+    def test_the_error_on_normal_weights(self, codec: Codec, fmt: Format) -> None:
+        """Compares with `Format.gaussian_error`, on 64 rows of about 2048 bfloat16 weights."""
+        weights = _bfloat16(_normal(_ROWS, _width(fmt)))
+        decoded = codec.decode(codec.encode(weights, fmt, np.ones(_width(fmt), np.float32)), fmt)
+        error = np.square(decoded - weights).sum() / np.square(weights).sum()
+        assert error == pytest.approx(fmt.gaussian_error, rel=_ERROR_TOLERANCE, abs=1e-8)
+
+    def test_a_second_implementation_decodes_the_same(self, codec: Codec, fmt: Format) -> None:
+        """Compares decoded values one by one."""
+        weights = _normal(6, _width(fmt, 512))
+        data = codec.encode(weights, fmt, _lognormal(weights.shape[-1]))
+        second = codec.second_opinion(data, fmt)
+        if second is None:
+            pytest.skip(f"nobody else decodes {fmt.name}")
+        np.testing.assert_array_equal(second, codec.decode(data, fmt))
+
+    def test_what_was_decoded_is_encoded_again(self, codec: Codec, fmt: Format) -> None:
+        """Loses far less the second time, as the values are on the format's grid already."""
+        weights, ones = _normal(16, _width(fmt, 512)), np.ones(_width(fmt, 512), np.float32)
+        once = codec.decode(codec.encode(weights, fmt, ones), fmt)
+        twice = codec.decode(codec.encode(once, fmt, ones), fmt)
+        lost = np.square(twice - once).sum() / np.square(weights).sum()
+        assert lost <= 0.5 * fmt.gaussian_error + 1e-12
+
+    def test_zeros_stay_zeros(self, codec: Codec, fmt: Format) -> None:
+        """A row without weights has no scale to divide by."""
+        zeros = np.zeros((2, _width(fmt, 512)), np.float32)
+        data = codec.encode(zeros, fmt, _lognormal(zeros.shape[-1]))
+        assert not codec.decode(data, fmt).any()
+
+    @pytest.mark.parametrize("threads", [2, 3])
+    def test_threads_and_rows_do_not_change_the_bytes(
+        self, codec: Codec, fmt: Format, threads: int
+    ) -> None:
+        """Compares with rows that are encoded one by one, under the importance of their matrix."""
+        weights, importance = _normal(2, 5, fmt.block * 2), _lognormal(2, fmt.block * 2)
+        alone = np.stack(
+            [
+                [codec.encode(row[None], fmt, channels)[0] for row in matrix]
+                for matrix, channels in zip(weights, importance, strict=True)
+            ]
+        )
+        np.testing.assert_array_equal(codec.encode(weights, fmt, importance), alone)
+        np.testing.assert_array_equal(
+            codec.encode(weights, fmt, importance, threads=threads), alone
+        )
+        np.testing.assert_array_equal(
+            codec.encode(weights[0], fmt, importance[0], threads=threads), alone[0]
+        )
+
+    def test_importance_does_what_the_format_says(self, codec: Codec, fmt: Format) -> None:
+        """Importance is needed, lowers the weighted error, or changes nothing."""
+        weights = _normal(16, _width(fmt, 512))
+        importance, ones = _lognormal(weights.shape[-1]), np.ones(weights.shape[-1], np.float32)
+        weighted = codec.encode(weights, fmt, importance)
+        if fmt.importance is Importance.IGNORED:
+            np.testing.assert_array_equal(weighted, codec.encode(weights, fmt))
+            return
+        errors = [
+            float((np.square(codec.decode(data, fmt) - weights) * importance).sum())
+            for data in (weighted, codec.encode(weights, fmt, ones))
+        ]
+        assert errors[0] < errors[1]
+        if fmt.importance is Importance.REQUIRED:
+            with pytest.raises(FormatError, match=f"{fmt.name} needs an importance"):
+                codec.encode(weights, fmt)
+        else:
+            assert (weighted != codec.encode(weights, fmt)).any()
+
+    def test_rows_that_are_no_whole_blocks_are_refused(self, codec: Codec, fmt: Format) -> None:
+        """Names the format, the row and the block."""
+        if fmt.block == 1:
+            pytest.skip("every row is whole blocks")
+        width = fmt.block + fmt.block // 2
+        with pytest.raises(FormatError, match=f"{fmt.name}.*{width}.*{fmt.block}"):
+            codec.encode(_normal(2, width), fmt, np.ones(width, np.float32))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_weights_that_are_not_finite_are_refused(
+        self, codec: Codec, fmt: Format, bad: float
+    ) -> None:
+        """Whatever the codec would make of them."""
+        weights = _normal(2, fmt.block)
+        weights[1, fmt.block // 2] = bad
+        with pytest.raises(FormatError, match="not finite"):
+            codec.encode(weights, fmt, np.ones(fmt.block, np.float32))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+    def test_importance_that_is_no_weight_is_refused(
+        self, codec: Codec, fmt: Format, bad: float
+    ) -> None:
+        """Whatever the codec would make of it."""
+        importance = np.ones(fmt.block, np.float32)
+        importance[fmt.block // 2] = bad
+        with pytest.raises(FormatError, match="importance must be"):
+            codec.encode(_normal(2, fmt.block), fmt, importance)
+
+    def test_decoding_into_given_memory(self, codec: Codec, fmt: Format) -> None:
+        """Decodes chosen rows, in their order, where the caller says."""
+        data: Bytes = codec.encode(_normal(3, 4, fmt.block), fmt, np.ones(fmt.block, np.float32))
+        out = np.full((2, 4, fmt.block), np.nan, np.float32)
+        assert codec.decode(data[[2, 0]], fmt, out=out) is out
+        np.testing.assert_array_equal(out, codec.decode(data, fmt)[[2, 0]])
+        np.testing.assert_array_equal(
+            codec.decode(data[:, ::2], fmt), codec.decode(data, fmt)[:, ::2]
+        )
+
+
+def _width(fmt: Format, least: int = _WIDTH) -> int:
+    """Returns whole blocks."""
+    return -(-least // fmt.block) * fmt.block
+
+
+def _normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _lognormal(*shape: int, seed: int = 1) -> Floats:
+    return np.random.default_rng(seed).lognormal(sigma=2, size=shape).astype(np.float32)
+
+
+def _bfloat16(weights: Floats) -> Floats:
+    """Rounds to bfloat16, half to even."""
+    bits = weights.view(np.uint32)
+    rounded: Floats = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    return rounded
