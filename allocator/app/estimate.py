@@ -87,20 +87,17 @@ def estimate(request: SearchRequest) -> SearchEstimate:
     profile_seconds = 0.0 if ready else seconds.profile
     n_trials = request.stop.trials or study_folder.spec.trials
     n_gradients = math.ceil(n_trials / ROUND) if launch.sampler == "auto" else 0
-    memory, ends = None, (space.smallest, space.largest)
-    if budget.workload is not None:
-        smallest, largest = (a.device_memory(space.layout, budget.workload) for a in ends)
-        memory = smallest, largest
+    smallest, largest = (end.stored(space.layout) for end in (space.smallest, space.largest))
+    ends = budget.memory(smallest), budget.memory(largest)
     (floor, ceiling), *beside = (
-        (ends[0].used(space.layout, each), ends[1].used(space.layout, each))
-        for each in budget.limits
+        (each.used(smallest), each.used(largest)) for each in budget.limits
     )
     return SearchEstimate(
         floor=floor,
         ceiling=ceiling,
         budget=budget,
         beside=beside[0] if beside else None,
-        memory=memory,
+        memory=None if ends[0] is None or ends[1] is None else (ends[0], ends[1]),
         groups=sum(len(v) > 1 for v in space.formats.values()),
         counts=space.counts,
         seconds_per_full_trial=seconds.trial,

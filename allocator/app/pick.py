@@ -99,9 +99,7 @@ def _record(
 ) -> Path:
     allocation = allocation_of(trial)
     size = allocation.nbytes(study_folder.layout)
-    memory = None
-    if budget.workload is not None:
-        memory = allocation.device_memory(study_folder.layout, budget.workload)
+    memory = budget.memory(allocation.stored(study_folder.layout))
     path = study_folder.path / "allocations" / f"{name}.json"
     record = AllocationRecord(
         name=name,
@@ -122,9 +120,7 @@ def _record(
         | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / study_folder.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},
-        workload={}
-        if budget.workload is None
-        else {n: getattr(budget.workload, n) for n in ("context", "sequences", "reserve")},
+        workload=budget.recorded_workload,
     )
     with changing(path):
         known = _known_digests(path, allocation)

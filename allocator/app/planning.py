@@ -1,9 +1,9 @@
-"""What a model would take, and a first allocation for a device, from its `config.json` alone.
+"""The sizes of a model, and first allocations for a device, from its `config.json` alone.
 
 In: an inventory by shapes, a device budget, a prior. Out: a `Plan`: parameters, floor and ceiling
-in each target, and candidates at asked retained counts, itemised. Invariant: bytes are those that a
-search would count; losses come from priors, so they are predictions and never measurements, and
-which experts a candidate keeps is a placeholder, since no ranking is known.
+in each target, and an allocation for each of some retained counts, itemised. Invariant: bytes are
+those that a search counts. Losses come from priors, so they are predictions and never measurements.
+The experts that a planned allocation retains are placeholders, since no ranking is known.
 """
 
 import json
@@ -16,6 +16,7 @@ from allocator.checkpoint.inventory import MXFP4, Inventory
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import HAND_COUNTS, hand_rule
 from allocator.decision.budget import Budget
+from allocator.decision.pricing import extremes
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.errors import BudgetError, SpaceError, TargetError
@@ -25,7 +26,7 @@ from allocator.files.atomic import write_whole
 from allocator.prediction.priors import Prior
 from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
-from allocator.targets import TARGETS, Layout, Target
+from allocator.targets import TARGETS, Layout, target_named
 from allocator.targets.device_memory import DeviceMemory
 
 RUNTIME = next(target.name for target in TARGETS.values() if target.predicts_memory)
@@ -39,13 +40,13 @@ class Summary:
     Attributes:
         family: transformers' name of the architecture.
         parameters: in all.
-        active: that a token passes through, embedding and head counted whole.
-        embedding: of those, in the embedding, of which a token reads one row.
+        active: parameters that a token passes through, embedding and head counted whole.
+        embedding: active parameters in the embedding, of which a token reads one row.
         nextn: parameters of multi-token prediction, which no target stores.
         layers: of the decoder.
-        moe_layers: of those, with routed experts.
-        experts: routed, per MoE layer.
-        experts_used: of those, per token.
+        moe_layers: layers with routed experts.
+        experts: routed experts per MoE layer.
+        experts_used: routed experts per token.
     """
 
     family: str
@@ -61,7 +62,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Between what sizes a target's tensor data can be chosen at a retained count.
+    """The least and the most bytes of a target's tensor data at a retained count.
 
     Attributes:
         target: its name.
@@ -78,19 +79,20 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAllocation:
-    """An allocation that the plan looks at.
+    """An allocation of a plan, with its bytes and expected loss.
 
     Attributes:
         name: `first` (least expected loss within the budget), `floor` (where nothing fits), `hand
             rule`, or `first, hand rule's bytes`.
         experts: retained, in every MoE layer.
-        memory: what it occupies.
+        memory: bytes on the device.
         spare: bytes that the budget leaves; negative where it does not fit.
-        fits: in memory, and in what a token may read.
-        token_bytes: that a decoded token reads at full context.
-        tokens_per_second: that the bandwidth allows at most; None where it is unknown.
-        loss: expected, nats per token; None where the prior's space does not hold the allocation.
-        allocation: its experts are placeholders.
+        fits: whether it is within the memory, and within the bytes that a token may read.
+        token_bytes: bytes that a decoded token reads at full context.
+        tokens_per_second: most that the bandwidth allows; None where the bandwidth is unknown.
+        loss: expected loss, nats per token; None where the prior's space does not hold the
+            allocation.
+        allocation: the decision, with placeholders for experts.
     """
 
     name: str
@@ -106,14 +108,14 @@ class PlannedAllocation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """See the module.
+    """The sizes of a model, and first allocations.
 
     Attributes:
         summary: the model.
-        bounds: per target, at all experts, at those asked for, and at the least that a search
+        bounds: per target, at all experts, at the asked counts, and at the least that a search
             offers.
-        candidates: per count, largest first; none without a budget.
-        notes: what must be known to read the figures.
+        candidates: allocations per count, largest first; none without a budget.
+        notes: caveats of the figures.
     """
 
     summary: Summary
@@ -131,19 +133,18 @@ def plan(
     kv_format: str | None = None,
     micro_batch: int | None = None,
 ) -> Plan:
-    """Everything that is known before a weight is fetched.
+    """Returns what is known of a model before its weights are fetched.
 
     Args:
         inventory: by shapes (`planned_inventory`), or read.
-        prior: of losses.
-        budget: a device's; without it there are no candidates.
-        counts: retained experts per MoE layer to look at; by default all, and the shares of
-            `HAND_COUNTS`.
+        prior: expected losses.
+        budget: a device's; without a budget there are no candidates.
+        counts: retained experts per MoE layer; by default all, and the shares of `HAND_COUNTS`.
         kv_format: of keys and values; the runtime's default if None.
         micro_batch: tokens computed at once; the runtime's default if None.
 
     Raises:
-        SpaceError: if a count is none that the router can serve.
+        SpaceError: if the router cannot serve a count.
         TargetError: if the runtime does not store keys and values so.
     """
     chosen = tuple(dict.fromkeys(counts)) or _usual_counts(inventory)
@@ -157,9 +158,9 @@ def plan(
             notes.append(f"no figures for target {target.name}: {error}")
     least = _least_count(inventory)
     offered = sorted({inventory.n_experts, least, *chosen}, reverse=True)
-    found = Plan(
+    sizes = Plan(
         summary=summarised(inventory),
-        bounds=tuple(_bounds(TARGETS[n], x, c) for n, x in layouts.items() for c in offered),
+        bounds=tuple(_bounds(x, c) for x in layouts.values() for c in offered),
         candidates=(),
         notes=(
             *notes,
@@ -169,7 +170,7 @@ def plan(
         ),
     )
     if budget is None or RUNTIME not in layouts:
-        return found
+        return sizes
     spec = SearchSpace(
         schema=1,
         kv_format=None if kv_format is None else [kv_format],
@@ -178,11 +179,11 @@ def plan(
     candidates = tuple(
         c for count in chosen for c in _candidates(spec, layouts[RUNTIME], prior, budget, count)
     )
-    return replace(found, candidates=candidates, notes=(*found.notes, *_caveats(inventory, prior)))
+    return replace(sizes, candidates=candidates, notes=(*sizes.notes, *_caveats(inventory, prior)))
 
 
 def summarised(inventory: Inventory) -> Summary:
-    """The model in numbers."""
+    """Returns a model in numbers."""
     sizes: dict[str, int] = {"": 0, "nextn": 0, "routed": 0, "embedding": 0}
     for tensor in inventory.tensors.values():
         nextn = tensor.role is Role.NEXTN
@@ -205,14 +206,14 @@ def summarised(inventory: Inventory) -> Summary:
     )
 
 
-def first_paths(found: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
-    """Where `write_first` writes the allocations that fit.
+def first_paths(plan: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
+    """Returns the paths where `write_first` writes the allocations that fit.
 
     Raises:
-        BudgetError: if the plan has none.
-        SpaceError: if something else is there.
+        BudgetError: if no allocation of the plan fits.
+        SpaceError: if a path is taken by something else.
     """
-    first = {folder / f"first-{c.experts}.json": c for c in found.candidates if c.name == "first"}
+    first = {folder / f"first-{c.experts}.json": c for c in plan.candidates if c.name == "first"}
     if not first:
         raise BudgetError(
             "no allocation to write: none of the counts fits the device, or none was given; give "
@@ -226,15 +227,18 @@ def first_paths(found: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
     return first
 
 
-def write_first(found: Plan, folder: Path) -> tuple[Path, ...]:
+def write_first(plan: Plan, folder: Path) -> tuple[Path, ...]:
     """Writes the allocations that fit, as `first-<experts>.json`.
 
     The experts that they retain are placeholders: the first of every router group.
 
+    Returns:
+        The paths.
+
     Raises:
-        AllocatorError: as `first_paths`.
+        AllocatorError: if no allocation fits, or a path is taken by something else.
     """
-    first = first_paths(found, folder)
+    first = first_paths(plan, folder)
     for path, candidate in first.items():
         text = json.dumps(candidate.allocation.to_json(), indent=1) + "\n"
         write_whole(path, text.encode())
@@ -251,7 +255,7 @@ def _usual_counts(inventory: Inventory) -> tuple[int, ...]:
 
 
 def _least_count(inventory: Inventory) -> int:
-    """The fewest that a search offers by default."""
+    """The least count that a search offers by default."""
     groups = inventory.expert_groups
     least = max(inventory.n_experts // 4, inventory.least_experts(inventory.experts_used))
     return -(-least // groups) * groups
@@ -270,13 +274,8 @@ def _check_counts(inventory: Inventory, counts: Sequence[int]) -> None:
 # -- bytes
 
 
-def _bounds(target: Target, layout: Layout, count: int) -> Bounds:
-    kept = sum(target.padded(k.nbytes(count)) for k in layout.full_precision)
-    sizes = [
-        [target.padded(f.nbytes(g.shape_with(count))) for f in g.offered()]
-        for g in layout.groups.values()
-    ]
-    return Bounds(target.name, count, kept + sum(map(min, sizes)), kept + sum(map(max, sizes)))
+def _bounds(layout: Layout, count: int) -> Bounds:
+    return Bounds(layout.target, count, *extremes(layout, target_named(layout.target), count))
 
 
 # -- candidates
@@ -288,15 +287,17 @@ def _candidates(
     experts = Experts(minimum=count, maximum=count)
     space = bind(_with_experts(spec, experts), layout, None)
     surrogate = prior.surrogate(space)
-    found = [_first(surrogate, budget) or _measured("floor", surrogate, budget, space.smallest)]
+    planned = [_first(surrogate, budget) or _priced("floor", surrogate, budget, space.smallest)]
     share = count / layout.inventory.n_experts
     for _, by_hand in hand_rule(layout, space.rankings, retained=(share,)):
-        told = replace(by_hand, kv_format=space.kv_formats[0], micro_batch=space.micro_batches[0])
-        hand = _measured("hand rule", surrogate, budget, told)
+        by_hand = replace(
+            by_hand, kv_format=space.kv_formats[0], micro_batch=space.micro_batches[0]
+        )
+        hand = _priced("hand rule", surrogate, budget, by_hand)
         same = replace(budget, nbytes=hand.memory.total)
         equal = _first(surrogate, same, name="first, hand rule's bytes")
-        found += [hand] if equal is None else [hand, _against(equal, budget)]
-    return found
+        planned += [hand] if equal is None else [hand, _against(equal, budget)]
+    return planned
 
 
 def _with_experts(spec: SearchSpace, experts: Experts) -> SearchSpace:
@@ -308,12 +309,12 @@ def _with_experts(spec: SearchSpace, experts: Experts) -> SearchSpace:
 def _first(
     surrogate: Surrogate, budget: Budget, *, name: str = "first"
 ) -> PlannedAllocation | None:
-    """The allocation of least expected loss within a budget; None if nothing fits."""
+    """The allocation of least expected loss within a budget; None if no allocation fits."""
     try:
         params = solve(surrogate, budget)
     except BudgetError:
         return None
-    return _measured(name, surrogate, budget, surrogate.space.allocation(params))
+    return _priced(name, surrogate, budget, surrogate.space.allocation(params))
 
 
 def _against(candidate: PlannedAllocation, budget: Budget) -> PlannedAllocation:
@@ -321,7 +322,7 @@ def _against(candidate: PlannedAllocation, budget: Budget) -> PlannedAllocation:
     return replace(candidate, spare=spare, fits=candidate.fits and spare >= 0)
 
 
-def _measured(
+def _priced(
     name: str, surrogate: Surrogate, budget: Budget, allocation: Allocation
 ) -> PlannedAllocation:
     space: Space = surrogate.space
@@ -347,7 +348,7 @@ def _measured(
 
 
 def _quantized(inventory: Inventory) -> tuple[str, ...]:
-    """What config.json says of quantized weights, where the plan does not take it as it is."""
+    """A note on quantized weights in config.json, where the plan takes other weights."""
     method = quantization_method(inventory.config)
     if method in (None, "fp8") or any(t.dtype == MXFP4 for t in inventory.tensors.values()):
         return ()

@@ -93,10 +93,7 @@ def search(request: SearchRequest) -> SearchResult:
             messages.append(f"no new trial: {before} were made before, which is what was asked for")
         pick, knapsack = pick_among(study_folder, running)
         write_front(study_folder, study)
-    memory = None
-    if launch.budget.workload is not None:
-        decision = AllocationRecord.read(pick).decision
-        memory = decision.device_memory(study_folder.layout, launch.budget.workload)
+    stored = AllocationRecord.read(pick).decision.stored(study_folder.layout)
     return SearchResult(
         study=study,
         budget=launch.budget,
@@ -105,7 +102,7 @@ def search(request: SearchRequest) -> SearchResult:
         seconds=dict(running.seconds),
         trials=trial_counts(study),
         messages=tuple(messages),
-        memory=memory,
+        memory=launch.budget.memory(stored),
     )
 
 

@@ -1,7 +1,7 @@
-"""The committed files of a study as tables, for notebooks and reports.
+"""Tables of a study's committed files, for notebooks and reports.
 
-In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invariant: read-only, and
-from the committed files alone: no checkpoint, no journal, no torch.
+In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invariant: read-only; the
+committed files alone are read, and no checkpoint or journal; torch is never loaded.
 """
 
 import math
@@ -24,7 +24,7 @@ OUTSIDE = "outside"
 
 
 def front_table(folder: str | Path) -> pd.DataFrame:
-    """Every scored trial of `front.json`, losses on the search split in nats per token.
+    """Reads every scored trial of `front.json`, losses on the search split in nats per token.
 
     Returns:
         The columns of `api.trials_table`, and `series` (`knapsack`, `proposal` or `baseline`),
@@ -37,8 +37,8 @@ def front_table(folder: str | Path) -> pd.DataFrame:
     path = Path(folder) / "front.json"
     try:
         data = unseal(path.read_bytes())
-        if odd := set(data) - {"schema", "split", "lock", "front", "trials"}:
-            raise ValueError(f"unknown key {min(odd)!r}")
+        if unknown := set(data) - {"schema", "split", "lock", "front", "trials"}:
+            raise ValueError(f"unknown key {min(unknown)!r}")
         schema, trials = data["schema"], data["trials"]
         chosen = {row["trial"] for row in data["front"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -59,7 +59,9 @@ def front_table(folder: str | Path) -> pd.DataFrame:
 
 
 def baselines_table(folder: str | Path) -> pd.DataFrame:
-    """The held-out baselines of `baselines.csv`: `kl` in nats per token; no rows without the file.
+    """Reads the held-out baselines of `baselines.csv`: `kl` in nats per token.
+
+    Without the file there are no rows.
 
     Raises:
         StudyError: if a column is missing.
@@ -74,11 +76,11 @@ def baselines_table(folder: str | Path) -> pd.DataFrame:
 
 
 def allocation_grid(allocation: Allocation) -> pd.DataFrame:
-    """Formats, layers x roles; where a layer has no such tensor, the empty string.
+    """Returns formats, `layers x roles`; the empty string where a layer has no such tensor.
 
-    Experts in parts are counted: `IQ2_XXS*8+IQ1_S*16`. Rows are layer numbers as text, ascending,
-    then `OUTSIDE`; columns are group names without their `layers.<n>.`, such as `experts.down`, and
-    those outside the layers last.
+    Parts are shown with their numbers of experts: `IQ2_XXS*8+IQ1_S*16`. Rows are layer numbers as
+    text, ascending, then `OUTSIDE`. Columns are group names without their `layers.<n>.`, such as
+    `experts.down`, then the groups outside the layers.
     """
     layers: dict[int, dict[str, str]] = {}
     outside: dict[str, str] = {}
@@ -95,7 +97,7 @@ def allocation_grid(allocation: Allocation) -> pd.DataFrame:
 
 
 def grid_bits(grid: pd.DataFrame) -> pd.DataFrame:
-    """Effective bits per weight of a grid's formats, for display; NaN where it is empty."""
+    """Returns the effective bits per weight of a grid, `layers x roles`; NaN for empty cells."""
     return grid.map(lambda cell: _bits(cell) if cell else math.nan)
 
 
@@ -112,7 +114,7 @@ def _bits(cell: str) -> float:
 
 
 def records_table(records: Sequence[AllocationRecord]) -> pd.DataFrame:
-    """What is known of allocations, one column each: bytes, bits, losses, retained experts."""
+    """Returns bytes, bits, losses and retained experts of allocations, one column each."""
     columns = {}
     for record in records:
         counts = record.decision.counts.values()

@@ -9,7 +9,7 @@ from typing import Literal
 
 from allocator.decision.pricing import StoredBytes
 from allocator.errors import BudgetError
-from allocator.targets.device_memory import MOST_BYTES, Workload
+from allocator.targets.device_memory import MOST_BYTES, DeviceMemory, Workload
 
 _LESS_WEIGHT = "raise the budget, lower [experts] minimum or loosen pins"
 _WAYS_OUT = {
@@ -50,6 +50,13 @@ class Budget:
         """The limits in bytes, as an allocation record names them."""
         second = {} if self.beside is None else {f"budget_{self.beside.bounds}": self.beside.nbytes}
         return {"budget": self.nbytes} | second
+
+    @property
+    def recorded_workload(self) -> dict[str, int]:
+        """What the device runs, as an allocation record names it; empty without a device."""
+        if self.workload is None:
+            return {}
+        return {n: getattr(self.workload, n) for n in ("context", "sequences", "reserve")}
 
     @property
     def lock(self) -> dict[str, object]:
@@ -101,6 +108,10 @@ class Budget:
             assert self.workload is not None
             return stored.device_memory(self.workload).total
         return stored.file.file if self.counts_header else stored.encoded
+
+    def memory(self, stored: StoredBytes) -> DeviceMemory | None:
+        """Returns the memory of the device, itemised; None where the limit is on no device."""
+        return None if self.workload is None else stored.device_memory(self.workload)
 
     def excess(self, stored: StoredBytes) -> dict[str, int]:
         """Returns the bytes over every limit, negative where bytes are left.

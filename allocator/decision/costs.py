@@ -16,10 +16,15 @@ import numpy.typing as npt
 from allocator.decision.budget import Budget
 from allocator.decision.mixes import split
 from allocator.decision.parameters import EXPERTS_USED, FormatOf, Params, SettingOf, parse
-from allocator.decision.pricing import full_precision_reads, group_reads, part_bytes
+from allocator.decision.pricing import (
+    full_precision_bytes,
+    full_precision_reads,
+    group_reads,
+    part_bytes,
+)
 from allocator.decision.space import Space
 from allocator.errors import BudgetError
-from allocator.targets import Target, target_named
+from allocator.targets import FullPrecision, Target, target_named
 from allocator.targets.device_memory import RuntimeSettings
 
 Floats = npt.NDArray[np.float64]
@@ -85,10 +90,19 @@ class Costs:
         """Returns the bytes of a layer's router where the layer retains `count`."""
         if not self._padded:
             return 0
-        routers = (
-            k for k in self.space.layout.full_precision if k.layer == layer and k.role.is_router
-        )
-        return sum(self._target.padded(k.nbytes(count)) for k in routers)
+        return sum(self._full_precision(k, count) for k in self._routers.get(layer, ()))
+
+    @cached_property
+    def _routers(self) -> dict[int, list[FullPrecision]]:
+        routers: dict[int, list[FullPrecision]] = {}
+        for tensor in self.space.layout.full_precision:
+            if tensor.role.is_router and tensor.layer is not None:
+                routers.setdefault(tensor.layer, []).append(tensor)
+        return routers
+
+    def _full_precision(self, tensor: FullPrecision, count: int) -> int:
+        nbytes = full_precision_bytes(self.space.layout, tensor, count, self._target)
+        return self._target.padded(nbytes)
 
     def runtime_bytes(self, settings: RuntimeSettings, n_experts: int) -> int:
         """Returns the bytes of a device beside the weights.
@@ -118,19 +132,8 @@ class Costs:
             return 0
         layout = self.space.layout
         norms = (k for k in layout.full_precision if not k.role.is_router)
-        return self._header + sum(self._target.padded(k.nbytes(0)) for k in norms)
-
-    @property
-    def _header(self) -> int:
-        if not self.budget.counts_header:
-            return 0
-        largest = self.space.largest
-        return self._target.header_bytes(
-            self.space.layout,
-            retained=largest.retained_experts,
-            formats=largest.format_of,
-            experts_used=largest.experts_used,
-        )
+        header = self.space.largest.stored(layout).header if self.budget.counts_header else 0
+        return header + sum(self._full_precision(k, 0) for k in norms)
 
     # -- complete params
 

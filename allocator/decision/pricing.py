@@ -64,6 +64,25 @@ def full_precision_reads(tensor: FullPrecision, *, experts_used: int, n_experts:
     return -(-nbytes * experts_used // n_experts) if used else nbytes
 
 
+def extremes(layout: Layout, container: Target, n_experts: int) -> tuple[int, int]:
+    """Returns the least and the most bytes of tensor data where every layer retains `n_experts`.
+
+    Args:
+        layout: every group in its smallest or in its largest format.
+        container: the kind of file, which pads tensors.
+        n_experts: retained experts per MoE layer.
+    """
+    full_precision = sum(
+        container.padded(full_precision_bytes(layout, k, n_experts, container))
+        for k in layout.full_precision
+    )
+    sizes = [
+        [container.padded(f.nbytes(g.shape_with(n_experts))) for f in g.offered()]
+        for g in layout.groups.values()
+    ]
+    return full_precision + sum(map(min, sizes)), full_precision + sum(map(max, sizes))
+
+
 @dataclass(frozen=True, slots=True)
 class FileBytes:
     """Bytes of a checkpoint file, itemised.
@@ -133,13 +152,17 @@ class StoredBytes:
         """The file, itemised."""
         encoded, full_precision = self._groups(), self._full_precision()
         padding = sum(self.container.padded(n) - n for n in (*encoded, *full_precision))
-        header = self.container.header_bytes(
+        return FileBytes(sum(encoded), sum(full_precision), padding, self.header)
+
+    @property
+    def header(self) -> int:
+        """Bytes of the file before its tensors."""
+        return self.container.header_bytes(
             self.layout,
             retained=self.retained,
             formats=self.formats,
             experts_used=self.settings.experts_used,
         )
-        return FileBytes(sum(encoded), sum(full_precision), padding, header)
 
     @property
     def encoded(self) -> int:

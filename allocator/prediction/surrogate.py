@@ -16,8 +16,8 @@ others. `c` is measured per bundle (a layer's attention, a layer's experts): on 
 it is the same, within noise, for all groups of a bundle, and the loss of a bundle changed together
 is mostly within 10 % of what its groups alone predict through the square root.
 
-Pruning a layer costs what was measured, piecewise linear between counts; its experts' errors then
-count in proportion to what is left, the tokens of the others being routed to them.
+Pruning a layer costs what was measured, piecewise linear between counts. The tokens of removed
+experts are routed to the others, so errors of retained experts then count in proportion.
 """
 
 from collections.abc import Mapping, Sequence
