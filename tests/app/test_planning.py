@@ -295,10 +295,8 @@ def test_what_a_plan_does_not_take_as_it_is_quantized_is_noted(changes, noted):
         (TINY, [4], "full", "is a folder"),
     ],
 )
-def test_everything_else_is_looked_at_before_a_profile(
-    config, experts, out, said, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(api, "_transferred", lambda study: pytest.fail("measured"))
+def test_everything_else_is_looked_at_before_a_profile(config, experts, out, said, tmp_path):
+    """The profile's study does not exist, which would be said if it were looked at."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "full" / "first-4.json").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
