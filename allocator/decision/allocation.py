@@ -22,7 +22,7 @@ from allocator.formats import Format, Parts, formats_in, in_parts
 from allocator.targets import Layout, Target, target_named
 from allocator.targets.device_memory import MICRO_BATCH, DeviceMemory, RuntimeSettings, Workload
 
-KV_FORMAT = "f16"
+DEFAULT_KV_FORMAT = "f16"
 """How the runtimes store keys and values by default."""
 
 
@@ -53,7 +53,7 @@ class Allocation:
     retained: tuple[tuple[int, tuple[int, ...]], ...]
     formats: tuple[tuple[str, str], ...]
     experts_used: int
-    kv_format: str = KV_FORMAT
+    kv_format: str = DEFAULT_KV_FORMAT
     micro_batch: int | None = None
 
     @classmethod
@@ -64,7 +64,7 @@ class Allocation:
         retained: Mapping[int, tuple[int, ...]],
         formats: Mapping[str, str],
         experts_used: int,
-        kv_format: str = KV_FORMAT,
+        kv_format: str = DEFAULT_KV_FORMAT,
         micro_batch: int | None = None,
     ) -> "Allocation":
         """Builds an allocation from mappings, in canonical order."""

@@ -17,7 +17,6 @@ from allocator.decision.budget import Budget
 from allocator.decision.mixes import split
 from allocator.decision.parameters import EXPERTS_USED, FormatOf, Params, SettingOf, parse
 from allocator.decision.pricing import (
-    full_precision_bytes,
     full_precision_reads,
     group_reads,
     part_bytes,
@@ -101,7 +100,7 @@ class Costs:
         return routers
 
     def _full_precision(self, tensor: FullPrecision, count: int) -> int:
-        nbytes = full_precision_bytes(self.space.layout, tensor, count, self._target)
+        nbytes = self._target.full_precision_bytes(self.space.layout, tensor, count)
         return self._target.padded(nbytes)
 
     def runtime_bytes(self, settings: RuntimeSettings, n_experts: int) -> int:

@@ -73,7 +73,7 @@ def extremes(layout: Layout, container: Target, n_experts: int) -> tuple[int, in
         n_experts: retained experts per MoE layer.
     """
     full_precision = sum(
-        container.padded(full_precision_bytes(layout, k, n_experts, container))
+        container.padded(container.full_precision_bytes(layout, k, n_experts))
         for k in layout.full_precision
     )
     sizes = [

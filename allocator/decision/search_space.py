@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from allocator.decision.allocation import KV_FORMAT
+from allocator.decision.allocation import DEFAULT_KV_FORMAT
 from allocator.decision.mixes import mix
 from allocator.decision.pricing import part_bytes
 from allocator.decision.space import Space
@@ -129,7 +129,7 @@ def bind(
     if any(not 1 <= n <= inventory.experts_used for n in used):
         raise SpaceError(f"experts_used {used}: needed 1..{inventory.experts_used}")
     target = target_named(layout.target)
-    kv_formats = tuple(spec.kv_format or (KV_FORMAT,))
+    kv_formats = tuple(spec.kv_format or (DEFAULT_KV_FORMAT,))
     for name in spec.kv_format or ():
         target.check_kv_format(inventory, name)
     for n in spec.micro_batch or ():

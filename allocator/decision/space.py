@@ -17,8 +17,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from allocator.decision.allocation import KV_FORMAT as USUAL_KV_FORMAT
-from allocator.decision.allocation import Allocation
+from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.decision.mixes import choice_of, split
 from allocator.decision.parameters import (
     EXPERTS_USED,
@@ -34,7 +33,7 @@ from allocator.decision.parameters import (
 from allocator.errors import SpaceError
 from allocator.formats import parts_text
 from allocator.targets import Layout
-from allocator.targets.device_memory import MICRO_BATCH as USUAL_MICRO_BATCH
+from allocator.targets.device_memory import MICRO_BATCH as DEFAULT_MICRO_BATCH
 from allocator.targets.device_memory import RuntimeSettings
 
 
@@ -60,7 +59,7 @@ class Space:
     tied: bool
     rankings: Mapping[int, tuple[int, ...]]
     experts_used: tuple[int, ...]
-    kv_formats: tuple[str, ...] = (USUAL_KV_FORMAT,)
+    kv_formats: tuple[str, ...] = (DEFAULT_KV_FORMAT,)
     micro_batches: tuple[int | None, ...] = (None,)
 
     @cached_property
@@ -170,7 +169,7 @@ class Space:
         return RuntimeSettings(
             params[EXPERTS_USED.name],
             params.get(KV_FORMAT.name, self.kv_formats[0]),
-            batch or USUAL_MICRO_BATCH,
+            batch or DEFAULT_MICRO_BATCH,
         )
 
     def layer_counts(self, params: Params) -> dict[int, int]:

@@ -27,9 +27,8 @@ from tqdm import tqdm
 from allocator.checkpoint.tensors import Floats
 from allocator.codecs import versions_of
 from allocator.codecs.encodings import Encodings
-from allocator.decision.allocation import KV_FORMAT, Allocation
-from allocator.decision.parameters import EXPERTS_USED
-from allocator.decision.parameters import KV_FORMAT as KV
+from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
+from allocator.decision.parameters import EXPERTS_USED, KV_FORMAT
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.errors import CalibrationError
@@ -599,7 +598,7 @@ class Profiler:
             found.setdefault(setting.name, {})[setting.value] = done[_line(setting)]
         originals = {
             EXPERTS_USED.name: self.layout.inventory.experts_used,
-            KV.name: KV_FORMAT,
+            KV_FORMAT.name: DEFAULT_KV_FORMAT,
         }
         return {name: {originals[name]: 0.0} | losses for name, losses in found.items()}
 
@@ -634,9 +633,14 @@ def _completed(original: list[float], held: list[float], experts: tuple[int, ...
 def settings_of(space: Space) -> list[Setting]:
     """Every setting of a space that is not the original's, where there is a choice."""
     choices = {
-        name: space.choices[name] for name in (EXPERTS_USED.name, KV.name) if name in space.choices
+        name: space.choices[name]
+        for name in (EXPERTS_USED.name, KV_FORMAT.name)
+        if name in space.choices
     }
-    original = {EXPERTS_USED.name: space.layout.inventory.experts_used, KV.name: KV_FORMAT}
+    original = {
+        EXPERTS_USED.name: space.layout.inventory.experts_used,
+        KV_FORMAT.name: DEFAULT_KV_FORMAT,
+    }
     return [
         Setting(name, value)
         for name, values in choices.items()

@@ -18,7 +18,7 @@ import torch
 
 from allocator.checkpoint.tensors import Floats, read_rows, read_tensor
 from allocator.codecs import Bytes, codec_of
-from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.formats import format_named, parts
 from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.group_weights import group_weights
@@ -76,7 +76,7 @@ class Candidate:
     format_of: Mapping[str, str | None]
     retained_experts: Mapping[int, tuple[int, ...]]
     experts_used: int
-    kv_format: str = KV_FORMAT
+    kv_format: str = DEFAULT_KV_FORMAT
     weights: CandidateWeights | None = None
 
     @classmethod

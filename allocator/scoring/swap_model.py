@@ -18,7 +18,7 @@ from torch import nn
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tensors import Floats, read_tensor
-from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Dimensions, Role
 from allocator.families.config import plain_skeleton
@@ -376,7 +376,7 @@ class SwapModel:
         use_sorted_experts(self.model, self.inventory.moe_layers)
         self.retained: dict[int, tuple[int, ...]] = {}
         self.experts_used = self.inventory.experts_used
-        self.kv_format = KV_FORMAT
+        self.kv_format = DEFAULT_KV_FORMAT
         self._keys_values: KeysValues | None = None
         attach(self.model, lambda: self._keys_values)
         self.weights: CandidateWeights | None = None

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from allocator.codecs import codec_of
-from allocator.decision.allocation import KV_FORMAT
+from allocator.decision.allocation import DEFAULT_KV_FORMAT
 from allocator.errors import VerifyError
 from allocator.export.base import Exact
 from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
@@ -87,7 +87,7 @@ def compare_exactly(
     n_layers = max([layout.layers[0] + 1, *fitting])
     chosen = _longest(documents, n_tokens)
     model = StreamedModel(layout, Weights(layout, lambda: stored), device=device)
-    candidate = replace(stored.candidate, kv_format=KV_FORMAT)
+    candidate = replace(stored.candidate, kv_format=DEFAULT_KV_FORMAT)
     values, weights = [], []
     with (
         _unnamed(path, sizes[n_layers]) as file,

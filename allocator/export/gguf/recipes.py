@@ -7,7 +7,7 @@ Invariant: a recipe that was written here reads back as the same formats.
 import re
 from collections.abc import Mapping
 
-from allocator.decision.allocation import KV_FORMAT, Allocation
+from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import FormatError
 from allocator.families.gguf import yarn_options
 from allocator.formats import FORMATS
@@ -28,7 +28,7 @@ def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[
     keys, values = kv_parts(allocation.kv_format)
     betas = yarn_betas(layout.inventory)
     told = [] if betas is None else [yarn_options(betas)]
-    if (keys, values) != (KV_FORMAT, KV_FORMAT):
+    if (keys, values) != (DEFAULT_KV_FORMAT, DEFAULT_KV_FORMAT):
         told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
     if workload or allocation.micro_batch is not None:
         told.append(f"--ubatch-size {allocation.runtime_settings.micro_batch}")

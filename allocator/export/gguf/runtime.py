@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from allocator.decision.allocation import KV_FORMAT
+from allocator.decision.allocation import DEFAULT_KV_FORMAT
 from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Exact, Runtime
 from allocator.export.gguf.exact import EXACT_TOLERANCE, compare_exactly, kl_divergence
@@ -120,7 +120,7 @@ def _run(
         path,
         context=longest,
         exact=False,
-        kv_format=None if chosen == KV_FORMAT else chosen,  # else llama.cpp's own defaults
+        kv_format=None if chosen == DEFAULT_KV_FORMAT else chosen,  # else llama.cpp's own defaults
         yarn_betas=yarn_betas(stored.layout.inventory),
     ) as llama:
         shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
