@@ -60,7 +60,7 @@ class Relaxed:
             expert = self.space.layout.groups[group].role.is_expert
             n = counts[layer] if expert else 0
             sizes = np.array([costs.group(group, v, n) for v in names], float)
-            chosen = names.index(start[f"format.{group}"])
+            chosen = names.index(start[self.space.format_params[group]])
             near = np.exp(-8 * np.abs(np.log(sizes / sizes[chosen])))
             near[chosen] = 0.0
             odds = SPREAD * near / near.sum()
@@ -137,7 +137,9 @@ class Relaxed:
         classes = [Options(self.nbytes[g].astype(np.int64), -self.logits[g]) for g in groups]
         found = solve(classes, self.room)
         chosen = zip(groups, found.choice, strict=True)
-        return self.start | {f"format.{g}": self.space.formats[g][i] for g, i in chosen}
+        return self.start | {
+            self.space.format_params[g]: self.space.formats[g][i] for g, i in chosen
+        }
 
 
 def gradients(relaxed, scorer, start):
