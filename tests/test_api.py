@@ -152,9 +152,9 @@ def test_estimate_writes_nothing_and_brackets_the_budget(fresh, options):
 
 def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, monkeypatch):
     """At a second per token, and nothing for encoding: tokens by hand, changes from the profile."""
-    for name in ("_ENCODE_WEIGHTS_PER_SECOND", "_PRICE_WEIGHTS_PER_SECOND"):
-        monkeypatch.setattr(estimate, name, math.inf)
-    monkeypatch.setattr(estimate, "_TABLES_SECONDS", 0.0)
+    monkeypatch.setattr(GGML, "weights_per_second", lambda fmt: math.inf)
+    monkeypatch.setattr(GGML, "preparation_seconds", lambda fmt: 0.0)
+    monkeypatch.setattr(estimate, "_PRICE_WEIGHTS_PER_SECOND", math.inf)
     monkeypatch.setattr(estimate, "seconds_per_token", lambda *_, **__: 1.0)
     ready = api.estimate(fresh, **options)
     assert ready.profile_ready

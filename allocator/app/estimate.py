@@ -12,6 +12,7 @@ import torch
 
 from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
+from allocator.codecs import codec_of
 from allocator.decision.budget import Budget
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers.auto import ROUND
@@ -19,12 +20,6 @@ from allocator.scoring.scorer import Scorer
 from allocator.scoring.streamed import StreamedModel
 from allocator.targets.device_memory import DeviceMemory
 
-_ENCODE_WEIGHTS_PER_SECOND = 7e5
-"""All offered formats of one weight, one core (the sum over ggml's types, measured)."""
-_ENCODE_ONE_PER_SECOND = 4e6
-"""One format, the median of them."""
-_TABLES_SECONDS = 12.0
-"""ggml's own tables for the smallest formats, made once by every process."""
 _PRICE_WEIGHTS_PER_SECOND = 6e6
 """The curvature's price of all offered formats of one weight, decoded, one core (measured)."""
 _TIMED_TOKENS = 256
@@ -126,18 +121,45 @@ def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int
     return (time.perf_counter() - began) / scorer.n_tokens
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """Seconds of encoding every group.
+
+    Attributes:
+        every_format: in each format that is offered.
+        one_format: in one of them, the mean.
+        preparation: to make the encoders' tables, in every process.
+    """
+
+    every_format: float
+    one_format: float
+    preparation: float
+
+    @classmethod
+    def of(cls, study_folder: StudyFolder) -> "_Encoding":
+        every, one, formats = 0.0, 0.0, set()
+        for group in study_folder.layout.groups.values():
+            offered = group.offered()
+            per_weight = sum(1 / codec_of(f).weights_per_second(f) for f in offered)
+            seconds = math.prod(group.shape) * per_weight / study_folder.threads
+            every += seconds
+            one += seconds / len(offered)
+            formats |= {*offered}
+        return cls(every, one, sum(codec_of(f).preparation_seconds(f) for f in formats))
+
+
 def _in_memory(study_folder: StudyFolder) -> _Seconds:
     per_token = seconds_per_token(study_folder, documents=16, threads=study_folder.threads)
     weights = study_folder.inventory.n_searched_weights
     pricing = weights / _PRICE_WEIGHTS_PER_SECOND
-    encoding = weights / _ENCODE_WEIGHTS_PER_SECOND / study_folder.threads + _TABLES_SECONDS
+    encoding = _Encoding.of(study_folder)
     passes = study_folder.profiler.forward_tokens
     # watching every input of the statistics pass takes half as long as the pass itself
     tokens = sum(passes.values()) + passes["statistics"] / 2
     gradient_tokens = study_folder.profiler.gradient_tokens(study_folder.scorers.gradients)
     return _Seconds(
         trial=per_token * study_folder.scorers.trials.n_tokens,
-        profile=per_token * tokens + encoding + pricing,
+        profile=per_token * tokens + encoding.every_format + encoding.preparation + pricing,
         gradient=per_token * gradient_tokens + 2 * pricing,  # each format's loss, and its move
     )
 
@@ -146,22 +168,19 @@ def _streamed(study_folder: StudyFolder) -> _Seconds:
     """Reading is paid once per pass, computing once per candidate."""
     spec = study_folder.spec.streamed
     assert spec is not None
-    weights = study_folder.inventory.n_searched_weights
     reading, per_token = _one_expert(study_folder)
     together = spec.candidates
-    encoding = weights * together / _ENCODE_ONE_PER_SECOND / study_folder.threads
+    encoding = _Encoding.of(study_folder)
     computing = per_token * study_folder.scorers.trials.n_tokens * (together + 1)
     passes = study_folder.profiler.forward_tokens
     n_changes = sum(1 for _ in study_folder.profiler.changes())
     assert isinstance(study_folder.profiler, StreamedProfiler)
     # statistics, curvature there and back
     n_passes = 3 + math.ceil(n_changes / study_folder.profiler.side_by_side)
-    priced = (
-        spec.rows * weights / _ENCODE_WEIGHTS_PER_SECOND / study_folder.threads + _TABLES_SECONDS
-    )
-    anchors = 2 * weights / _ENCODE_ONE_PER_SECOND / study_folder.threads
+    priced = spec.rows * encoding.every_format + encoding.preparation
+    anchors = 2 * encoding.one_format
     return _Seconds(
-        trial=(reading + computing + encoding) / together,
+        trial=(reading + computing + together * encoding.one_format) / together,
         profile=n_passes * reading + per_token * sum(passes.values()) + priced + anchors,
         gradient=0.0,
     )

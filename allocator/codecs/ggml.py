@@ -30,6 +30,10 @@ _WEIGHTS_PER_SECOND = {
 """One core, with importance: measured on normal rows of 2048 (those with a block of 32, of
 7168)."""
 _TYPICAL_PER_SECOND = 4e6  # the median of them
+_PREPARATION_SECONDS = {
+    "IQ3_S": 0.1, "IQ3_XXS": 0.1, "IQ2_S": 3.2, "IQ2_XS": 1.5, "IQ2_XXS": 0.6, "IQ1_M": 6.7,
+}  # fmt: skip
+"""One core; IQ1_S has the tables of IQ1_M."""
 _PACKAGE = "xllamacpp"
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -101,7 +105,7 @@ class GgmlCodec(Codec):
 
     @cached_property
     def version(self) -> str:
-        """Of the wheel."""
+        """Version of the wheel."""
         return version(_PACKAGE)
 
     def encode_rows(
@@ -133,8 +137,12 @@ class GgmlCodec(Codec):
         """Builds the format's tables: seconds for the IQ1 and IQ2 types."""
         _prepared(fmt)
 
+    def preparation_seconds(self, fmt: Format) -> float:
+        """Returns what was measured."""
+        return _PREPARATION_SECONDS.get(fmt.name, 0.0)
+
     def weights_per_second(self, fmt: Format) -> float:
-        """As measured; the median where a format was not."""
+        """Returns what was measured; the median where a format was not."""
         return _WEIGHTS_PER_SECOND.get(fmt.name, _TYPICAL_PER_SECOND)
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
