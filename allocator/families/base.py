@@ -114,7 +114,7 @@ def expression(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _softmax_router(config: Config) -> tuple[Scoring, bool]:
+def _softmax_router(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, True
 
 
@@ -166,7 +166,7 @@ class Family:
     keys: Keys
     layer_parts: Callable[[Config, int], Parts]
     layers: tuple[Parts, ...]
-    scoring: Callable[[Config], tuple[Scoring, bool]] = _softmax_router
+    scoring: Callable[[Config], tuple[str, bool]] = _softmax_router
     gguf: Gguf | None = None
     no_gguf: str = ""
     support: Support = Support.READ

@@ -59,7 +59,7 @@ def _layer_parts(config: Config, number: int) -> Parts:
     return layer(attention, _SHARED if config.get("n_shared_experts") else _BIASED)
 
 
-def _scoring(config: Config) -> tuple[Scoring, bool]:
+def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SIGMOID, bool(config.get("norm_topk_prob", True))
 
 

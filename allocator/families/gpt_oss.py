@@ -68,7 +68,7 @@ def _layer_parts(config: Config, number: int) -> Parts:
     return layer(_ATTENTION, _ROUTED)
 
 
-def _scoring(config: Config) -> tuple[Scoring, bool]:
+def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX_OF_CHOSEN, False
 
 

@@ -44,7 +44,7 @@ def _layer_parts(config: Config, number: int) -> Parts:
     return layer(_ATTENTION, DENSE if is_dense else ROUTED)
 
 
-def _scoring(config: Config) -> tuple[Scoring, bool]:
+def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
 
 

@@ -67,8 +67,9 @@ def planned_family_of(config: Config) -> Family:
     """
     model_type = config.get("model_type")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    for key, inner in config.items():
-        if (family is None or family.text_key != key) and _is_nested(config, family, inner):
+    read_inside = family is not None and family.text_key in config
+    for key, inner in () if read_inside else config.items():
+        if _is_nested(config, family, inner):
             raise CheckpointError(
                 f"config.json: model_type is {model_type!r} with a language model of type "
                 f"{inner.get('model_type')!r} inside of {key}: models of text and more are not "

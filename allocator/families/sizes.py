@@ -18,7 +18,7 @@ class Router:
     """How a token's experts are chosen and weighed.
 
     Attributes:
-        scoring: what gates are made of.
+        scoring: what gates are made of: a `Scoring`, or a word of the family's own.
         normalizes: whether the chosen gates are divided by their sum.
         scale: factor on the gates after that.
         groups: into which experts are divided; 1 for none.
@@ -27,7 +27,7 @@ class Router:
         selection_bias: whether a bias per expert takes part in the choice, and not in the gate.
     """
 
-    scoring: Scoring = Scoring.SOFTMAX
+    scoring: str = Scoring.SOFTMAX
     normalizes: bool = True
     scale: float = 1.0
     groups: int = 1

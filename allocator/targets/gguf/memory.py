@@ -335,7 +335,7 @@ def _dims(inventory: Inventory) -> _Dims:
         groups_used=router.groups_used,
         has_bias=router.selection_bias,
         has_norm=router.normalizes,
-        has_late_softmax=router.scoring is Scoring.SOFTMAX_OF_CHOSEN,
+        has_late_softmax=router.scoring == Scoring.SOFTMAX_OF_CHOSEN,
         has_scale=router.scale not in (0, 1),
     )
 

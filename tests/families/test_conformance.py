@@ -1,0 +1,45 @@
+"""Every family of ours passes the cases that we ship for families."""
+
+from allocator.families import Role, planned_family_of
+from allocator.testing.families import FamilyConformance
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+class TestDeepseekV3(FamilyConformance):
+    config = SMALL | {
+        "model_type": "deepseek_v3", "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 2,
+        "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 40, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 12, "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0, "norm_topk_prob": True, "num_key_value_heads": 4,
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+class TestQwen3Moe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "qwen3_moe", "num_hidden_layers": 2, "moe_intermediate_size": 32,
+        "num_experts": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+class TestMixtral(FamilyConformance):
+    config = SMALL | {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4}
+    family = planned_family_of(config)
+
+
+class TestGptOss(FamilyConformance):
+    config = SMALL | {
+        "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4,
+        "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    family = planned_family_of(config)
+    saved_as_read = False
