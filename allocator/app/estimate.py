@@ -14,10 +14,12 @@ from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import codec_of
 from allocator.decision.budget import Budget
+from allocator.profiling.in_memory_profiler import InMemoryProfiler
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers.auto import ROUND
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.streamed import StreamedModel
+from allocator.scoring.swap_model import SwapModel
 from allocator.targets.device_memory import DeviceMemory
 
 _PRICE_WEIGHTS_PER_SECOND = 6e6
@@ -114,7 +116,9 @@ def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int
     if study_folder.spec.streamed is not None:
         return _streamed(study_folder).trial / study_folder.scorers.trials.n_tokens
     chosen = study_folder.calibration.search[:documents]
-    scorer = Scorer(study_folder.profiler.swap, chosen, threads=threads)
+    model = study_folder.scorers.model
+    assert isinstance(model, SwapModel)
+    scorer = Scorer(model, chosen, threads=threads)
     scorer.ensure_reference(len(chosen))
     began = time.perf_counter()
     scorer.score_installed()
@@ -156,7 +160,9 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
     passes = study_folder.profiler.forward_tokens
     # watching every input of the statistics pass takes half as long as the pass itself
     tokens = sum(passes.values()) + passes["statistics"] / 2
-    gradient_tokens = study_folder.profiler.gradient_tokens(study_folder.scorers.gradients)
+    profiler = study_folder.profiler
+    assert isinstance(profiler, InMemoryProfiler)
+    gradient_tokens = profiler.gradient_tokens(study_folder.scorers.gradients)
     return _Seconds(
         trial=per_token * study_folder.scorers.trials.n_tokens,
         profile=per_token * tokens + encoding.every_format + encoding.preparation + pricing,

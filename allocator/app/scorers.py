@@ -15,7 +15,6 @@ from allocator.app.study_file import StreamedSpec
 from allocator.codecs.encodings import Encodings
 from allocator.profiling.profiler import Profiler
 from allocator.profiling.statistics import importance_digest
-from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.scoring.candidates import Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import Scorer
@@ -68,10 +67,11 @@ class StudyScorers:
     @cached_property
     def gradients(self) -> Scorer:
         """Has the documents that gradients are taken on; its model is the trials' own."""
-        profiler = self._profiler()
+        model = self.model
+        assert isinstance(model, SwapModel)  # a gradient step needs the model in memory
         documents = self._calibration.gradient_documents
-        # each gradient step takes other documents: the original's distributions are not kept
-        return Scorer(profiler.swap, documents, cache_bytes=0, threads=self._threads)
+        # each gradient step takes other documents: a cache of distributions would gain nothing
+        return Scorer(model, documents, cache_bytes=0, threads=self._threads)
 
     @cached_property
     def selection(self) -> AnyScorer:
@@ -81,8 +81,7 @@ class StudyScorers:
     @property
     def model(self) -> SwapModel | StreamedModel:
         """The model that the study's own encodings are scored in."""
-        profiler = self._profiler()
-        return profiler.streamed if isinstance(profiler, StreamedProfiler) else profiler.swap
+        return self._profiler().model
 
     def model_with(self, encodings: Encodings) -> SwapModel | StreamedModel:
         """Makes a model of its own for other encoded weights."""

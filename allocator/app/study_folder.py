@@ -37,7 +37,9 @@ from allocator.decision.space import Space
 from allocator.errors import StudyError
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
-from allocator.profiling.profiler import ProfileInputs, Profiler
+from allocator.profiling.in_memory_profiler import InMemoryProfiler
+from allocator.profiling.inputs import ProfileInputs
+from allocator.profiling.profiler import Profiler
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers import GradientStep, Problem, check_sampler, make_sampler
 from allocator.scoring.documents import digest
@@ -127,7 +129,7 @@ class StudyFolder:
             saliency=self.search_space.experts.saliency,
             sampled_rows=None if streamed is None else streamed.rows,
         )
-        make = Profiler if streamed is None else StreamedProfiler
+        make = InMemoryProfiler if streamed is None else StreamedProfiler
         return make(
             inputs,
             self.cache,
@@ -155,7 +157,7 @@ class StudyFolder:
     @cached_property
     def surrogate(self) -> Surrogate:
         """Predicted losses."""
-        return from_profile(self.profile, self.space, self.profiler.settings(self.space))
+        return from_profile(self.profile, self.space, self.profiler.setting_losses(self.space))
 
     # -- encoded weights and scores
 
@@ -229,7 +231,7 @@ class StudyFolder:
     @property
     def base_tokens(self) -> int:
         """Forward tokens before the first trial: the profile, and the original on the split."""
-        settings = self.profiler.settings_tokens(self.unranked_space)
+        settings = self.profiler.setting_tokens(self.unranked_space)
         return sum(self.profiler.forward_tokens.values()) + settings + self.scorers.trials.n_tokens
 
     def launch(self, request: SearchRequest | None = None) -> Launch:
@@ -300,13 +302,13 @@ class StudyFolder:
             on_trial: called with a trial's id before anything is proposed for it.
         """
         gradient: GradientStep | None = None
-        if self.spec.streamed is None:  # a gradient needs the model in memory, twice
+        profiler = self.profiler
+        if isinstance(profiler, InMemoryProfiler):  # a gradient needs the model in memory, twice
+            local_prices, scorer = profiler.local_prices, self.scorers.gradients
             take = lru_cache(64)(
-                lambda allocation, part: self.profiler.local_prices(
-                    allocation, self.scorers.gradients, part=part
-                )
+                lambda allocation, part: local_prices(allocation, scorer, part=part)
             )
-            gradient = GradientStep(take, self.profiler.gradient_tokens(self.scorers.gradients))
+            gradient = GradientStep(take, profiler.gradient_tokens(scorer))
         problem = Problem(self.surrogate, launch.budget, gradient=gradient)
         return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
 

@@ -23,6 +23,7 @@ from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
 from allocator.scoring.scorer import DocumentLosses, Scorer, by_domain, mean, perplexity
 from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.swap_model import SwapModel
 
 N_DOCUMENTS = 48
 
@@ -238,11 +239,12 @@ class _Tasks:
         chosen = {"original", *found} | _neighbours(frame, found)
         frame["acc"] = np.nan
         frame["lm_eval_perplexity"] = np.nan
-        ours, hidden = self._study_folder.profiler.swap, not self._study_folder.progress
+        own, hidden = self._study_folder.scorers.model, not self._study_folder.progress
         rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
         for at, name in tqdm(rows, desc="lm-eval", disable=hidden):
             scorer = scorers.get(name)
-            swap = scorer.swap if isinstance(scorer, Scorer) else ours
+            swap = scorer.swap if isinstance(scorer, Scorer) else own
+            assert isinstance(swap, SwapModel)  # a streamed study was refused
             if name == "original":
                 swap.reset()
             else:

@@ -1,151 +1,79 @@
-"""The profile stage: statistics, curvature, and the loss of a few changes, resumable.
+"""The profile stage: what a checkpoint loses by every change that a search may make, resumable.
 
-In: a checkpoint in a layout, and calibration documents. Out: a folder named by the digest of its
-inputs: `statistics.json` and `importance.safetensors` (one pass of the original), `curvature.json`
+In: a profile's inputs, and the cache. Out: a folder named by the digest of the inputs:
+`statistics.json` and `importance.safetensors` (one pass of the original), `curvature.json`
 (second-order loss of every group, expert and format: one more pass, with gradients), `losses.jsonl`
 (measured KL of a few changes, each of one bundle of groups or one layer's count), and
-`profile.json` when all is there. Invariants: a kill costs at most the line being measured; every
-file carries a checksum of its content and of what it belongs to, and a damaged one is measured
-again, with one line.
+`profile.json` when all is there. Invariant: every stage is measured once for all studies with the
+same inputs; see `ProfileFolder` for what a kill or a damaged file costs.
+
+How a stage is measured differs: with the model in memory (`in_memory_profiler`), or layer by layer
+(`streamed_profiler`). Everything else is the same and is here.
 """
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from allocator.checkpoint.tensors import Floats
-from allocator.codecs import versions_of
 from allocator.codecs.encodings import Encodings
-from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
-from allocator.decision.parameters import EXPERTS_USED, KV_FORMAT
+from allocator.decision.allocation import Allocation
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
-from allocator.errors import CalibrationError
-from allocator.families import Role
-from allocator.files.atomic import locked, write_whole
-from allocator.files.checksums import (
-    load_arrays,
-    log_damage,
-    read_checked,
-    save_arrays,
-    seal_line,
-    unseal,
-    write_checked,
+from allocator.files.atomic import locked
+from allocator.files.checksums import load_arrays, log_damage, save_arrays
+from allocator.prediction.profile import Change, Profile
+from allocator.profiling.changes import (
+    CountChange,
+    FormatChange,
+    MeasuredChange,
+    SettingChange,
+    original_settings,
+    profile_changes,
+    setting_changes,
+    share_of_layers,
 )
-from allocator.prediction.profile import Change, Profile, bundle_of
-from allocator.prediction.surrogate import LocalPrices
-from allocator.profiling.curvature import FORWARDS, FORWARDS_WITH_SLOPE, Curvature, measure
-from allocator.profiling.statistics import Statistics, collect, importance_digest
+from allocator.profiling.curvature import FORWARDS
+from allocator.profiling.inputs import ProfileInputs
+from allocator.profiling.profile_files import Lines, ProfileFolder
+from allocator.profiling.statistics import Statistics, importance_digest
 from allocator.scoring import documents as calibration
 from allocator.scoring.candidates import Candidate
-from allocator.scoring.documents import Document
-from allocator.scoring.scorer import Scorer, mean
-from allocator.scoring.streamed import AnyScorer
-from allocator.scoring.swap_model import SwapModel, destination
-from allocator.targets import Group, Layout
-from allocator.targets.group_weights import group_weights
-
-ANCHOR_BITS = (1.75, 3.0)
-"""Each bundle's loss is measured with its groups in their formats nearest to these."""
-FAST = 1e7
-"""Where prices are of sampled rows: those formats encode as many weights a second (one core)."""
-_LOOK = FORWARDS_WITH_SLOPE + 1  # and the original's own forward
-_SALIENCY_BITS = 2.0625  # the format whose loss ranks experts
-PRUNED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
-"""Each layer's loss is measured at these shares of its experts."""
-_FORM = 2  # of the files in a profile's folder; those of another form are in folders of their own
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The original with one setting changed: `experts_used` or `kv_format`."""
-
-    name: str
-    value: Any
-
-
-Measured = Change | tuple[int, int] | Setting
-"""What is measured: a bundle in some formats, `(layer, retained count)`, or a setting."""
-
-
-@dataclass(frozen=True)
-class ProfileInputs:
-    """Everything a profile depends on.
-
-    Attributes:
-        layout: the target bound to the checkpoint.
-        documents: the calibration documents for the statistics; the first ones are scored.
-        n_measured: documents scored for each change.
-        n_curvature: documents behind the curvature.
-        saliency: the ranking that prune losses are measured with.
-        sampled_rows: share of a matrix's rows that its prices are of; None for all, with the model
-            in memory.
-    """
-
-    layout: Layout
-    documents: tuple[Document, ...]
-    n_measured: int
-    n_curvature: int
-    saliency: str
-    sampled_rows: float | None = None
-
-    @cached_property
-    def digest(self) -> str:
-        """Names the profile."""
-        parts = {
-            "checkpoint": self.layout.inventory.digest,
-            "target": self.layout.target,
-            "documents": calibration.digest(self.documents),
-            "n_measured": self.n_measured,
-            "n_curvature": self.n_curvature,
-            "saliency": self.saliency,
-            "anchors": [ANCHOR_BITS, PRUNED_SHARES],
-            **versions_of(f for g in self.layout.groups.values() for f in g.offered()),
-            "schema": 2,
-        }
-        if self.sampled_rows is not None:
-            parts["sampled_rows"] = self.sampled_rows
-            parts["fast"] = FAST
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
+from allocator.scoring.scorer import mean
+from allocator.scoring.streamed import AnyScorer, StreamedModel
+from allocator.scoring.swap_model import SwapModel
+from allocator.targets import Group
 
 STATISTICS, CURVATURE = "statistics", "curvature"
-"""Stages that are kept layer by layer where the checkpoint is streamed."""
+"""Stages that a streamed pass checkpoints layer by layer, in folders of these names."""
+_SALIENCY_BITS = 2.0625
+"""Effective bits of the format whose loss ranks experts."""
+
+Losses = dict[str, dict[str, list[float]]]
+"""Nats per token by group and format: one value per routed expert, else one value."""
 
 
-class _Prices(msgspec.Struct, forbid_unknown_fields=True):
+class _CurvatureFile(msgspec.Struct, forbid_unknown_fields=True):
     """`curvature.json`."""
 
-    curvature: dict[str, dict[str, list[float]]]
+    curvature: Losses
 
 
-class _Around(_Prices, forbid_unknown_fields=True):
-    """`around-*.json`."""
-
-    moves: dict[str, dict[str, list[float]]]
-
-
-class _Loss(msgspec.Struct, forbid_unknown_fields=True):
+class _LossFile(msgspec.Struct, forbid_unknown_fields=True):
     """`selection-*.json`: nats per token."""
 
     loss: float
 
 
-class _Routing(msgspec.Struct, forbid_unknown_fields=True):
-    """`statistics.json`; `importance` names the vectors beside it."""
+class _StatisticsFile(msgspec.Struct, forbid_unknown_fields=True):
+    """`statistics.json`; `importance` names the vectors of `importance.safetensors`."""
 
     importance: str
     saliency: dict[str, dict[int, list[float]]]
@@ -154,62 +82,13 @@ class _Routing(msgspec.Struct, forbid_unknown_fields=True):
     unreached: list[tuple[int, int]]
 
 
-class Lines:
-    """A JSON-lines file that is appended to; rows that cannot be used are dropped, with one line.
+class Profiler(ABC):
+    """Builds a profile, or resumes one, and measures what a search asks for later.
+
+    A subclass says how statistics, curvature and losses are measured, and nothing else.
 
     Args:
-        path: of the file.
-        of: what its rows belong to.
-        wanted: whether a whole row can be used.
-
-    Attributes:
-        rows: what it holds.
-        n_dropped: rows that were damaged or not wanted, a torn last one not counted.
-    """
-
-    def __init__(
-        self, path: Path, of: str = "", wanted: Callable[[dict[str, Any]], bool] = lambda row: True
-    ) -> None:
-        self.path, self._of = path, f"{path.name} {of}"
-        self.rows: list[dict[str, Any]] = []
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        lines, kept = whole.split(b"\n") if whole else [], []
-        odd: list[tuple[int, Exception]] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = unseal(line, self._of, required=True)
-                if not wanted(row):
-                    raise ValueError("no finite number for anything that is asked for")
-            except (ValueError, RecursionError) as error:
-                odd.append((number, error))
-            else:
-                kept.append(line)
-                self.rows.append(row)
-        self.n_dropped = len(odd)
-        if odd:
-            number, why = odd[0]
-            more = f", and {len(odd) - 1} more" if odd[1:] else ""
-            log_damage(path.with_name(f"{path.name}, line {number}{more}"), why)
-        if path.exists():
-            write_whole(path, b"".join(line + b"\n" for line in kept))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds a row, in the file first."""
-        with open(self.path, "ab") as file:
-            file.write(seal_line(row, self._of) + b"\n")
-        self.rows.append(row)
-
-    def sync(self) -> None:
-        """Returns when the disk has all rows."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            os.fsync(file.fileno())
-
-
-class Profiler:
-    """Builds or continues a profile.
-
-    Args:
-        inputs: what it depends on.
+        inputs: what the profile depends on.
         cache: where profiles and the encodings live.
         threads: for encoding.
         progress: shows bars.
@@ -229,41 +108,76 @@ class Profiler:
     ) -> None:
         self.inputs = inputs
         self.layout = inputs.layout
-        self.folder = cache / "profiles" / f"{inputs.digest[:32]}-{_FORM}"
         self.cache = cache
+        self.files = ProfileFolder(cache, inputs.digest)
         self.threads = threads
         self.progress = progress
         self.encodings_cap = encodings_cap
         self.torch_device = torch_device
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._building = False
+
+    # -- how a profile is measured
+
+    @property
+    @abstractmethod
+    def model(self) -> SwapModel | StreamedModel:
+        """The original, which candidates are put into."""
+
+    @abstractmethod
+    def measure_statistics(self) -> Statistics:
+        """Runs the original over the calibration documents."""
+
+    @abstractmethod
+    def measure_curvature(self) -> Losses:
+        """Prices every offered format of every group, to second order around the original."""
+
+    @abstractmethod
+    def measure_losses(self, candidates: Iterable[Candidate]) -> Iterator[float]:
+        """Yields the loss of each candidate on the measured documents, nats per token."""
+
+    @abstractmethod
+    def anchor(self, group: Group, bits: float) -> str:
+        """Returns the format near some effective bits that a group is measured in."""
+
+    # -- stages
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the profile's files."""
+        return self.files.path
 
     @cached_property
     def statistics(self) -> Statistics:
         """Importance, saliency and routing; measured once."""
-        path, weights = self.folder / "statistics.json", self.folder / "importance.safetensors"
+        name, weights = "statistics.json", self.folder / "importance.safetensors"
 
         def read(quiet: bool) -> Statistics | None:
-            found = read_checked(path, _Routing, self._of, quiet=quiet)
-            vectors = None if found is None else load_arrays(weights, self._of)
-            if found is None or vectors is None:
+            plain = self.files.read(name, _StatisticsFile, quiet=quiet)
+            vectors = None if plain is None else load_arrays(weights, self.files.digest)
+            if plain is None or vectors is None:
                 return None
-            if importance_digest(vectors) != found.importance:
-                log_damage(weights, ValueError(f"not the vectors that {path.name} names"))
+            if importance_digest(vectors) != plain.importance:
+                log_damage(weights, ValueError(f"not the vectors that {name} names"))
                 return None
             return Statistics(
-                vectors, found.saliency, found.counts, found.n_tokens, found.unreached
+                vectors, plain.saliency, plain.counts, plain.n_tokens, plain.unreached
             )
 
         def build() -> None:
-            found = self._collect()
-            save_arrays(weights, found.importance, self._of)
-            named = importance_digest(found.importance)
-            plain = _Routing(named, found.saliency, found.counts, found.n_tokens, found.unreached)
-            write_checked(path, plain, self._of)
-            self._forget(STATISTICS)
+            measured = self.measure_statistics()
+            save_arrays(weights, measured.importance, self.files.digest)
+            self.files.write(
+                name,
+                _StatisticsFile(
+                    importance_digest(measured.importance),
+                    measured.saliency,
+                    measured.counts,
+                    measured.n_tokens,
+                    measured.unreached,
+                ),
+            )
+            self.files.remove_scratch(STATISTICS)
 
-        return self._kept(path, read, build)
+        return self.files.stage(name, read, build)
 
     @cached_property
     def encodings(self) -> Encodings:
@@ -277,206 +191,64 @@ class Profiler:
         )
 
     @cached_property
-    def swap(self) -> SwapModel:
-        """The model that candidates are put into; encodings are opened when one needs them."""
-        return SwapModel(self.layout, self._decoded, device=self.torch_device)
-
-    def _decoded(self, name: str, fmt: str, experts: tuple[int, ...] | None) -> Floats:
-        self.encodings.release()  # the model holds a copy of what it asked for before
-        return self.encodings.decoded(name, fmt, experts)
-
-    @cached_property
-    def curvature(self) -> dict[str, dict[str, list[float]]]:
+    def curvature(self) -> Losses:
         """Second-order loss around the original, by group and format; measured once."""
-        path = self.folder / "curvature.json"
+        name = "curvature.json"
+
+        def read(quiet: bool) -> _CurvatureFile | None:
+            return self.files.read(name, _CurvatureFile, quiet=quiet)
 
         def build() -> None:
-            write_checked(path, _Prices(self._curvature()), self._of)
-            self._forget(CURVATURE)
+            self.files.write(name, _CurvatureFile(self.measure_curvature()))
+            self.files.remove_scratch(CURVATURE)
 
-        return self._kept(path, self._reads(path, _Prices), build).curvature
-
-    def _collect(self) -> Statistics:
-        return collect(self.swap.model, self.layout, self.inputs.documents, progress=self.progress)
-
-    def _curvature(self) -> dict[str, dict[str, list[float]]]:
-        with self.swap.original():
-            found = measure(self.swap, self.inputs.documents[: self.inputs.n_curvature])
-        return self._priced(found)
-
-    def _priced(self, curvature: Curvature) -> dict[str, dict[str, list[float]]]:
-        """What the original's `curvature` says of every offered format of every group."""
-        wanted = sum(len(g.offered()) for g in self.layout.groups.values())
-        bar = tqdm(total=wanted, desc="encoding", disable=not self.progress)
-        prices: dict[str, dict[str, list[float]]] = {}
-        for group in self.layout.groups.values():
-            weights = group_weights(self.layout, group)
-            experts = range(len(weights)) if group.role.is_expert else ()
-            row = prices[group.name] = {}
-            self.encodings.release()
-            for fmt in group.offered():
-                decoded = self.encodings.decoded(group.name, fmt.name)
-                row[fmt.name] = curvature.price(group, decoded - weights, experts)
-                bar.update()
-        bar.close()
-        return prices
-
-    def local_prices(self, allocation: Allocation, scorer: Scorer, *, part: int) -> LocalPrices:
-        """What a gradient says around a candidate; kept by content.
-
-        Curvature of experts that the candidate does not retain is the original's, scaled as their
-        layer's retained ones are.
-
-        Args:
-            allocation: the candidate.
-            scorer: of search documents; they are taken `n_curvature` at a time.
-            part: which of these.
-        """
-        n = min(self.inputs.n_curvature, scorer.n_documents)
-        start = part % max(scorer.n_documents // n, 1) * n
-        documents = scorer.documents[start : start + n]
-        name = f"around-{allocation.digest[:32]}-{calibration.digest(documents)[:16]}.json"
-        path = self.folder / name
-        prices = read_checked(path, _Around, self._of)
-        if prices is None:
-            scorer.ensure_reference(start + n)
-            self.swap.put_allocation(allocation)
-            found = measure(self.swap, documents, reference=lambda i: scorer.reference(start + i))
-            prices = _Around(*self._priced_around(allocation, found))
-            write_checked(path, prices, self._of)
-        return LocalPrices(
-            prices.curvature, prices.moves, _LOOK * sum(len(d.ids) for d in documents)
-        )
-
-    def selection_loss(self, allocation: Allocation, scorer: AnyScorer) -> float:
-        """The loss of an allocation on a scorer's documents, nats per token; kept by content."""
-        key = f"{calibration.digest(scorer.documents)[:16]}-{allocation.digest[:32]}"
-        path = self.folder / f"selection-{key}.json"
-        known = read_checked(path, _Loss, self._of)
-        if known is None:
-            known = _Loss(mean(scorer.score(allocation).kl, scorer.documents))
-            if math.isfinite(known.loss):
-                write_checked(path, known, self._of)
-        return known.loss
-
-    def gradient_tokens(self, scorer: Scorer) -> int:
-        """The most forward tokens that `local_prices` costs."""
-        n = min(self.inputs.n_curvature, scorer.n_documents)
-        sizes = [len(d.ids) for d in scorer.documents]
-        starts = range(0, scorer.n_documents - n + 1, n)
-        return _LOOK * max(sum(sizes[i : i + n]) for i in starts)
-
-    def _priced_around(
-        self, allocation: Allocation, found: Curvature
-    ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, list[float]]]]:
-        curvature: dict[str, dict[str, list[float]]] = {}
-        moves: dict[str, dict[str, list[float]]] = {}
-        dimensions = self.layout.inventory.dimensions
-        for name, group in self.layout.groups.items():
-            experts = allocation.retained_experts[group.layer or 0] if group.role.is_expert else ()
-            weights = group_weights(self.layout, group)
-            weights = weights[list(experts)] if experts else weights
-            held = destination(self.swap.model, dimensions, group).cpu().numpy()
-            tangent = found.tangent(group, held - weights, experts)
-            curvature[name], moves[name] = {}, {}
-            self.encodings.release()
-            for fmt in group.offered():
-                change = self.encodings.decoded(name, fmt.name, experts or None) - weights
-                there = found.price(group, change, experts)
-                step = tangent.steps(change, there)
-                if experts:
-                    there = _completed(self.curvature[name][fmt.name], there, experts)
-                    everyone = dict(zip(experts, step, strict=True))
-                    step = [everyone.get(e, 0.0) for e in range(len(there))]
-                curvature[name][fmt.name], moves[name][fmt.name] = there, step
-        return curvature, moves
+        return self.files.stage(name, read, build).curvature
 
     @cached_property
     def saliency(self) -> dict[str, dict[int, list[float]]]:
-        """Per method, per MoE layer, one value per expert, higher = keep."""
+        """Per method, per MoE layer, one value per expert; experts of high saliency stay."""
         return {"fisher": self._fisher(), **self.statistics.saliency}
 
     def _fisher(self) -> dict[int, list[float]]:
-        """How much an expert's loss in a small format is: its share of what the layer's cost."""
-        found = {}
+        """An expert's share of what its layer loses in a small format."""
+        values = {}
         for layer in self.layout.layers:
             rows = [
-                self.curvature[g.name][_nearest(g, _SALIENCY_BITS)]
+                self.curvature[g.name][nearest_format(g, _SALIENCY_BITS)]
                 for g in self.layout.groups.values()
                 if g.role.is_expert and g.layer == layer
             ]
-            found[layer] = [float(v) for v in np.sum(rows, axis=0)]
-        return found
+            values[layer] = [float(v) for v in np.sum(rows, axis=0)]
+        return values
 
     def space(self, spec: SearchSpace) -> Space:
-        """A search space bound with this profile's saliency."""
+        """Binds a search space with this profile's saliency."""
         return bind(spec, self.layout, self.saliency)
 
     def profile(self) -> Profile:
-        """The finished profile; of several processes one builds it, and the others wait."""
-        path = self.folder / "profile.json"
-        build = partial(self._write_profile, path)
-        return self._kept(path, self._reads(path, Profile), build)
+        """Returns the whole profile; of several processes one builds it, and the others wait."""
+        return self.files.read_or_build("profile.json", Profile, self.build)
 
-    def _write_profile(self, path: Path) -> None:
-        write_checked(path, self._build(), self._of)
-
-    @property
-    def _of(self) -> str:
-        """What the files of the folder belong to."""
-        return self.inputs.digest
-
-    def _reads(self, path: Path, kind: type[T]) -> Callable[[bool], T | None]:
-        return lambda quiet: read_checked(path, kind, self._of, quiet=quiet)
-
-    def _kept(self, path: Path, read: Callable[[bool], T | None], build: Callable[[], None]) -> T:
-        """What a stage has left; of several processes one builds what is missing or damaged.
-
-        Args:
-            path: of the stage's last file.
-            read: gets whether to be quiet; returns None where `build` is needed.
-            build: leaves the files.
-        """
-        if not self._building and (found := read(True)) is not None:
-            return found
-        with self._alone():
-            if (found := read(False)) is None:
-                build()
-                found = read(False)
-        if found is None:
-            raise CalibrationError(
-                f"{path}: does not come back as it was written; needed finite values, and a disk "
-                "that keeps what it is given"
-            )
-        return found
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Holds the lock of those who build, once."""
-        if self._building:
-            yield
-            return
-        with locked(self.folder / "building"):
-            self._building = True
-            try:
-                yield
-            finally:
-                self._building = False
-
-    def _forget(self, stage: str) -> None:
-        """Removes what a finished stage has kept to go on from: nothing here."""
-
-    def _build(self) -> Profile:
+    def build(self) -> Profile:
+        """Puts the profile together; stages that are on the disk are read."""
         statistics = self.statistics
-        measured, pruned = self._losses()
+        losses = self._change_losses()
+        pruned: dict[int, dict[int, float]] = {}
+        measured: list[Change] = []
+        for change in self.changes():
+            loss = losses[change.name]
+            if isinstance(change, CountChange):
+                pruned.setdefault(change.layer, {})[change.count] = loss
+            else:
+                measured.append(Change(change.bundle, dict(change.formats), loss))
         return Profile(
             checkpoint=self.layout.inventory.digest,
             calibration=calibration.digest(self.inputs.documents),
             target=self.layout.target,
             importance=importance_digest(statistics.importance),
             n_tokens=statistics.n_tokens,
-            measured_tokens=self._tokens(self.inputs.n_measured),
-            curvature_tokens=self._tokens(self.inputs.n_curvature),
+            measured_tokens=self.inputs.measured_tokens,
+            curvature_tokens=self.inputs.curvature_tokens,
             forward_tokens=self.forward_tokens,
             saliency=self.saliency,
             unreached=statistics.unreached,
@@ -490,163 +262,93 @@ class Profiler:
     @property
     def forward_tokens(self) -> dict[str, int]:
         """What each stage costs, finished or not, in tokens through all layers."""
-        n_measured = self._tokens(self.inputs.n_measured)
+        n_measured = self.inputs.measured_tokens
+        shares = [share_of_layers(change, self.layout) for change in self.changes()]
         return {
-            "statistics": self._tokens(),
-            "curvature": FORWARDS * self._tokens(self.inputs.n_curvature),
+            "statistics": self.inputs.n_tokens,
+            "curvature": FORWARDS * self.inputs.curvature_tokens,
             "reference": n_measured,  # its distributions, and its states before every layer
-            "changes": round(n_measured * sum(map(self._depth, self.changes()))),
+            "changes": round(n_measured * sum(shares)),
         }
 
-    def _tokens(self, n_documents: int | None = None) -> int:
-        return sum(len(d.ids) for d in self.inputs.documents[:n_documents])
+    # -- measured changes
 
-    @property
-    def _measured_documents(self) -> Sequence[Document]:
-        return self.inputs.documents[: self.inputs.n_measured]
+    def changes(self) -> Iterator[FormatChange | CountChange]:
+        """Yields the changes that the profile measures."""
+        return profile_changes(self.inputs, self.anchor)
 
-    def changes(self) -> Iterator[Measured]:
-        """What is measured: bundles in small formats, and `(layer, retained count)`."""
-        bundles: dict[str, list[Group]] = {}
-        for group in self.layout.groups.values():
-            bundles.setdefault(bundle_of(group), []).append(group)
-        for name, groups in bundles.items():
-            small, large = ({g.name: self.anchor(g, bits) for g in groups} for bits in ANCHOR_BITS)
-            yield Change(name, small, math.nan)
-            if large != small:
-                yield Change(name, large, math.nan)
-        inventory = self.layout.inventory
-        step = inventory.expert_groups
-        least = inventory.least_experts(inventory.experts_used)
-        counts = (round(share * inventory.n_experts / step) * step for share in PRUNED_SHARES)
-        counts_measured = sorted({max(least, n) for n in counts} | {least}, reverse=True)
-        for layer in self.layout.layers:
-            for count in counts_measured:
-                if count < inventory.n_experts:
-                    yield layer, count
-
-    def anchor(self, group: Group, bits: float) -> str:
-        """The format that a group is measured in."""
-        return _nearest(group, bits)
-
-    def _first_layer(self, change: Measured) -> int:
-        """The first layer that measuring a change runs."""
-        if isinstance(change, Setting):
-            return 0
-        if isinstance(change, tuple):
-            return change[0]
-        group = self.layout.groups[next(iter(change.formats))]
-        if group.role is Role.HEAD:  # it multiplies what the last layer gives
-            return self.layout.inventory.n_layers - 1
-        return group.layer or 0
-
-    def _depth(self, change: Measured) -> float:
-        """The share of the layers that measuring a change runs."""
-        n_layers = self.layout.inventory.n_layers
-        return (n_layers - self._first_layer(change)) / n_layers
-
-    def _losses(self) -> tuple[list[Change], dict[int, dict[int, float]]]:
-        changes = list(self.changes())
-        asked = {_line(c) for c in changes}
-        lines = Lines(
-            self.folder / "losses.jsonl",
-            self._of,
-            lambda row: _is_loss(row) and row["change"] in asked,
+    def _change_losses(self) -> dict[str, float]:
+        changes = {change.name: change for change in self.changes()}
+        lines = self.files.lines(
+            "losses.jsonl", lambda row: _is_loss(row) and row["change"] in changes
         )
-        done = {row["change"]: row["kl"] for row in lines.rows}
-        bar = tqdm(
-            total=len(changes), initial=len(done), desc="measuring", disable=not self.progress
-        )
-        for change, kl in self._measured([c for c in changes if _line(c) not in done]):
-            done[_line(change)] = kl
-            lines.append({"change": _line(change), "kl": kl})
-            bar.update()
-        bar.close()
-        measured = [
-            Change(c.bundle, c.formats, done[_line(c)]) for c in changes if isinstance(c, Change)
-        ]
-        pruned: dict[int, dict[int, float]] = {}
-        for change in changes:
-            if isinstance(change, tuple):
-                pruned.setdefault(change[0], {})[change[1]] = done[_line(change)]
-        return measured, pruned
+        return self._measured(list(changes.values()), lines, self.progress)
 
-    def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
-        """Measures changes, as they are asked for."""
-        if not changes:
-            return
-        scorer = Scorer(
-            self.swap, self._measured_documents, threads=self.threads,
-            boundary_bytes=math.inf, from_original=True,
-        )  # fmt: skip
-        scorer.ensure_reference(len(scorer.documents))
-        for change in changes:
-            scorer.swap.put(self.candidate(change))
-            yield change, mean(scorer.score_installed().kl, scorer.documents)
+    def setting_losses(self, space: Space) -> dict[str, dict[Any, float]]:
+        """Measures what the original loses by every setting of a space alone.
 
-    def settings(self, space: Space) -> dict[str, dict[Any, float]]:
-        """What the original loses by every setting of a space alone, nats per token; kept."""
-        wanted = settings_of(space)
+        Returns:
+            Nats per token by setting and value, the original's value included.
+        """
+        changes = setting_changes(space)
         with locked(self.folder / "settings"):
-            lines = Lines(self.folder / "settings.jsonl", self._of, _is_loss)
-            done = {row["change"]: row["kl"] for row in lines.rows}
-            for setting, kl in self._measured([s for s in wanted if _line(s) not in done]):
-                done[_line(setting)] = kl
-                lines.append({"change": _line(setting), "kl": kl})
-        found: dict[str, dict[Any, float]] = {}
-        for setting in wanted:
-            found.setdefault(setting.name, {})[setting.value] = done[_line(setting)]
-        originals = {
-            EXPERTS_USED.name: self.layout.inventory.experts_used,
-            KV_FORMAT.name: DEFAULT_KV_FORMAT,
-        }
-        return {name: {originals[name]: 0.0} | losses for name, losses in found.items()}
+            losses = self._measured(changes, self.files.lines("settings.jsonl", _is_loss))
+        original = original_settings(self.layout)
+        by_setting: dict[str, dict[Any, float]] = {}
+        for change in changes:
+            values = by_setting.setdefault(change.setting, {original[change.setting]: 0.0})
+            values[change.value] = losses[change.name]
+        return by_setting
 
-    def settings_tokens(self, space: Space) -> int:
-        """Forward tokens that `settings` costs, measured or not."""
-        wanted = settings_of(space)
-        reference = 1 if wanted else 0
-        return (len(wanted) + reference) * self._tokens(self.inputs.n_measured)
+    def setting_tokens(self, space: Space) -> int:
+        """Returns the forward tokens that `setting_losses` costs, measured or not."""
+        n_changes = len(setting_changes(space))
+        reference = 1 if n_changes else 0
+        return (n_changes + reference) * self.inputs.measured_tokens
 
-    def candidate(self, change: Measured) -> Candidate:
-        """The original with a change."""
+    def _measured(
+        self, changes: Sequence[MeasuredChange], lines: Lines, progress: bool = False
+    ) -> dict[str, float]:
+        """Losses by the name of a change; those without a line are measured and appended."""
+        losses = {row["change"]: row["kl"] for row in lines.rows}
+        missing = [change for change in changes if change.name not in losses]
+        bar = tqdm(total=len(changes), initial=len(losses), desc="measuring", disable=not progress)
+        if missing:
+            measured = self.measure_losses(map(self.candidate, missing))
+            for change, loss in zip(missing, measured, strict=True):
+                losses[change.name] = loss
+                lines.append({"change": change.name, "kl": loss})
+                bar.update()
+        bar.close()
+        return losses
+
+    def candidate(self, change: MeasuredChange) -> Candidate:
+        """Returns the original with a change."""
         original = Candidate.original(self.layout)
-        if isinstance(change, Setting):
-            return replace(original, **{change.name: change.value})
-        if not isinstance(change, tuple):
+        if isinstance(change, SettingChange):
+            return replace(original, **{change.setting: change.value})
+        if isinstance(change, FormatChange):
             return replace(original, format_of={**original.format_of, **change.formats})
         space = self.space(SearchSpace(schema=1, experts=Experts(saliency=self.inputs.saliency)))
-        retained = {**original.retained_experts, change[0]: space.retained(*change)}
-        return replace(original, retained_experts=retained)
+        experts = space.retained(change.layer, change.count)
+        return replace(
+            original, retained_experts={**original.retained_experts, change.layer: experts}
+        )
 
+    def selection_loss(self, allocation: Allocation, scorer: AnyScorer) -> float:
+        """Measures the loss of an allocation on a scorer's documents, or reads it from the cache.
 
-def _completed(original: list[float], held: list[float], experts: tuple[int, ...]) -> list[float]:
-    """One value per expert: the held ones' own, the others' scaled as these."""
-    before = sum(original[e] for e in experts)
-    factor = sum(held) / before if before > 0 else 1.0
-    found = [value * factor for value in original]
-    for expert, value in zip(experts, held, strict=True):
-        found[expert] = value
-    return found
-
-
-def settings_of(space: Space) -> list[Setting]:
-    """Every setting of a space that is not the original's, where there is a choice."""
-    choices = {
-        name: space.choices[name]
-        for name in (EXPERTS_USED.name, KV_FORMAT.name)
-        if name in space.choices
-    }
-    original = {
-        EXPERTS_USED.name: space.layout.inventory.experts_used,
-        KV_FORMAT.name: DEFAULT_KV_FORMAT,
-    }
-    return [
-        Setting(name, value)
-        for name, values in choices.items()
-        for value in values
-        if len(values) > 1 and value != original[name]
-    ]
+        Returns:
+            Nats per token.
+        """
+        key = f"{calibration.digest(scorer.documents)[:16]}-{allocation.digest[:32]}"
+        name = f"selection-{key}.json"
+        measured = self.files.read(name, _LossFile)
+        if measured is None:
+            measured = _LossFile(mean(scorer.score(allocation).kl, scorer.documents))
+            if math.isfinite(measured.loss):
+                self.files.write(name, measured)
+        return measured.loss
 
 
 def _is_loss(row: dict[str, Any]) -> bool:
@@ -655,14 +357,6 @@ def _is_loss(row: dict[str, Any]) -> bool:
     return isinstance(row.get("change"), str) and isinstance(kl, float) and math.isfinite(kl)
 
 
-def _line(change: Measured) -> str:
-    """The name of a change in `losses.jsonl`."""
-    if isinstance(change, Setting):
-        return f"{change.name} {change.value}"
-    if isinstance(change, tuple):
-        return f"layers.{change[0]} retains {change[1]}"
-    return f"{change.bundle}: " + " ".join(f"{g}={f}" for g, f in change.formats.items())
-
-
-def _nearest(group: Group, bits: float) -> str:
+def nearest_format(group: Group, bits: float) -> str:
+    """Returns the offered format whose effective bits are nearest."""
     return min(group.offered(), key=lambda f: (abs(f.bits - bits), f.name)).name

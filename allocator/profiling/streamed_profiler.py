@@ -1,18 +1,18 @@
 """The profile of a checkpoint that does not fit in memory.
 
 In: what `Profiler` takes, and a share of rows. Out: the same profile. Invariants: every pass reads
-the checkpoint layer by layer (see `proxy.stream`, `proxy.backward`); prices are those of the
-sampled rows, over their share of the squared gradients; which rows is fixed by a group's name.
+the checkpoint layer by layer (see `scoring.streamed_model`, `profiling.streamed_gradient`); prices
+are those of the sampled rows, over their share of the squared gradients; which rows is fixed by a
+group's name.
 
-Rows are encoded on their own: formats know no row but the one that they encode. A sixteenth
-of them costs a sixteenth of the encoding, which is nearly all that a profile costs. The measured
-changes need all rows; where prices are of a sample they are made in formats that encode fast: the
-ones nearest to `ANCHOR_BITS` take hours for what a pass reads in minutes.
+Rows are encoded on their own: formats know no row but the one that they encode. A sixteenth of the
+rows costs a sixteenth of the encoding, which is nearly all that a profile costs. The measured
+changes need all rows; where prices are of a sample, changes are made in formats that encode fast:
+the ones nearest to the anchors' bits take hours for what a pass reads in minutes.
 """
 
-import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -25,129 +25,164 @@ from allocator.families import Role
 from allocator.files.checksums import read_checked, write_checked
 from allocator.formats import FORMATS, Format, format_named
 from allocator.profiling.curvature import Curvature
+from allocator.profiling.inputs import FAST_WEIGHTS_PER_SECOND, ProfileInputs
+from allocator.profiling.profile_files import Lines
 from allocator.profiling.profiler import (
-    ANCHOR_BITS,
     CURVATURE,
-    FAST,
     STATISTICS,
-    Lines,
-    Measured,
+    Losses,
     Profiler,
+    nearest_format,
 )
 from allocator.profiling.statistics import Statistics, collect_streamed
 from allocator.profiling.streamed_gradient import measure_streamed
-from allocator.scoring.candidates import Weights
+from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed import StreamedModel, StreamedScorer
 from allocator.targets import Group
 
-SIDE_BY_SIDE = 8
-"""Changes that are measured in one pass, at least: each has hidden states of its own from its layer
-on."""
+LEAST_ROWS = 16
+"""Rows of a matrix that are priced at least, however small their share."""
+_LEAST_SIDE_BY_SIDE = 8
+"""Changes that are measured in one pass, at least: each has hidden states of its own from its
+layer on."""
 _STATES_BYTES = 256 << 20
 """Of hidden states in one pass; while experts run there are four times as many."""
-_LEAST_ROWS = 16
 
 
-class _Settled(msgspec.Struct, forbid_unknown_fields=True):
+class _SettledFile(msgspec.Struct, forbid_unknown_fields=True):
     """`settled.json`: rows of prices whose layers' gradients may be relied on."""
 
     n_rows: int
 
 
 class StreamedProfiler(Profiler):
-    """See the module."""
+    """Builds a profile layer by layer, see the module.
+
+    Args:
+        inputs: what the profile depends on.
+        cache: where profiles and the encodings live.
+        threads: for encoding.
+        progress: shows bars.
+        encodings_cap: bytes that the encodings may occupy, if limited.
+        torch_device: where forward passes run.
+        least_rows: rows of a matrix that are priced at least.
+    """
+
+    def __init__(
+        self,
+        inputs: ProfileInputs,
+        cache: Path,
+        *,
+        threads: int = 1,
+        progress: bool = False,
+        encodings_cap: int | None = None,
+        torch_device: str = "cpu",
+        least_rows: int = LEAST_ROWS,
+    ) -> None:
+        super().__init__(
+            inputs, cache, threads=threads, progress=progress, encodings_cap=encodings_cap,
+            torch_device=torch_device,
+        )  # fmt: skip
+        self._least_rows = least_rows
 
     @cached_property
-    def streamed(self) -> StreamedModel:
+    def model(self) -> StreamedModel:
         """The original, layer by layer."""
         weights = Weights(self.layout, lambda: self.encodings)
         return StreamedModel(self.layout, weights, device=self.torch_device)
 
-    def _collect(self) -> Statistics:
+    def measure_statistics(self) -> Statistics:
+        """Runs the original over the calibration documents; a stopped pass resumes."""
         return collect_streamed(
-            self.streamed,
+            self.model,
             self.inputs.documents,
-            scratch=self._scratch(STATISTICS),
-            of=self._of,
+            scratch=self.files.scratch(STATISTICS),
+            of=self.files.digest,
             progress=self.progress,
         )
 
-    def _scratch(self, stage: str) -> Path:
-        """Where a stage keeps what it has come to; a kill costs at most a layer."""
-        folder = self.folder / stage
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    def _forget(self, stage: str) -> None:
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
-
-    def _curvature(self) -> dict[str, dict[str, list[float]]]:
-        scratch = self._scratch(CURVATURE)
-        lines, path = Lines(scratch / "prices.jsonl", self._of), scratch / "settled.json"
-        settled = read_checked(path, _Settled, self._of)
-        if settled is None or lines.n_dropped or settled.n_rows > len(lines.rows):
-            for gradients in scratch.glob("gradients-*"):  # their layers' prices are lost
-                gradients.unlink()
-
-        def settle() -> None:
-            lines.sync()
-            write_checked(path, _Settled(len(lines.rows)), self._of)
+    def measure_curvature(self) -> Losses:
+        """Prices every offered format of every group, sampled rows; a stopped pass resumes."""
+        prices = _PricesInProgress(self.files.scratch(CURVATURE), self.files.digest)
 
         def take(group: Group, expert: int | None, curvature: Curvature) -> None:
-            rows = self._rows(group, expert, curvature)
-            weights = self._weights(group, expert, rows)
-            importance = self._importance(group, expert, rows)
-            found = {}
-            for fmt in self._priced_formats(group):
-                codec = codec_of(fmt)
-                encoded = codec.encode(weights, fmt, importance, threads=self.threads)
-                change = codec.decode(encoded, fmt) - weights
-                found[fmt.name] = curvature.price_sample(group, change, rows, expert or 0)
-            lines.append({"group": group.name, "expert": expert or 0, "prices": found})
+            prices.add(group, expert, self._priced(group, expert, curvature))
 
         _ = self.encodings  # its importance takes a pass of the same model
-        documents = self.inputs.documents[: self.inputs.n_curvature]
         measure_streamed(
-            self.streamed, documents, take, settle,
-            scratch=scratch, of=self._of, progress=self.progress,
+            self.model, self.inputs.curvature_documents, take, prices.settle,
+            scratch=prices.folder, of=self.files.digest, progress=self.progress,
         )  # fmt: skip
-        prices: dict[str, dict[str, list[float]]] = {}
+        losses: Losses = {}
         for group in self.layout.groups.values():
             n = group.shape[0] if group.role.is_expert else 1
-            prices[group.name] = {fmt.name: [0.0] * n for fmt in self._priced_formats(group)}
-        for row in lines.rows:
+            losses[group.name] = {fmt.name: [0.0] * n for fmt in self._priced_formats(group)}
+        for row in prices.lines.rows:
             for name, price in row["prices"].items():
-                prices[row["group"]][name][row["expert"]] = price
+                losses[row["group"]][name][row["expert"]] = price
+        return losses
+
+    def _priced(self, group: Group, expert: int | None, curvature: Curvature) -> dict[str, float]:
+        """By format, what the sampled rows say that the whole group or expert loses."""
+        rows = self._rows(group, expert, curvature)
+        weights = self._weights(group, expert, rows)
+        importance = self._importance(group, expert, rows)
+        prices = {}
+        for fmt in self._priced_formats(group):
+            codec = codec_of(fmt)
+            encoded = codec.encode(weights, fmt, importance, threads=self.threads)
+            change = codec.decode(encoded, fmt) - weights
+            prices[fmt.name] = curvature.price_sample(group, change, rows, expert or 0)
         return prices
 
+    def measure_losses(self, candidates: Iterable[Candidate]) -> Iterator[float]:
+        """Yields the loss of each candidate; several share a pass."""
+        scorer = StreamedScorer(
+            self.model, self.inputs.measured_documents, side_by_side=self.side_by_side
+        )
+        for losses in scorer.each(candidates):
+            yield mean(losses.kl, scorer.documents)
+
+    @property
+    def side_by_side(self) -> int:
+        """Changes that are measured in one pass."""
+        width = self.layout.inventory.dimensions.hidden
+        state_bytes = 4 * width * self.inputs.measured_tokens
+        return max(_LEAST_SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
+
     def anchor(self, group: Group, bits: float) -> str:
-        """The nearest format, or the nearest that encodes fast."""
+        """Returns the nearest offered format, or with sampled rows the nearest that is fast."""
         if self.inputs.sampled_rows == 1:
-            return super().anchor(group, bits)
-        fast = [f for f in FORMATS.values() if codec_of(f).weights_per_second(f) >= FAST]
+            return nearest_format(group, bits)
+        fast = [
+            f
+            for f in FORMATS.values()
+            if codec_of(f).weights_per_second(f) >= FAST_WEIGHTS_PER_SECOND
+        ]
         stores = [f for f in fast if group.can_hold(f)]
         return min(stores, key=lambda f: (abs(f.bits - bits), f.name)).name
 
     def _priced_formats(self, group: Group) -> list[Format]:
-        """Offered ones, and those of the measured changes."""
-        anchors = [format_named(self.anchor(group, bits)) for bits in ANCHOR_BITS]
+        """Offered formats, and those of the measured changes."""
+        anchors = [format_named(self.anchor(group, bits)) for bits in self.inputs.anchor_bits]
         return list(dict.fromkeys((*group.offered(), *anchors)))
 
     def _rows(self, group: Group, expert: int | None, curvature: Curvature) -> Ints:
-        """Rows (of groups with heads: heads) that stand for all, ascending."""
+        """Rows (of groups with heads: heads) that stand for all, ascending, `(rows,)`."""
         assert self.inputs.sampled_rows is not None
         n_rows = group.shape[1] if group.role.is_expert else group.shape[0]
-        wanted = min(n_rows, max(_LEAST_ROWS, round(self.inputs.sampled_rows * n_rows)))
+        n_sampled = min(n_rows, max(self._least_rows, round(self.inputs.sampled_rows * n_rows)))
         rng = np.random.default_rng(zlib.crc32(f"{group.name} {expert}".encode()))
-        rows = np.sort(rng.permutation(n_rows)[:wanted])
+        rows = np.sort(rng.permutation(n_rows)[:n_sampled])
         if group.role is Role.EMBEDDING:
             rows = np.union1d(rows, curvature.looked_up)
         return rows
 
     def _weights(self, group: Group, expert: int | None, rows: Ints) -> Floats:
+        """The original's values of some rows, `(rows, ..., in)`."""
         if group.role not in (Role.EMBEDDING, Role.HEAD):
-            return self.streamed.weights.of(self.streamed.original, group, expert)[rows]
+            return self.model.weights.of(self.model.original, group, expert)[rows]
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         runs = np.split(rows, starts[1:])  # of neighbours, each one read
         inventory, source = self.layout.inventory, group.sources[0]
@@ -159,22 +194,33 @@ class StreamedProfiler(Profiler):
         importance = self.encodings.group_importance(group.name)
         if importance is None or importance.ndim == 1:
             return importance
-        found: Floats = importance[rows if expert is None else expert]
-        return found
+        chosen: Floats = importance[rows if expert is None else expert]
+        return chosen
 
-    @property
-    def side_by_side(self) -> int:
-        """Changes in one pass."""
-        width = self.layout.inventory.dimensions.hidden
-        state_bytes = 4 * width * self._tokens(self.inputs.n_measured)
-        return max(SIDE_BY_SIDE, _STATES_BYTES // state_bytes)
 
-    def _measured(self, changes: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
-        if not changes:
-            return
-        scorer = StreamedScorer(
-            self.streamed, self._measured_documents, side_by_side=self.side_by_side
-        )
-        losses = scorer.each(map(self.candidate, changes))
-        for change, found in zip(changes, losses, strict=True):
-            yield change, mean(found.kl, scorer.documents)
+class _PricesInProgress:
+    """Prices that a curvature pass has appended, so that a stopped pass resumes.
+
+    Args:
+        folder: of the pass, which its gradients are in too.
+        of: digest of the inputs that the prices belong to.
+    """
+
+    def __init__(self, folder: Path, of: str) -> None:
+        self.folder = folder
+        self._of = of
+        self._settled = folder / "settled.json"
+        self.lines = Lines(folder / "prices.jsonl", of)
+        settled = read_checked(self._settled, _SettledFile, of)
+        if settled is None or self.lines.n_dropped or settled.n_rows > len(self.lines.rows):
+            for gradients in folder.glob("gradients-*"):  # their layers' prices are lost
+                gradients.unlink()
+
+    def add(self, group: Group, expert: int | None, prices: dict[str, float]) -> None:
+        """Appends the prices of a group, or of one of its experts."""
+        self.lines.append({"group": group.name, "expert": expert or 0, "prices": prices})
+
+    def settle(self) -> None:
+        """Waits until the disk has all prices, before the pass notes that a layer is finished."""
+        self.lines.sync()
+        write_checked(self._settled, _SettledFile(len(self.lines.rows)), self._of)

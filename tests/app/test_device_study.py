@@ -218,7 +218,7 @@ def test_streamed_prices_settings_alike(made, searched, tmp_path):
     with (study / "study.toml").open("a") as file:
         file.write("\n[streamed]\ncandidates = 3\nrows = 1.0\n")
     streamed = StudyFolder(study, **options)
-    ours = streamed.profiler.settings(streamed.space)
+    ours = streamed.profiler.setting_losses(streamed.space)
     theirs = StudyFolder(folder, **options).surrogate.setting_losses
     for name, losses in theirs.items():
         assert ours[name] == pytest.approx(losses, abs=1e-6)

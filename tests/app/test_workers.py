@@ -228,8 +228,8 @@ import sys
 from pathlib import Path
 from allocator.profiling.profiler import Profiler
 from allocator.app.study_folder import StudyFolder
-build, built = Profiler._build, []
-Profiler._build = lambda self: built.append(0) or build(self)
+build, built = Profiler.build, []
+Profiler.build = lambda self: built.append(0) or build(self)
 print("ready", flush=True)
 sys.stdin.readline()
 StudyFolder(Path(sys.argv[1]), cache=Path(sys.argv[2]), threads=1).profile

@@ -19,9 +19,10 @@ from allocator.decision.search_space import SALIENCIES
 from allocator.errors import AllocatorError
 from allocator.formats import FORMATS, offered
 from allocator.prediction.profile import Change, Profile
-from allocator.profiling import profiler as module
+from allocator.profiling.changes import CountChange
 from allocator.profiling.curvature import measure
-from allocator.profiling.profiler import ProfileInputs, Profiler
+from allocator.profiling.in_memory_profiler import InMemoryProfiler as Profiler
+from allocator.profiling.inputs import ProfileInputs
 from allocator.profiling.statistics import collect
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.scorer import Scorer
@@ -86,7 +87,7 @@ class Counter:
 def built(inputs, tmp_path_factory):
     """A whole profile, read only: its cache, and what every stage ran."""
     profiler = Profiler(inputs, tmp_path_factory.mktemp("cache"))
-    counter, ran = Counter(profiler.swap.model), {}
+    counter, ran = Counter(profiler.model.model), {}
     for stage in ("statistics", "curvature"):
         getattr(profiler, stage)
         ran[stage] = counter.take()
@@ -269,24 +270,28 @@ def test_after_a_kill_the_profile_is_the_same(inputs, copied, share):
     assert not list(folder.glob("*.part"))
 
 
-def test_after_a_kill_at_any_line_only_the_rest_is_measured(inputs, copied, monkeypatch):
+def test_after_a_kill_at_any_line_only_the_rest_is_measured(inputs, copied):
     cache, folder = copied
     expected = (folder / "profile.json").read_bytes()
     lines = (folder / "losses.jsonl").read_bytes().splitlines(keepends=True)
     known = {row["change"]: row["kl"] for row in map(json.loads, lines)}
     measured = []
 
-    def look_up(self, changes):
-        for change in changes:
-            measured.append(module._line(change))
-            yield change, known[measured[-1]]
+    class Recorded(Profiler):
+        """Looks losses up by the name of the change, and measures none."""
 
-    monkeypatch.setattr(Profiler, "_measured", look_up)
+        def candidate(self, change):
+            measured.append(change.name)
+            return change.name
+
+        def measure_losses(self, candidates):
+            return (known[name] for name in candidates)
+
     for n in range(len(lines)):
         (folder / "profile.json").unlink()
         (folder / "losses.jsonl").write_bytes(b"".join(lines[:n]) + lines[n][: n % 7])
         measured.clear()
-        Profiler(inputs, cache).profile()
+        Recorded(inputs, cache).profile()
         assert measured == list(known)[n:]
         assert (folder / "profile.json").read_bytes() == expected
 
@@ -303,34 +308,39 @@ def test_a_kill_inside_the_passes(inputs, copied):
     assert {n: (folder / n).read_bytes() for n in expected} == expected
 
 
-def test_an_interrupt_keeps_what_was_measured(inputs, copied, monkeypatch):
+def test_an_interrupt_keeps_what_was_measured(inputs, copied):
     cache, folder = copied
     expected = (folder / "profile.json").read_bytes()
     for name in ("profile.json", "losses.jsonl"):
         (folder / name).unlink()
-    measured, calls = Profiler._measured, []
 
-    def interrupted(self, changes):
-        for found in measured(self, changes):
-            calls.append(found)
-            if len(calls) == 5:
-                raise KeyboardInterrupt
-            yield found
+    class Interrupted(Profiler):
+        def measure_losses(self, candidates):
+            for number, loss in enumerate(super().measure_losses(candidates), 1):
+                if number == 5:
+                    raise KeyboardInterrupt
+                yield loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Profiler, "_measured", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            Profiler(inputs, cache).profile()
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(inputs, cache).profile()
     assert len(rows(folder / "losses.jsonl")) == 4
     Profiler(inputs, cache).profile()
     assert (folder / "profile.json").read_bytes() == expected
 
 
-def test_a_finished_profile_is_only_read(inputs, finished, monkeypatch):
-    monkeypatch.setattr(Profiler, "_build", lambda self: pytest.fail("built again"))
-    for stage in ("collect", "measure", "SwapModel"):
-        monkeypatch.setattr(module, stage, lambda *a, **k: pytest.fail("ran"))
-    profiler = Profiler(inputs, finished)
+def ran(*_, **__):
+    pytest.fail("ran")
+
+
+class ReadOnly(Profiler):
+    """Reads, and measures nothing."""
+
+    model = property(ran)
+    build = measure_statistics = measure_curvature = measure_losses = ran
+
+
+def test_a_finished_profile_is_only_read(inputs, finished):
+    profiler = ReadOnly(inputs, finished)
     profiler.profile()
     assert profiler.statistics.n_tokens == sum(LENGTHS)
     assert profiler.curvature
@@ -352,16 +362,14 @@ def test_the_address_follows_every_input(
         dataclasses.replace(inputs, saliency="gate"),
         dataclasses.replace(inputs, layout=GGUF.layout(changed)),
         dataclasses.replace(inputs, layout=SAFETENSORS.layout(inputs.layout.inventory)),
+        dataclasses.replace(inputs, anchor_bits=(2.0, 3.0)),
+        dataclasses.replace(inputs, pruned_shares=(0.5,)),
     ]
     digests = {i.digest for i in (inputs, *others)}
     assert dataclasses.replace(inputs).digest == inputs.digest
-    for name, value in (("ANCHOR_BITS", (2.0, 3.0)), ("PRUNED_SHARES", (0.5,))):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
-            digests.add(dataclasses.replace(inputs).digest)
-    monkeypatch.setattr(module, "version", lambda package: f"another {package}")
+    monkeypatch.setattr(type(GGML), "version", "another")
     digests.add(dataclasses.replace(inputs).digest)
-    assert len(digests) == 1 + len(others) + 3
+    assert len(digests) == 1 + len(others) + 1
 
 
 def test_an_unknown_saliency_raises(inputs, finished):
@@ -385,7 +393,7 @@ def test_pruned_counts_suit_a_router_with_expert_groups(make_checkpoint, make_do
         saliency="fisher",
     )
     profiler = Profiler(inputs, tmp_path / "cache")
-    counts = {change[1] for change in profiler.changes() if isinstance(change, tuple)}
+    counts = {c.count for c in profiler.changes() if isinstance(c, CountChange)}
     assert counts == {12}  # six used of two chosen groups: three in each
     swap = SwapModel(layout, profiler.encodings.decoded)
     swap.put(
@@ -438,7 +446,7 @@ def near(inputs, finished, make_documents, tmp_path):
     documents = make_documents((13, 13, 19, 11, 11, 17), seed=4)
     return SimpleNamespace(
         profiler=profiler, allocation=allocation, documents=documents,
-        scorer=Scorer(profiler.swap, documents),
+        scorer=Scorer(profiler.model, documents),
     )  # fmt: skip
 
 
@@ -500,7 +508,7 @@ def test_around_covers_every_format_and_staying_costs_nothing(inputs, near):
 
 def test_around_counts_what_it_runs(near):
     """The original and the candidate forward, and two backward passes, each twice a forward."""
-    counter, costs = Counter(near.profiler.swap.model), []
+    counter, costs = Counter(near.profiler.model.model), []
     for part, n_tokens in enumerate((13 + 13 + 19, 11 + 11 + 17)):
         costs.append(
             near.profiler.local_prices(near.allocation, near.scorer, part=part).forward_tokens
@@ -511,7 +519,7 @@ def test_around_counts_what_it_runs(near):
     assert near.profiler.gradient_tokens(near.scorer) == max(costs)
 
 
-def test_around_is_kept_by_content(near, monkeypatch):
+def test_around_is_kept_by_content(near):
     profiler = near.profiler
     first, second = (profiler.local_prices(near.allocation, near.scorer, part=i) for i in (0, 1))
     assert first.moves != second.moves
@@ -519,18 +527,17 @@ def test_around_is_kept_by_content(near, monkeypatch):
     other = dataclasses.replace(near.allocation, experts_used=1)
     assert profiler.local_prices(other, near.scorer, part=0).moves != first.moves
     assert len(list(profiler.folder.glob("around-*.json"))) == 3
-    monkeypatch.setattr(module, "measure", lambda *a, **k: pytest.fail("measured again"))
-    assert profiler.local_prices(near.allocation, near.scorer, part=0) == first
-    assert profiler.local_prices(near.allocation, near.scorer, part=2) == first
-    assert profiler.local_prices(near.allocation, near.scorer, part=3) == second
-    again = Profiler(profiler.inputs, profiler.cache)
+    few = Scorer(profiler.model, near.documents[:3])
+    again = ReadOnly(profiler.inputs, profiler.cache)
+    assert again.local_prices(near.allocation, near.scorer, part=0) == first
     assert again.local_prices(near.allocation, near.scorer, part=1) == second
-    few = Scorer(profiler.swap, near.documents[:3])
-    assert profiler.local_prices(near.allocation, few, part=7) == first
+    assert again.local_prices(near.allocation, near.scorer, part=2) == first
+    assert again.local_prices(near.allocation, near.scorer, part=3) == second
+    assert again.local_prices(near.allocation, few, part=7) == first
 
 
 def test_around_takes_all_documents_where_there_are_few(near):
-    few = Scorer(near.profiler.swap, near.documents[:2])
+    few = Scorer(near.profiler.model, near.documents[:2])
     first = near.profiler.local_prices(near.allocation, few, part=0)
     assert first.forward_tokens == 6 * 26
     assert near.profiler.local_prices(near.allocation, few, part=1) == first
@@ -544,7 +551,7 @@ def test_around_leaves_the_model_fit_for_scoring(near):
     assert np.array_equal(near.scorer.score_installed().kl, expected[near.allocation])
     for allocation, kl in expected.items():
         assert np.array_equal(near.scorer.score(allocation).kl, kl)
-    near.profiler.swap.reset()
+    near.profiler.model.reset()
     assert near.scorer.score_installed().kl == pytest.approx(0, abs=1e-6)
 
 
@@ -585,23 +592,23 @@ def of_another(profiler):
 
 
 @pytest.mark.parametrize("kind", DAMAGED_ROWS)
-def test_a_row_that_cannot_be_used_is_measured_again(inputs, copied, caplog, monkeypatch, kind):
+def test_a_row_that_cannot_be_used_is_measured_again(inputs, copied, caplog, kind):
     """One line says so; the profile is the undisturbed one, to the byte."""
     cache, folder = copied
     expected = (folder / "profile.json").read_bytes()
     (folder / "profile.json").unlink()
-    path, profiler = folder / "losses.jsonl", Profiler(inputs, cache)
+    measured = []
+
+    class Watched(Profiler):
+        def candidate(self, change):
+            measured.append(change.name)
+            return super().candidate(change)
+
+    path, profiler = folder / "losses.jsonl", Watched(inputs, cache)
     lines = path.read_text().splitlines()
     name = json.loads(lines[4])["change"]
     lines[4] = DAMAGED_ROWS[kind](lines[4], profiler)
     path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
-    measured, real = [], Profiler._measured
-
-    def watched(self, changes):
-        measured.extend(module._line(c) for c in changes)
-        return real(self, changes)
-
-    monkeypatch.setattr(Profiler, "_measured", watched)
     profiler.profile()
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 1
@@ -613,7 +620,7 @@ def test_a_row_that_cannot_be_used_is_measured_again(inputs, copied, caplog, mon
     assert len(rows(path)) == len(lines)
     caplog.clear()
     (folder / "profile.json").unlink()
-    Profiler(inputs, cache).profile()
+    Watched(inputs, cache).profile()
     assert not caplog.records  # the damaged row is gone
     assert measured == [name]
 

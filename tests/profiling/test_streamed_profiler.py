@@ -8,7 +8,9 @@ import torch
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs.ggml import GGML
-from allocator.profiling.profiler import ProfileInputs, Profiler, importance_digest
+from allocator.profiling.in_memory_profiler import InMemoryProfiler
+from allocator.profiling.inputs import ProfileInputs
+from allocator.profiling.statistics import importance_digest
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.scoring.documents import Document
 from allocator.scoring.layer_files import LayerFiles
@@ -34,7 +36,7 @@ def inputs(request, checkpoints):
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
-    return Profiler(inputs, tmp_path_factory.mktemp("whole"))
+    return InMemoryProfiler(inputs, tmp_path_factory.mktemp("whole"))
 
 
 def test_all_rows_give_the_same_profile(inputs, whole, tmp_path):
@@ -60,15 +62,13 @@ def test_all_rows_give_the_same_profile(inputs, whole, tmp_path):
 
 
 def test_sampled_rows_are_close_and_cheaper(inputs, whole, tmp_path, monkeypatch):
-    from allocator.profiling import streamed_profiler as module
-
-    monkeypatch.setattr(module, "_LEAST_ROWS", 1)
     encoded = []
     encode = GGML.encode
     monkeypatch.setattr(
         GGML, "encode", lambda w, *a, **k: encoded.append(w.size) or encode(w, *a, **k)
     )
-    sampled = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path)
+    quarter = replace(inputs, sampled_rows=0.25)
+    sampled = StreamedProfiler(quarter, tmp_path, least_rows=1)
     prices = sampled.curvature
     total = sum(np.prod(g.shape) * len(g.offered()) for g in inputs.layout.groups.values())
     looked_up = len({i for d in inputs.documents[:5] for i in d.ids})
@@ -83,7 +83,7 @@ def test_sampled_rows_are_close_and_cheaper(inputs, whole, tmp_path, monkeypatch
     ]
     assert abs(np.mean(logs)) < 0.1
     assert np.std(logs) < 0.4
-    again = StreamedProfiler(replace(inputs, sampled_rows=0.25), tmp_path / "again").curvature
+    again = StreamedProfiler(quarter, tmp_path / "again", least_rows=1).curvature
     assert again == prices
 
 

@@ -29,7 +29,7 @@ class Layers:
     """KL of one layer keeping some experts, everything else the original's."""
 
     def __init__(self, study_folder, documents):
-        self.swap, self.layout = study_folder.profiler.swap, study_folder.layout
+        self.swap, self.layout = study_folder.profiler.model, study_folder.layout
         self.scorer = Scorer(self.swap, documents, from_original=True)
         self.known = {}
 

@@ -46,7 +46,7 @@ class Relaxed:
 
     def __init__(self, bench, start, budget):
         self.study_folder = study_folder = bench.study_folder
-        self.space, self.swap = study_folder.space, study_folder.profiler.swap
+        self.space, self.swap = study_folder.space, study_folder.profiler.model
         self.start = start
         costs = Costs(self.space, budget)
         counts = self.space.layer_counts(start)
@@ -192,7 +192,7 @@ def search(bench, weights, tokens, rate):
     for step in range(1, n_steps + 1):
         temperature = COLDEST ** ((step - 1) / max(n_steps - 1, 1))
         odds = relaxed.odds(temperature)
-        study_folder.profiler.swap.put_allocation(study_folder.space.allocation(start))
+        study_folder.profiler.model.put_allocation(study_folder.space.allocation(start))
         relaxed.install(odds)
         at = (step - 1) * BATCH % (looked.n_documents // BATCH * BATCH)
         slopes = relaxed.slopes(gradients(relaxed, looked, at))

@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--target", default="safetensors")
     args = parser.parse_args()
     study_folder = StudyFolder(HERE, target=args.target, threads=1)
-    scorer = Scorer(study_folder.profiler.swap, study_folder.calibration.search[: args.documents])
+    scorer = Scorer(study_folder.profiler.model, study_folder.calibration.search[: args.documents])
     path = HERE / "surrogate.csv"
     done = (
         pd.read_csv(path)
