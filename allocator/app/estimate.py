@@ -18,7 +18,7 @@ from allocator.profiling.in_memory_profiler import InMemoryProfiler
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers.auto import ROUND
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import StreamedModel
+from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets.device_memory import DeviceMemory
 

@@ -18,7 +18,8 @@ from allocator.profiling.statistics import importance_digest
 from allocator.scoring.candidates import Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import AnyScorer, StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import Layout
 

@@ -41,7 +41,7 @@ from allocator.files.checksums import load_arrays, save_arrays, seal
 from allocator.scoring import documents as calibration
 from allocator.scoring.documents import Document, interleaved
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.study.folder_lock import search_lock
 from allocator.study.optuna_study import open_study
 from allocator.study.outcomes import close_abandoned

@@ -22,7 +22,7 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
 from allocator.scoring.scorer import DocumentLosses, Scorer, by_domain, mean, perplexity
-from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.scoring.swap_model import SwapModel
 
 N_DOCUMENTS = 48

@@ -14,7 +14,7 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import SpaceError, TargetError
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import Bytes, TensorSource
-from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.targets import FullPrecision, Layout, Target
 
 

@@ -28,7 +28,7 @@ from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import Bytes, TensorSource
 from allocator.formats import Format
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.targets.layout import part_names
 
 LOSS_TOLERANCE = 1e-5

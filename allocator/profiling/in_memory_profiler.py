@@ -74,7 +74,7 @@ class InMemoryProfiler(Profiler):
         """Yields the loss of each candidate; layers before its change are not computed again."""
         scorer = Scorer(
             self.model, self.inputs.measured_documents, threads=self.threads,
-            boundary_bytes=math.inf, from_original=True,
+            layer_input_bytes=math.inf, from_original=True,
         )  # fmt: skip
         scorer.ensure_reference(len(scorer.documents))
         for candidate in candidates:

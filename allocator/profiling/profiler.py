@@ -47,7 +47,8 @@ from allocator.profiling.statistics import Statistics, importance_digest
 from allocator.scoring import documents as calibration
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import AnyScorer, StreamedModel
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import Group
 

@@ -26,8 +26,8 @@ from allocator.families import Role
 from allocator.files.checksums import load_arrays, save_arrays
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_observer, use_sorted_experts
-from allocator.scoring.layer_files import LayerFiles
-from allocator.scoring.streamed import States, StreamedModel
+from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.streamed_model import States, StreamedModel
 from allocator.scoring.swap_model import token_ids
 from allocator.targets import Group, Layout
 
@@ -218,12 +218,12 @@ def collect_streamed(
     sums: dict[str, _MeanSquare] = {}
     experts = _of_layers(layout)
     n_layers = layout.inventory.n_layers
-    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
-    states = streamed.begin(kept.chosen)
+    checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
+    states = streamed.begin(checkpoints.documents)
     handles = _watch(streamed.model, layout, sums)
     try:
         layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
-        first = _continued(kept, states, layers_sums)
+        first = _resume(checkpoints, states, layers_sums)
         layers = tqdm(
             range(first, n_layers), desc="calibration", unit="layer", disable=not progress,
             initial=first, total=n_layers,
@@ -232,8 +232,8 @@ def collect_streamed(
             observe = experts[layer].observe if layer in experts else None
             streamed.run(layer, [states], observe=observe)
             layers_sums[layer].save()
-            kept.save("states", layer + 1, states.hidden)
-            kept.drop("states", layer)
+            checkpoints.save("states", layer + 1, states.hidden)
+            checkpoints.remove("states", layer)
     finally:
         for handle in handles:
             handle.remove()
@@ -284,10 +284,12 @@ def _layer_sums(
     return _LayerSums(folder / f"sums-{layer}.safetensors", of, mine, experts.get(layer))
 
 
-def _continued(kept: LayerFiles, states: States, layers_sums: Sequence[_LayerSums]) -> int:
+def _resume(
+    checkpoints: LayerCheckpoints, states: States, layers_sums: Sequence[_LayerSums]
+) -> int:
     """The layer that a pass goes on at, with what it had come to; 0 where anything is missing."""
     for first in range(len(layers_sums), 0, -1):
-        if (hidden := kept.load("states", first)) is None:
+        if (hidden := checkpoints.load("states", first)) is None:
             continue
         found = [layer.read() for layer in layers_sums[:first]]
         whole = [values for values in found if values is not None]

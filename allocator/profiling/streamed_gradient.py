@@ -4,13 +4,13 @@ In: a `StreamedModel` and documents. Out: for every group, and every routed expe
 reached, a `Curvature` that prices it at the moment it is known. Invariant: what
 `curvature.measure` sees around the original, up to the order of float32 sums. The layers are read
 twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards,
-when the gradients there do. So a pass that was killed goes on at the layer where it was.
+when the gradients there do. So a killed pass resumes at the layer it reached.
 
-Backwards, a layer runs as it does forwards, in two steps (see `stream`), the other way round. The
-gradient of its output is that of its routed experts' sum. So first expert by expert: gradients of
-inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own module runs again
-with gradients on, and the gradients of its output and of what its routed experts were asked for go
-through it together.
+Backwards, a layer runs in the two steps in which it runs forwards (see `streamed_model`), the other
+way round. The gradient of its output is that of its routed experts' sum. So first expert by expert:
+gradients of inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own
+module runs again with gradients on, and the gradients of its output and of what its routed experts
+were asked for go through it together.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from tqdm import tqdm
 from allocator.families import Role
 from allocator.profiling.curvature import Curvature, drawn, product_name, watch_products
 from allocator.scoring.documents import Document
-from allocator.scoring.layer_files import Batches, LayerFiles
-from allocator.scoring.streamed import Routing, States, StreamedModel
+from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
+from allocator.scoring.streamed_model import Routing, States, StreamedModel
 from allocator.scoring.swap_model import moe_block
 from allocator.targets import Group
 
@@ -62,40 +62,40 @@ def measure_streamed(
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
     bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
-    kept = streamed.layer_files(scratch, documents, batch_tokens, of)
+    checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
     with torch.inference_mode(False), torch.no_grad():
         for last in range(n_layers + 1):
-            if (known := kept.load("gradients", last)) is not None:
+            if (known := checkpoints.load("gradients", last)) is not None:
                 break
         if known is None:
-            known = passed.head(_states(streamed, kept, n_layers), seed)
+            known = passed.head(_states(streamed, checkpoints, n_layers), seed)
             settle()
-            kept.save("gradients", n_layers, known)
+            checkpoints.save("gradients", n_layers, known)
         elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
-            passed.head(_states(streamed, kept, n_layers), seed)
+            passed.head(_states(streamed, checkpoints, n_layers), seed)
         gradients = known
         bar.update(2 * n_layers - last - bar.n)
         for layer in reversed(range(last)):
-            gradients = passed.layer(layer, _states(streamed, kept, layer), gradients)
+            gradients = passed.layer(layer, _states(streamed, checkpoints, layer), gradients)
             settle()
-            kept.save("gradients", layer, gradients)
+            checkpoints.save("gradients", layer, gradients)
             bar.update()
     bar.close()
-    passed.embedding(kept.chosen, gradients)
+    passed.embedding(checkpoints.documents, gradients)
 
 
-def _states(streamed: StreamedModel, kept: LayerFiles, layer: int) -> Batches:
-    """The original's states before a layer, from the nearest ones that are kept whole."""
+def _states(streamed: StreamedModel, checkpoints: LayerCheckpoints, layer: int) -> Batches:
+    """The original's states before a layer, from the nearest ones whose file is whole."""
     first, hidden = layer, None
-    while first and (hidden := kept.load("states", first)) is None:
+    while first and (hidden := checkpoints.load("states", first)) is None:
         first -= 1
     if hidden is None:
-        states = streamed.begin(kept.chosen)
+        states = streamed.begin(checkpoints.documents)
     else:
         states = States(streamed.original, [0], hidden)
     for at in range(first, layer):
         streamed.run(at, [states])
-        kept.save("states", at + 1, states.hidden)
+        checkpoints.save("states", at + 1, states.hidden)
     return states.hidden
 
 

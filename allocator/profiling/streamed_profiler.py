@@ -38,7 +38,8 @@ from allocator.profiling.statistics import Statistics, collect_streamed
 from allocator.profiling.streamed_gradient import measure_streamed
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.targets import Group
 
 LEAST_ROWS = 16

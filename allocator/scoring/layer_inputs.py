@@ -1,12 +1,12 @@
-"""Hidden states at layer boundaries: a candidate begins in the first layer where it is a new one.
+"""Cached inputs of layers: a candidate's forward pass begins at the first layer that is a new one.
 
 In: what candidates decide, layer by layer, what entered their layers, and their losses. Out: for a
-span of documents, the deepest kept layer that the best candidate there came to by the same
-decisions, and what entered it then. Invariant: these are the very floats of that computation, over
-the same batches; a loss does not depend on what is kept.
+span of documents, the deepest cached layer that the best candidate of the span reached by the same
+decisions, and what entered the layer then. Invariant: these are the very floats of that
+computation, over the same batches; a loss does not depend on what is cached.
 
-Kept is one candidate per span, the one of least loss: later ones change some of its layers. Where
-all its layers are too many bytes it is every second one, every third, and so on.
+Cached is one candidate per span, the one of least loss: later candidates change some of its layers.
+Where all its layers are too many bytes, every second layer is cached, or every third, and so on.
 """
 
 import math
@@ -29,8 +29,8 @@ Span = tuple[Batch, ...]
 """Batches that are scored together."""
 
 
-class Choices:
-    """What candidates decide, by layer; None stands for the embedding.
+class LayerDecisions:
+    """What candidates decide, by layer; layer None stands for the embedding.
 
     Args:
         layout: the groups.
@@ -51,7 +51,7 @@ class Choices:
         return formats, candidate.retained_experts.get(layer), settings
 
     def before(self, candidate: Candidate) -> list[str]:
-        """Returns, by layer, a digest of all that is decided before it."""
+        """Returns by layer a digest of all that is decided before it."""
         digest, digests = sha256(), []
         for layer in self._layers:
             digest.update(repr(self.of(layer, candidate)).encode())
@@ -60,8 +60,8 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class _Best:
-    """What entered the layers of a candidate, by kept layer and batch."""
+class _Cached:
+    """What entered the layers of a candidate, by cached layer and batch."""
 
     loss: float
     before: Sequence[str]
@@ -72,24 +72,29 @@ class _Best:
         return sum(x.nbytes for by_batch in self.states.values() for x in by_batch.values())
 
 
-class Boundaries:
+class LayerInputCache:
     """What entered the layers of the best candidates so far.
 
     Args:
-        cap_bytes: of all states.
+        cap_bytes: limit of all states.
     """
 
     def __init__(self, cap_bytes: float) -> None:
         self._cap = cap_bytes
-        self._best: dict[Span, _Best] = {}
+        self._best: dict[Span, _Cached] = {}
 
     def first(self, span: Span, before: Sequence[str]) -> int:
-        """Returns the layer to begin with: the last cached one before which all is known."""
-        best = self._best.get(span)
-        kept = () if best is None else best.states
-        return max((i for i in kept if best and best.before[i] == before[i]), default=0)
+        """Returns the deepest cached layer that a candidate may begin with; 0 where none is.
 
-    def entered(self, span: Span, layer: int) -> Mapping[Batch, torch.Tensor]:
+        Args:
+            span: all batches.
+            before: the candidate's decisions, see `LayerDecisions.before`.
+        """
+        best = self._best.get(span)
+        cached = () if best is None else best.states
+        return max((i for i in cached if best and best.before[i] == before[i]), default=0)
+
+    def inputs(self, span: Span, layer: int) -> Mapping[Batch, torch.Tensor]:
         """Returns what entered a layer, by batch, `(documents, length, hidden)` each."""
         return self._best[span].states[layer]
 
@@ -100,20 +105,21 @@ class Boundaries:
         before: Sequence[str],
         states: Mapping[int, Mapping[Batch, torch.Tensor]],
     ) -> None:
-        """Keeps a candidate if it is the best on these documents.
+        """Caches a candidate if it is the best on these documents.
 
         Args:
             span: all batches.
             loss: of the candidate; not a number where it broke.
-            before: its decisions, see `Choices.before`.
-            states: what entered the layers that it ran, which nobody changes any more.
+            before: its decisions, see `LayerDecisions.before`.
+            states: what entered the layers that it ran, `(documents, length, hidden)` by layer and
+                batch; the cache takes them over.
         """
         known = self._best.get(span)
         if not loss < (math.inf if known is None else known.loss):
             return
         shared = {} if known is None else known.states
         whole = {**{i: x for i, x in shared.items() if i < min(states)}, **states}
-        offered = _Best(loss, before, whole)
+        offered = _Cached(loss, before, whole)
         others = sum(best.nbytes for key, best in self._best.items() if key != span)
         every = 1
         while others + offered.nbytes > self._cap and len(offered.states) > 1:
@@ -123,20 +129,24 @@ class Boundaries:
             self._best[span] = offered
 
 
-class Entering(threading.local):
-    """What entered the layers of a model in this thread's last forward pass."""
+class LayerInputRecorder(threading.local):
+    """What entered the layers of a model in this thread's last forward pass.
+
+    Attributes:
+        states: by layer, `(documents, length, hidden)`; a forward pass begins by emptying it.
+    """
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
 
     @contextmanager
-    def noting(self, model: Any) -> Iterator[None]:
-        """Notes what enters layers in any thread's forward passes; each begins with no `states`."""
+    def recording(self, model: Any) -> Iterator[None]:
+        """Records while the block runs; forward passes may run in several threads."""
 
-        def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        def record(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             self.states.append(args[0].clone())
 
-        handles = [layer.register_forward_pre_hook(note) for layer in model.model.layers]
+        handles = [layer.register_forward_pre_hook(record) for layer in model.model.layers]
         try:
             yield
         finally:
@@ -145,8 +155,8 @@ class Entering(threading.local):
 
 
 @contextmanager
-def starting_at(model: Any, layer: int) -> Iterator[None]:
-    """Removes the layers before `layer` for a while: their output is then taken as embeddings."""
+def without_layers_before(model: Any, layer: int) -> Iterator[None]:
+    """Runs the block on a model without the layers before `layer`, given what enters it."""
     whole = model.model.layers
     model.model.layers = whole[layer:]
     try:

@@ -23,7 +23,12 @@ from tqdm import tqdm
 from allocator.decision.allocation import Allocation
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
-from allocator.scoring.layer_inputs import Boundaries, Choices, Entering, starting_at
+from allocator.scoring.layer_inputs import (
+    LayerDecisions,
+    LayerInputCache,
+    LayerInputRecorder,
+    without_layers_before,
+)
 from allocator.scoring.swap_model import SwapModel, device_of, token_ids
 
 Array = npt.NDArray[np.float64]
@@ -99,7 +104,7 @@ class Scorer(Documents):
         documents: what is scored, in this order.
         batch_tokens: tokens per forward pass.
         cache_bytes: memory for the original's log-probabilities.
-        boundary_bytes: memory for what entered layers before, see `Boundaries`.
+        layer_input_bytes: memory for what entered layers before, see `LayerInputCache`.
         from_original: candidates are changes of the original, so its states are kept; else those
             of the best candidate are.
         threads: batches that run at once, each on one core; results do not depend on it. A GPU
@@ -114,7 +119,7 @@ class Scorer(Documents):
         *,
         batch_tokens: int = 2048,
         cache_bytes: int = 2 << 30,
-        boundary_bytes: float = 256 << 20,
+        layer_input_bytes: float = 256 << 20,
         from_original: bool = False,
         threads: int = 1,
         progress: str | None = None,
@@ -129,8 +134,8 @@ class Scorer(Documents):
         self._log_probs: dict[int, torch.Tensor] = {}
         self._head: torch.Tensor | None = None
         self._top1: dict[int, torch.Tensor] = {}
-        self._choices = Choices(swap.layout)
-        self._boundaries = Boundaries(boundary_bytes)
+        self._decisions = LayerDecisions(swap.layout)
+        self._layer_inputs = LayerInputCache(layer_input_bytes)
         self._from_original = from_original
 
     @torch.inference_mode()
@@ -173,7 +178,7 @@ class Scorer(Documents):
         stop = len(self.documents) if stop is None else stop
         self.ensure_reference(stop)
         chosen = list(self._batches(start, stop))
-        with self._forward(chosen, note=not self._from_original) as passed:
+        with self._forward(chosen, record=not self._from_original) as passed:
             found = self._losses(self.swap.model, passed.states, chosen, self._threads)
         if not self._from_original:
             passed.offer(float(found.kl.sum()))
@@ -186,18 +191,18 @@ class Scorer(Documents):
         self.ensure_reference(stop)
 
         def states_of(batch: list[int]) -> torch.Tensor:
-            return _hidden_states(model, [self.documents[i] for i in batch])
+            return _final_states(model, [self.documents[i] for i in batch])
 
         # it may decode its weights inside the forward: one batch at a time
         return self._losses(model, states_of, list(self._batches(start, stop)), 1)
 
     @contextmanager
-    def _forward(self, chosen: Sequence[list[int]], *, note: bool) -> Iterator["_Forward"]:
-        """Forward passes of what the model holds; `note` what enters its layers."""
-        before = self._choices.before(self.swap.held)
-        passed = _Forward(self.swap.model, self.documents, self._boundaries, chosen, before)
-        noting = passed.entering.noting(self.swap.model) if note else nullcontext()
-        with starting_at(self.swap.model, passed.first), noting:
+    def _forward(self, chosen: Sequence[list[int]], *, record: bool) -> Iterator["_ForwardPasses"]:
+        """Forward passes of what the model holds; `record` what enters its layers."""
+        before = self._decisions.before(self.swap.held)
+        passed = _ForwardPasses(self.swap.model, self.documents, self._layer_inputs, chosen, before)
+        recording = passed.recorder.recording(self.swap.model) if record else nullcontext()
+        with without_layers_before(self.swap.model, passed.first), recording:
             yield passed
 
     def _losses(
@@ -235,7 +240,7 @@ class Scorer(Documents):
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
         """Returns logits `(tokens, vocabulary)` of what the model holds now, on one document."""
         model = self.swap.model
-        logits: torch.Tensor = model.lm_head(_hidden_states(model, [self.documents[index]])[0])
+        logits: torch.Tensor = model.lm_head(_final_states(model, [self.documents[index]])[0])
         return logits.cpu().numpy()
 
     @property
@@ -257,7 +262,7 @@ class Scorer(Documents):
                 self._head = model.lm_head.weight.clone()
             missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
 
-            with self._forward(missing, note=self._from_original) as passed:
+            with self._forward(missing, record=self._from_original) as passed:
                 found = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
                 for batch, states in zip(missing, found, strict=True):
                     self._hidden.update(zip(batch, states, strict=True))
@@ -294,46 +299,46 @@ class Scorer(Documents):
         return list(self._batches(0, len(self.documents)))
 
 
-class _Forward:
+class _ForwardPasses:
     """Passes of a model over batches, from the first layer that is a new one.
 
     Attributes:
-        first: that layer; before it the model is what `boundaries` know.
-        entering: what entered its layers, where that is noted.
+        first: that layer; before it the model is what the cache knows.
+        recorder: of what entered its layers.
     """
 
     def __init__(
         self,
         model: Any,
         documents: Sequence[Document],
-        boundaries: Boundaries,
+        cache: LayerInputCache,
         chosen: Sequence[list[int]],
         before: list[str],
     ) -> None:
-        self._model, self._documents, self._boundaries = model, documents, boundaries
+        self._model, self._documents, self._layer_inputs = model, documents, cache
         self._span, self._before = tuple(map(tuple, chosen)), before
-        self.first = boundaries.first(self._span, before)
-        self._begin = boundaries.entered(self._span, self.first) if self.first else {}
-        self.entering = Entering()
+        self.first = cache.first(self._span, before)
+        self._begin = cache.inputs(self._span, self.first) if self.first else {}
+        self.recorder = LayerInputRecorder()
         self._entered: dict[int, dict[tuple[int, ...], torch.Tensor]] = {
             layer: {} for layer in range(self.first, len(before))
         }
 
     def states(self, batch: list[int]) -> torch.Tensor:
         """Computes the last layer's output `(documents, length, hidden)`; from any thread."""
-        self.entering.states = []
+        self.recorder.states = []
         if self.first:
             given = {"inputs_embeds": self._begin[tuple(batch)]}
         else:
             given = {"input_ids": token_ids(self._model, [self._documents[i] for i in batch])}
         found: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
-        for layer, entered in enumerate(self.entering.states, self.first):
+        for layer, entered in enumerate(self.recorder.states, self.first):
             self._entered[layer][tuple(batch)] = entered
         return found
 
     def offer(self, loss: float) -> None:
         """Lets later candidates begin with this one's layers, if it is the best."""
-        self._boundaries.offer(self._span, loss, self._before, self._entered)
+        self._layer_inputs.offer(self._span, loss, self._before, self._entered)
 
 
 def compare(
@@ -385,7 +390,7 @@ def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterato
         yield from pool.map(quiet, items)
 
 
-def _hidden_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
+def _final_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
     ids = token_ids(model, documents)
     hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden

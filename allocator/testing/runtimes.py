@@ -28,7 +28,7 @@ from allocator.export.runtimes import runtime_named
 from allocator.export.tensors import TensorSource
 from allocator.export.verification import Verification, verify
 from allocator.files.checksums import seal
-from allocator.scoring.streamed import AnyScorer
+from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.targets import target_named
 from allocator.targets.layout import part_names
 

@@ -39,7 +39,7 @@ def case(checkpoints, make_documents, tmp_path_factory):
             documents = make_documents(LENGTHS)
             made[name, target] = SimpleNamespace(
                 path=checkpoints[name], layout=layout, swap=swap, documents=documents,
-                scorer=Scorer(swap, documents, boundary_bytes=0),
+                scorer=Scorer(swap, documents, layer_input_bytes=0),
                 encodings=encodings,  # changed by hand
             )  # fmt: skip
         made[name, target].swap.reset()

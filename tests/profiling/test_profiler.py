@@ -367,7 +367,7 @@ def test_the_address_follows_every_input(
     ]
     digests = {i.digest for i in (inputs, *others)}
     assert dataclasses.replace(inputs).digest == inputs.digest
-    monkeypatch.setattr(type(GGML), "version", "another")
+    monkeypatch.setattr(GGML, "version", "another")
     digests.add(dataclasses.replace(inputs).digest)
     assert len(digests) == 1 + len(others) + 1
 
@@ -420,7 +420,7 @@ def test_a_capped_bank_stays_small(inputs, near, finished, stage):
         assert capped.curvature == whole.curvature
         left = len(inputs.layout.groups[groups[-1]].offered())
     elif stage == "put":
-        capped.swap.put_allocation(near.allocation)
+        capped.model.put_allocation(near.allocation)
     else:
         capped.local_prices(near.allocation, near.scorer, part=0)
         left = len(inputs.layout.groups[groups[-1]].offered())

@@ -13,7 +13,7 @@ from allocator.families import Role
 from allocator.profiling.curvature import measure
 from allocator.profiling.streamed_gradient import measure_streamed
 from allocator.scoring.candidates import Weights
-from allocator.scoring.streamed import StreamedModel
+from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets.group_weights import group_weights
 

@@ -13,8 +13,8 @@ from allocator.profiling.inputs import ProfileInputs
 from allocator.profiling.statistics import importance_digest
 from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.scoring.documents import Document
-from allocator.scoring.layer_files import LayerFiles
-from allocator.scoring.streamed import StreamedModel
+from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.streamed_model import StreamedModel
 from allocator.targets import target_named
 
 torch.set_num_threads(1)
@@ -139,7 +139,7 @@ def test_stopped_statistics_are_the_undisturbed_ones(inputs, tmp_path, monkeypat
 
 def stopped_behind(layer, monkeypatch, profiler):
     """A curvature pass that is stopped as soon as it is behind a layer."""
-    plain = LayerFiles.save
+    plain = LayerCheckpoints.save
 
     def save(self, what, at, values):
         plain(self, what, at, values)
@@ -147,7 +147,7 @@ def stopped_behind(layer, monkeypatch, profiler):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(LayerFiles, "save", save)
+        patched.setattr(LayerCheckpoints, "save", save)
         with pytest.raises(KeyboardInterrupt):
             _ = profiler.curvature
     return profiler.folder / "curvature"

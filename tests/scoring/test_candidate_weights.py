@@ -12,7 +12,8 @@ from allocator.decision.allocation import Allocation
 from allocator.families import Role
 from allocator.scoring.candidates import Candidate, Weights, retained_rows, rows_of
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.scoring.swap_model import SwapModel
 
 torch.set_num_threads(1)

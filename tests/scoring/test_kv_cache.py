@@ -19,7 +19,8 @@ from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.kv_cache import hadamard, keys_values
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF
 

@@ -1,4 +1,4 @@
-"""What is kept of hidden states: by content, of the best candidate, within its bytes."""
+"""What is cache of hidden states: by content, of the best candidate, within its bytes."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from allocator.scoring.candidates import Candidate
-from allocator.scoring.layer_inputs import Boundaries, Choices
+from allocator.scoring.layer_inputs import LayerDecisions, LayerInputCache
 
 SPAN = ((0,), (1, 2))
 
@@ -21,61 +21,61 @@ def before(name, n=4):
     return [f"{name}{i}" for i in range(n)]
 
 
-def test_the_best_is_kept():
-    kept = Boundaries(1e6)
-    assert kept.first(SPAN, before("x")) == 0
-    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
-    kept.offer(SPAN, 0.6, before("worse"), entered(range(4)))
-    kept.offer(SPAN, math.nan, before("broken"), entered(range(4)))
-    assert kept.first(SPAN, before("x")) == 3
-    assert kept.first(SPAN, [*before("x")[:2], "y2", "y3"]) == 1
-    assert kept.first(SPAN, before("worse")) == 0
-    assert kept.first(SPAN[:1], before("x")) == 0
-    kept.offer(SPAN, 0.4, before("better"), entered(range(4)))
-    assert kept.first(SPAN, before("x")) == 0
-    assert kept.first(SPAN, before("better")) == 3
+def test_the_best_is_cache():
+    cache = LayerInputCache(1e6)
+    assert cache.first(SPAN, before("x")) == 0
+    cache.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    cache.offer(SPAN, 0.6, before("worse"), entered(range(4)))
+    cache.offer(SPAN, math.nan, before("broken"), entered(range(4)))
+    assert cache.first(SPAN, before("x")) == 3
+    assert cache.first(SPAN, [*before("x")[:2], "y2", "y3"]) == 1
+    assert cache.first(SPAN, before("worse")) == 0
+    assert cache.first(SPAN[:1], before("x")) == 0
+    cache.offer(SPAN, 0.4, before("better"), entered(range(4)))
+    assert cache.first(SPAN, before("x")) == 0
+    assert cache.first(SPAN, before("better")) == 3
 
 
-def test_nothing_broken_is_kept_first():
-    kept = Boundaries(1e6)
-    kept.offer(SPAN, math.nan, before("broken"), entered(range(4)))
-    kept.offer(SPAN, math.inf, before("broken"), entered(range(4)))
-    assert kept.first(SPAN, before("broken")) == 0
+def test_nothing_broken_is_cache_first():
+    cache = LayerInputCache(1e6)
+    cache.offer(SPAN, math.nan, before("broken"), entered(range(4)))
+    cache.offer(SPAN, math.inf, before("broken"), entered(range(4)))
+    assert cache.first(SPAN, before("broken")) == 0
 
 
 def test_a_better_one_that_began_later_keeps_what_it_began_with():
-    kept = Boundaries(1e6)
+    cache = LayerInputCache(1e6)
     first, later = entered(range(4)), entered([2, 3])
-    kept.offer(SPAN, 0.5, before("x"), first)
+    cache.offer(SPAN, 0.5, before("x"), first)
     child = [*before("x")[:3], "y3"]
-    assert kept.first(SPAN, child) == 2
-    kept.offer(SPAN, 0.4, child, later)
-    assert kept.first(SPAN, child) == 3
-    assert kept.entered(SPAN, 1) is first[1]
-    assert kept.entered(SPAN, 3) is later[3]
+    assert cache.first(SPAN, child) == 2
+    cache.offer(SPAN, 0.4, child, later)
+    assert cache.first(SPAN, child) == 3
+    assert cache.inputs(SPAN, 1) is first[1]
+    assert cache.inputs(SPAN, 3) is later[3]
 
 
 @pytest.mark.parametrize(
     ("layers", "left"), [(4, [0, 1, 2, 3]), (3, [0, 2]), (2, [0, 2]), (1, [0])]
 )
-def test_where_all_layers_are_too_many_some_are_kept(layers, left):
-    kept = Boundaries(layers * 192)
-    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
-    found = [i for i in range(4) if kept.first(SPAN, [*before("x")[: i + 1], *"yyyy"][:4]) == i]
+def test_where_all_layers_are_too_many_some_are_cache(layers, left):
+    cache = LayerInputCache(layers * 192)
+    cache.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    found = [i for i in range(4) if cache.first(SPAN, [*before("x")[: i + 1], *"yyyy"][:4]) == i]
     assert found == left
 
 
 def test_bytes_are_of_all_spans():
     other = ((7,),)
-    kept = Boundaries(4 * 192 + 64)
-    kept.offer(SPAN, 0.5, before("x"), entered(range(4)))
-    kept.offer(other, 0.5, before("x"), {i: {(7,): torch.zeros(1, 16)} for i in range(4)})
-    assert kept.first(SPAN, before("x")) == 3
-    assert kept.first(other, before("x")) == 0  # the first layer alone is kept
+    cache = LayerInputCache(4 * 192 + 64)
+    cache.offer(SPAN, 0.5, before("x"), entered(range(4)))
+    cache.offer(other, 0.5, before("x"), {i: {(7,): torch.zeros(1, 16)} for i in range(4)})
+    assert cache.first(SPAN, before("x")) == 3
+    assert cache.first(other, before("x")) == 0  # the first layer alone is cache
 
 
 def test_digests_differ_from_the_first_decision_on(layout):
-    choices, original = Choices(layout), Candidate.original(layout)
+    choices, original = LayerDecisions(layout), Candidate.original(layout)
     n_layers = layout.inventory.n_layers
     before = choices.before(original)
     assert len(set(before)) == len(before) == n_layers

@@ -221,7 +221,7 @@ def test_a_candidate_begins_in_the_first_layer_where_it_is_new(swap, documents):
         late = changed(one, **{f"layers.{layer}.attention.o": "Q4_0"})
         found, ran = layers_run(swap, scorer, late)  # and is no better
         assert ran == dict.fromkeys(range(layer, n_layers), n)
-        fresh = Scorer(swap, documents, boundary_bytes=0)
+        fresh = Scorer(swap, documents, layer_input_bytes=0)
         whole, ran = layers_run(swap, fresh, late)
         assert ran[layer] > n
         identical(found, whole)
@@ -245,7 +245,7 @@ def test_what_is_told_or_retained_begins_where_it_counts(swap, documents, told):
     found, ran = layers_run(swap, scorer, other)
     first = max(swap.layout.layers) if "retained_experts" in told else 0
     assert min(ran) == first
-    identical(found, layers_run(swap, Scorer(swap, documents, boundary_bytes=0), other)[0])
+    identical(found, layers_run(swap, Scorer(swap, documents, layer_input_bytes=0), other)[0])
 
 
 def test_other_batches_are_other_states(swap, documents):
@@ -276,7 +276,7 @@ def test_threads_change_nothing(swap, documents):
     one = Scorer(swap, documents, batch_tokens=40).score(chosen)
     scorer = Scorer(swap, documents, batch_tokens=40, threads=3)
     identical(scorer.score(chosen), one)
-    later = Scorer(swap, documents, batch_tokens=40, boundary_bytes=0)
+    later = Scorer(swap, documents, batch_tokens=40, layer_input_bytes=0)
     last = f"layers.{swap.layout.inventory.n_layers - 1}.attention.o"
     late = changed(Candidate.of(chosen), **{last: "Q8_0"})
     begun, ran = layers_run(swap, scorer, late)

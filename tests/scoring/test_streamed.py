@@ -7,10 +7,10 @@ from allocator.checkpoint import tensors as source
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.profiling.statistics import collect, collect_streamed
-from allocator.scoring import streamed as stream
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.scoring.swap_model import SwapModel
 
 torch.set_num_threads(1)
@@ -86,9 +86,9 @@ def test_what_candidates_share_is_computed_once(layout, documents, tmp_path, mon
     streamed = scorer(layout, Encodings(tmp_path, layout, {}), documents)
     streamed.score_many([a])
     runs = []
-    run = stream.StreamedModel.run
+    run = StreamedModel.run
     monkeypatch.setattr(
-        stream.StreamedModel,
+        StreamedModel,
         "run",
         lambda self, layer, states: runs.append((layer, len(states))) or run(self, layer, states),
     )

@@ -25,7 +25,8 @@ from allocator.profiling.curvature import measure
 from allocator.profiling.statistics import collect, collect_streamed
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.scoring.swap_model import SwapModel
 from allocator.study.trials import RESULT, allocation_of
 from allocator.targets import target_named

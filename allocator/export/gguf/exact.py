@@ -38,7 +38,7 @@ from allocator.formats import FORMATS
 from allocator.formats.ggml import TYPES
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
-from allocator.scoring.streamed import States, StreamedModel
+from allocator.scoring.streamed_model import States, StreamedModel
 from allocator.scoring.swap_model import free_memory
 
 EXACT_TOLERANCE = 1e-5

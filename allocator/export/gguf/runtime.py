@@ -26,7 +26,7 @@ from allocator.export.gguf.recipes import (
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import Bytes, TensorSource
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import AnyScorer, StreamedScorer
+from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
 from allocator.scoring.swap_model import device_of
 from allocator.targets import GGUF, FullPrecision, Layout
 from allocator.targets.gguf.metadata import yarn_betas

@@ -22,7 +22,8 @@ from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import Bytes, TensorSource
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import mean
-from allocator.scoring.streamed import AnyScorer, StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
 from allocator.targets import SAFETENSORS, FullPrecision, Layout
 
 SAFETENSORS_TOLERANCE = 1e-5

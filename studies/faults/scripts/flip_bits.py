@@ -35,7 +35,7 @@ from allocator.comparison.bench import Bench
 from allocator.comparison.runs import chosen_runs, results
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError
-from allocator.scoring.layer_files import LayerFiles
+from allocator.scoring.layer_checkpoints import LayerCheckpoints
 
 OUTCOMES = ("rebuilt", "refused", "harmless", "SILENT", "TRACEBACK")
 TRIALS = 16
@@ -315,18 +315,18 @@ def same(one: Any, other: Any) -> bool:
 @contextmanager
 def stopped_after(what: str, layer: int) -> Iterator[None]:
     """A streamed pass that is killed once these values are on the disk."""
-    plain = LayerFiles.save
+    plain = LayerCheckpoints.save
 
-    def save(self: LayerFiles, name: str, at: int, values: Any) -> None:
+    def save(self: LayerCheckpoints, name: str, at: int, values: Any) -> None:
         plain(self, name, at, values)
         if (name, at) == (what, layer):
             raise KeyboardInterrupt
 
-    LayerFiles.save = save  # type: ignore[method-assign]
+    LayerCheckpoints.save = save  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LayerFiles.save = plain  # type: ignore[method-assign]
+        LayerCheckpoints.save = plain  # type: ignore[method-assign]
 
 
 def run(

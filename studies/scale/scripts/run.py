@@ -90,7 +90,7 @@ class Meter:
         from allocator.checkpoint.inventory import Inventory
         from allocator.codecs.ggml import GGML
         from allocator.profiling import streamed_profiler as streamed
-        from allocator.scoring.streamed import StreamedScorer
+        from allocator.scoring.streamed_scorer import StreamedScorer
 
         read_raw, chunks = source.read_raw, Inventory._chunks
         collect, measure, score = (

@@ -25,7 +25,8 @@ from allocator.export.verification import verify
 from allocator.files.checksums import seal, unseal
 from allocator.formats import FORMATS
 from allocator.scoring.candidates import Weights
-from allocator.scoring.streamed import StreamedModel, StreamedScorer
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import StreamedScorer
 
 SEED = {"deepseek": 0, "qwen3": 4}  # of allocations that llama.cpp rounds beyond 5e-3
 

@@ -1,40 +1,35 @@
-"""Candidates side by side, layer by layer: the checkpoint need not fit in memory.
+"""A model that need not fit in memory: it runs layer by layer, several candidates side by side.
 
-In: a layout, encoded weights, documents. Out: `DocumentLosses` of any number of allocations.
-Invariants: what `Scorer` computes, up to the order of float32 sums; in one pass every matrix of a
-layer is read from the checkpoint at most once, however many candidates there are; candidates that
-agree up to a layer are one computation up to there. In memory are hidden states (tokens x hidden of
-every different computation, twice while experts run), one layer without its routed experts, two
-routed experts (one is read ahead), and the logits of some documents.
+In: a layout, encoded weights, hidden states. Out: the states after each layer, and logits.
+Invariants: what the whole model computes, up to the order of float32 sums; in one pass every matrix
+of a layer is read from the checkpoint at most once, however many candidates there are. In memory
+are hidden states (tokens x hidden of every different computation, twice while experts run), one
+layer without its routed experts, and two routed experts (one is read ahead).
 
 A MoE block is a sum: what its routed experts give is added to the rest of its layer. So a layer
 runs in two steps. First everything else, batch by batch, as the architecture's own module computes
-it, routed experts giving zero; their inputs and gates are kept. Then expert by expert, over all
+it, routed experts giving zero; their inputs and gates are recorded. Then expert by expert, over all
 tokens of all candidates: its original weights are read once, encoded in whatever formats the
-candidates lack, and each candidate adds what its own decoded weights give. An expert
-that no token reaches is neither read nor encoded.
+candidates lack, and each candidate adds what its own decoded weights give. An expert that no token
+reaches is neither read nor encoded.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from allocator.decision.allocation import Allocation
 from allocator.families import Role
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
-from allocator.scoring.layer_files import LayerFiles
-from allocator.scoring.layer_inputs import Choices
-from allocator.scoring.scorer import DocumentLosses, Documents, Row, Scorer, compare, losses_of
+from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.layer_inputs import LayerDecisions
 from allocator.scoring.swap_model import (
     check_names,
     empty,
@@ -98,7 +93,7 @@ class StreamedModel:
         self.device = torch.device(device)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)
-        self.choices = Choices(layout)
+        self.decisions = LayerDecisions(layout)
         self._keys_values: dict[str, KeysValues | None] = {}
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
@@ -112,10 +107,10 @@ class StreamedModel:
         for tensor in layout.full_precision:
             self._full_precision.setdefault(tensor.layer, []).append(tensor)
 
-    def layer_files(
+    def layer_checkpoints(
         self, folder: Path, documents: Sequence[Document], batch_tokens: int, of: str = ""
-    ) -> LayerFiles:
-        """Opens the files of a pass over these documents: its batches, and states between layers.
+    ) -> LayerCheckpoints:
+        """Opens the checkpoints of a pass over these documents, which say its batches too.
 
         Args:
             folder: an existing one, of this pass alone.
@@ -127,8 +122,7 @@ class StreamedModel:
             [documents[i] for i in batch]
             for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens)
         ]
-        width = self.inventory.dimensions.hidden
-        return LayerFiles(folder, chosen, width, self.device, of)
+        return LayerCheckpoints(folder, chosen, self.device, of)
 
     def begin(self, chosen: Sequence[Sequence[Document]]) -> States:
         """Returns the original's states before the first layer, for documents by batch."""
@@ -380,172 +374,3 @@ def by_batch(flat: torch.Tensor, batches: Sequence[torch.Tensor]) -> list[torch.
         part.view(hidden.shape)
         for part, hidden in zip(torch.split(flat, sizes), batches, strict=True)
     ]
-
-
-class StreamedScorer(Documents):
-    """Scores allocations on fixed documents, many in one pass.
-
-    Args:
-        model: several scorers may share one.
-        documents: what is scored, in this order.
-        side_by_side: candidates in one pass; more take further passes.
-        batch_tokens: tokens per forward pass of a layer.
-        logits_bytes: of all distributions of the documents that are compared at a time.
-    """
-
-    def __init__(
-        self,
-        model: StreamedModel,
-        documents: Sequence[Document],
-        *,
-        side_by_side: int = 8,
-        batch_tokens: int = 2048,
-        logits_bytes: int = 512 << 20,
-    ) -> None:
-        super().__init__(documents)
-        self.model = model
-        self.side_by_side = side_by_side
-        self.batch_tokens = batch_tokens
-        self._logits_bytes = logits_bytes
-        self._reference: dict[int, torch.Tensor] = {}
-        self._last: tuple[Candidate, list[torch.Tensor]]
-
-    def score(
-        self, candidate: Allocation | Candidate, start: int = 0, stop: int | None = None
-    ) -> DocumentLosses:
-        """Returns losses of an allocation, or another candidate, on `documents[start:stop]`."""
-        return self.score_many([candidate], start, stop)[0]
-
-    def score_original(self) -> DocumentLosses:
-        """Returns losses of the original: no divergence, its own likelihoods."""
-        return self.score_many([self.model.original])[0]
-
-    def score_many(
-        self, candidates: Sequence[Allocation | Candidate], start: int = 0, stop: int | None = None
-    ) -> list[DocumentLosses]:
-        """Returns losses of candidates on `documents[start:stop]`, `side_by_side` in one pass.
-
-        The original runs with them where it has not run on these documents before; its final
-        hidden states are kept: tokens x hidden.
-        """
-        return list(self.each(candidates, start, stop))
-
-    def each(
-        self, candidates: Iterable[Allocation | Candidate], start: int = 0, stop: int | None = None
-    ) -> Iterator[DocumentLosses]:
-        """Yields losses of candidates on `documents[start:stop]`, pass by pass."""
-        stop, left = len(self.documents) if stop is None else stop, iter(candidates)
-        while together := list(islice(left, self.side_by_side)):
-            yield from self._pass(together, start, stop)
-
-    @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
-    def _pass(
-        self, candidates: Sequence[Allocation | Candidate], start: int, stop: int
-    ) -> list[DocumentLosses]:
-        self.model.weights.release()
-        chosen = list(batches(self.documents, start, stop, n_tokens=self.batch_tokens))
-        wanted = [c if isinstance(c, Candidate) else Candidate.of(c) for c in candidates]
-        for candidate in wanted:
-            if candidate.weights is not None:
-                candidate.weights.release()
-        known = all(i in self._reference for i in range(start, stop))
-        if not known:
-            wanted.append(self.model.original)
-        final = self._final_states(wanted, chosen)
-        if not known:
-            for batch, hidden in zip(chosen, final.pop(), strict=True):
-                self._reference.update(zip(batch, hidden, strict=True))
-        self._last = wanted[len(candidates) - 1], [h for batch in final[-1] for h in batch]
-        rows: list[list[Row]] = [[] for _ in candidates]
-        for span in self._spans(start, stop, len(candidates) + 1):
-            self._compare(span, start, wanted[: len(rows)], final, rows)
-        return [losses_of(found) for found in rows]
-
-    @torch.no_grad()
-    def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
-        """Returns logits `(tokens, vocabulary)` of the last candidate of a pass, on a document."""
-        candidate, states = self._last
-        logits = self.model.logits(states[index], candidate)
-        found: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return found
-
-    @torch.no_grad()
-    def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
-        """Compares a runtime's logits `(tokens, vocabulary)` of a document of the last pass."""
-        states = self._reference[index]
-        p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
-        found = torch.from_numpy(logits).to(p_log.device)
-        return compare(p_log, p_log.argmax(-1), found, self.documents[index].ids)
-
-    def _final_states(
-        self, wanted: Sequence[Candidate], chosen: list[list[int]]
-    ) -> list[list[torch.Tensor]]:
-        """The last layer's output by batch, for every one of `wanted`."""
-        states = self._split(None, [States(wanted[0], list(range(len(wanted))), [])], wanted)
-        for held in states:
-            held.hidden = self.model.embed(
-                [[self.documents[i] for i in batch] for batch in chosen], held.candidate
-            )
-        self.model.weights.forget()
-        for layer in range(self.model.inventory.n_layers):
-            states = self._split(layer, states, wanted)
-            self.model.run(layer, states)
-        found: list[list[torch.Tensor]] = [[] for _ in wanted]
-        for held in states:
-            for member in held.members:
-                found[member] = held.hidden
-        return found
-
-    def _split(
-        self, layer: int | None, states: Sequence[States], wanted: Sequence[Candidate]
-    ) -> list[States]:
-        """Computations that are still the same through a layer stay together."""
-        found = []
-        for held in states:
-            members: dict[Any, list[int]] = {}
-            for i in held.members:
-                members.setdefault(self.model.choices.of(layer, wanted[i]), []).append(i)
-            found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
-        return found
-
-    def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
-        """Documents of which `n` distributions fit in memory at once; at least one."""
-        vocabulary = self.model.inventory.dimensions.vocabulary
-        most = max(1, self._logits_bytes // (4 * n * vocabulary))
-        first = start
-        while first < stop:
-            last, n_tokens = first + 1, len(self.documents[first].ids)
-            while last < stop and n_tokens + len(self.documents[last].ids) <= most:
-                n_tokens += len(self.documents[last].ids)
-                last += 1
-            yield range(first, last)
-            first = last
-
-    def _compare(
-        self,
-        span: range,
-        start: int,
-        candidates: Sequence[Candidate],
-        final: Sequence[Sequence[torch.Tensor]],
-        rows: list[list[Row]],
-    ) -> None:
-        """Appends the rows of some documents."""
-        lengths = [len(self.documents[i].ids) for i in span]
-        asked = [(self.model.original, torch.cat([self._reference[i] for i in span]))]
-        for candidate, hidden in zip(candidates, final, strict=True):
-            flat = [states for batch in hidden for states in batch]
-            asked.append((candidate, torch.cat([flat[i - start] for i in span])))
-        reference, *others = self.model.all_logits(asked)
-        original = torch.split(torch.log_softmax(reference, -1), lengths)
-        tops = [log_probs.argmax(-1) for log_probs in original]
-        for logits, found in zip(others, rows, strict=True):
-            found += [
-                compare(p_log, top1, q, self.documents[i].ids)
-                for p_log, top1, q, i in zip(
-                    original, tops, torch.split(logits, lengths), span, strict=True
-                )
-            ]
-
-
-AnyScorer = Scorer | StreamedScorer
-"""With the model in memory, or layer by layer."""
