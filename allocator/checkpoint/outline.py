@@ -14,7 +14,7 @@ from allocator.checkpoint.inventory import MXFP4, Inventory, TensorInfo, read_js
 from allocator.checkpoint.refusals import no_directory
 from allocator.errors import CheckpointError
 from allocator.families import Config, Family, Role, planned_family_of
-from allocator.families.config import quantization_method
+from allocator.families.config import encoding
 from allocator.formats import FORMATS
 
 
@@ -63,7 +63,7 @@ def _read(config: Path | Config) -> tuple[Path, Config]:
 def _tensors(family: Family, config: Config, layer: int | None) -> Iterator[TensorInfo]:
     """Those of a layer, or outside of the layers."""
     # transformers converts experts alone
-    routed = MXFP4 if quantization_method(config) == "mxfp4" else "BF16"
+    routed = MXFP4 if encoding(config).get("quant_method") == "mxfp4" else "BF16"
     for rule, shape in family.shapes(config, layer).items():
         for expert in range(family.n_experts(config)) if rule.has_expert else (None,):
             name = rule.pattern.format(layer=layer, expert=expert)
