@@ -223,10 +223,10 @@ def check_weights(
                 )
             shape = source.shape(group, part)
             _check_decoding(f"{folder}: {name}", fmt, tensor.data.reshape(shape)[..., :1, :])
-    for kept in layout.full_precision:
-        expected_bytes = runtime.full_precision_bytes(source, kept).tobytes()
-        if tensors[kept.source].data.tobytes() != expected_bytes:
-            raise VerifyError(f"{folder}: {kept.source} holds other bytes than its source")
+    for unencoded in layout.full_precision:
+        expected_bytes = runtime.full_precision_bytes(source, unencoded).tobytes()
+        if tensors[unencoded.source].data.tobytes() != expected_bytes:
+            raise VerifyError(f"{folder}: {unencoded.source} holds other bytes than its source")
 
 
 def _check_decoding(where: str, fmt: Format, encoded: Bytes) -> None:

@@ -199,7 +199,7 @@ class Scorer(Documents):
     @contextmanager
     def _forward(self, chosen: Sequence[list[int]], *, record: bool) -> Iterator["_ForwardPasses"]:
         """Forward passes of what the model holds; `record` what enters its layers."""
-        before = self._decisions.before(self.swap.held)
+        before = self._decisions.before(self.swap.candidate)
         passed = _ForwardPasses(self.swap.model, self.documents, self._layer_inputs, chosen, before)
         recording = passed.recorder.recording(self.swap.model) if record else nullcontext()
         with without_layers_before(self.swap.model, passed.first), recording:

@@ -388,7 +388,7 @@ class SwapModel:
         self.reset()
 
     @property
-    def held(self) -> Candidate:
+    def candidate(self) -> Candidate:
         """The candidate that it computes now."""
         formats = {name: fmt or None for name, (fmt, *_) in self.state.items()}
         return Candidate(
@@ -402,7 +402,7 @@ class SwapModel:
     @contextmanager
     def original(self) -> Iterator[Any]:
         """Yields the model as the original; what it held before is put back afterwards."""
-        before = self.held
+        before = self.candidate
         self.reset()
         try:
             yield self.model
@@ -424,24 +424,22 @@ class SwapModel:
         decoded = self._decoded if own is None else own.decoded
         for name, fmt in candidate.format_of.items():
             group = self.layout.groups[name]
-            held = None
-            if group.role.is_expert and group.layer is not None:
-                held = retained[group.layer]
-            wanted = (fmt or "", held, candidate.weights_digest if fmt else "")
+            group_experts = group.experts(retained) or None
+            wanted = (fmt or "", group_experts, candidate.weights_digest if fmt else "")
             if self.state.get(name) == wanted:
                 continue
             # nothing is known if what follows fails
             before, _, digest = self.state.pop(name, ("", None, ""))
             if fmt is None:
                 values = group_weights(self.layout, group)
-                values = values if held is None else values[list(held)]
+                values = values if group_experts is None else values[list(group_experts)]
                 install(self.model, self.inventory.dimensions, group, values)
-            elif held is None:
+            elif group_experts is None:
                 values = decoded(name, fmt, None)
                 install(self.model, self.inventory.dimensions, group, values)
             else:
                 before = before if digest == candidate.weights_digest else ""
-                self._put_experts(group, before, fmt, held, decoded)
+                self._put_experts(group, before, fmt, group_experts, decoded)
             self.state[name] = wanted
         self.weights = own
         self.experts_used = candidate.experts_used
@@ -472,16 +470,18 @@ class SwapModel:
         group: Group,
         before: str,
         text: str,
-        held: tuple[int, ...],
+        retained: tuple[int, ...],
         decoded: Callable[[str, str, tuple[int, ...] | None], Floats],
     ) -> None:
         """Decodes the experts of a projection that are not in the model in their format already."""
-        known = {e: fmt for fmt, experts in parts(before, held) for e in experts} if before else {}
-        for fmt, experts in parts(text, held):
+        known = (
+            {e: fmt for fmt, experts in parts(before, retained) for e in experts} if before else {}
+        )
+        for fmt, experts in parts(text, retained):
             new = tuple(e for e in experts if known.get(e) != fmt)
             if new:
                 values = decoded(group.name, fmt.name, new)
-                places = [held.index(e) for e in new]
+                places = [retained.index(e) for e in new]
                 install_experts(self.model, self.inventory.dimensions, group, values, places)
 
     def _retain(self, layer: int, experts: tuple[int, ...]) -> None:

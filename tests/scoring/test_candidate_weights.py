@@ -150,11 +150,11 @@ def test_a_model_holds_what_was_brought_along_while_it_is_the_original(layout, t
     parameter = dict(swap.model.named_parameters())[name]
     original = parameter.clone()
     swap.put(Candidate.of(allocation(layout), own))
-    assert swap.held.weights is own
+    assert swap.candidate.weights is own
     assert torch.equal(parameter, torch.from_numpy(values))
     with swap.original():
         assert torch.equal(parameter, original)
-        assert swap.held.weights is None
+        assert swap.candidate.weights is None
     assert torch.equal(parameter, torch.from_numpy(values))
 
 

@@ -322,10 +322,10 @@ class LlamaCpp:
                 "the xllamacpp of constraints.txt on x86-64"
             )
         function.restype, function.argtypes = None, (c_void_p, c_void_p)
-        found = _Map()
-        function(ctypes.byref(found), self._context)
-        nodes = list(_in_order(found.root))
-        assert len(nodes) == found.count
+        breakdown = _Map()
+        function(ctypes.byref(breakdown), self._context)
+        nodes = list(_in_order(breakdown.root))
+        assert len(nodes) == breakdown.count
         repacked = [
             self._lib.ggml_backend_buft_name(n.buffer_type).endswith(b"_REPACK") for n in nodes
         ]
@@ -355,17 +355,17 @@ class LlamaCpp:
             VerifyError: if prompt and text do not fit the context or vocabulary, or it fails.
         """
         self._clear()
-        found: list[int] = []
+        generated: list[int] = []
         pending, at = list(prompt_ids), 0
-        while len(found) < n:
+        while len(generated) < n:
             self.decode(pending, at)
             token = int(self._row(len(pending) - 1).argmax())
-            found.append(token)
+            generated.append(token)
             at += len(pending)
             pending = [token]
             if self._lib.llama_vocab_is_eog(self._vocab, token):
                 break
-        return found
+        return generated
 
     def tokenize(self, text: str, *, markup: bool = False) -> list[int]:
         """Returns the tokens of a text, bos and eos added if the file says so.

@@ -27,15 +27,15 @@ def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[
     """
     keys, values = kv_parts(allocation.kv_format)
     betas = yarn_betas(layout.inventory)
-    told = [] if betas is None else [yarn_options(betas)]
+    options = [] if betas is None else [yarn_options(betas)]
     if (keys, values) != (DEFAULT_KV_FORMAT, DEFAULT_KV_FORMAT):
-        told.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
+        options.append(f"--cache-type-k {keys} --cache-type-v {values} --flash-attn on")
     if workload or allocation.micro_batch is not None:
-        told.append(f"--ubatch-size {allocation.runtime_settings.micro_batch}")
+        options.append(f"--ubatch-size {allocation.runtime_settings.micro_batch}")
     if workload:
         n = workload["sequences"]
-        told.append(f"--ctx-size {workload['context'] * n} --parallel {n} --no-repack")
-    return " ".join(told)
+        options.append(f"--ctx-size {workload['context'] * n} --parallel {n} --no-repack")
+    return " ".join(options)
 
 
 def tensor_type_file(layout: Layout, allocation: Allocation) -> str:
@@ -63,13 +63,13 @@ def parse_tensor_type_file(text: str, layout: Layout) -> dict[str, str]:
         for number, line in enumerate(text.splitlines(), 1)
         for word in line.split()
     ]
-    found: dict[str, str] = {}
+    formats: dict[str, str] = {}
     for name, group in layout.groups.items():
         for pattern, chosen in entries:
             if pattern.search(group.stored_as):
-                found[name] = chosen
+                formats[name] = chosen
                 break
-    return found
+    return formats
 
 
 def _entry(number: int, word: str) -> tuple[re.Pattern[str], str]:

@@ -81,7 +81,7 @@ def write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
 def _converted_tokenizer(inventory: Inventory) -> str | None:
     """The tokenizer.json that the checkpoint lacks, if its other files can be converted."""
     try:
-        found = read_tokenizer(inventory)
+        tokenizer = read_tokenizer(inventory)
     except CheckpointError:  # then the checkpoint's own files are all there is
         return None
-    return None if found is None or not found.converted else found.text
+    return None if tokenizer is None or not tokenizer.converted else tokenizer.text

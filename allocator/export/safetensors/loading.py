@@ -128,15 +128,15 @@ def _stored(
     family: Any, allocation: Allocation
 ) -> dict[str, tuple[Group, Format, list[int] | None]]:
     """What each encoded tensor of the file holds, by its name."""
-    found: dict[str, tuple[Group, Format, list[int] | None]] = {}
+    stored: dict[str, tuple[Group, Format, list[int] | None]] = {}
     for group_name, text in allocation.formats:
         group = _group(family, group_name)
-        held = group.experts(allocation.retained_experts)
-        in_file = parts_of(text, held)
+        retained = group.experts(allocation.retained_experts)
+        in_file = parts_of(text, retained)
         for name, (fmt, experts) in zip(part_names(group_name, in_file), in_file, strict=True):
-            places = [held.index(e) for e in experts] if len(in_file) > 1 else None
-            found[name] = group, fmt, places
-    return found
+            places = [retained.index(e) for e in experts] if len(in_file) > 1 else None
+            stored[name] = group, fmt, places
+    return stored
 
 
 def _opened(path: Path) -> Any:
@@ -164,7 +164,7 @@ def _modules_of(group: Group, *, tied: bool) -> tuple[str, ...]:
 
 
 def _module_of(name: str) -> str:
-    """The module that is decoded as a whole around a kept tensor."""
+    """The module that is decoded as a whole around a full-precision tensor."""
     pieces = name.split(".")
     return ".".join(pieces[:3]) if pieces[1] == "layers" else name.rpartition(".")[0]
 
@@ -194,8 +194,8 @@ def _set(model: Any, name: str, values: torch.Tensor) -> None:
 def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
     with torch.no_grad():
         for name, shape in part.shapes.items():
-            kept = part.full_precision.get(name)
-            _set(model, name, torch.empty(shape) if kept is None else kept.to(torch.float32))
+            stored = part.full_precision.get(name)
+            _set(model, name, torch.empty(shape) if stored is None else stored.to(torch.float32))
         for group, fmt, data, places in part.groups:
             view = destination(model, dimensions, group)
             _decode_into(view if places is None else [view[i] for i in places], fmt, data)
@@ -203,8 +203,8 @@ def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
 
 def _empty(model: Any, part: _Part) -> None:
     for name in part.shapes:
-        kept = part.full_precision.get(name)
-        if kept is None or kept.dtype != torch.float32:  # those are the file's own memory
+        stored = part.full_precision.get(name)
+        if stored is None or stored.dtype != torch.float32:  # those are the file's own memory
             _set(model, name, _NONE)
 
 
