@@ -241,7 +241,7 @@ def profile(study: str | Path, **options: Unpack[StudyOptions]) -> Profile:
 def front(
     study: str | Path, *, storage: str | None = None, **options: Unpack[StudyOptions]
 ) -> pd.DataFrame:
-    """The non-dominated COMPLETE trials, smallest first; also written to `front.json`."""
+    """Returns the non-dominated COMPLETE trials, smallest first; writes `front.json`."""
     study_folder = StudyFolder(study, **options)
     path = journal_path(storage, study_folder.path)
     try:

@@ -13,13 +13,19 @@ from allocator.units import parse_bytes, parse_seconds, show_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
+    from allocator.app.resources import ResourceOptions
+
 _EPILOG = (
     "Bad input is one line on stderr and exit code 2. `allocator VERB --help` explains a verb."
 )
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"cache": args.cache, "threads": args.threads, "progress": not args.quiet}
+def _options(args: argparse.Namespace) -> "ResourceOptions":
+    options: ResourceOptions = {
+        "cache": args.cache,
+        "threads": args.threads,
+        "progress": not args.quiet,
+    }
     if "torch_device" in args:
         options["torch_device"] = args.torch_device
     return options
@@ -467,8 +473,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )
-    p.add_argument("--time", help="stop after so long, e.g. 30min")
-    p.add_argument("--tokens", type=_positive, help="stop within so many forward tokens, in all")
+    p.add_argument("--time", help="time limit, e.g. 30min; replaces study.toml's trials")
+    p.add_argument(
+        "--tokens",
+        type=_positive,
+        help="limit on forward tokens, in all; replaces study.toml's trials",
+    )
     p.add_argument("--sampler", help="auto, knapsack, evolution, nsga2, ... (default: study.toml)")
     p.add_argument("--seed", type=int, help="default: study.toml")
     p.add_argument(

@@ -45,6 +45,7 @@ from allocator.profiling.profiler import Profiler
 from allocator.profiling.statistics import importance_digest
 from allocator.samplers.auto import ROUND
 from allocator.scoring.scorer import Scorer
+from allocator.study.stop_rule import StopRule
 from allocator.study.trials import allocation_of, complete_trials
 from allocator.targets import GGUF
 from allocator.targets.group_weights import group_weights
@@ -221,7 +222,7 @@ def test_front_without_a_study_is_refused(fresh, options):
 
 def test_finalists_are_different_allocations(formula):
     search = formula.search(InMemoryStorage(), "random", rungs=())
-    search.run(n_trials=6)
+    search.run(StopRule(trials=6))
     once = [t.number for t in complete_trials(search.study)]
     for _ in range(4):
         search.study.enqueue_trial(search.study.get_trials()[once[0]].params)

@@ -1,13 +1,13 @@
-"""Who works on a trial: leases, for several workers on one study in any storage.
+"""Leases: which worker has a trial, for several workers on one study in any storage.
 
-In: the RUNNING trials of a study. Out: those whose worker is dead. A worker writes a lease into the
-trials that it has in hand and renews it from a thread; a trial whose lease has expired is closed as
-abandoned, and its proposal is made again by whoever asks next. Invariants: clocks of two machines
-are never compared; closing a trial is the claim, and the storage lets one process close it.
+In: the RUNNING trials of a study. Out: those whose worker is dead. A worker writes a lease into its
+trials and renews it from a thread; a trial whose lease has expired is closed as abandoned, and its
+proposal is made again by the worker that asks next. Invariants: clocks of two machines are never
+compared; closing a trial is the claim, and the storage lets one process close it.
 
-A lease has expired when the watcher, by its own monotonic clock, has seen it unchanged for as long
-as it holds; a RUNNING trial without one (its worker died before it wrote it) likewise. A worker
-that was merely slow finds its trial closed when it tells, and drops the result.
+A lease has expired when the watcher, by its own monotonic clock, has seen it unchanged for the
+seconds that the lease names; a RUNNING trial without a lease (its worker died before it wrote one)
+likewise. A worker that was merely slow finds its trial closed when it tells, and drops the result.
 
 Optuna's own heartbeat covers `study.optimize` on a database, neither ask and tell nor journals.
 """
@@ -33,10 +33,10 @@ from allocator.errors import first_line
 from allocator.study.optuna_private import end_session, set_user_attr, trial_id
 
 LEASE = "lease"
-"""User attribute of a trial: `owner`, `seconds` that it holds, `renewal` (counts up), and when it
-`expires` by the owner's wall clock, for people only."""
+"""User attribute of a trial: `owner`, the `seconds` it is valid without a renewal, `renewal`
+(counts up), and when it `expires` by the owner's wall clock, for people only."""
 LEASE_SECONDS = 60.0
-"""How long a lease holds, unless something else is asked for."""
+"""How long a lease is valid without a renewal, unless something else is asked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Leases:
     Args:
         study: the trials'.
         folder: of the study.
-        seconds: how long a lease holds; it is renewed at a third of this.
+        seconds: how long a lease is valid; it is renewed at a third of this.
     """
 
     def __init__(self, study: Study, folder: Path, *, seconds: float = LEASE_SECONDS) -> None:
@@ -146,9 +146,9 @@ class Leases:
             i: self._seen[i] if i in self._seen and self._seen[i][0] == lease else (lease, now)
             for i, lease in leases.items()
         }
-        return [t for t in others if now - self._seen[trial_id(t)][1] >= self._holds(t)]
+        return [t for t in others if now - self._seen[trial_id(t)][1] >= self._valid_seconds(t)]
 
-    def _holds(self, trial: FrozenTrial) -> float:
+    def _valid_seconds(self, trial: FrozenTrial) -> float:
         return float(trial.user_attrs.get(LEASE, {}).get("seconds", self._seconds))
 
     def _renew(self) -> None:

@@ -1,8 +1,9 @@
-"""How trials end: each is told once, by whoever closes it first.
+"""How trials end: each is told once, by whichever process closes it first.
 
 In: verdicts, and trials whose worker died. Out: closed trials. Invariant: how trials that ended
-together did is written in one piece (`VERDICTS`) before the first of them is told; what a death
-leaves untold of them is told by it, and everything else is abandoned: proposed and made again.
+together did is written in one piece (`VERDICTS`) before the first of them is told. A trial of a
+dead worker is told by its verdict, if it has one, and is otherwise abandoned: proposed and made
+again.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ from allocator.study.optuna_private import set_user_attr, trial_id
 from allocator.study.trials import ABANDONED
 
 VERDICTS = "verdicts"
-"""User attributes of a study begin so: how trials that ended together did, by number. One for each
-worker, of its last batch or generation."""
+"""Beginning of user attributes of a study: verdicts of trials that ended together, by number. One
+attribute for each worker, of its last batch or generation."""
 Verdict = tuple[str, list[float] | None]
 """A trial's state by name, and its values."""
 
 
 def close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
-    """Tells a trial; False if somebody else has closed it."""
+    """Tells a trial; returns False if another process has closed it."""
     state, values = verdict
     try:
         study.tell(number, values, state=TrialState[state])
@@ -34,7 +35,17 @@ def close(study: optuna.Study, number: int, verdict: Verdict) -> bool:
 
 
 def abandon(study: optuna.Study, id_: int, number: int, why: str | bool = True) -> bool:
-    """Closes a trial so that its proposal is made again; False if somebody else has closed it."""
+    """Closes a trial so that its proposal is made again.
+
+    Args:
+        study: of the trial.
+        id_: of the trial, in the storage.
+        number: of the trial.
+        why: `DOUBLED` where another worker is scoring the same.
+
+    Returns:
+        False if another process has closed it.
+    """
     try:
         set_user_attr(study, id_, ABANDONED, why)
     except UpdateFinishedTrialError:
@@ -46,11 +57,11 @@ def close_abandoned(study: optuna.Study, dead: Sequence[FrozenTrial] | None = No
     """Closes RUNNING trials of dead workers.
 
     Args:
-        study: theirs.
+        study: of the trials.
         dead: all that are RUNNING by default, which is right only where no other search lives.
 
     Returns:
-        How many were abandoned; those that had ended, but for being told so, are not among them.
+        How many were abandoned; trials that had a verdict are not among them.
     """
     if dead is None:
         dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

@@ -1,4 +1,4 @@
-"""What a trial says of itself: the names of its attributes, and what samplers and studies read.
+"""What a trial records: the names of its attributes, and what samplers and studies read of them.
 
 In: Optuna's trials. Out: the allocation that one scored, its cost, the best of several. Invariant:
 an abandoned trial (its process died) counts for nothing; its proposal is made again.
@@ -17,9 +17,11 @@ ALLOCATION, KIND, LOSSES, RESULT = "allocation", "kind", "losses", "result"
 ABANDONED = "abandoned"
 """User attribute of a trial whose process died, or gave it up; see `is_abandoned`."""
 DOUBLED = "doubled"
-"""Its value where another worker was scoring the same: the next try has other random numbers."""
+"""Value of `ABANDONED` where another worker was scoring the same: the next try has other random
+numbers."""
 PROPOSAL = "proposal"
-"""System attribute of a trial: the number that its random state is from; abandoned ones free it."""
+"""System attribute of a trial: the number that its random state is from; an abandoned trial frees
+its number."""
 GRADIENT_TOKENS = "auto:forward_tokens"
 """System attribute of a trial that a gradient step was taken for: forward tokens of the step."""
 
@@ -27,7 +29,7 @@ Key = tuple[tuple[str, Any], ...]
 
 
 def allocation_of(trial: FrozenTrial) -> Allocation:
-    """What a trial scored; the only reader of a trial's decision.
+    """Returns the allocation that a trial scored; nothing else reads a trial's decision.
 
     Raises:
         StudyError: if the trial scored nothing.
@@ -38,15 +40,16 @@ def allocation_of(trial: FrozenTrial) -> Allocation:
 
 
 def is_abandoned(trial: FrozenTrial) -> bool:
-    """Whether a trial counts as no proposal: it failed because its process died or gave it up.
+    """Returns whether a trial counts as no proposal, because its process died or gave it up.
 
-    One that ended otherwise with that attribute was told just before it would have been taken over.
+    A trial that has the attribute and ended otherwise was told just before another worker would
+    have taken it over.
     """
     return trial.state == TrialState.FAIL and ABANDONED in trial.user_attrs
 
 
 def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTrial]:
-    """Trials before a number (all by default) that were not abandoned."""
+    """Returns the trials before a number (all by default) that were not abandoned."""
     trials = study.get_trials(deepcopy=False)[:before]
     return [t for t in trials if not is_abandoned(t)]
 
@@ -61,23 +64,23 @@ def forward_tokens(trial: FrozenTrial) -> int:
 def best_complete(
     trials: Iterable[FrozenTrial], *, nbytes: float = float("inf")
 ) -> FrozenTrial | None:
-    """The COMPLETE trial of least loss within some bytes; of equal ones the first."""
+    """Returns the COMPLETE trial of least loss within `nbytes`; of equal ones the first."""
     done = (t for t in trials if t.state == TrialState.COMPLETE and t.values[1] <= nbytes)
     return min(done, key=lambda t: (t.values[0], t.number), default=None)
 
 
 def key_of(params: dict[str, Any]) -> Key:
-    """Tells proposals apart."""
+    """Returns what tells proposals apart."""
     return tuple(sorted(params.items()))
 
 
 def proposed(study: Study) -> set[Key]:
-    """Keys of all proposals so far."""
+    """Returns the keys of all proposals so far."""
     return {key_of(t.params) for t in not_abandoned(study)}
 
 
 def trial_counts(study: Study) -> dict[str, int]:
-    """How many trials ended how; abandoned ones, which were made again, are left out."""
+    """Returns the number of trials by state; abandoned ones are left out."""
     states = [t.state for t in not_abandoned(study)]
     return {
         s.name: states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -85,6 +88,6 @@ def trial_counts(study: Study) -> dict[str, int]:
 
 
 def complete_trials(study: Study) -> list[FrozenTrial]:
-    """Trials scored on the full search split, best loss first."""
+    """Returns the trials scored on the full search split, best loss first."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return sorted(trials, key=lambda t: (t.values[0], t.values[1], t.number))

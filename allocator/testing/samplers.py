@@ -96,7 +96,7 @@ class SamplerConformance:
     def test_what_is_scored_is_within_the_budget(
         self, searching: Callable[..., Search], bounds: str
     ) -> None:
-        """Every allocation is; proposals are too, for a sampler that says so."""
+        """Checks every allocation, and proposals of a sampler that says it proposes feasibly."""
         search = searching(InMemoryStorage(), bounds=bounds)
         search.run(StopRule(trials=self.n_trials))
         for trial in search.study.get_trials():
@@ -107,7 +107,7 @@ class SamplerConformance:
                 assert search.space.allocation(trial.params) == allocation
 
     def test_the_same_seed_proposes_the_same(self, searching: Callable[..., Search]) -> None:
-        """Two searches agree trial by trial; another seed proposes otherwise."""
+        """Compares two searches trial by trial, and a third with another seed."""
         one, other, third = (searching(InMemoryStorage(), seed=seed) for seed in (0, 0, 1))
         for search in (one, other, third):
             search.run(StopRule(trials=self.n_trials))
@@ -115,7 +115,7 @@ class SamplerConformance:
         assert [p for _, p, *_ in _said(one)] != [p for _, p, *_ in _said(third)]
 
     def test_stopped_and_resumed_is_undisturbed(self, searching: Callable[..., Search]) -> None:
-        """A search that is stopped between trials ends as one that is not."""
+        """Compares a search that is stopped between trials with one that is not."""
         undisturbed = searching(InMemoryStorage())
         undisturbed.run(StopRule(trials=self.n_trials))
         storage = InMemoryStorage()
@@ -125,7 +125,7 @@ class SamplerConformance:
         assert _said(search) == _said(undisturbed)
 
     def test_killed_and_resumed_is_undisturbed(self, searching: Callable[..., Search]) -> None:
-        """A proposal whose process died is made again."""
+        """Compares a search whose process died while it scored with one that lives."""
         undisturbed = searching(InMemoryStorage())
         undisturbed.run(StopRule(trials=self.n_trials))
         storage = InMemoryStorage()
@@ -138,7 +138,7 @@ class SamplerConformance:
         assert _said(search) == _said(undisturbed)
 
     def test_several_workers_share_a_study(self, searching: Callable[..., Search]) -> None:
-        """Workers that both have a trial at a time make every proposal once."""
+        """Lets two workers have a trial each at a time; every proposal is made once."""
         storage = InMemoryStorage()
         workers = [searching(storage) for _ in range(2)]
         for _ in range(self.n_trials // 2):
@@ -150,7 +150,7 @@ class SamplerConformance:
         assert sorted(t.system_attrs[PROPOSAL] for t in trials) == list(range(len(trials)))
 
     def test_tokens_are_announced(self, searching: Callable[..., Search]) -> None:
-        """A proposal takes at most the forward tokens that `next_tokens` says."""
+        """Compares the forward tokens of a proposal with what `next_tokens` says."""
         search = searching(InMemoryStorage())
         search.run(StopRule(trials=3))
         announced = search.sampler.next_tokens(search.study, 1)
@@ -160,7 +160,7 @@ class SamplerConformance:
         assert forward_tokens(search.study.get_trials()[contender.trial.number]) <= announced
 
     def test_a_space_of_one_allocation_is_searched(self, searching: Callable[..., Search]) -> None:
-        """At the floor there is one allocation in weights; a search neither stops nor fails."""
+        """Searches at the floor, where there is one allocation."""
         search = searching(InMemoryStorage(), share=0.0, bounds="weights")
         search.run(StopRule(trials=4))
         floor = search.space.smallest.used(search.space.layout, Budget(1, "weights"))
