@@ -37,8 +37,11 @@ def table(request: CompareRequest) -> pd.DataFrame:
         pick, alone = bench.check(run)
         for split in bench.splits:
             kl = bench.kl(split, pick)
-            beside = {"knapsack": bench.kl(split, alone), **bench.references(split, run.weights)}
-            low, high = interval(kl, beside["knapsack"])
+            others = {
+                "knapsack": bench.kl(split, alone),
+                **bench.references(split, run.weights),
+            }
+            low, high = interval(kl, others["knapsack"])
             row = {
                 "target": run.target,
                 "bits": round(run.weights * 8 / bench.study_folder.inventory.n_searched_weights, 3),
@@ -55,7 +58,7 @@ def table(request: CompareRequest) -> pd.DataFrame:
                 "overhead": run.spent.overhead,
                 "/baseline": ratio(kl.mean(), bench.baseline(split, run.weights)),
             }
-            row |= {f"/{name}": ratio(kl.mean(), other.mean()) for name, other in beside.items()}
+            row |= {f"/{name}": ratio(kl.mean(), other.mean()) for name, other in others.items()}
             rows.append(row | {"low": low, "high": high})
     for bench in benches.values():
         rows += bench.by_hand()

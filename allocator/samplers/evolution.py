@@ -182,9 +182,9 @@ class _Walk:
     def _sideways(self, name: str) -> tuple[Any, int] | None:
         values = self.costs.space.choices[name]
         at = values.index(self.params[name])
-        beside = [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
-        if not beside:
+        neighbours = [values[i] for i in (at - 1, at + 1) if 0 <= i < len(values)]
+        if not neighbours:
             return None
-        value = beside[self.rng.integers(len(beside))]
+        value = neighbours[self.rng.integers(len(neighbours))]
         before = self.costs.affected(self.params, [name])
         return value, self.costs.affected({**self.params, name: value}, [name]) - before

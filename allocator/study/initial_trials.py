@@ -81,7 +81,7 @@ def enqueued_params(trial: FrozenTrial) -> Params:
 
 
 class FirstTrials:
-    """The first trials of a study, told by their params.
+    """The first trials of a study, recognized by their params.
 
     Args:
         study: the Optuna study.
