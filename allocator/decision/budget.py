@@ -153,8 +153,10 @@ class Budget:
         return _WAYS_OUT[self.bounds]
 
     def check_positive(self) -> None:
-        """Raises:
-        BudgetError: if the limit is no positive number.
+        """Checks that the limit is a positive number.
+
+        Raises:
+            BudgetError: if it is not.
         """
         if not 0 < self.nbytes <= MOST_BYTES:
             raise BudgetError(
