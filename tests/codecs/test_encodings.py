@@ -90,10 +90,9 @@ def test_an_entry_is_encoded_once(tmp_path, layout, seen):
 
 @pytest.mark.parametrize("name", [UP, K_B, V_B, "head", "embedding", "layers.1.attention.o"])
 @pytest.mark.parametrize("at_once", [1, 3 * 64 * 64 * 4, 1 << 26])
-def test_entries_are_the_codecs_bytes(tmp_path, layout, monkeypatch, name, at_once):
+def test_entries_are_the_codecs_bytes(tmp_path, layout, name, at_once):
     """However little is encoded at once: rows, some experts, everything."""
-    monkeypatch.setattr(bank_module, "_AT_ONCE", at_once)
-    encodings = Encodings(tmp_path, layout, importance(), threads=2)
+    encodings = Encodings(tmp_path, layout, importance(), threads=2, piece_bytes=at_once)
     expected = reference(layout, name, "IQ4_NL")
     np.testing.assert_array_equal(encodings.encoded(name, "IQ4_NL"), expected)
     decoded = encodings.decoded(name, "IQ4_NL")
@@ -183,9 +182,9 @@ def test_experts_come_in_the_order_asked_for(tmp_path, layout, seen, experts):
 
 
 @pytest.mark.parametrize("per_piece", [1, 2, 8])
-def test_few_experts_are_in_memory_at_a_time(tmp_path, layout, monkeypatch, seen, per_piece):
-    monkeypatch.setattr(bank_module, "_AT_ONCE", per_piece * 64 * 64 * 4)
-    Encodings(tmp_path, layout, importance()).encoded(UP, "Q5_0", range(8))
+def test_few_experts_are_in_memory_at_a_time(tmp_path, layout, seen, per_piece):
+    piece_bytes = per_piece * 64 * 64 * 4
+    Encodings(tmp_path, layout, importance(), piece_bytes=piece_bytes).encoded(UP, "Q5_0", range(8))
     assert seen.encoded == [(per_piece, 64, 64)] * (8 // per_piece)
 
 
@@ -199,7 +198,7 @@ def test_wide_matrices_take_little_memory(tmp_path, make):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # float32, the next piece's with its bfloat16, and encoded three times; as a whole 458
-    assert peak < 4 * bank_module._AT_ONCE
+    assert peak < 4 * bank_module.PIECE_BYTES
 
 
 def test_given_weights_are_encoded_where_they_are_missing(tmp_path, layout, seen):
@@ -433,9 +432,9 @@ def shards(tmp_path, checkpoints):
     return path, other, path / info.file
 
 
-def opened(path, folder):
+def opened(path, folder, **options):
     layout = GGUF.layout(read_inventory(path))
-    return Encodings(folder, layout, {}), layout
+    return Encodings(folder, layout, {}, **options), layout
 
 
 def plainly(path, by_safetensors):
@@ -469,7 +468,7 @@ def test_a_shard_that_is_replaced_during_a_fill(
 ):
     """What was encoded before is of the old weights; nothing is under their digest but these."""
     path, other, shard = shards
-    encodings, _ = opened(path, tmp_path / "bank")
+    encodings, _ = opened(path, tmp_path / "bank", piece_bytes=int(EXPERT))
     before, left = plainly(path, by_safetensors), [reads]
 
     def reading(*args):
@@ -479,7 +478,6 @@ def test_a_shard_that_is_replaced_during_a_fill(
         return read_rows(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank_module, "_AT_ONCE", int(EXPERT))
         patch.setattr(bank_module, "read_rows", reading)
         with pytest.raises(CheckpointError, match="changed or replaced"):
             encodings.encoded(UP, "Q8_0")
@@ -510,7 +508,7 @@ from allocator.codecs import encodings as module
 from allocator.checkpoint.inventory import read_inventory
 from allocator.targets import GGUF
 layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
-module._AT_ONCE, left = int(sys.argv[4]), int(sys.argv[3])
+piece_bytes, left = int(sys.argv[4]), int(sys.argv[3])
 def dying(handle, data, offset, write=os.pwrite):
     global left
     left -= 1
@@ -519,7 +517,8 @@ def dying(handle, data, offset, write=os.pwrite):
     write(handle, data[: len(data) // 2], offset)
     os.kill(os.getpid(), signal.SIGKILL)
 os.pwrite = dying
-module.Encodings(Path(sys.argv[2]), layout, {}).encoded(sys.argv[5], "Q8_0")
+encodings = module.Encodings(Path(sys.argv[2]), layout, {}, piece_bytes=piece_bytes)
+encodings.encoded(sys.argv[5], "Q8_0")
 """
 
 
@@ -557,8 +556,8 @@ from allocator.codecs import encodings as module
 from allocator.checkpoint.inventory import read_inventory
 from allocator.targets import GGUF
 layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
-module._AT_ONCE = 64 * 64 * 4
-bank = module.Encodings(Path(sys.argv[2]), layout, {}, cap_bytes=int(sys.argv[3]))
+options = {"cap_bytes": int(sys.argv[3]), "piece_bytes": 64 * 64 * 4}
+bank = module.Encodings(Path(sys.argv[2]), layout, {}, **options)
 for name, group in layout.groups.items():
     for experts in ((1, 2, 5), None) if group.role.is_expert else (None,):
         bank.release()
@@ -661,7 +660,7 @@ def occupied(folder):
 
 
 def age(folder, encodings, name, fmt, seconds):
-    path = encodings._entry(name, fmt).path
+    path = encodings.path_of(name, fmt)
     os.utime(path, (os.path.getatime(path), os.path.getmtime(path) - seconds))
 
 

@@ -31,7 +31,7 @@ import xxhash
 from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import Inventory
-from allocator.codecs import encodings
+from allocator.codecs import entries
 from allocator.export import checkpoint
 from allocator.formats import offered
 from allocator.targets import layout
@@ -68,8 +68,8 @@ class Hasher:
 
 
 CHECKS = [
-    (encodings, "_wrong", "read slots"),
-    (encodings.SlotDigests, "match", "read slots"),
+    (entries.Entry, "wrong_slots", "read slots"),
+    (entries.SlotDigests, "match", "read slots"),
     (Inventory, "_check", "identities of files"),
     (Inventory, "check_unchanged", "identities of files"),
     (checkpoint, "_check_written", "written file"),
@@ -82,7 +82,7 @@ def watching():
     spent.clear()
     hashes = SimpleNamespace(xxh3_128=Hasher, xxh3_128_digest=xxhash.xxh3_128_digest)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(encodings, "xxhash", hashes))
+        stack.enter_context(mock.patch.object(entries, "xxhash", hashes))
         for where, name, shown in CHECKS:
             function = timed(shown, getattr(where, name))
             stack.enter_context(mock.patch.object(where, name, function))
@@ -90,7 +90,7 @@ def watching():
 
 
 def present(entry, slots, data, digests):
-    """`bank._wrong` without a look at the bytes."""
+    """`Entry.wrong_slots` without a look at the bytes."""
     return [s for s in slots if not digests[s].any()], []
 
 
@@ -99,7 +99,7 @@ def unchecked():
     """Leaves out all that is read again for a check; digests are still taken."""
     with ExitStack() as stack:
         for where, name, instead in (
-            (encodings, "_wrong", present),
+            (entries.Entry, "wrong_slots", present),
             (Inventory, "_check", lambda *args: None),
             (Inventory, "check_unchanged", lambda *args: None),
             (checkpoint, "_check_written", lambda *args: None),
