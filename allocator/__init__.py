@@ -1,29 +1,81 @@
 """moe-allocator: fit a Mixture-of-Experts model into a memory budget, changing it least.
 
-The verbs are the functions of `allocator.api`; they and the names below are loaded when they are
-first used, so `import allocator` is light.
+In: nothing. Out: the verbs of the command line as functions (`allocator.search`, ...), and the few
+classes that their arguments and results are made of. Invariant: a name is loaded when it is first
+used, so `import allocator` loads nothing but Python's own modules.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocator import api
+    from allocator.api import (
+        compare,
+        diff,
+        estimate,
+        evaluate,
+        explain,
+        front,
+        inspect,
+        materialize,
+        plan,
+        profile,
+        reproduce,
+        score,
+        search,
+        verify,
+    )
+    from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation import Allocation
+    from allocator.decision.allocation_record import AllocationRecord
+    from allocator.errors import AllocatorError
+    from allocator.export.safetensors.loading import load
+    from allocator.study.trials import allocation_of
 
 __version__ = "0.1.0"
-
-_PUBLIC = {
-    "api": "allocator.api",
-    "load": "allocator.export.safetensors.loading",
-    "allocation_of": "allocator.study.trials",
+__all__ = [
+    "Allocation",
+    "AllocationRecord",
+    "AllocatorError",
+    "StudyFolder",
+    "__version__",
+    "allocation_of",
+    "api",
+    "compare",
+    "diff",
+    "estimate",
+    "evaluate",
+    "explain",
+    "front",
+    "inspect",
+    "load",
+    "materialize",
+    "plan",
+    "profile",
+    "reproduce",
+    "score",
+    "search",
+    "verify",
+]
+_ELSEWHERE = {  # the other names are of `allocator.api`
     "Allocation": "allocator.decision.allocation",
     "AllocationRecord": "allocator.decision.allocation_record",
+    "AllocatorError": "allocator.errors",
     "StudyFolder": "allocator.app.study_folder",
+    "allocation_of": "allocator.study.trials",
+    "load": "allocator.export.safetensors.loading",
 }
-__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'allocator' has no attribute {name!r}")
-    module = import_module(_PUBLIC[name])
-    found = module if name == "api" else getattr(module, name)
-    globals()[name] = found
-    return found
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_ELSEWHERE.get(name, "allocator.api"))
+    value = module if name == "api" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -1,66 +1,72 @@
-"""The verbs, each one public function; the CLI parses, calls one of these, and prints.
+"""The public verbs, each one function; the command line parses, calls one of these, and prints.
 
-Every function takes paths and plain values, and returns data (often a pandas table). Progress bars
-are shown when `progress` is true; nothing else is printed.
+In: paths and plain values. Out: data, often a pandas table, and files. Progress bars are shown when
+`progress` is true; nothing else is printed. Invariant: importing this module loads nothing but
+Python's own modules, and a verb loads torch only after it has read and accepted its files.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
+from math import prod
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-import optuna
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
-from allocator.app.allocation_files import check_same_checkpoint
-from allocator.app.estimate import SearchEstimate
-from allocator.app.estimate import estimate as _estimate
-from allocator.app.planning import RUNTIME, Plan, first_paths, write_first
-from allocator.app.planning import plan as _plan
-from allocator.app.request import SearchRequest
-from allocator.app.resources import ResourceOptions, Resources, StudyOptions
-from allocator.app.search_stage import SearchResult
-from allocator.app.search_stage import search as _search
-from allocator.app.study_file import BudgetSpec, DeviceBudgetSpec
-from allocator.app.study_folder import StudyFolder
-from allocator.app.trial_table import trials_table, write_front
-from allocator.checkpoint.inventory import read_inventory
-from allocator.checkpoint.outline import planned_inventory
-from allocator.codecs import identity_of
-from allocator.comparison.pool import CompareEstimate, check_comparison, estimate_runs, run_all
-from allocator.comparison.runs import CompareRequest, Run, chosen_runs
-from allocator.comparison.table import write_results
-from allocator.decision.allocation_record import AllocationRecord, note_digests
-from allocator.decision.budget import Budget
-from allocator.decision.costs import Costs
-from allocator.decision.difference import difference
-from allocator.decision.mixes import canonical
-from allocator.decision.parameters import FormatOf, is_setting, largest_first, parse
-from allocator.decision.search_space import SearchSpace, bind
-from allocator.errors import (
-    CalibrationError,
-    CheckpointError,
-    StudyError,
-    TargetError,
-    VerifyError,
-)
-from allocator.evaluation.held_out import evaluate
-from allocator.export.checkpoint import Written
-from allocator.export.checkpoint import materialize as _materialize
-from allocator.export.manifest import Manifest
-from allocator.export.runtimes import runtime_named
-from allocator.export.tensors import EncodedTensors
-from allocator.export.verification import LOSS_TOLERANCE, Verification, check_tolerance
-from allocator.export.verification import verify as _verify
-from allocator.prediction.priors import Prior, published, transferred
-from allocator.prediction.profile import Profile
-from allocator.prediction.surrogate import from_profile
-from allocator.study.leases import LEASE_SECONDS
-from allocator.study.stop_rule import StopRule
-from allocator.study.storages import journal_path, open_storage
-from allocator.targets import target_named
+    from allocator.app.estimate import SearchEstimate
+    from allocator.app.planning import Plan
+    from allocator.app.resources import ResourceOptions, StudyOptions
+    from allocator.app.search_stage import SearchResult
+    from allocator.app.study_file import DeviceBudgetSpec
+    from allocator.app.trial_table import trials_table
+    from allocator.comparison.pool import CompareEstimate
+    from allocator.comparison.runs import Run
+    from allocator.evaluation.held_out import evaluate
+    from allocator.export.checkpoint import Written
+    from allocator.export.verification import Verification
+    from allocator.prediction.priors import Prior
+    from allocator.prediction.profile import Profile
+
+
+_STAGES = {  # verbs that are written where their stage is
+    "evaluate": "allocator.evaluation.held_out",
+    "trials_table": "allocator.app.trial_table",
+}
+__all__ = [
+    "compare",
+    "diff",
+    "estimate",
+    "estimate_compare",
+    "evaluate",
+    "explain",
+    "front",
+    "inspect",
+    "materialize",
+    "plan",
+    "profile",
+    "reproduce",
+    "score",
+    "search",
+    "trials_table",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _STAGES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_STAGES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))
 
 
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
@@ -69,8 +75,15 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
     `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
     what a gguf file of it could not have: a tokenizer.
     """
+    from allocator.checkpoint.inventory import read_inventory
+    from allocator.errors import CheckpointError, TargetError
+
+    inventory = read_inventory(checkpoint)
+
+    from allocator.targets import target_named
+
     chosen = target_named(target)
-    layout = chosen.layout(read_inventory(checkpoint))
+    layout = chosen.layout(inventory)
     notes = []
     try:
         chosen.check_tokenizer(layout.inventory)
@@ -80,12 +93,15 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
         {
             "group": g.name,
             "shape": "x".join(map(str, g.shape)),
-            "weights": int(np.prod(g.shape)),
+            "weights": prod(g.shape),
             "tensors": len(g.sources),
             "formats": " ".join(f.name for f in g.offered()),
         }
         for g in layout.groups.values()
     ]
+
+    import pandas as pd
+
     table = pd.DataFrame(rows)
     table.attrs["notes"] = (*layout.notes, *notes)
     return table
@@ -117,6 +133,8 @@ def plan(
     Raises:
         AllocatorError: one line on whatever is wrong.
     """
+    from allocator.app.resources import Resources
+
     Resources.of(options)  # refuses unknown keywords
     asked: dict[str, Any] = {
         "budget": None if device is None else device.budget(Path()),
@@ -124,21 +142,44 @@ def plan(
         "kv_format": kv_format,
         "micro_batch": micro_batch,
     }
+
+    from allocator.checkpoint.outline import planned_inventory
+
     inventory = planned_inventory(Path(config))
+
+    from allocator.app.planning import plan as _plan
+    from allocator.prediction.priors import published
+
     found = _plan(inventory, prior=published(), **asked)
+
+    from allocator.app.planning import first_paths
+
     if out is not None:
         first_paths(found, Path(out))
     if profile is not None:  # which may take hours to measure
         found = _plan(inventory, prior=_transferred(profile, **options), **asked)
+
+    from allocator.app.planning import write_first
+
     if out is not None:
         write_first(found, Path(out))
     return found
 
 
 def _transferred(study: str | Path, **options: Unpack[ResourceOptions]) -> Prior:
+    from allocator.app.planning import RUNTIME
+    from allocator.app.study_folder import StudyFolder
+
     study_folder = StudyFolder(study, target=RUNTIME, **options)
     measured = study_folder.profile
+
+    from allocator.decision.search_space import SearchSpace, bind
+
     space = bind(SearchSpace(schema=1), study_folder.layout, measured.saliency)
+
+    from allocator.prediction.priors import transferred
+    from allocator.prediction.surrogate import from_profile
+
     return transferred(from_profile(measured, space), str(study))
 
 
@@ -156,7 +197,7 @@ def search(
     seed: int | None = None,
     join: bool = False,
     workers: int = 1,
-    lease_seconds: float = LEASE_SECONDS,
+    lease_seconds: float | None = None,
     **options: Unpack[StudyOptions],
 ) -> SearchResult:
     """Launches or resumes a study, then picks among its front on the selection split.
@@ -181,12 +222,20 @@ def search(
         join: works beside a search that is running on this machine.
         workers: processes that search side by side, each with its share of the cores and its own
             copy of the model; only a search of one worker is reproducible.
-        lease_seconds: a worker that is silent for longer counts as dead; others make its trials.
+        lease_seconds: a worker that is silent for longer counts as dead, and others make its
+            trials; a minute by default.
         options: as of `StudyOptions`.
 
     Raises:
         AllocatorError: one line on whatever is wrong, before anything is written.
     """
+    from allocator.app.request import SearchRequest
+    from allocator.app.resources import Resources
+    from allocator.app.search_stage import search as _search
+    from allocator.app.study_file import BudgetSpec
+    from allocator.study.leases import LEASE_SECONDS
+    from allocator.study.stop_rule import StopRule
+
     return _search(
         SearchRequest(
             study=Path(study),
@@ -197,7 +246,7 @@ def search(
             storage=storage,
             join=join,
             workers=workers,
-            lease_seconds=lease_seconds,
+            lease_seconds=LEASE_SECONDS if lease_seconds is None else lease_seconds,
             target=options.get("target"),
             resources=Resources.of(options),
         )
@@ -220,6 +269,12 @@ def estimate(
     Raises:
         AllocatorError: one line on whatever is wrong.
     """
+    from allocator.app.estimate import estimate as _estimate
+    from allocator.app.request import SearchRequest
+    from allocator.app.resources import Resources
+    from allocator.app.study_file import BudgetSpec
+    from allocator.study.stop_rule import StopRule
+
     return _estimate(
         SearchRequest(
             study=Path(study),
@@ -235,6 +290,8 @@ def estimate(
 
 def profile(study: str | Path, **options: Unpack[StudyOptions]) -> Profile:
     """Builds or continues a study's profile."""
+    from allocator.app.study_folder import StudyFolder
+
     return StudyFolder(study, **options).profile
 
 
@@ -242,8 +299,19 @@ def front(
     study: str | Path, *, storage: str | None = None, **options: Unpack[StudyOptions]
 ) -> pd.DataFrame:
     """Returns the non-dominated COMPLETE trials, smallest first; writes `front.json`."""
+    from allocator.app.study_folder import StudyFolder
+    from allocator.errors import StudyError
+
     study_folder = StudyFolder(study, **options)
+
+    from allocator.study.storages import journal_path
+
     path = journal_path(storage, study_folder.path)
+
+    import optuna
+
+    from allocator.study.storages import open_storage
+
     try:
         if path is not None and not path.exists():
             raise KeyError(path)
@@ -256,6 +324,9 @@ def front(
             f"{study_folder.path}: no study yet in {storage or 'its own journal'}; launch "
             "`allocator search` first, or name the --storage that it was launched with"
         ) from None
+
+    from allocator.app.trial_table import write_front
+
     return write_front(study_folder, opened)
 
 
@@ -267,6 +338,8 @@ def score(
     **options: Unpack[StudyOptions],
 ) -> dict[str, Any]:
     """Scores any allocation on the search split: loss, per domain, bytes, effective bits."""
+    from allocator.app.study_folder import StudyFolder
+
     study_folder = StudyFolder(study, **options)
     decision, importance = study_folder.read_encoded(allocation, base=base)
     size = decision.nbytes(study_folder.layout)
@@ -294,48 +367,16 @@ def explain(
     Raises:
         SpaceError: if the study's space does not hold the allocation.
     """
+    from allocator.app.study_folder import StudyFolder
+
     study_folder = StudyFolder(study, **options)
     decision = study_folder.read_allocation(allocation)
-    surrogate, space = study_folder.surrogate, study_folder.space
     device = study_folder.spec.budget.device
-    costs = Costs(
-        space, Budget(1 << 62, "weights") if device is None else device.budget(study_folder.path)
-    )
-    params = space.complete(space.params(decision))
-    counts = space.layer_counts(params)
-    loss, predicted = surrogate.loss_at(params), surrogate.predict(params)
-    rows = []
-    settings = (name for name in space.distributions if is_setting(name))
-    for name in (*space.format_params.values(), *space.count_params, *settings):
-        key, value, values = parse(name), params[name], list(space.choices[name])
-        if isinstance(key, FormatOf):
-            count = counts.get(space.layer_of[key.group], 0)
-            values = [v for v in values if canonical(v, count) == v]
-        if largest_first(name):  # the order of those that cost the same
-            values.reverse()
-        values.sort(key=lambda v: costs.affected({**params, name: v}, [name]))
-        before = costs.affected(params, [name])
-        row = {
-            "decision": name,
-            "value": value,
-            "bytes": before,
-            "predicted_loss": loss(name, value),
-        }
-        if is_setting(name):  # beyond what cannot be saved
-            row["bytes"] -= costs.affected({**params, name: values[0]}, [name])
-        at = values.index(value)
-        for label, index in (("up", at + 1), ("down", at - 1)):
-            inside = 0 <= index < len(values)
-            other = values[index] if inside else None
-            row[label] = other
-            row[f"{label}_bytes"] = (
-                costs.affected({**params, name: other}, [name]) - before if inside else None
-            )
-            row[f"{label}_loss"] = (
-                surrogate.predict({**params, name: other}) - predicted if inside else None
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)
+    budget = None if device is None else device.budget(study_folder.path)
+
+    from allocator.app.explanation import explanation
+
+    return explanation(decision, study_folder.space, study_folder.surrogate, budget)
 
 
 def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
@@ -348,6 +389,8 @@ def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
     Raises:
         SpaceError: if a file is no allocation.
     """
+    from allocator.decision.difference import difference
+
     return difference(one, other).rows
 
 
@@ -376,19 +419,33 @@ def materialize(
         CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
         TargetError: if the container's runtime cannot express the allocation.
     """
+    from allocator.app.allocation_files import check_same_checkpoint
+    from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation_record import AllocationRecord, note_digests
+    from allocator.errors import CheckpointError
+
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
     wanted = AllocationRecord.read(path)
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
     container = container or study_folder.spec.target
+
+    from allocator.export.runtimes import runtime_named
+
     runtime_named(container).check_can_write(wanted.decision)
     encodings = study_folder.encodings.of(wanted.importance)
+
+    from allocator.export.tensors import EncodedTensors
+
     source = EncodedTensors(encodings, wanted.decision)
     if wanted.weights_digest != source.digest:
         raise CheckpointError(
             f"{path}: of weights {wanted.weights_digest[:12]}, which are not here; needed the file "
             "that holds them"
         )
+
+    from allocator.export.checkpoint import materialize as _materialize
+
     written = _materialize(
         source,
         Path(out),
@@ -425,21 +482,36 @@ def verify(
     Raises:
         VerifyError: at the first thing that is not as it should be.
     """
+    from allocator.app.allocation_files import check_same_checkpoint
+    from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation_record import AllocationRecord
+    from allocator.errors import CalibrationError, VerifyError
+
     study_folder = StudyFolder(study, **options)
+
+    from allocator.export.manifest import Manifest
+
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, study_folder.inventory)
-    check_tolerance(tolerance)
     split = study_folder.calibration.search
     if documents is not None and not 0 < documents <= len(split):
         raise CalibrationError(f"{documents} documents: needed 1..{len(split)}, the search split")
     paths = sorted((study_folder.path / "allocations").glob("*.json"))
     records = {path.name: AllocationRecord.read(path) for path in paths}
+
+    from allocator.export.verification import check_tolerance
+
+    check_tolerance(tolerance)
     encodings = study_folder.encodings.of(manifest.importance)
     scorer = study_folder.scorers.on(
         split[:documents] if documents else study_folder.calibration.trial_documents,
         model=study_folder.scorers.model_with(encodings),
         progress="torch",
     )
+
+    from allocator.export.tensors import EncodedTensors
+    from allocator.export.verification import verify as _verify
+
     found = _verify(
         Path(folder),
         partial(EncodedTensors, encodings, encode=encode),
@@ -447,6 +519,9 @@ def verify(
         tolerance=tolerance,
         progress=study_folder.progress,
     )
+
+    from allocator.export.verification import LOSS_TOLERANCE
+
     for name, record in records.items():
         known = record.loss.get("search")
         if documents is not None or record.digest != manifest.allocation or known is None:
@@ -491,13 +566,24 @@ def compare(
         AllocatorError: one line on whatever is wrong, before the first run where it can be seen
             then.
     """
+    from allocator.comparison.runs import CompareRequest, chosen_runs
+
     folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
     request = CompareRequest(folder, text, cache, workers)
+
+    from allocator.comparison.pool import check_comparison
+
     check_comparison(request, runs)
+
+    from allocator.comparison.pool import run_all
+
     for run in run_all(request, runs):
         if on_run is not None:
             on_run(run)
+
+    from allocator.comparison.table import write_results
+
     return write_results(request)
 
 
@@ -513,10 +599,18 @@ def estimate_compare(
     seeds: int | None = None,
 ) -> CompareEstimate:
     """Prices what `compare` would run, after the same checks: `compare --dry-run`."""
+    from allocator.comparison.runs import CompareRequest, chosen_runs
+
     folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
     request = CompareRequest(folder, text, cache, workers)
+
+    from allocator.comparison.pool import check_comparison
+
     check_comparison(request, runs)
+
+    from allocator.comparison.pool import estimate_runs
+
     return estimate_runs(request, runs)
 
 
@@ -541,6 +635,12 @@ def reproduce(
         CheckpointError: if the source checkpoint is another one.
         VerifyError: if a rebuilt file differs from the recorded one.
     """
+    from allocator.app.allocation_files import check_same_checkpoint
+    from allocator.app.resources import Resources
+    from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation_record import AllocationRecord
+    from allocator.errors import VerifyError
+
     Resources.of(options)  # refuses unknown keywords
     path = Path(allocation)
     record = AllocationRecord.read(path)
@@ -549,6 +649,9 @@ def reproduce(
     check_same_checkpoint(record.checkpoint, StudyFolder(folder, **options).inventory)
     parent.mkdir(parents=True, exist_ok=True)
     rebuilt = []
+
+    from allocator.codecs import identity_of
+
     for container in containers or tuple(record.sha256) or (record.decision.target,):
         written = materialize(
             folder, path, parent / f"{path.stem}-{container}", container=container, **options
@@ -563,9 +666,3 @@ def reproduce(
             )
         rebuilt.append(written)
     return rebuilt
-
-
-__all__ = [
-    "estimate", "evaluate", "explain", "front", "inspect", "materialize", "plan", "profile",
-    "reproduce", "score", "search", "trials_table", "verify",
-]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
 from allocator.units import parse_bytes, parse_seconds, show_bytes
 
@@ -231,7 +232,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    from allocator.decision.difference import difference  # and not the api, which loads torch
+    from allocator.decision.difference import difference
 
     found = difference(args.one, args.other)
     if len(found.rows):
@@ -421,6 +422,12 @@ def _device_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _quiet_optuna() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other refusal."""
@@ -567,22 +574,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _default_study(args: argparse.Namespace) -> None:
-    """An allocation in STUDY/allocations belongs to STUDY."""
-    if getattr(args, "study", "") is None:
+def _check_study(args: argparse.Namespace) -> None:
+    """Refuses a wrong path before anything is loaded; STUDY/allocations belongs to STUDY.
+
+    Raises:
+        AllocatorError: if there is no such allocation file or study folder.
+    """
+    if args.study is None:
         if not args.allocation.is_file():
             raise SpaceError(f"{args.allocation}: no such allocation file")
         args.study = Path(os.path.realpath(args.allocation)).parent.parent
+    study_path(args.study)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
     args = _parser().parse_args(argv)
     try:
-        import optuna
-
-        _default_study(args)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if "study" in args:
+            _check_study(args)
+            _quiet_optuna()
         args.run(args)
     except AllocatorError as error:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)

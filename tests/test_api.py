@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from allocator import api
 from allocator.app import estimate
+from allocator.app.explanation import explanation
 from allocator.app.importance import StudyEncodings
 from allocator.app.pick import N_FINALISTS, finalists_of
 from allocator.app.study_folder import StudyFolder
@@ -38,6 +39,7 @@ from allocator.errors import (
     StudyError,
     VerifyError,
 )
+from allocator.export.checkpoint import materialize
 from allocator.export.manifest import Manifest, file_digest
 from allocator.files.checksums import unseal
 from allocator.formats import FORMATS, offered
@@ -261,7 +263,7 @@ def test_explain_is_the_surrogate_and_the_allocations_bytes(study, options):
     assert steps > len(table) / 2
 
 
-def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
+def test_explain_steps_over_mixes_by_bytes(layouts):
     """Neighbours at the layer's own count; a mix that stores nothing else there is no step."""
     layout = layouts["safetensors"]
     space = bind(SearchSpace(schema=1), layout, None)
@@ -269,15 +271,10 @@ def test_explain_steps_over_mixes_by_bytes(layouts, monkeypatch):
     decision = space.allocation(
         space.params(space.smallest) | {"experts.1": 10, f"format.{group}": "IQ2_XXS*8+IQ1_S"}
     )
-    loss = SimpleNamespace(
+    losses = SimpleNamespace(
         loss_at=lambda params: lambda name, value: 0.0, predict=lambda params: 0.0
     )
-    spec = SimpleNamespace(budget=SimpleNamespace(device=None))
-    stub = SimpleNamespace(
-        space=space, surrogate=loss, read_allocation=lambda path: decision, spec=spec
-    )
-    monkeypatch.setattr(api, "StudyFolder", lambda folder: stub)
-    table = api.explain("study", "allocation").set_index("decision")
+    table = explanation(decision, space, losses).set_index("decision")
     row = table.loc[f"format.{group}"]
     assert row["value"] == "IQ2_XXS*8+IQ1_S"
     # of 10 experts, matrices of 256 rows of 66 and 50 bytes
@@ -417,14 +414,14 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
 @pytest.fixture
 def search_meanwhile(study, options, monkeypatch):
     """A search of the study runs to its end after `materialize` wrote, before it records."""
-    real, ran = api._materialize, []
+    ran = []
 
     def writing(*args, **kwargs):
-        written = real(*args, **kwargs)
+        written = materialize(*args, **kwargs)
         ran.append(api.search(study, **options))
         return written
 
-    monkeypatch.setattr(api, "_materialize", writing)
+    monkeypatch.setattr("allocator.export.checkpoint.materialize", writing)
     return ran
 
 

@@ -448,7 +448,7 @@ def test_killed_at_random_moments_is_undisturbed(run, fresh_study, study_cache, 
     good(run("search", whole, "--trials", 40))
     killed = shutil.copytree(fresh_study, tmp_path / "killed/study")
     command = [
-        sys.executable, "-m", "allocator.cli", "search", killed, "--trials", "40",
+        sys.executable, "-m", "allocator", "search", killed, "--trials", "40",
         "--cache", study_cache, "--threads", "1", "--quiet",
     ]  # fmt: skip
     rng = random.Random()

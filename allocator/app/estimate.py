@@ -8,18 +8,11 @@ import math
 import time
 from dataclasses import dataclass
 
-import torch
-
 from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import codec_of
 from allocator.decision.budget import Budget
-from allocator.profiling.in_memory_profiler import InMemoryProfiler
-from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers.auto import ROUND
-from allocator.scoring.scorer import Scorer
-from allocator.scoring.streamed_model import StreamedModel
-from allocator.scoring.swap_model import SwapModel
 from allocator.targets.device_memory import DeviceMemory
 
 _PRICE_WEIGHTS_PER_SECOND = 6e6
@@ -113,6 +106,9 @@ def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int
         documents: of the search split, that are timed where the model is in memory.
         threads: cores.
     """
+    from allocator.scoring.scorer import Scorer
+    from allocator.scoring.swap_model import SwapModel
+
     if study_folder.spec.streamed is not None:
         return _streamed(study_folder).trial / study_folder.scorers.trials.n_tokens
     chosen = study_folder.calibration.search[:documents]
@@ -153,6 +149,8 @@ class _Encoding:
 
 
 def _in_memory(study_folder: StudyFolder) -> _Seconds:
+    from allocator.profiling.in_memory_profiler import InMemoryProfiler
+
     per_token = seconds_per_token(study_folder, documents=16, threads=study_folder.threads)
     weights = study_folder.inventory.n_searched_weights
     pricing = weights / _PRICE_WEIGHTS_PER_SECOND
@@ -172,6 +170,8 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
 
 def _streamed(study_folder: StudyFolder) -> _Seconds:
     """Reading is paid once per pass, computing once per candidate."""
+    from allocator.profiling.streamed_profiler import StreamedProfiler
+
     spec = study_folder.spec.streamed
     assert spec is not None
     reading, per_token = _one_expert(study_folder)
@@ -194,6 +194,10 @@ def _streamed(study_folder: StudyFolder) -> _Seconds:
 
 def _one_expert(study_folder: StudyFolder) -> tuple[float, float]:
     """Seconds to read the whole checkpoint, and of a token through all layers: from one expert."""
+    import torch
+
+    from allocator.scoring.streamed_model import StreamedModel
+
     model, inventory = study_folder.scorers.model, study_folder.inventory
     assert isinstance(model, StreamedModel)
     groups = model.projections(study_folder.layout.layers[0])

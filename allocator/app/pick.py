@@ -21,7 +21,6 @@ from allocator.decision.allocation_record import AllocationRecord, changing
 from allocator.decision.budget import Budget
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
-from allocator.profiling.statistics import importance_digest
 from allocator.study.search import Search
 from allocator.study.trials import KIND, allocation_of, complete_trials
 
@@ -90,6 +89,8 @@ def _selection_loss(study_folder: StudyFolder, allocation: Allocation) -> float:
 
 
 def _write_importance(study_folder: StudyFolder) -> None:
+    from allocator.profiling.statistics import importance_digest
+
     vectors = study_folder.profiler.statistics.importance
     write_whole(study_folder.encodings.path(importance_digest(vectors)), save(vectors))
 

@@ -5,6 +5,8 @@ encodings, scorers, and the Optuna study. Invariant: what a study computes depen
 alone; the cache (profiles, encoded weights) only saves time.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -12,18 +14,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import optuna
 
 from allocator.app.allocation_files import read_encoded
 from allocator.app.cache import check_cache, default_cache, encodings_cap
 from allocator.app.calibration import Calibration
-from allocator.app.importance import StudyEncodings
 from allocator.app.request import Launch, SearchRequest
 from allocator.app.resources import Resources, StudyOptions
-from allocator.app.scorers import StudyScorers
 from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
+from allocator.app.study_path import study_path
 from allocator.checkpoint.inventory import Inventory, read_inventory
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import carried_files
@@ -37,18 +38,18 @@ from allocator.decision.space import Space
 from allocator.errors import StudyError
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
-from allocator.profiling.in_memory_profiler import InMemoryProfiler
-from allocator.profiling.inputs import ProfileInputs
-from allocator.profiling.profiler import Profiler
-from allocator.profiling.streamed_profiler import StreamedProfiler
 from allocator.samplers import GradientStep, Problem, check_sampler, make_sampler
 from allocator.scoring.documents import digest
-from allocator.scoring.swap_model import check_device
 from allocator.study.optuna_study import open_study
 from allocator.study.protocols import StudySampler
 from allocator.study.stop_rule import StopRule
 from allocator.study.storages import open_storage
 from allocator.targets import Layout, target_named
+
+if TYPE_CHECKING:  # these load torch: whatever is refused is refused before that
+    from allocator.app.importance import StudyEncodings
+    from allocator.app.scorers import StudyScorers
+    from allocator.profiling.profiler import Profiler
 
 
 class StudyFolder:
@@ -66,9 +67,7 @@ class StudyFolder:
 
     def __init__(self, folder: str | Path, **options: Unpack[StudyOptions]) -> None:
         self.resources = Resources.of(options)
-        self.path = Path(folder)
-        if not self.path.is_dir():
-            raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
+        self.path = study_path(folder)
         self.spec = StudySpec.read(self.path)
         self.target = options.get("target") or self.spec.target
         self.cache = self.resources.cache or default_cache()
@@ -78,6 +77,8 @@ class StudyFolder:
         self.progress = self.resources.progress
         self.torch_device = self.resources.torch_device
         if self.torch_device != "cpu":
+            from allocator.scoring.swap_model import check_device
+
             check_device(self.torch_device)
 
     # -- what is given
@@ -119,16 +120,25 @@ class StudyFolder:
     @cached_property
     def profiler(self) -> Profiler:
         """Builds or continues this study's profile."""
+        layout, documents = self.layout, tuple(self.calibration.statistics_documents)
+        saliency = self.search_space.experts.saliency  # read, and refused, before torch is loaded
         _use_threads(self.threads)
         streamed = self.spec.streamed
+
+        from allocator.profiling.inputs import ProfileInputs
+
         inputs = ProfileInputs(
-            layout=self.layout,
-            documents=tuple(self.calibration.statistics_documents),
+            layout=layout,
+            documents=documents,
             n_measured=self.calibration.n_measured,
             n_curvature=self.calibration.n_curvature,
-            saliency=self.search_space.experts.saliency,
+            saliency=saliency,
             sampled_rows=None if streamed is None else streamed.rows,
         )
+
+        from allocator.profiling.in_memory_profiler import InMemoryProfiler
+        from allocator.profiling.streamed_profiler import StreamedProfiler
+
         make = InMemoryProfiler if streamed is None else StreamedProfiler
         return make(
             inputs,
@@ -164,6 +174,8 @@ class StudyFolder:
     @cached_property
     def encodings(self) -> StudyEncodings:
         """Encoded weights, by the importance vectors behind them."""
+        from allocator.app.importance import StudyEncodings
+
         return StudyEncodings(
             self.path / "allocations", own=lambda: self.profiler.encodings, under=self._encodings
         )
@@ -181,6 +193,8 @@ class StudyFolder:
     @cached_property
     def scorers(self) -> StudyScorers:
         """What allocations are scored in, by stage."""
+        from allocator.app.scorers import StudyScorers
+
         return StudyScorers(
             self.calibration,
             self.encodings,
@@ -303,6 +317,9 @@ class StudyFolder:
         """
         gradient: GradientStep | None = None
         profiler = self.profiler
+
+        from allocator.profiling.in_memory_profiler import InMemoryProfiler
+
         if isinstance(profiler, InMemoryProfiler):  # a gradient needs the model in memory, twice
             local_prices, scorer = profiler.local_prices, self.scorers.gradients
             take = lru_cache(64)(

@@ -8,13 +8,15 @@ pick is made on the selection split, and the figures are from the report split (
 if given), which no run ever sees.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +42,6 @@ from allocator.files.atomic import write_whole
 from allocator.files.checksums import load_arrays, save_arrays, seal
 from allocator.scoring import documents as calibration
 from allocator.scoring.documents import Document, interleaved
-from allocator.scoring.scorer import mean
-from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.study.folder_lock import search_lock
 from allocator.study.optuna_study import open_study
 from allocator.study.outcomes import close_abandoned
@@ -49,6 +49,10 @@ from allocator.study.search import Search
 from allocator.study.stop_rule import StopRule
 from allocator.study.storages import mend_storage, open_storage
 from allocator.study.trials import allocation_of, forward_tokens, not_abandoned, trial_counts
+
+if TYPE_CHECKING:
+    from allocator.scoring.streamed_scorer import AnyScorer
+
 
 Floats = npt.NDArray[np.float64]
 
@@ -187,6 +191,8 @@ class Bench:
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Returns the token-weighted mean of `kl`, nats per token."""
+        from allocator.scoring.scorer import mean
+
         return mean(self.kl(split, allocation), self._scorers[split].documents)
 
     # -- one run

@@ -5,12 +5,14 @@ neither search nor selection has seen, or on a text file that the caller names; 
 says which.
 """
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -21,9 +23,11 @@ from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
-from allocator.scoring.scorer import DocumentLosses, Scorer, by_domain, mean, perplexity
-from allocator.scoring.streamed_scorer import AnyScorer
-from allocator.scoring.swap_model import SwapModel
+
+if TYPE_CHECKING:
+    from allocator.scoring.scorer import DocumentLosses
+    from allocator.scoring.streamed_scorer import AnyScorer
+
 
 N_DOCUMENTS = 48
 
@@ -146,6 +150,8 @@ def _each(
 
 
 def _original(study_folder: StudyFolder, scorer: AnyScorer) -> dict[str, Any]:
+    from allocator.scoring.scorer import mean, perplexity
+
     weights = study_folder.inventory.n_searched_weights
     losses = scorer.score_original()
     stored = sum(
@@ -170,6 +176,8 @@ def _row(
     *,
     domains: bool,
 ) -> dict[str, Any]:
+    from allocator.scoring.scorer import by_domain, mean, perplexity
+
     size = allocation.nbytes(study_folder.layout)
     row: dict[str, Any] = {
         "name": name,
@@ -235,6 +243,8 @@ class _Tasks:
             scorers: of files, by row; their models hold what the files were encoded with.
         """
         from allocator.evaluation.lm_eval_tasks import run_tasks
+        from allocator.scoring.scorer import Scorer
+        from allocator.scoring.swap_model import SwapModel
 
         chosen = {"original", *found} | _neighbours(frame, found)
         frame["acc"] = np.nan

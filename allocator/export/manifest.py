@@ -11,7 +11,6 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from allocator.errors import VerifyError
-from allocator.export.runtimes import RUNTIMES
 from allocator.files.checksums import unseal
 
 MANIFEST = "manifest.json"
@@ -68,6 +67,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raises:
         ValueError: if a field says what no written directory has.
         """
+        from allocator.export.runtimes import RUNTIMES  # which load torch
+
         if self.schema != 1:
             raise ValueError(f"schema {self.schema}, needed 1")
         if self.container not in RUNTIMES:

@@ -10,7 +10,7 @@ from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
-from allocator.errors import CheckpointError, StudyError
+from allocator.errors import CheckpointError, StudyError, VerifyError
 from allocator.scoring import swap_model as model
 from allocator.study.trials import RESULT, allocation_of
 
@@ -92,7 +92,7 @@ def test_a_file_whose_weights_are_others_computes_another_loss(study, tmp_path, 
     written = api.materialize(folder, pick, tmp_path / "out", container="safetensors", **options)
     plain = StoredWeights.decoded
     monkeypatch.setattr(StoredWeights, "decoded", lambda *a: plain(*a) * 1.05)
-    with pytest.raises(api.VerifyError, match="its runtime is off"):
+    with pytest.raises(VerifyError, match="its runtime is off"):
         api.verify(folder, written.folder, **options)
 
 

@@ -129,9 +129,7 @@ def main(out: Path) -> None:
             ["compare", "study"],
         ):
             arguments = [*command, "--cache", "cache", "--threads", "1", "--quiet"]
-            subprocess.run(
-                [sys.executable, "-m", "allocator.cli", *arguments], cwd=root, check=True
-            )
+            subprocess.run([sys.executable, "-m", "allocator", *arguments], cwd=root, check=True)
         profile = next((cache / "profiles").glob("*/profile.json"))
         shutil.copytree(
             study / "allocations",

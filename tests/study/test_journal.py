@@ -284,7 +284,7 @@ def test_two_searches_of_two_workers_and_a_remover(
     for n_trials in (6, 12):
         searches = [
             process(
-                "-m", "allocator.cli", "search", folder, "--cache", study_cache, "--threads", 1,
+                "-m", "allocator", "search", folder, "--cache", study_cache, "--threads", 1,
                 "--sampler", "random", "--quiet", "--join", "--workers", 2, "--trials", n_trials,
             )
             for _ in range(2)
@@ -306,7 +306,7 @@ def test_a_search_whose_journal_is_deleted_is_one_line(
 ):
     folder = shutil.copytree(fresh_study, tmp_path / "study")
     search = process(
-        "-m", "allocator.cli", "search", folder, "--cache", study_cache, "--threads", 1,
+        "-m", "allocator", "search", folder, "--cache", study_cache, "--threads", 1,
         "--sampler", "random", "--quiet", "--workers", workers, "--trials", 400,
     )  # fmt: skip
     path = folder / "journal"

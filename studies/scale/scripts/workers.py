@@ -44,7 +44,7 @@ def search(study: Path, storage: str, workers: int, trials: int, sampler: str) -
         [
             sys.executable,
             "-m",
-            "allocator.cli",
+            "allocator",
             "search",
             study,
             "--storage",

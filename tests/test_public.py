@@ -1,0 +1,180 @@
+"""What a user of the package sees, and that nothing heavy is loaded before it is needed."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import allocator
+from allocator import api
+
+HEAVY = ("torch", "transformers", "lm_eval")
+NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
+VERBS = (
+    "compare", "diff", "evaluate", "explain", "front", "inspect", "materialize", "plan", "profile",
+    "reproduce", "score", "search", "verify",
+)  # fmt: skip
+CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
+
+
+def fresh(code):
+    """Runs code in a fresh interpreter; returns its lines, stderr's, and what it loaded."""
+    code += "\nimport sys; print('loaded', *sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, loaded = done.stdout.splitlines()
+    return lines, done.stderr.splitlines(), set(loaded.split()[1:])
+
+
+def command(*arguments):
+    """The command line in a fresh interpreter: exit code, lines, stderr's, and what it loaded."""
+    words = [str(word) for word in arguments]
+    code = f"""
+from allocator.cli import main
+try:
+    code = main({words!r})
+except SystemExit as ended:
+    code = ended.code
+print("code", code)"""
+    lines, errors, loaded = fresh(code)
+    return int(lines[-1].split()[1]), lines[:-1], errors, loaded
+
+
+def test_importing_the_package_or_its_verbs_loads_no_library():
+    for module in ("allocator", "allocator.api", "allocator.cli"):
+        *_, loaded = fresh(f"import {module}")
+        assert not loaded & {*NOT_FOR_PATHS, "numpy", "msgspec"}
+
+
+def test_every_public_name_is_listed_and_there():
+    assert set(allocator.__all__) <= set(dir(allocator))
+    assert set(api.__all__) <= set(dir(api))
+    for name in allocator.__all__:
+        assert getattr(allocator, name) is not None
+    for name in VERBS:
+        assert getattr(allocator, name) is getattr(api, name)
+    for module in (allocator, api):
+        with pytest.raises(AttributeError, match="no attribute 'serach'"):
+            _ = module.serach
+
+
+def test_api_lists_every_function_of_its_own():
+    own = {n for n, v in vars(api).items() if getattr(v, "__module__", None) == api.__name__}
+    assert {name for name in own if not name.startswith("_")} <= set(api.__all__)
+
+
+def test_every_verb_of_the_command_line_is_a_function():
+    done = subprocess.run(
+        [sys.executable, "-m", "allocator", "--help"], capture_output=True, text=True, check=True
+    )
+    assert set(re.findall(r"^    ([a-z]+)\b", done.stdout, re.MULTILINE)) == set(VERBS)
+    assert set(VERBS) < set(allocator.__all__)
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_loads_no_library(verb):
+    code, lines, errors, loaded = command(*verb.split(), "--help")
+    assert (code, errors) == (0, [])
+    assert lines[0].startswith(f"usage: allocator {verb}".rstrip())
+    assert not loaded & {*NOT_FOR_PATHS, "numpy"}
+
+
+WRONG = {
+    "compare": ["nowhere"],
+    "diff": ["nowhere.json", "nowhere.json"],
+    "evaluate": ["nowhere"],
+    "explain": ["nowhere.json"],
+    "front": ["nowhere"],
+    "inspect": ["nowhere"],
+    "materialize": ["nowhere.json", "out"],
+    "plan": ["nowhere"],
+    "profile": ["nowhere"],
+    "reproduce": ["nowhere.json"],
+    "score": ["nowhere.json"],
+    "search": ["nowhere"],
+    "verify": ["nowhere", "--study", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_path_is_refused_before_anything_heavy_is_loaded(verb):
+    code, lines, errors, loaded = command(verb, *WRONG[verb])
+    assert (code, lines) == (2, [])
+    assert len(errors) == 1
+    assert errors[0].startswith(f"allocator {verb}: nowhere")
+    light = ("plan", "diff")  # which parse what they are given by the tables behind it
+    assert not loaded & set(HEAVY if verb in light else NOT_FOR_PATHS)
+
+
+def test_inspect_plan_front_and_diff_never_load_torch(checkpoints, finished_study):
+    pick = finished_study / "allocations/pick.json"
+    for arguments in (
+        ["inspect", checkpoints["qwen3"], "--target", "gguf"],
+        ["plan", CONFIG, "--device-memory", "24GiB"],
+        ["front", finished_study],
+        ["diff", pick, finished_study / "allocations/knapsack.json"],
+    ):
+        code, lines, _, loaded = command(*arguments)
+        assert code == 0
+        assert lines
+        assert not loaded & set(HEAVY), arguments[0]
+
+
+def changed(study, old, new):
+    toml = study / "study.toml"
+    text = toml.read_text()
+    assert old in text
+    toml.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "old", "new", "said"),
+    [
+        ("search", [], "trials = 8", "trails = 8", "trails"),
+        ("search", [], 'checkpoint = "', 'checkpoint = "/nowhere', "nowhere"),
+        ("search", [], 'target = "gguf"', 'target = "onnx"', "onnx"),
+        ("search", ["--sampler", "grid"], "", "", "grid"),
+        ("search", ["--budget", "1KiB"], "", "", "under the floor"),
+        ("search", ["--budget", "1KiB", "--dry-run"], "", "", "under the floor"),
+        ("search", ["--seed", "-1"], "", "", "seed"),
+        ("search", ["--storage", "memory"], "", "", "memory"),
+        ("search", [], "documents.jsonl", "nothing.jsonl", "nothing.jsonl"),
+        ("search", [], "search_documents = 6", "search_documents = 99", "99"),
+        ("search", [], "space.toml", "nothing.toml", "nothing.toml"),
+        ("profile", [], 'checkpoint = "', 'checkpoint = "/nowhere', "nowhere"),
+        ("front", [], 'checkpoint = "', 'checkpoint = "', "no study yet"),
+        ("evaluate", ["--documents", "99"], "", "", "99"),
+        ("evaluate", ["--allocation", "nowhere.json"], "", "", "nowhere.json"),
+        ("compare", [], "", "", "compare"),
+    ],
+)
+def test_a_refusal_never_loads_torch(
+    verb, arguments, old, new, said, fresh_study, study_cache, tmp_path
+):
+    study = tmp_path / "study"
+    study.mkdir()
+    for path in fresh_study.iterdir():
+        if path.is_file():
+            (study / path.name).write_bytes(path.read_bytes())
+    if old:
+        changed(study, old, new)
+    code, _, errors, loaded = command(verb, study, *arguments, "--cache", study_cache)
+    assert code == 2
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("verb", ["explain", "score", "materialize", "reproduce"])
+def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path):
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps({"target": "gguf"}))
+    out = [tmp_path / "out"] if verb == "materialize" else []
+    code, _, errors, loaded = command(
+        verb, path, *out, "--study", fresh_study, "--cache", study_cache
+    )
+    assert code == 2
+    assert len(errors) == 1
+    assert "allocation.json" in errors[0]
+    assert not loaded & set(HEAVY)
