@@ -5,9 +5,9 @@ takes seconds; every header length and offset is checked against its file before
 (https://github.com/huggingface/safetensors#format); every tensor has a role, every FP8 matrix its
 scales and every scale its matrix, and the experts of every MoE layer are complete and of one shape.
 
-A file that changes after its header was read is refused: weights come out of `Inventory.reading`
-alone, which looks at the file before and after. So whatever was made of an inventory's weights, a
-cache entry, a loss or a checkpoint, belongs to `Inventory.digest`.
+A file that changes after its header was read is refused: weights are read through
+`Inventory.reading` alone, which checks the file before and after. So everything that is made from
+an inventory's weights, a cache entry, a loss or a checkpoint, belongs to `Inventory.digest`.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ class TensorInfo(Stored):
 
 @dataclass(frozen=True)
 class Inventory:
-    """What `read_inventory` found.
+    """Everything that a checkpoint holds.
 
     Attributes:
         path: the checkpoint's directory.
@@ -136,7 +136,7 @@ class Inventory:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What of the checkpoint is left out, a line each."""
+        """Lines on the tensors and claims of the checkpoint that are left out."""
         found = []
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
         for what, left in (
@@ -203,7 +203,7 @@ class Inventory:
 
     @cached_property
     def expert_groups_used(self) -> int:
-        """Of those, how many a token's experts may come from."""
+        """Groups that a token's experts may come from."""
         return self.router.groups_used
 
     def least_experts(self, used: int) -> int:
@@ -239,7 +239,7 @@ class Inventory:
         return total.hexdigest()
 
     def tensor_digest(self, name: str) -> str:
-        """sha256 of one tensor's dtype, shape and bytes; of FP8, also of its blocks and scale."""
+        """Returns the sha256 of dtype, shape and bytes of a tensor; of FP8, of its scale too."""
         info = self.tensors[name]
         if self.digests is None:
             return self._digest(info)
@@ -275,10 +275,10 @@ class Inventory:
 
     @contextmanager
     def reading(self, file: str) -> Iterator[BinaryIO]:
-        """Opens a file for the block; what is read there is of the file as it was opened first.
+        """Opens a file for the block, if it is the file that was opened first.
 
-        The handle is looked at, not the name: a replacement may be put in place and taken away
-        again while nobody looks.
+        The handle is checked, not the name: a replacement may be put in place and taken away
+        again between two checks.
 
         Raises:
             CheckpointError: if another file is there, or this one changed, when the block begins
@@ -294,8 +294,10 @@ class Inventory:
             self._check(file, os.fstat(handle.fileno()))
 
     def check_unchanged(self) -> None:
-        """Raises:
-        CheckpointError: if `config.json` or a file with weights is another one by now.
+        """Checks that the checkpoint's files are those that were opened.
+
+        Raises:
+            CheckpointError: if `config.json` or a file with weights is another one by now.
         """
         for file in self.files:
             try:
@@ -308,7 +310,7 @@ class Inventory:
             raise CheckpointError(f"{self.path / file}: {_CHANGED}")
 
     def of_role(self, role: Role, layer: int | None = None) -> list[TensorInfo]:
-        """Tensors of a role (of a layer), in expert order."""
+        """Returns the tensors of a role, outside of the layers or of one, in expert order."""
         return self._by_role.get((role, layer), [])
 
     @cached_property
@@ -375,7 +377,7 @@ def read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, in
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint.
+    """Reads a JSON file of a checkpoint.
 
     Raises:
         CheckpointError: if it is missing or no JSON.

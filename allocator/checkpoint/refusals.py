@@ -1,4 +1,4 @@
-"""Why something is no checkpoint that is read: names the cause and the way out, in one line.
+"""Reasons why a directory is no checkpoint that can be read, with the way out, in one line each.
 
 In: a path, or the names and dtypes that its files hold, where reading them failed. Out: a text for
 a `CheckpointError`. Invariant: it is asked only after a check has failed, so that a whole
@@ -34,7 +34,7 @@ _TAIL = re.compile(r"(?<![\w])(layers\.[0-9]+\..+|embed_tokens\.weight|norm\.wei
 
 
 def no_directory(path: Path) -> str:
-    """Why `path` is no directory, or has no `config.json`."""
+    """Says why `path` is no directory, or has no `config.json`."""
     if path.is_file():
         kind = {
             ".gguf": "a GGUF file, whose weights are already quantized: needed the directory of "
@@ -58,7 +58,7 @@ def no_directory(path: Path) -> str:
 
 
 def no_weights(path: Path) -> str:
-    """Why a directory has neither `model.safetensors` nor its index."""
+    """Says why a directory has neither `model.safetensors` nor its index."""
     if interrupted(path):
         return f"{path}: no weights yet: an interrupted download; run it again"
     names = {p.name for p in path.iterdir()}
@@ -86,13 +86,13 @@ def no_weights(path: Path) -> str:
 
 
 def interrupted(path: Path) -> bool:
-    """Whether a download of the Hub's client is not finished."""
+    """Returns whether a download of the Hub's client is not finished."""
     places = (path, path / ".cache/huggingface/download")
     return any(next(place.glob("*.incomplete"), None) for place in places if place.is_dir())
 
 
 def missing_shards(path: Path, missing: list[str], n_shards: int) -> str:
-    """What of an index is not there."""
+    """Says which shards of an index are missing."""
     way_out = (
         "the download was interrupted: run it again" if interrupted(path) else "fetch the rest"
     )
@@ -103,7 +103,7 @@ def missing_shards(path: Path, missing: list[str], n_shards: int) -> str:
 
 
 def quantized(names: Iterable[str], method: str | None) -> str | None:
-    """How these tensors are quantized, with one of their names; None if none looks so."""
+    """Says how these tensors are quantized, naming one; None if none looks quantized."""
     found = list(names)
     told = "" if method is None else f" (quant_method {method!r})"
     for kind, pattern in _QUANTIZED:
@@ -113,7 +113,7 @@ def quantized(names: Iterable[str], method: str | None) -> str | None:
 
 
 def stored_as(name: str, dtype: str, known: Iterable[str]) -> str:
-    """Why a dtype is not read."""
+    """Says why a dtype is not read."""
     if dtype.startswith(("I", "U", "BOOL")):
         return (
             f"{name} is stored as {dtype}, whole numbers: packed weights, or a table of another "
@@ -126,7 +126,7 @@ def stored_as(name: str, dtype: str, known: Iterable[str]) -> str:
 
 
 def unknown_tensor(name: str, family: Family, n_layers: int, n_nextn: int) -> str:
-    """Why a name is no tensor of its family."""
+    """Says why a name is no tensor of its family."""
     model = family.model_type
     if ".lora_" in name or name.startswith("base_model."):
         return f"{name} is of an adapter (LoRA); merge it into its model first"

@@ -37,7 +37,7 @@ _E4M3 = _e4m3()
 
 
 def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
-    """The stored bytes of one tensor.
+    """Reads the stored bytes of one tensor, `(nbytes,)`.
 
     Raises:
         CheckpointError: if the file ends before it, or changed since its header was read.
@@ -50,7 +50,7 @@ def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
 
 
 def read_tensor(inventory: Inventory, name: str) -> Floats:
-    """One tensor of the checkpoint as float32; exact for every dtype it may have.
+    """Reads one tensor of the checkpoint, in its own shape, as float32; exact for every dtype.
 
     Raises:
         CheckpointError: if its file ends early, or it has values that are no numbers.
@@ -59,9 +59,9 @@ def read_tensor(inventory: Inventory, name: str) -> Floats:
 
 
 def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
-    """Rows `start` to `stop` of a matrix, as `read_tensor` gives them.
+    """Reads rows `start` to `stop` of a matrix, `(stop - start, in_features)`, as float32.
 
-    Of the file, only they are read; of FP8, whole blocks.
+    No other rows of the file are read; of FP8, whole blocks.
 
     Raises:
         CheckpointError: as `read_tensor`.
@@ -120,7 +120,7 @@ def floats_of(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
 def _scaled(codes: npt.NDArray[np.uint8], scale: Floats, block: tuple[int, int]) -> Floats | None:
     """Decoded E4M3 codes times their block's factor; None if a product is not finite.
 
-    Works through the matrix by rows of blocks, so that it needs little beside the result.
+    Works through the matrix by rows of blocks, so that it needs little memory beyond the result.
     """
     values = np.empty(codes.shape, np.float32)
     rows, columns = (min(b, n) for b, n in zip(block, codes.shape, strict=True))

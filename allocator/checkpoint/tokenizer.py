@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, in whatever files it comes.
+"""The tokenizer of a checkpoint, from any of the files that models are released with.
 
 In: the directory of a checkpoint and its `config.json`. Out: a `Tokenizer`: `tokenizer.json` as the
 `tokenizers` library reads it, the ids of its special tokens, and what it puts around a text.
@@ -23,7 +23,7 @@ CARRIED = (
     "tekken.json", "tokenization*.py", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
-"""Patterns of all that a runtime needs beside weights and `config.json`."""
+"""Patterns of the files that a runtime needs in addition to weights and `config.json`."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 _PAIR = ("vocab.json", "merges.txt")
 _WATCHED = (".", "additional_chat_templates", *(name for name in CARRIED if "*" not in name))
@@ -51,7 +51,7 @@ class Added:
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """What `read_tokenizer` found; the same object for the same files.
+    """A checkpoint's tokenizer; the same object for the same files.
 
     Attributes:
         path: the checkpoint's directory.
@@ -99,7 +99,7 @@ class Tokenizer:
         return found
 
     def adds(self, role: str) -> bool:
-        """Whether it puts bos before, or eos after, a text by itself."""
+        """Returns whether it puts bos before, or eos after, a text by itself."""
         if role not in self.special_ids:
             return False
         if (told := self.config.get(f"add_{role}_token")) is not None:
@@ -206,7 +206,7 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 def missing_tokenizer(path: Path) -> CheckpointError:
-    """What to say of a checkpoint without any file of a tokenizer, where one is needed."""
+    """Returns the error of a checkpoint without a tokenizer, where one is needed."""
     return CheckpointError(f"{path}: no tokenizer.json, nor any other tokenizer; {_WAY_OUT}")
 
 

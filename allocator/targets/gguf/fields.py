@@ -43,32 +43,32 @@ def _value_bytes(kind: GGUFValueType, value: Any) -> int:
 
 
 def metadata_bytes(fields: Iterable[Field]) -> int:
-    """Bytes of the key/value section as gguf-py's `GGUFWriter` writes it."""
+    """Returns the bytes of the key/value section as gguf-py's `GGUFWriter` writes it."""
     return sum(field.nbytes for field in fields)
 
 
 def uint_field(key: str, value: int) -> Field:
-    """An unsigned 32-bit pair."""
+    """Returns a pair with an unsigned integer of 32 bits."""
     return Field(key, value, GGUFValueType.UINT32)
 
 
 def float_field(key: str, value: float) -> Field:
-    """A 32-bit float pair."""
+    """Returns a pair with a float of 32 bits."""
     return Field(key, value, GGUFValueType.FLOAT32)
 
 
 def bool_field(key: str, value: bool) -> Field:
-    """A boolean pair."""
+    """Returns a pair with a truth value."""
     return Field(key, value, GGUFValueType.BOOL)
 
 
 def string_field(key: str, value: str) -> Field:
-    """A text pair."""
+    """Returns a pair with a text."""
     return Field(key, value, GGUFValueType.STRING)
 
 
 def array_field(
     key: str, value: tuple[int, ...] | tuple[str, ...], element: GGUFValueType
 ) -> Field:
-    """A pair of several values of one type."""
+    """Returns a pair with several values of one type."""
     return Field(key, value, GGUFValueType.ARRAY, element)

@@ -41,11 +41,11 @@ def general_name(inventory: Inventory) -> str:
     if (name := hub_name(inventory.config)) is not None:
         return name
     counted = (t for t in inventory.tensors.values() if t.role is not Role.NEXTN)
-    return f"{inventory.family.model_type} {_size(sum(prod(t.shape) for t in counted))}"
+    return f"{inventory.family.model_type} {short_count(sum(prod(t.shape) for t in counted))}"
 
 
-def _size(n: int) -> str:
-    """A count in three digits: `29.3M`, `671B`."""
+def short_count(n: int) -> str:
+    """Writes a count in three digits: `29.3M`, `671B`."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if n >= unit:
             return f"{n / unit:.{max(0, 3 - len(str(int(n / unit))))}f}{name}"

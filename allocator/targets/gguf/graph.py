@@ -16,7 +16,7 @@ ALIGNMENT = 32
 
 
 def padded(nbytes: int) -> int:
-    """Bytes that a tensor occupies in a buffer."""
+    """Returns the bytes that a tensor occupies in a buffer."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -52,33 +52,33 @@ class Graph:
     _seen: set[int] = field(default_factory=set)
 
     def input(self, *shape: int, width: int = 4) -> Tensor:
-        """What the host fills in before the graph runs; `width` bytes per value."""
+        """Makes a tensor that the host fills in before the graph runs; `width` bytes per value."""
         return Tensor(shape, prod(shape) * width)
 
     def op(self, shape: tuple[int, ...], *sources: Tensor, in_place: bool = False) -> Tensor:
-        """A result of 4 bytes per value (F32, or indices I32)."""
+        """Makes a result of 4 bytes per value (F32, or indices I32)."""
         return Tensor(shape, prod(shape) * 4, sources, in_place=in_place)
 
     def view(self, source: Tensor, *shape: int) -> Tensor:
-        """The memory of another tensor, or a part of it, under another shape."""
+        """Makes a view of another tensor's memory, or of a part, under another shape."""
         return Tensor(shape, 0, (source,), view=source.view or source)
 
     def store(self, *sources: Tensor, into: Tensor | None = None) -> Tensor:
-        """`ggml_set_rows`: a view of what it writes to; of a cache, if `into` is None."""
+        """Makes a `ggml_set_rows`: a view of what it writes to; of a cache, if `into` is None."""
         tensor = Tensor((), 0, sources if into is None else (*sources, into), view=into)
         tensor.view = into or tensor
         return tensor
 
     def norm(self, x: Tensor) -> Tensor:
-        """Root-mean-square norm, times its weight."""
+        """Makes a root-mean-square norm, times its weight."""
         return self.add(self.add(x))
 
     def add(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """Also any other operation by values; `b` is None for a weight."""
+        """Makes a sum, or any other operation by values; `b` is None for a weight."""
         return self.op(a.shape, *(s for s in (a, b) if s is not None), in_place=True)
 
     def expand(self, *tensors: Tensor) -> None:
-        """`ggml_build_forward_expand` of each."""
+        """Adds tensors and their operands, as `ggml_build_forward_expand` does."""
         for tensor in tensors:
             if id(tensor) in self._seen:
                 continue
@@ -87,7 +87,7 @@ class Graph:
             (self.nodes if tensor.sources else self.inputs).append(tensor)
 
     def nbytes(self) -> int:
-        """Of the buffer that holds all of it; the graph is used up."""
+        """Returns the bytes of the buffer that holds all of it; the graph is used up."""
         memory = _Memory()
         for tensor in self.inputs:
             tensor.offset = memory.take(tensor.nbytes)

@@ -1,4 +1,4 @@
-"""What stock llama.cpp allocates beside the weights: KV cache, compute buffer, logits, the process.
+"""Memory that stock llama.cpp allocates: KV cache, compute buffer, logits, the process.
 
 In: an inventory (its `config.json`; no weights) and how a context is opened. Out: bytes. Invariant:
 these are the bytes that llama.cpp itself reports for the same file and context, to the byte
@@ -41,7 +41,7 @@ _LEAST_ROTATION = 64
 
 
 def kv_parts(kv_format: str) -> tuple[str, str]:
-    """Formats of keys and values: of `q8_0/q4_0`, these two; of `q8_0`, it twice.
+    """Returns the formats of keys and values: of `q8_0/q4_0`, these two; of `q8_0`, it twice.
 
     Raises:
         TargetError: if llama.cpp has no such format, or we do not offer it.
@@ -59,7 +59,7 @@ def kv_parts(kv_format: str) -> tuple[str, str]:
 def kv_cache_bytes(
     inventory: Inventory, *, kv_format: str, context: int, sequences: int, micro_batch: int
 ) -> int:
-    """Bytes of the KV cache.
+    """Returns the bytes of the KV cache.
 
     Per layer and cell, keys and values of `heads x head_dim` each; under multi-head latent
     attention one row of `kv_lora_rank + qk_rope_head_dim` alone, whose first part is read again as
@@ -86,7 +86,7 @@ def kv_cache_bytes(
 
 
 def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
-    """Bytes of keys and values that decoding a token reads of a full context.
+    """Returns the bytes of keys and values that decoding a token reads of a full context.
 
     Cells outside a sliding window are masked, and not read (ggml-cpu/ops.cpp, flash attention).
 
@@ -100,7 +100,7 @@ def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
 
 
 def padded_context(context: int) -> int:
-    """Cells that a sequence of so many tokens is given."""
+    """Returns the cells that a sequence of `context` tokens is given."""
     return -(-context // _CELLS) * _CELLS
 
 
@@ -147,7 +147,7 @@ def _row_bytes(fmt: str, heads: int, width: int) -> int:
 
 
 def output_bytes(inventory: Inventory, *, outputs: int) -> int:
-    """Bytes of the logits that the host reads: vocabulary x `outputs` in F32.
+    """Returns the bytes of the logits that the host reads: vocabulary x `outputs` in F32.
 
     llama.cpp reserves one row per sequence, and more once a batch asks for more
     (`llama_context::output_reserve`): generating text needs one per sequence.
@@ -166,7 +166,7 @@ def compute_bytes(
     experts_used: int,
     outputs: int | None = None,
 ) -> int:
-    """Bytes of the compute buffer, for activations, masks and the logits of a micro-batch.
+    """Returns the bytes of the compute buffer: activations, masks, logits of a micro-batch.
 
     The graph of a prompt's micro-batch at full context (`llama_context::sched_reserve`, which also
     reserves a token of every sequence), built in shapes, and allocated as ggml does.
@@ -209,7 +209,7 @@ def work_bytes(
     n_experts: int,
     experts_used: int,
 ) -> int:
-    """Bytes that ggml's multiplications on a CPU need beside the compute buffer.
+    """Returns the bytes that ggml's multiplications need on a CPU, apart from the compute buffer.
 
     The largest operand, encoded for the product (`ggml_graph_plan`): 292 bytes per 256 values for
     the K and IQ formats, fewer for the others but BF16 and F16 (2 per value, not counted); and for
@@ -240,7 +240,7 @@ def overhead_bytes(
     n_experts: int,
     experts_used: int,
 ) -> int:
-    """Bytes that a process grows by beyond weights, cache, compute buffer and logits, on a CPU.
+    """Returns what a process on a CPU needs beyond weights, cache, compute buffer and logits.
 
     Measured: 17 MiB for code and tables and half a MiB per thread; up to 470 bytes per token of a
     tokenizer; and `work_bytes`. Not counted: second copies of weights (`LlamaCpp(repack=False)`
@@ -258,7 +258,7 @@ def overhead_bytes(
 
 
 def rotation(fmt: str, width: int, *, values: bool) -> int:
-    """Size of the Hadamard matrix that heads are rotated by before they are stored; 0 for none.
+    """Returns the size of the Hadamard matrix by which heads are rotated for the cache; 0 for none.
 
     In llama-kv-cache.cpp: keys and queries after RoPE by the largest power of two that divides the
     head, values by 64 (and the attention's result back), if the format is quantized and the head a

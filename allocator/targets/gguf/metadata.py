@@ -28,7 +28,7 @@ __all__ = ["Field", "metadata", "metadata_bytes", "tokenizer"]
 
 
 def metadata(inventory: Inventory, *, n_experts: int, experts_used: int) -> list[Field]:
-    """Every key/value pair of the file, `general.architecture` first.
+    """Returns every key/value pair of the file, `general.architecture` first.
 
     There is no `general.file_type`: a mix has none, and without the key llama.cpp names the most
     frequent tensor type. No value depends on where the checkpoint lies: same weights, same bytes.

@@ -22,7 +22,7 @@ from allocator.targets.gguf.fields import Field, array_field, bool_field, string
 
 
 def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
-    """The tokenizer's pairs; made once per version of its files.
+    """Returns the tokenizer's pairs, which are made once per version of its files.
 
     A checkpoint without any gives a file that reads token ids alone, as does one whose tokenizer is
     not wanted.
@@ -38,7 +38,7 @@ def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
 
 
 def check_tokenizer(inventory: Inventory) -> None:
-    """Looks whether a file can read text, if it is to.
+    """Checks that a file can read text, where it is to.
 
     Raises:
         CheckpointError: if the checkpoint has no tokenizer, or one that contradicts it.
@@ -195,5 +195,5 @@ def _chat_templates(found: Tokenizer) -> Iterator[Field]:
 
 
 def n_vocab(inventory: Inventory) -> int:
-    """Rows of the embedding."""
+    """Returns the rows of the embedding."""
     return inventory.of_role(Role.EMBEDDING)[0].shape[0]

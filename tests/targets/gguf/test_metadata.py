@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.errors import CheckpointError, TargetError
-from allocator.targets.gguf.general import _size
+from allocator.targets.gguf.general import short_count
 from allocator.targets.gguf.metadata import Field, metadata, metadata_bytes, tokenizer
 from allocator.targets.gguf.tokenizer import check_tokenizer
 
@@ -354,7 +354,7 @@ def test_the_name_does_not_say_where_the_checkpoint_lies(inventory, told, name):
     [(12, "12"), (1500, "1.50K"), (30.5e9, "30.5B"), (671e9, "671B"), (2e12, "2000B")],
 )
 def test_sizes_have_three_digits(n, text):
-    assert _size(int(n)) == text
+    assert short_count(int(n)) == text
 
 
 def test_rows_without_a_token_are_unused(copied):
