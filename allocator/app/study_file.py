@@ -23,7 +23,7 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         preset: a file of `search_spaces/devices`, for `memory` and `bandwidth`.
         memory: of the device.
         context: tokens of a sequence; 4096 by default.
-        sequences: held at once; 1 by default.
+        sequences: in memory at once; 1 by default.
         reserve: for everything else on the device; nothing by default.
         bandwidth: bytes read from memory in a second.
         min_tokens_per_second: a limit on what the bandwidth allows.
@@ -38,12 +38,12 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_tokens_per_second: float | None = None
 
     def over(self, other: "DeviceBudgetSpec") -> "DeviceBudgetSpec":
-        """The other's values, where this has none."""
+        """Returns this budget, with the other's values where this one has none."""
         given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not None}
         return msgspec.structs.replace(other, **given)
 
     def budget(self, folder: Path) -> Budget:
-        """The limit.
+        """Returns the limit of the device.
 
         Args:
             folder: that `preset` is relative to.
@@ -74,7 +74,7 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the three limits, or a device and one of the others beside it."""
+    """One of the three limits, or a device and one of the others."""
 
     weights: str | int | None = None
     file: str | int | None = None
@@ -129,7 +129,7 @@ _OWN_REFERENCES = ("knapsack", "baseline")
 
 
 class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `compare` runs.
+    """The runs of `compare`.
 
     Attributes:
         samplers: by name.
@@ -157,7 +157,7 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 MOST_CANDIDATES = 256
-"""In one pass: a batch that was begun is finished, whatever the limit on trials."""
+"""Most candidates in one pass: a started batch is completed, whatever the limit on trials."""
 
 
 class StreamedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -196,7 +196,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, folder: Path) -> "StudySpec":
-        """From `folder/study.toml`.
+        """Reads `folder/study.toml`.
 
         Raises:
             StudyError: if it is missing, or something in it is wrong.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # these load torch: whatever is refused is refused before tha
 
 
 class StudyFolder:
-    """See the module.
+    """Opens a study folder, see the module.
 
     Args:
         folder: of the study.

@@ -1,4 +1,4 @@
-"""Held-out figures: KL and perplexity of the original, of baselines, and of found allocations.
+"""Held-out figures: KL and perplexity of the original, of baselines, and of allocation files.
 
 In: a study and allocation files. Out: one table. Invariant: every figure is on documents that
 neither search nor selection has seen, or on a text file that the caller names; the column `split`
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 N_DOCUMENTS = 48
+"""Held-out documents, unless the caller says how many."""
 
 
 def evaluate(
@@ -44,7 +45,7 @@ def evaluate(
     on_table: Callable[[pd.DataFrame], None] | None = None,
     **options: Unpack[StudyOptions],
 ) -> pd.DataFrame:
-    """KL, perplexity and top-1 agreement on held-out documents, smallest first.
+    """Measures KL, perplexity and top-1 agreement on held-out documents, smallest first.
 
     Args:
         study: its folder.
@@ -129,7 +130,7 @@ def _scorers(
     encoded: Mapping[str, tuple[Allocation, str | None]],
     paths: Mapping[str, Path],
 ) -> dict[str, AnyScorer]:
-    """What scores each allocation file as it was encoded, by row; one model per importance."""
+    """The scorer of each allocation file as it was encoded, by row; one model per importance."""
     found: dict[str | None, AnyScorer] = {None: scorer, study_folder.profile.importance: scorer}
     for name, (_, importance) in encoded.items():
         if importance not in found:
@@ -197,7 +198,7 @@ def _row(
 
 
 class _Tasks:
-    """lm-eval's two tasks on held-out documents; what they cannot be run for is found here.
+    """lm-eval's two tasks on held-out documents; what they cannot be run on is refused here.
 
     Args:
         study_folder: of the study.
@@ -234,7 +235,7 @@ class _Tasks:
         found: Mapping[str, Allocation],
         scorers: Mapping[str, AnyScorer],
     ) -> Iterator[None]:
-        """Adds figures for the original, the found ones and their neighbours in size, row by row.
+        """Adds figures of the original, the allocation files and their neighbours, row by row.
 
         Args:
             frame: the table.
@@ -266,7 +267,7 @@ class _Tasks:
 
 
 def _neighbours(frame: pd.DataFrame, found: Mapping[str, Allocation]) -> set[str]:
-    """The unpruned baselines just below and above each found allocation."""
+    """The unpruned baselines just below and above each allocation file in bytes."""
     plain = frame[
         ~frame["name"].isin([*found, "original"]) & ~frame["name"].str.contains("experts")
     ]

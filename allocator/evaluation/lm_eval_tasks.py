@@ -67,7 +67,7 @@ metric_list:
 
 
 class Document(Protocol):
-    """What is read of a document (`allocator.scoring.documents.Document` has it)."""
+    """The part of a document that tasks are written from, see `scoring.documents.Document`."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ def write_tasks(
 
 
 def check_tasks(tokenizer: Any, folder: Path, names: Sequence[str], *, window: int) -> None:
-    """Finds what `run_tasks` would refuse, before there is a model.
+    """Refuses what `run_tasks` would refuse, before there is a model.
 
     Args:
         tokenizer: the model's.
@@ -159,7 +159,7 @@ def run_tasks(
     batch_size: int = 16,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics by task of a transformers causal model, as lm-eval computes them.
+    """Returns metrics by task of a transformers causal model, as lm-eval computes them.
 
     Perplexity: `word_perplexity`, `byte_perplexity`, `bits_per_byte` (lm-eval's), and from the same
     log-likelihoods `token_perplexity` with `token_perplexity_stderr` (delta method of a ratio, over
@@ -176,7 +176,7 @@ def run_tasks(
         folder: where `write_tasks` wrote; holds the dataset cache while this runs.
         names: tasks to run.
         batch_size: sequences per forward.
-        limit: only the first so many documents of each task.
+        limit: documents of each task, the first ones; all by default.
 
     Raises:
         CalibrationError: if a task has no file here, or a question is longer than the window.

@@ -51,7 +51,7 @@ class Product:
         self.rows: torch.Tensor | float = 0.0
 
     def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Inputs `(tokens, in)` and the gradients `(tokens, out)` of what they gave."""
+        """Adds inputs `(tokens, in)` and the gradients `(tokens, out)` of their outputs."""
         squares = gradient.square()
         self.rows = self.rows + squares.sum(0).double()
         self._few.append(x * squares.sum(-1, keepdim=True).sqrt())
@@ -61,7 +61,7 @@ class Product:
             self._few = []
 
     def price(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
-        """Half the quadratic form of `change` `(out, in)`, which may be of some `rows` only."""
+        """Returns half the quadratic form of `change`, `(out, in)` or of `rows` only."""
         if not isinstance(self.rows, torch.Tensor):
             return 0.0  # no token reached it
         share = self._shares[rows].float()
@@ -74,20 +74,20 @@ class Product:
         return 0.5 * float(share @ forms)
 
     def times(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """The gradient of `price`, in the shape of `change`."""
+        """Returns the gradient of `price`, in the shape of `change`."""
         if not isinstance(self.rows, torch.Tensor):
             return torch.zeros_like(change)
         share = self._shares[rows].float()
         change = change.to(share.device)
-        found = torch.zeros_like(change)
+        gradient = torch.zeros_like(change)
         if isinstance(self._inputs, torch.Tensor):
-            found += change @ self._inputs
+            gradient += change @ self._inputs
         for weighted in self._few:
-            found += change @ weighted.T @ weighted
-        return found.mul_(share[:, None])
+            gradient += change @ weighted.T @ weighted
+        return gradient.mul_(share[:, None])
 
     def covered(self, rows: torch.Tensor) -> float:
-        """How much of all rows' gradients some rows have."""
+        """Returns the share of all rows' squared gradients that some rows have, from 0 to 1."""
         if not isinstance(self.rows, torch.Tensor):
             return 1.0
         return float(self._shares[rows].sum()) or 1.0
@@ -99,10 +99,10 @@ class Product:
 
 
 class Tangent:
-    """What going on from a change that was made costs, beyond the price of where one gets.
+    """Prices of steps from weights that a model has to other weights.
 
     With the form `q`, the slope `s` and `h` what the model holds less the original, weights `e` off
-    the original cost `q(e - h) + <s, e - h>` from there: `q(e)`, and something linear in `e`. So a
+    the original cost `q(e - h) + <s, e - h>` from there: `q(e)`, and a term linear in `e`. So a
     format needs one product with the form, for both prices.
 
     Args:
@@ -115,7 +115,12 @@ class Tangent:
         self._held, self._linear, self._constant = held, linear, constant
 
     def steps(self, change: Floats, prices: Sequence[float]) -> list[float]:
-        """Nats per token of a step to weights so much off the original, of these `price`s."""
+        """Returns nats per token of a step to other weights, one value per price.
+
+        Args:
+            change: the other weights less the original, in the shape of `held`.
+            prices: what `Curvature.price` says of them.
+        """
         values = torch.from_numpy(np.ascontiguousarray(change)).to(self._held.device)
         values = values.view_as(self._held)
         stays = [torch.equal(a, b) for a, b in zip(values, self._held, strict=True)]
@@ -145,28 +150,33 @@ class Curvature:
         self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def product(self, name: str, expert: int = 0) -> Product:
-        """The sums of one matrix."""
+        """Returns the sums of one matrix, empty ones at first."""
         return self._products.setdefault((name, expert), Product())
 
     def add(self, product: Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Inputs of a product and the gradients of its outputs, while listening."""
+        """Adds inputs `(tokens, in)` and gradients `(tokens, out)` to a product, if listening."""
         if self.listening:
             product.add(x, gradient)
 
     def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Embedding rows that were looked up, and the gradients of what they gave."""
+        """Adds looked-up embedding rows, and the gradients of their values.
+
+        Args:
+            ids: `(documents, length)`.
+            gradient: `(documents, length, hidden)`.
+        """
         flat = ids.reshape(-1).cpu()
         self._looked_up.append((flat, gradient.reshape(len(flat), -1)))
 
     def take_slopes(self, parameters: dict[str, Any]) -> None:
-        """Keeps the gradients of parameters."""
-        found = ((name, parameter.grad) for name, parameter in parameters.items())
-        self._slopes = {name: gradient for name, gradient in found if gradient is not None}
+        """Takes the gradients of parameters, by name."""
+        gradients = ((name, parameter.grad) for name, parameter in parameters.items())
+        self._slopes = {name: gradient for name, gradient in gradients if gradient is not None}
 
     def price_sample(self, group: Group, change: Floats, rows: Ints, expert: int = 0) -> float:
-        """Nats per token that a change of a group (of one of its experts) costs, from some rows.
+        """Prices a change of a group, or of one of its experts, from some rows: nats per token.
 
-        What the rows cost, over their share of all rows' squared gradients.
+        The price of the rows is divided by their share of all rows' squared gradients.
 
         Args:
             group: of the layout.
@@ -179,10 +189,10 @@ class Curvature:
         if group.role in (Role.K_B, Role.V_B):
             return self._half(group, values, chosen) / self.n_tokens
         product = self.product(group.name, expert)
-        found = product.price(values, chosen) / product.covered(chosen)
+        price = product.price(values, chosen) / product.covered(chosen)
         if group.role is Role.EMBEDDING:
-            found += self._lookups(values, chosen)
-        return found / self.n_tokens
+            price += self._lookups(values, chosen)
+        return price / self.n_tokens
 
     def _lookups(self, values: torch.Tensor, rows: torch.Tensor) -> float:
         squares = (
@@ -196,15 +206,15 @@ class Curvature:
 
     @property
     def looked_up(self) -> Ints:
-        """Embedding rows that were looked up, ascending."""
+        """Embedding rows that were looked up, ascending, `(rows,)`."""
         return np.unique(np.concatenate([ids.numpy() for ids, _ in self._looked_up]))
 
     def drop(self, name: str, expert: int = 0) -> None:
-        """Forgets the sums of one matrix."""
+        """Frees the sums of one matrix."""
         self._products.pop((name, expert), None)
 
     def price(self, group: Group, change: Floats, experts: Sequence[int]) -> list[float]:
-        """Nats per token that a change of a group costs.
+        """Prices a change of a group, nats per token.
 
         Args:
             group: of the layout.
@@ -216,14 +226,14 @@ class Curvature:
         """
         values = torch.from_numpy(np.ascontiguousarray(change))
         if group.role.is_expert:
-            found = [self.product(group.name, i).price(values[i]) for i in range(len(experts))]
+            prices = [self.product(group.name, i).price(values[i]) for i in range(len(experts))]
         elif group.role in (Role.K_B, Role.V_B):
-            found = [self._half(group, values)]
+            prices = [self._half(group, values)]
         else:
-            found = [self.product(group.name).price(values)]
+            prices = [self.product(group.name).price(values)]
             if group.role is Role.EMBEDDING:
-                found[0] += self._lookups(values, torch.arange(len(values)))
-        return [value / self.n_tokens for value in found]
+                prices[0] += self._lookups(values, torch.arange(len(values)))
+        return [value / self.n_tokens for value in prices]
 
     def tangent(self, group: Group, held: Floats, experts: Sequence[int]) -> Tangent:
         """Prices steps from what the model held to formats.
@@ -251,18 +261,20 @@ class Curvature:
             return torch.stack(rows)
         if group.role in (Role.K_B, Role.V_B):
             change, chosen, product = self._rows_of_half(group, values)
-            found = product.times(change.reshape(-1, change.shape[-1]), chosen).view(change.shape)
-            return found.transpose(1, 2) if group.role is Role.K_B else found
-        found = self.product(group.name).times(values)
+            gradients = product.times(change.reshape(-1, change.shape[-1]), chosen).view(
+                change.shape
+            )
+            return gradients.transpose(1, 2) if group.role is Role.K_B else gradients
+        gradients = self.product(group.name).times(values)
         if group.role is Role.EMBEDDING:
             for ids, gradient in self._looked_up:
                 there = ids.to(gradient.device)
                 sums = (gradient * values[there]).sum(-1, keepdim=True)
-                found.index_add_(0, there, sums * gradient)
-        return found
+                gradients.index_add_(0, there, sums * gradient)
+        return gradients
 
     def slope(self, group: Group, change: Floats) -> list[float]:
-        """First-order nats per token of a change of what the model held, as `price`.
+        """Returns first-order nats per token of a change of the model's weights, as `price`.
 
         Args:
             group: of the layout.
@@ -280,10 +292,10 @@ class Curvature:
         """
         change, rows, product = self._rows_of_half(group, values)
         chosen = rows if heads is None else rows.view(-1, change.shape[1])[heads].reshape(-1)
-        found = product.price(change.reshape(-1, change.shape[-1]), chosen)
+        price = product.price(change.reshape(-1, change.shape[-1]), chosen)
         if heads is None:
-            return found
-        return found * product.covered(rows) / product.covered(chosen)
+            return price
+        return price * product.covered(rows) / product.covered(chosen)
 
     def _rows_of_half(
         self, group: Group, values: torch.Tensor
@@ -310,7 +322,7 @@ def measure(
     seed: int = 0,
     batch_tokens: int = 1024,
 ) -> Curvature:
-    """One forward and one or two backward passes over `documents` of what the model holds now.
+    """Runs one forward and one or two backward passes over `documents` of what the model holds now.
 
     Args:
         swap: holds the candidate; it is left as it was.
@@ -321,9 +333,9 @@ def measure(
         batch_tokens: tokens per pass.
     """
     layout, model = swap.layout, swap.model
-    found = Curvature(layout, sum(len(d.ids) for d in documents))
+    curvature = Curvature(layout, sum(len(d.ids) for d in documents))
     generator = torch.Generator().manual_seed(seed)
-    handles = _watch(model, layout, found)
+    handles = _watch(model, layout, curvature)
     parameters = dict(model.named_parameters()) if reference is not None else {}
     try:
         model.requires_grad_(reference is not None)
@@ -340,26 +352,26 @@ def measure(
                 (gradient,) = torch.autograd.grad(
                     flat.gather(1, labels).sum(), embedded, retain_graph=reference is not None
                 )
-                found.add_lookup(ids, gradient)
+                curvature.add_lookup(ids, gradient)
                 if reference is not None:
-                    found.listening = False
+                    curvature.listening = False
                     loss: Any = sum(
                         _kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True)
                     )
                     loss.backward()
-                    found.listening = True
-        found.take_slopes(parameters)
+                    curvature.listening = True
+        curvature.take_slopes(parameters)
     finally:
         model.zero_grad()  # what was stopped must not be part of the next slope
         model.requires_grad_(False)
         for handle in handles:
             handle.remove()
         use_sorted_experts(model, layout.layers)
-    return found
+    return curvature
 
 
 def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One label `(tokens, 1)` per row, the same on every device."""
+    """Draws one label per row of `(tokens, vocabulary)`, `(tokens, 1)`, the same on any device."""
     labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
     return labels.to(probabilities.device)
 
@@ -369,24 +381,24 @@ def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     return (fixed.exp() * (fixed - candidate)).sum()
 
 
-def _watch(model: Any, layout: Layout, found: Curvature) -> list[Any]:
+def _watch(model: Any, layout: Layout, curvature: Curvature) -> list[Any]:
     groups = [g for g in layout.groups.values() if not g.role.is_expert]
-    handles = watch_products(model, layout, groups, found)
+    handles = watch_products(model, layout, groups, curvature)
     for layer in layout.layers:
-        use_watcher(model, layer, _on_expert(found, f"layers.{layer}"))
+        use_watcher(model, layer, _on_expert(curvature, f"layers.{layer}"))
     return handles
 
 
 def product_name(group: Group) -> str:
-    """Whose sums a group is priced by: `k_b` and `v_b` are halves of one product."""
+    """Names the product that a group is priced by: `k_b` and `v_b` are halves of one product."""
     split = group.role in (Role.K_B, Role.V_B)
     return f"layers.{group.layer}.{Role.KV_B}" if split else group.name
 
 
 def watch_products(
-    model: Any, layout: Layout, groups: Iterable[Group], found: Curvature
+    model: Any, layout: Layout, groups: Iterable[Group], curvature: Curvature
 ) -> list[Any]:
-    """Hooks that feed `found` with the products of groups that are no routed experts."""
+    """Adds hooks that feed `curvature` with the products of groups that are no routed experts."""
     modules = {}  # `kv_b` once, unsplit
     for group in groups:
         if group.role in (Role.EMBEDDING, Role.HEAD):
@@ -395,16 +407,17 @@ def watch_products(
             continue
         modules[product_name(group)] = model.get_submodule(group.sources[0].removesuffix(".weight"))
     return [
-        module.register_forward_hook(_on_output(found, name)) for name, module in modules.items()
+        module.register_forward_hook(_on_output(curvature, name))
+        for name, module in modules.items()
     ]
 
 
-def _on_output(found: Curvature, name: str) -> Callable[..., None]:
+def _on_output(curvature: Curvature, name: str) -> Callable[..., None]:
     def hook(module: Any, args: Any, output: Any) -> None:
         x = args[0].detach().flatten(0, -2)
 
         def add(gradient: torch.Tensor) -> None:
-            found.add(found.product(name), x, gradient.flatten(0, -2))
+            curvature.add(curvature.product(name), x, gradient.flatten(0, -2))
 
         if output.requires_grad:
             output.register_hook(add)
@@ -412,20 +425,20 @@ def _on_output(found: Curvature, name: str) -> Callable[..., None]:
     return hook
 
 
-def _on_expert(found: Curvature, layer: str) -> Callable[..., None]:
+def _on_expert(curvature: Curvature, layer: str) -> Callable[..., None]:
     def watch(expert: int, kind: str, x: torch.Tensor, output: Any) -> None:
         x = x.detach()
         if kind == "down":
-            down = found.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
-            output.register_hook(lambda gradient: found.add(down, x, gradient))
+            down = curvature.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
+            output.register_hook(lambda gradient: curvature.add(down, x, gradient))
             return
-        gate = found.product(f"{layer}.{Role.EXPERT_GATE}", expert)
-        up = found.product(f"{layer}.{Role.EXPERT_UP}", expert)
+        gate = curvature.product(f"{layer}.{Role.EXPERT_GATE}", expert)
+        up = curvature.product(f"{layer}.{Role.EXPERT_UP}", expert)
 
         def both(gradient: torch.Tensor) -> None:
             of_gate, of_up = gradient.chunk(2, -1)
-            found.add(gate, x, of_gate)
-            found.add(up, x, of_up)
+            curvature.add(gate, x, of_gate)
+            curvature.add(up, x, of_up)
 
         output.register_hook(both)
 

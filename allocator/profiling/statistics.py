@@ -34,11 +34,11 @@ from allocator.targets import Group, Layout
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the pass measured.
+    """Importance, saliency and routing of one pass.
 
     Attributes:
         importance: per group, float32 `(in,)`, `(heads, in)` or `(experts, in)`.
-        saliency: per method and MoE layer, one value per expert, higher = keep.
+        saliency: per method and MoE layer, one value per expert; experts of high saliency stay.
         counts: tokens routed to each expert, per MoE layer.
         n_tokens: tokens of the pass.
         unreached: `(layer, expert)` that no token reached.
@@ -193,7 +193,7 @@ def collect(
     return _summary(layout, sums, experts, sum(len(d.ids) for d in documents))
 
 
-@torch.no_grad()  # not inference mode, see `StreamedScorer.score_many`
+@torch.no_grad()  # not inference mode, as in `StreamedScorer`
 def collect_streamed(
     streamed: StreamedModel,
     documents: Sequence[Document],
@@ -203,13 +203,13 @@ def collect_streamed(
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> Statistics:
-    """What `collect` measures, in one pass over a checkpoint that need not fit in memory.
+    """Measures what `collect` does, in one pass over a checkpoint that need not fit in memory.
 
     Args:
         streamed: of the layout whose groups get importance.
         documents: tokens to run.
-        scratch: an existing folder, where a layer's states and the sums so far wait; a pass over
-            the same documents goes on from there.
+        scratch: an existing folder, for a layer's states and the sums so far; a stopped pass over
+            the same documents resumes from there.
         of: what the files there belong to.
         batch_tokens: tokens per forward pass of a layer.
         progress: shows a bar over layers.
@@ -244,7 +244,7 @@ def collect_streamed(
 
 @dataclass(frozen=True)
 class _LayerSums:
-    """What a pass has summed in one layer, to and from a file."""
+    """The sums of one layer, and their file."""
 
     path: Path
     of: str
@@ -252,24 +252,24 @@ class _LayerSums:
     experts: _Experts | None
 
     def save(self) -> None:
-        found: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
         for name, sums in self.products.items():
-            found[name] = torch.as_tensor(sums.total).cpu().numpy()
-            found[f"n {name}"] = np.array(sums.n)
+            arrays[name] = torch.as_tensor(sums.total).cpu().numpy()
+            arrays[f"n {name}"] = np.array(sums.n)
         if self.experts is not None:
-            found |= {name: np.asarray(values) for name, values in vars(self.experts).items()}
-        save_arrays(self.path, found, self.of)
+            arrays |= {name: np.asarray(values) for name, values in vars(self.experts).items()}
+        save_arrays(self.path, arrays, self.of)
 
     def read(self) -> dict[str, Any] | None:
-        """None if the file is missing or damaged."""
+        """Reads the sums; returns None if the file is missing or damaged."""
         return load_arrays(self.path, self.of)
 
-    def take(self, found: dict[str, Any]) -> None:
-        """Goes on from what `read` has found."""
+    def take(self, arrays: dict[str, Any]) -> None:
+        """Takes over the sums that `read` returned."""
         for name, sums in self.products.items():
-            sums.total, sums.n = torch.from_numpy(found[name]), int(found[f"n {name}"])
+            sums.total, sums.n = torch.from_numpy(arrays[name]), int(arrays[f"n {name}"])
         for name, values in () if self.experts is None else vars(self.experts).items():
-            torch.as_tensor(values)[:] = torch.from_numpy(found[name])
+            torch.as_tensor(values)[:] = torch.from_numpy(arrays[name])
 
 
 def _layer_sums(
@@ -287,12 +287,12 @@ def _layer_sums(
 def _resume(
     checkpoints: LayerCheckpoints, states: States, layers_sums: Sequence[_LayerSums]
 ) -> int:
-    """The layer that a pass goes on at, with what it had come to; 0 where anything is missing."""
+    """Loads what a stopped pass reached; the layer to resume at, 0 where anything is missing."""
     for first in range(len(layers_sums), 0, -1):
         if (hidden := checkpoints.load("states", first)) is None:
             continue
-        found = [layer.read() for layer in layers_sums[:first]]
-        whole = [values for values in found if values is not None]
+        arrays = [layer.read() for layer in layers_sums[:first]]
+        whole = [values for values in arrays if values is not None]
         if len(whole) < first:
             return 0
         for layer, values in zip(layers_sums, whole, strict=False):

@@ -29,7 +29,7 @@ from allocator.scoring.swap_model import moe_block
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
-"""Gets a group, its expert (None where it has none), and what prices it; keeps nothing of that."""
+"""Gets a group, its expert (None where it has none), and what prices it, which is then freed."""
 
 
 def measure_streamed(
@@ -44,15 +44,16 @@ def measure_streamed(
     batch_tokens: int = 1024,
     progress: bool = False,
 ) -> None:
-    """One forward and one backward pass over the original.
+    """Runs one forward and one backward pass over the original.
 
     Args:
         streamed: of the layout.
         documents: tokens to run.
-        take: called for groups from the head to the first layer, then for the embedding; when a
-            pass goes on, for those of the layer where it was and what follows.
-        settle: called when a layer's groups are taken, before the pass notes that it is behind it.
-        scratch: an existing folder, where states and gradients of these documents wait.
+        take: called for groups from the head to the first layer, then for the embedding; a resumed
+            pass calls it for the groups of the layer it had reached and of those that follow.
+        settle: called when a layer's groups are taken, before the pass
+            notes that the layer is finished.
+        scratch: an existing folder, for the states and gradients of these documents.
         of: what the files there belong to.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass of a layer.
@@ -101,16 +102,19 @@ def _states(streamed: StreamedModel, checkpoints: LayerCheckpoints, layer: int) 
 
 @dataclass
 class _Pass:
-    """Backwards, from the head to the embedding."""
+    """One backward pass, from the head to the embedding."""
 
     streamed: StreamedModel
-    found: Curvature
+    curvature: Curvature
     take: Take
 
     def head(self, final: Batches, seed: int) -> Batches:
-        """Gradients of the last layer's output, of the log-likelihood of drawn labels."""
+        """Returns gradients of the last layer's output, `(documents, length, hidden)` by batch.
+
+        They are of the log-likelihood of drawn labels.
+        """
         streamed, group = self.streamed, self.streamed.output
-        product = self.found.product(group.name)
+        product = self.curvature.product(group.name)
         generator = torch.Generator().manual_seed(seed)
         gradients = []
         for hidden in final:
@@ -126,19 +130,19 @@ class _Pass:
             (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
             gradients.append(mine.view(hidden.shape))
         if group.role is not Role.EMBEDDING:  # a tied one is also looked up
-            self.take(group, None, self.found)
-            self.found.drop(group.name)
+            self.take(group, None, self.curvature)
+            self.curvature.drop(group.name)
         return gradients
 
     def layer(self, layer: int, before: Batches, gradients: Batches) -> Batches:
-        """Gradients of a layer's input, from those of its output."""
+        """Returns gradients of a layer's input from those of its output, by batch."""
         streamed = self.streamed
         streamed.install(layer, streamed.original)
         asked: list[tuple[torch.Tensor, torch.Tensor]] = []
         if layer in streamed.layout.layers:
             asked = self._experts(layer, before, gradients)
         groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
-        handles = watch_products(streamed.model, streamed.layout, groups, self.found)
+        handles = watch_products(streamed.model, streamed.layout, groups, self.curvature)
         inputs: Batches = []
         try:
             for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
@@ -153,9 +157,9 @@ class _Pass:
             for handle in handles:
                 handle.remove()
         for group in groups:
-            self.take(group, None, self.found)
+            self.take(group, None, self.curvature)
         for group in groups:
-            self.found.drop(product_name(group))
+            self.curvature.drop(product_name(group))
         streamed.leave(layer)
         return inputs
 
@@ -163,7 +167,7 @@ class _Pass:
         self, layer: int, before: Batches, gradients: Batches
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
-        streamed, found = self.streamed, self.found
+        streamed, curvature = self.streamed, self.curvature
         for hidden in before:
             streamed.forward(layer, hidden)
         routed = streamed.taken()
@@ -189,9 +193,9 @@ class _Pass:
             for group, values, gradient in zip(
                 groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
             ):
-                found.product(group.name, expert).add(values, gradient)
-                self.take(group, expert, found)
-                found.drop(group.name, expert)
+                curvature.product(group.name, expert).add(values, gradient)
+                self.take(group, expert, curvature)
+                curvature.drop(group.name, expert)
         sizes = [len(x) for x, _, _ in routed]
         k = routed[0][1].shape[-1]
         return list(
@@ -201,7 +205,7 @@ class _Pass:
         )
 
     def embedding(self, chosen: Sequence[Sequence[Document]], gradients: Batches) -> None:
-        """What was looked up, from the gradients of the first layer's input."""
+        """Takes the embedding, from the gradients of the first layer's input by batch."""
         for batch, gradient in zip(chosen, gradients, strict=True):
-            self.found.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
-        self.take(self.streamed.layout.groups[str(Role.EMBEDDING)], None, self.found)
+            self.curvature.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
+        self.take(self.streamed.layout.groups[str(Role.EMBEDDING)], None, self.curvature)
