@@ -222,6 +222,27 @@ def make_documents():
     return make
 
 
+@pytest.fixture(
+    params=[
+        ("deepseek", "gguf"),
+        ("deepseek", "safetensors"),
+        ("qwen3_tied", "gguf"),
+        ("qwen3", "safetensors"),
+    ],
+    ids="-".join,
+)
+def layout(request, checkpoints):
+    """A small random checkpoint in a target, for what is streamed."""
+    kind, target = request.param
+    return TARGETS[target].layout(read_inventory(checkpoints[kind]))
+
+
+@pytest.fixture
+def documents(make_documents):
+    """Six random documents of three lengths, for what is streamed."""
+    return make_documents((17, 17, 9, 9, 17, 21))
+
+
 # -- the reference checkpoint, checkpoints of zeros written by hand, and synthetic measurements
 
 REFERENCE = Path(__file__).parents[1] / "studies/reference/model"
