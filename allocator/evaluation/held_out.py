@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from allocator.app.resources import StudyOptions
 from allocator.app.study_folder import StudyFolder
+from allocator.checkpoint.inventory import Inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
@@ -89,7 +90,7 @@ def evaluate(
             on_table(frame)
         return frame
 
-    frame = measured(_original(study_folder, scorer))
+    frame = measured(original_row(study_folder.inventory, scorer))
     shown = tqdm(rows.items(), desc="evaluate", disable=not study_folder.progress)
     losses = _each(rows.values(), [scorers.get(name, scorer) for name in rows])
     for (name, allocation), its in zip(shown, losses, strict=True):
@@ -150,17 +151,15 @@ def _each(
         yield from together[0][1].each([allocation for allocation, _ in together])
 
 
-def _original(study_folder: StudyFolder, scorer: AnyScorer) -> dict[str, Any]:
+def original_row(inventory: Inventory, scorer: AnyScorer) -> dict[str, Any]:
+    """Returns the table's row of the original: sizes of what is encoded, and what it scores."""
     from allocator.scoring.scorer import mean, perplexity
 
-    weights = study_folder.inventory.n_searched_weights
     losses = scorer.score_original()
-    stored = sum(
-        t.total_bytes for t in study_folder.inventory.tensors.values() if t.role.is_encoded
-    )
+    stored = sum(t.total_bytes for t in inventory.tensors.values() if t.role.is_encoded)
     return {
         "name": "original",
-        "bits": stored * 8 / weights,
+        "bits": stored * 8 / inventory.n_searched_weights,
         "bytes": stored,
         "kl": mean(losses.kl, scorer.documents),
         "perplexity": perplexity(losses.nll, scorer.documents),

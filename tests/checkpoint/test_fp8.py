@@ -16,7 +16,7 @@ from allocator.checkpoint.inventory import read_inventory, read_json
 from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
-from allocator.evaluation import held_out as report
+from allocator.evaluation.held_out import original_row
 from allocator.export.checkpoint import materialize
 from allocator.export.safetensors.loading import load
 from allocator.export.safetensors.runtime import SAFETENSORS_TOLERANCE
@@ -92,7 +92,7 @@ def test_the_model_is_transformers_with_the_decoded_weights(two, target):
 def test_bytes_of_the_original(two, make_documents):
     """The size that `evaluate` prints beside the original has the scales."""
     scorer = Scorer(swap_model(two.fp8, "gguf"), make_documents([16], seed=1))
-    row = report._original(SimpleNamespace(inventory=read_inventory(two.fp8)), scorer)
+    row = original_row(read_inventory(two.fp8), scorer)
     nbytes = 0
     for path in two.fp8.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

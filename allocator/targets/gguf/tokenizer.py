@@ -120,10 +120,9 @@ def _looks_special(text: str) -> bool:
     )
 
 
-# llama.cpp's name of a pre-tokenizer by the patterns of tokenizer.json, line ends escaped
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     (): "gpt-2",
     (_WORDS + r"\p{N}" + _TAIL,): "qwen2",
     (_WORDS + r"\p{N}{1,3}" + _TAIL,): "llama-bpe",
@@ -134,6 +133,7 @@ _PRE_TOKENIZERS = {
         r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ): "deepseek-v3",
 }
+"""llama.cpp's name of a pre-tokenizer by the patterns of tokenizer.json, line ends escaped."""
 
 
 def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
@@ -165,9 +165,9 @@ def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
             f"pre-tokenizer {[s['type'] for s in steps]} with prefix space or no byte level"
         )
     # ByteLevel cuts by GPT-2's pattern itself unless told not to
-    if bool(last.get("use_regex", True)) is bool(patterns) or patterns not in _PRE_TOKENIZERS:
+    if bool(last.get("use_regex", True)) is bool(patterns) or patterns not in PRE_TOKENIZERS:
         raise refuse(f"pre-tokenizer with patterns {patterns}")
-    name = _PRE_TOKENIZERS[patterns]
+    name = PRE_TOKENIZERS[patterns]
     if bool(model.get("ignore_merges")) is not (name == "llama-bpe"):
         raise refuse(f"ignore_merges = {model.get('ignore_merges')} with pre-tokenizer {name}")
     return name

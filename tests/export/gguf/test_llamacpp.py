@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from allocator.errors import TargetError, VerifyError
 from allocator.export.gguf.files import write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.targets import GGUF
-from allocator.targets.gguf import contract, metadata
+from allocator.targets.gguf.metadata import yarn_betas
 from allocator.targets.group_weights import group_weights
 
 REFERENCE = Path(__file__).parents[3] / "studies/reference/model"
@@ -66,9 +67,12 @@ class Modules:
         return weight.numpy()
 
 
-def write_f32(path, checkpoint, model, retained=None):
-    """Writes the checkpoint as an all-F32 GGUF from the model's own tensors."""
-    layout = GGUF.layout(read_inventory(checkpoint))
+def write_f32(path, checkpoint, model, retained=None, described=lambda inventory: inventory):
+    """Writes the checkpoint as an all-F32 GGUF from the model's own tensors.
+
+    `described` changes what the file says of the model.
+    """
+    layout = GGUF.layout(described(read_inventory(checkpoint)))
     everything = tuple(range(layout.inventory.n_experts))
     retained = retained or dict.fromkeys(layout.layers, everything)
     allocation = Allocation.of(
@@ -80,6 +84,12 @@ def write_f32(path, checkpoint, model, retained=None):
     write_gguf(path, layout, allocation, Modules(model, layout, retained))
     assert path.stat().st_size == allocation.nbytes(layout).file
     return path
+
+
+def with_gguf(inventory, **changes):
+    """The inventory, of a family that describes itself otherwise to llama.cpp."""
+    family = inventory.family
+    return replace(inventory, family=replace(family, gguf=replace(family.gguf, **changes)))
 
 
 def shrink(model, retained):
@@ -267,17 +277,23 @@ SCALED = {**YARN, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 def test_llama_cpp_computes_with_other_betas_when_told(tmp_path, make, rope):
     model, checkpoint = make(tmp_path / "model", rope_parameters=rope)
     path = write_f32(tmp_path / "model.gguf", checkpoint, model)
-    betas = metadata.yarn_betas(read_inventory(checkpoint))
+    betas = yarn_betas(read_inventory(checkpoint))
     ids = random_ids(model.config.vocab_size, n_tokens=128)
     assert mean_kl(model, path, ids, yarn_betas=betas) <= 1e-8
     assert mean_kl(model, path, ids) > 0.05  # its loaders do not read what the file says
 
 
-def test_mscale_of_qwen3_moe_is_refused_for_a_reason(tmp_path, monkeypatch):
+def test_mscale_of_qwen3_moe_is_refused_for_a_reason(tmp_path):
+    """A file can say no more than it says of YaRN without the factors."""
     rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
     model, checkpoint = qwen3_moe(tmp_path / "model", rope_parameters=rope)
-    monkeypatch.setattr(metadata, "_check_yarn", lambda *args: None)
-    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+    with pytest.raises(TargetError, match="rotated queries and keys of qwen3moe"):
+        GGUF.layout(read_inventory(checkpoint))
+
+    def without_factors(inventory):
+        return replace(inventory, config={**inventory.config, "rope_parameters": YARN})
+
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model, described=without_factors)
     assert mean_kl(model, path, random_ids(384, n_tokens=128)) > 0.05
 
 
@@ -285,7 +301,7 @@ def test_mscale_of_qwen3_moe_is_refused_for_a_reason(tmp_path, monkeypatch):
     ("layers", "vocab", "loads"),
     [(26, 64, True), (28, 64, False), (48, 64, False), (48, 128_256, True)],
 )
-def test_deepseek_v3_without_q_lora_rank(tmp_path, monkeypatch, layers, vocab, loads):
+def test_deepseek_v3_without_q_lora_rank(tmp_path, layers, vocab, loads):
     """llama.cpp itself says which depths it loads; the layout says the same."""
     model, checkpoint = deepseek_v3(
         tmp_path / "model", num_hidden_layers=layers, vocab_size=vocab, q_lora_rank=None,
@@ -296,8 +312,11 @@ def test_deepseek_v3_without_q_lora_rank(tmp_path, monkeypatch, layers, vocab, l
     if not loads:
         with pytest.raises(TargetError, match=f"got {layers} layers and {vocab:,} tokens"):
             GGUF.layout(read_inventory(checkpoint))
-        monkeypatch.setattr(contract, "_check", lambda inventory: None)
-    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+
+    def unchecked(inventory):
+        return with_gguf(inventory, check=lambda facts: None)
+
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model, described=unchecked)
     if loads:
         ids = random_ids(64, n_tokens=16, n_documents=1)
         assert mean_kl(model, path, ids) <= 1e-8
@@ -309,16 +328,18 @@ def test_deepseek_v3_without_q_lora_rank(tmp_path, monkeypatch, layers, vocab, l
 @pytest.mark.parametrize(
     "key", ["expert_gating_func", "expert_weights_scale", "expert_weights_norm"]
 )
-def test_the_comparison_sees_a_missing_key(tmp_path, monkeypatch, key):
+def test_the_comparison_sees_a_missing_key(tmp_path, key):
     """llama.cpp loads such a file without a word: the reason why these tests exist."""
-    whole = metadata._deepseek2
-    monkeypatch.setattr(
-        metadata,
-        "_deepseek2",
-        lambda *args: [f for f in whole(*args) if not f.key.endswith(key)],
-    )
+
+    def without_key(inventory):
+        whole = inventory.family.gguf.hyperparameters
+        assert key in dict(whole(inventory.facts))
+        return with_gguf(
+            inventory, hyperparameters=lambda facts: (p for p in whole(facts) if p[0] != key)
+        )
+
     model, checkpoint = deepseek_v3(tmp_path / "model")
-    path = write_f32(tmp_path / "model.gguf", checkpoint, model)
+    path = write_f32(tmp_path / "model.gguf", checkpoint, model, described=without_key)
     assert mean_kl(model, path, random_ids(320)) > 1e-4
 
 
