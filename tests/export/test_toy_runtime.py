@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from allocator import api
+from allocator.app.study_folder import StudyFolder
 from allocator.errors import AllocatorError, SpaceError, VerifyError
 from allocator.export.base import Comparison, Runtime
 from allocator.export.runtimes import RUNTIMES, register_runtime
@@ -135,7 +136,7 @@ def test_from_a_search_to_a_rebuilt_file(fresh_study, study_cache, tmp_path):
     text = (study / "study.toml").read_text().replace('"gguf"', f'"{SHELF.name}"')
     (study / "study.toml").write_text(text)
     options = {"cache": study_cache, "threads": 1}
-    assert len(api.inspect(api.StudyFolder(study).inventory.path, target=SHELF.name))
+    assert len(api.inspect(StudyFolder(study).inventory.path, target=SHELF.name))
     found = api.search(study, trials=4, **options)
     made = api.materialize(study, found.pick, tmp_path / "out", record=True, **options)
     assert made.manifest.file == "model.shelf"
@@ -158,10 +159,10 @@ def test_its_own_recipe_is_read(fresh_study, study_cache, tmp_path):
     recipe = tmp_path / "recipe.txt"
     options = {"cache": study_cache, "threads": 1}
     (study / "study.toml").write_text(plain.replace('"gguf"', f'"{SHELF.name}"'))
-    groups = api.StudyFolder(study, **options).layout.groups
+    groups = StudyFolder(study, **options).layout.groups
     recipe.write_text("".join(f"{group} Q8_0\n" for group in groups))
-    decision = api.StudyFolder(study, **options).read_allocation(recipe)
+    decision = StudyFolder(study, **options).read_allocation(recipe)
     assert set(decision.format_of.values()) == {"Q8_0"}
     (study / "study.toml").write_text(plain.replace('"gguf"', '"safetensors"'))
     with pytest.raises(SpaceError, match="no recipes of its own"):
-        api.StudyFolder(study, **options).read_allocation(recipe)
+        StudyFolder(study, **options).read_allocation(recipe)

@@ -238,8 +238,8 @@ def test_a_study_from_profile_to_verify(checkpoints, write_study, tmp_path, stre
     assert found.loss == pytest.approx(known, abs=1e-6)
     best = min(result.study.best_trials, key=lambda t: t.values[0])
     here = StudyFolder(on_host, threads=1, cache=tmp_path / "cache")
-    losses = here.scorer.score(allocation_of(best))
-    assert here.scorer.summary(losses)["loss"] == pytest.approx(
+    losses = here.scorers.trials.score(allocation_of(best))
+    assert here.scorers.trials.summary(losses)["loss"] == pytest.approx(
         best.user_attrs[RESULT]["loss"], abs=1e-6
     )
 
