@@ -118,15 +118,15 @@ def plan(
     out: str | Path | None = None,
     **options: Unpack[ResourceOptions],
 ) -> Plan:
-    """What a model would take, and a first allocation, from its `config.json` alone.
+    """Plans a model from its `config.json` alone: its sizes, and first allocations that fit.
 
     Args:
         config: the file, or its directory; no weights are needed.
-        device: to fit in; without it there are sizes alone.
-        experts: retained counts to look at; all, three quarters and five eighths by default.
-        kv_format: of keys and values.
+        device: device budget to fit in; without a device budget, the plan has sizes alone.
+        experts: retained counts to plan for; all, three quarters and five eighths by default.
+        kv_format: format of cached keys and values.
         micro_batch: tokens computed at once.
-        profile: study of a smaller relative, whose losses are taken over; measured if need be.
+        profile: study of a smaller relative, whose losses are taken over; profiled if need be.
         out: folder for the allocations that fit.
         options: as of `ResourceOptions`, for the profile.
 
@@ -356,7 +356,7 @@ def score(
 def explain(
     study: str | Path, allocation: str | Path, **options: Unpack[StudyOptions]
 ) -> pd.DataFrame:
-    """Per decision of an allocation: bytes, predicted loss, and the next step up and down.
+    """Tabulates an allocation by decision: bytes, predicted loss, the next step up and down.
 
     `predicted_loss` is of a small change there: the part by jumps goes with the square root of
     all changes, so the column adds up to the prediction less half of that part. Columns `up` and

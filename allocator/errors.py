@@ -38,5 +38,5 @@ class VerifyError(AllocatorError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; the name of its class where it says nothing."""
+    """Returns the first line of an error's message; without a message, the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of `12MiB`, `1.5GB` or a plain integer.
+    """Parses a size: `12MiB`, `1.5GB` or a plain integer, to bytes.
 
     Raises:
         AllocatorError: if the text is no size.
@@ -33,7 +33,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_seconds(text: str) -> int:
-    """Seconds of `30min`, `2h` or `90s`.
+    """Parses a duration, `30min`, `2h` or `90s`, to seconds.
 
     Raises:
         AllocatorError: if the text is no duration.
@@ -42,7 +42,7 @@ def parse_seconds(text: str) -> int:
 
 
 def show_bytes(nbytes: int) -> str:
-    """A size for reading, exact count first: `8,234,496 B (7.85 MiB)`."""
+    """Formats a size for reading, exact count first: `8,234,496 B (7.85 MiB)`."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:

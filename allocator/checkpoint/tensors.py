@@ -50,18 +50,23 @@ def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
 
 
 def read_tensor(inventory: Inventory, name: str) -> Floats:
-    """Reads one tensor of the checkpoint, in its own shape, as float32; exact for every dtype.
+    """Reads one tensor of the checkpoint as float32, exactly, whatever its dtype.
+
+    The shape is the stored one: `(rows, in_features)` of a matrix, `(width,)` of a vector.
 
     Raises:
-        CheckpointError: if its file ends early, or it has values that are no numbers.
+        CheckpointError: if its file ends early, or the tensor has values that are no numbers.
     """
     return _read(inventory, inventory.tensors[name])
 
 
 def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
-    """Reads rows `start` to `stop` of a matrix, `(stop - start, in_features)`, as float32.
+    """Reads rows `start` to `stop` of a matrix as float32, exactly.
 
-    No other rows of the file are read; of FP8, whole blocks.
+    No other rows of the file are read; of FP8, whole blocks are read.
+
+    Returns:
+        `(rows, in_features)`, with `stop - start` rows.
 
     Raises:
         CheckpointError: as `read_tensor`.
@@ -110,7 +115,15 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
 
 
 def floats_of(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
-    """Returns stored floats, `F32`, `F16` or `BF16`, as float32, exactly; both flat."""
+    """Converts stored floats, `F32`, `F16` or `BF16`, to float32, exactly.
+
+    Args:
+        raw: `(n * bytes of the dtype,)`.
+        dtype: of the stored floats.
+
+    Returns:
+        `(n,)`.
+    """
     if dtype == "BF16":
         bits = raw.view(np.uint16).astype(np.uint32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)

@@ -101,7 +101,10 @@ class Encodings:
     def given(
         self, name: str, fmt: str, experts: Sequence[int] | None = None
     ) -> tuple[Bytes, SlotDigests]:
-        """Returns what `encoded` returns, and the digests that the bytes agree with now.
+        """Returns a group in a format, as `encoded` does, and the digests of the returned bytes.
+
+        Returns:
+            `(..., rows, bytes per row)`, read-only; and one digest per slot.
 
         Raises:
             AllocatorError: as `encoded`.
@@ -126,7 +129,7 @@ class Encodings:
         """Decodes a group in a format; of a routed projection, these experts.
 
         Returns:
-            The group's shape, float32.
+            `(..., rows, in_features)`, float32.
 
         Raises:
             AllocatorError: as `encoded`.

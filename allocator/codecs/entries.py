@@ -126,7 +126,11 @@ class SlotDigests:
     slot_bytes: int
 
     def match(self, data: Bytes) -> bool:
-        """Tells whether `data`, of any shape, is the bytes of these slots in their order."""
+        """Tells whether `data` is the bytes of these slots in their order.
+
+        Args:
+            data: `(..., bytes per row)`; only the order of the bytes counts.
+        """
         if data.size != len(self.seals) * self.slot_bytes:
             return False
         flat = np.ascontiguousarray(data).reshape(-1).data

@@ -111,7 +111,7 @@ class GgmlCodec(Codec):
     def encode_rows(
         self, weights: Floats, fmt: Format, importance: Floats | None, *, out: Bytes
     ) -> None:
-        """Calls `ggml_quantize_chunk`."""
+        """Encodes `rows x in_features` by `ggml_quantize_chunk`."""
         if fmt.name == "F32":  # ggml has no quantizer for it
             out[...] = weights.view(np.uint8)
             return
@@ -127,7 +127,7 @@ class GgmlCodec(Codec):
         )
 
     def decode_rows(self, data: Bytes, fmt: Format, *, out: Floats) -> None:
-        """Calls the format's `to_float`."""
+        """Decodes `rows x bytes per row` by ggml's `to_float` of the format."""
         if fmt.name == "F32":
             out[...] = data.view(np.float32)
             return
@@ -146,7 +146,7 @@ class GgmlCodec(Codec):
         return _WEIGHTS_PER_SECOND.get(fmt.name, _TYPICAL_PER_SECOND)
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
-        """Decodes with gguf-py, which computes in numpy."""
+        """Decodes `rows x bytes per row` with gguf-py, which computes in numpy."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 

@@ -130,7 +130,11 @@ class Runtime(ABC):
 
     @abstractmethod
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
-        """Returns the bytes of a full-precision tensor as a written file has them."""
+        """Returns the bytes of a full-precision tensor as a written file has them.
+
+        Returns:
+            `(..., bytes per row)`; `(bytes,)` of a norm or bias.
+        """
 
     @abstractmethod
     def compare(

@@ -64,7 +64,7 @@ class StoredWeights:
         return True
 
     def put(self, name: str, fmt: str, expert: int | None, weights: Floats) -> None:
-        """Is never called, since the file has everything."""
+        """Refuses weights `(..., rows, in_features)`: the file has every group already."""
         raise AssertionError(f"{name} in {fmt} is in the file")
 
     def encoded(self, name: str, fmt: str, experts: Sequence[int] | None = None) -> Bytes:
@@ -82,7 +82,7 @@ class StoredWeights:
         return codec_of(known).decode(self.encoded(name, fmt, experts), known)
 
     def full_precision(self, tensor: FullPrecision, experts: Sequence[int] | None) -> Floats:
-        """Returns a norm, `tensor.shape`, or of a router the rows of `experts`; float32."""
+        """Returns a norm, `(width,)`, or a router's rows, `(experts, hidden)`; float32."""
         stored = self._tensors[tensor.source]
         assert stored.format is not None, f"{tensor.source} has no dtype in the file"
         raw = np.ascontiguousarray(stored.data).reshape(-1).view(np.uint8)
@@ -94,4 +94,4 @@ class StoredWeights:
         return values[[retained.index(e) for e in experts]]
 
     def release(self) -> None:
-        """Does nothing: the file is mapped as a whole."""
+        """Releases nothing, since the file is mapped as a whole."""

@@ -52,10 +52,16 @@ class TensorSource(Protocol):
         """Returns the shape of what `encoded` returns."""
 
     def matches(self, name: str, part: int, stored: Bytes) -> bool:
-        """Says whether stored bytes, of any shape, are those of a group, or of one part of it."""
+        """Tells whether stored bytes are those of a group, or of one part of the group.
+
+        Args:
+            name: the group's.
+            part: which of its parts.
+            stored: `(..., bytes per row)`; only the order of the bytes counts.
+        """
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
-        """Returns a norm, or a router's retained rows: `tensor.shape_with(retained)`, float32."""
+        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32."""
 
     def full_precision_raw(self, tensor: FullPrecision) -> Bytes:
         """Returns the same in the checkpoint's own dtype: `(rows, bytes)` or `(bytes,)`."""
@@ -93,9 +99,15 @@ class EncodedTensors:
         return data
 
     def matches(self, name: str, part: int, stored: Bytes) -> bool:
-        """Says whether stored bytes are those of a group, or of one part of it, by their digests.
+        """Tells whether stored bytes are those of a group, or of one part of the group, by digest.
 
-        What was not returned before is asked for, so the encodings' own bytes are checked too.
+        Groups that were not returned before are read now, so the encodings' own bytes are checked
+        too.
+
+        Args:
+            name: the group's.
+            part: which of its parts.
+            stored: `(..., bytes per row)`; only the order of the bytes counts.
         """
         if self._encode:
             fmt, experts = self.allocation.parts(self.layout, name)[part]
@@ -111,7 +123,7 @@ class EncodedTensors:
         return encoded_shape(self.layout, self.allocation, name, part)
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
-        """Returns a norm, or a router's retained rows: `tensor.shape_with(retained)`, float32."""
+        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32."""
         return rows_of(read_tensor(self.layout.inventory, tensor.source), self._rows(tensor))
 
     def full_precision_raw(self, tensor: FullPrecision) -> Bytes:

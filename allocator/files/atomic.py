@@ -44,7 +44,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
-    """A TOML file as a typed value; a failure is one line with the file and the path in it."""
+    """Reads a TOML file as a typed value.
+
+    Raises:
+        error: one line with the file, and the place in the file.
+    """
     try:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
     except FileNotFoundError:

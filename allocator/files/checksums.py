@@ -112,12 +112,18 @@ def read_checked(path: Path, kind: type[T], of: str = "", *, quiet: bool = False
 
 
 def log_damage(path: Path, error: Exception, then: str = "measured again") -> None:
-    """Logs the one line on a file of the cache that cannot be used."""
+    """Logs one line on a file of the cache that cannot be used."""
     _log.warning("%s: damaged (%s); %s", path, first_line(error)[:200], then)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array], of: str = "") -> None:
-    """Writes arrays as safetensors with their checksum, to the disk, whole or not at all."""
+    """Writes arrays as safetensors with their checksum, to the disk, whole or not at all.
+
+    Args:
+        path: the file.
+        arrays: by name, of any shape `(...,)`.
+        of: what the arrays belong to; part of the checksum.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -131,7 +137,11 @@ def save_arrays(path: Path, arrays: Mapping[str, Array], of: str = "") -> None:
 
 
 def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
-    """Reads arrays of the cache; None if they are missing or, after one line, damaged."""
+    """Reads arrays of the cache as `save_arrays` wrote them, by name, each of its own shape `(...,)`.
+
+    Returns:
+        None if the file is missing, or damaged; damage is logged in one line.
+    """
     if not path.exists():
         return None
     try:
@@ -147,7 +157,7 @@ def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
 
 
 def arrays_checksum(arrays: Mapping[str, Array], of: str = "") -> str:
-    """Computes the checksum of names, types, shapes and bytes."""
+    """Computes the checksum of names, types, shapes `(...,)` and bytes."""
     total = hashlib.sha256(of.encode() + b"\n")
     for name in sorted(arrays):
         array = arrays[name]

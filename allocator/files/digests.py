@@ -43,7 +43,7 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "Identity":
-        """From what the file system says."""
+        """Identifies a file by what the file system says of the file."""
         return cls(stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
@@ -66,12 +66,12 @@ class Digests:
         self._saved = time.monotonic()
 
     def of(self, files: Mapping[Path, Identity], part: str, compute: Callable[[], str]) -> str:
-        """The digest of a part of some files.
+        """Returns the digest of a part of some files; computes an unknown one.
 
         Args:
-            files: all that it depends on, as they were opened.
-            part: names it among the parts of the first file: what is digested, and from where.
-            compute: reads them; raises if one is another file by then.
+            files: all files that the digest depends on, as they were opened.
+            part: names the part among those of the first file: what is digested, and from where.
+            compute: reads the files; raises if one is another file by then.
         """
         latest = max(identity.modified_ns for identity in files.values())
         if time.time_ns() - latest < _SETTLED_NS:

@@ -85,11 +85,11 @@ def pareto(nbytes: Ints, loss: Floats) -> Ints:
     """Returns the indices of the options that no other matches in both bytes and loss.
 
     Args:
-        nbytes: `options`.
-        loss: `options`.
+        nbytes: `(options,)`.
+        loss: `(options,)`.
 
     Returns:
-        Indices in order of ascending bytes, hence of descending losses.
+        `(indices,)` in order of ascending bytes, hence of descending losses.
     """
     return frontier(np.zeros(len(nbytes), dtype=np.int64), nbytes, loss)
 
@@ -98,12 +98,12 @@ def frontier(owner: Ints, nbytes: Ints, loss: Floats) -> Ints:
     """Returns the indices of the options that no other of their class matches in bytes and loss.
 
     Args:
-        owner: class of every option, from 0; `options`.
-        nbytes: `options`.
-        loss: `options`.
+        owner: class of every option, from 0; `(options,)`.
+        nbytes: `(options,)`.
+        loss: `(options,)`.
 
     Returns:
-        Indices by class, then in order of ascending bytes, hence of descending losses.
+        `(indices,)` by class, then in order of ascending bytes, hence of descending losses.
     """
     order = np.lexsort((loss, nbytes, owner))
     rank = np.unique(loss, return_inverse=True)[1] - owner * (len(loss) + 1)

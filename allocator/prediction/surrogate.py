@@ -135,8 +135,8 @@ class Surrogate:
 
         Args:
             params: where the change is zero.
-            tables: of moves from candidates near these params, as `table` returns them; their mean
-                counts.
+            tables: of moves from candidates near these params, as `table` returns them, `counts x
+                options` by group; their mean counts.
             share: weight of the moves.
         """
         routing_loss = max(self.routing_loss(self.losses(params)), 1e-12)
@@ -168,9 +168,9 @@ class Surrogate:
         )
 
     def losses(self, params: Params) -> Floats:
-        """Returns the losses of complete params, `multiplied_names`, but the routing loss.
+        """Returns the losses of complete params, `(multiplied_names,)`, without the routing loss.
 
-        These are smooth losses by group, losses of counts by layer, and losses of settings.
+        The losses are smooth losses by group, losses of counts by layer, and losses of settings.
         """
         losses = []
         for group, names in self.space.formats.items():
@@ -190,14 +190,14 @@ class Surrogate:
         """Returns the loss by jumps that goes with smooth ones.
 
         Args:
-            losses: `multiplied_names`, as `losses` returns them.
+            losses: `(multiplied_names,)`, as `losses` returns them.
         """
         return sqrt(float(self.coupling_values @ losses))
 
     def shares(self, params: Params) -> Floats:
-        """Returns the derivatives of the predicted loss's logarithm, `multiplied_names`.
+        """Returns the derivatives of the predicted loss's logarithm, `(multiplied_names,)`.
 
-        They are by each multiplier's logarithm, at complete params.
+        The derivatives are by each multiplier's logarithm, at complete params.
         """
         losses = self.losses(params)
         routing_loss = max(self.routing_loss(losses), 1e-12)
@@ -231,7 +231,7 @@ class Surrogate:
         return alone * self.multipliers.get(name, 1.0)
 
     def multiplied_count_losses(self, layer: int) -> Floats:
-        """Returns the losses of pruning a layer, `counts` of the space."""
+        """Returns the losses of pruning a layer, `(counts,)` of the space."""
         return self.count_losses[layer] * self.multipliers.get(ExpertsOf(layer).name, 1.0)
 
     def error_weight(self, group: str, routing_loss: float) -> float:

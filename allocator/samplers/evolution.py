@@ -92,7 +92,7 @@ def random_start(costs: Costs, rng: np.random.Generator) -> Params:
 
 
 def offspring(costs: Costs, parent: Params, rng: np.random.Generator) -> Params | None:
-    """Draws complete params within the budget; None if they stray too far, or nowhere."""
+    """Draws complete params within the budget; None if too far from the parent, or equal."""
     walk = _Walk(costs, dict(parent), rng)
     raised_first = rng.random() >= _LOWERED_FIRST
     for _ in range(int(rng.integers(1, _SWITCHES + 1, size=2).min())):

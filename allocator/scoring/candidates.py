@@ -57,7 +57,7 @@ class CandidateWeights(EncodedWeights, Protocol):
         """Names the weights: equal digests mean equal weights in every format that both have."""
 
     def full_precision(self, tensor: FullPrecision, experts: Sequence[int] | None) -> Floats:
-        """Returns a norm, `tensor.shape`, or of a router the rows of `experts`; float32."""
+        """Returns a norm, `(width,)`, or a router's rows, `(experts, hidden)`; float32."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Weights:
         return values
 
     def full_precision(self, candidate: Candidate, tensor: FullPrecision) -> Floats:
-        """Returns a norm, or the retained rows of a router, `tensor.shape_with(retained)`, float32.
+        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32.
 
         The original stays in memory until `forget`.
         """
@@ -162,9 +162,12 @@ class Weights:
     def chunks(
         self, candidate: Candidate, group: Group, step: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields the embedding or the head, `step` rows at a time: the first row, and their values.
+        """Yields the embedding or the head, `step` rows at a time.
 
-        Encoded ones are asked for, and so checked, once for all rows.
+        An encoded group is read, and so checked, once for all rows.
+
+        Yields:
+            The first row's number, and the values, `(rows, hidden)`, float32.
         """
         fmt, whole = candidate.format_of[group.name], 4 * prod(group.shape) <= _WHOLE_BYTES
         encoded = None

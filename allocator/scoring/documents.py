@@ -113,7 +113,7 @@ def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Docum
 
 
 def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Parts every domain in two thirds, and a third: its third, sixth, ... document."""
+    """Splits every domain in two thirds, and a third: the third, sixth, ... document."""
     seen: dict[str, int] = {}
     parts: tuple[list[Document], list[Document]] = [], []
     for document in documents:

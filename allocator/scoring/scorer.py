@@ -75,7 +75,7 @@ class Documents:
         return len(self.documents)
 
     def summary(self, losses: DocumentLosses) -> dict[str, Any]:
-        """Averages losses that began at document 0: plain values, for trial attributes."""
+        """Averages losses that began at document 0 to plain values, for trial attributes."""
         scored = self.documents[: len(losses.kl)]
         return {
             "loss": mean(losses.kl, scored),
@@ -418,8 +418,8 @@ def perplexity(nll: Array, documents: Sequence[Document]) -> float:
     """Returns exp of the mean negative log-likelihood of all predicted tokens.
 
     Args:
-        nll: nats per token, by document.
-        documents: whose values they are.
+        nll: nats per token, `(documents,)`.
+        documents: of the values, in the same order.
     """
     n_predicted = np.array([len(d.ids) - 1 for d in documents], np.float64)
     return math.exp(float(np.average(nll, weights=n_predicted)))

@@ -159,7 +159,14 @@ class StreamedModel:
         return self.head(self.normed(hidden, candidate), candidate)
 
     def all_logits(self, asked: Sequence[tuple[Candidate, torch.Tensor]]) -> list[torch.Tensor]:
-        """Returns `logits` of several candidates' states; a head that some share is read once."""
+        """Returns `logits` of several candidates' states; a head that some share is read once.
+
+        Args:
+            asked: candidates, each with the last layer's output `(tokens, hidden)`.
+
+        Returns:
+            `(tokens, vocabulary)` per candidate.
+        """
         found: dict[int, torch.Tensor] = {}
         alike: dict[tuple[str | None, str], list[int]] = {}
         for i, (candidate, _) in enumerate(asked):

@@ -153,8 +153,10 @@ def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def parameter_of(model: Any, name: str) -> torch.Tensor:
     """Returns a parameter or buffer by its dotted name, with memory of its own.
 
+    A matrix is `(rows, in_features)`, the fused experts of a layer `(experts, rows, in_features)`.
+
     Raises:
-        CheckpointError: if the architecture has none of that name.
+        CheckpointError: if the architecture has no parameter of that name.
     """
     tensor = _existing(model, name)
     if tensor.is_meta:
@@ -168,14 +170,22 @@ def parameter_of(model: Any, name: str) -> torch.Tensor:
 
 
 def destination(model: Any, dimensions: Dimensions, group: Group) -> torch.Tensor:
-    """Returns a view of a group's memory in the model, `group.shape_with(retained)`."""
+    """Returns a view of a group's memory in the model, `group.shape_with(retained)`.
+
+    Returns:
+        `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
+    """
     return view_of(lambda name: parameter_of(model, name), dimensions, group)
 
 
 def view_of(
     tensor_of: Callable[[str], torch.Tensor], dimensions: Dimensions, group: Group
 ) -> torch.Tensor:
-    """Returns a view, with a group's shape, of a parameter or of something of its shape."""
+    """Returns a view of a group in a parameter, or in another tensor of the parameter's shape.
+
+    Returns:
+        `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
+    """
     if group.role.is_expert:
         experts = f"model.layers.{group.layer}.mlp.experts"
         if group.role is Role.EXPERT_DOWN:
@@ -193,7 +203,10 @@ def view_of(
 
 
 def install(model: Any, dimensions: Dimensions, group: Group, values: Floats) -> None:
-    """Puts a group's values, `group.shape_with(retained)`, into the model.
+    """Puts a group's values into the model.
+
+    The values have the shape `group.shape_with(retained)`: `(retained, rows, in_features)` of
+    routed experts, else `(..., rows, in_features)`.
 
     Raises:
         CheckpointError: if the architecture has another shape there.
@@ -202,7 +215,7 @@ def install(model: Any, dimensions: Dimensions, group: Group, values: Floats) ->
 
 
 def place(model: Any, group: Group, values: Floats) -> None:
-    """Makes a matrix's values a parameter of the model, which keeps no copy.
+    """Makes a matrix's values, `(rows, in_features)`, a parameter of the model without a copy.
 
     Raises:
         CheckpointError: if the architecture has another shape there.
@@ -218,14 +231,14 @@ def place(model: Any, group: Group, values: Floats) -> None:
 def install_experts(
     model: Any, dimensions: Dimensions, group: Group, values: Floats, places: Sequence[int]
 ) -> None:
-    """Puts some experts of a routed projection, `(len(places), out, in)`, into the model.
+    """Puts some experts of a routed projection into the model.
 
     Args:
-        model: where to.
+        model: of transformers.
         dimensions: the checkpoint's.
         group: the projection.
-        values: one matrix per expert.
-        places: where each stands among those that its layer retains.
+        values: one matrix per expert, `(places, out_features, in_features)`.
+        places: position of each expert among the retained experts of its layer.
     """
     view = destination(model, dimensions, group)
     for place, matrix in zip(places, values, strict=True):
@@ -233,7 +246,7 @@ def install_experts(
 
 
 def install_full_precision(model: Any, tensor: FullPrecision, values: Floats) -> None:
-    """Puts a norm, or the retained rows of a router, `tensor.shape_with(retained)`, into the model.
+    """Puts a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`, into the model.
 
     Raises:
         CheckpointError: if the architecture has another shape there.
@@ -300,7 +313,7 @@ def _existing(model: Any, name: str) -> torch.Tensor:
     """A parameter or buffer, on the meta device or not.
 
     Raises:
-        CheckpointError: if the architecture has none of that name.
+        CheckpointError: if the architecture has no parameter of that name.
     """
     module_name, _, attribute = name.rpartition(".")
     try:

@@ -115,7 +115,7 @@ class FirstTrials:
         return missing
 
     def enqueue_next(self) -> None:
-        """Enqueues the next missing one, unless a trial waits already."""
+        """Enqueues the next missing first trial, unless a trial waits already."""
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if not waiting and (missing := self.missing()):
             self._study.enqueue_trial(self._space.params(missing[0].allocation))

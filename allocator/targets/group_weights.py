@@ -30,13 +30,25 @@ def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats
 
 
 def join_kv_b(k_b: Floats, v_b: Floats) -> Floats:
-    """Joins `k_b` and `v_b` to `(heads * (nope + value), rank)`; the inverse of `split_kv_b`."""
+    """Joins `k_b` and `v_b`; the inverse of `split_kv_b`.
+
+    Args:
+        k_b: `(heads, rank, nope)`.
+        v_b: `(heads, value, rank)`.
+
+    Returns:
+        `(heads * (nope + value), rank)`.
+    """
     joined = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
     return joined.reshape(-1, joined.shape[-1])
 
 
 def group_weights(layout: Layout, group: Group) -> Floats:
-    """Returns all weights of a group, `group.shape`, every expert included, float32."""
+    """Returns all weights of a group in `group.shape`, every expert included, as float32.
+
+    Returns:
+        `(out, in)`, `(experts, out, in)` or `(heads, out, in)`.
+    """
     inventory = layout.inventory
     if group.role in (Role.K_B, Role.V_B):
         latent = inventory.dimensions.latent

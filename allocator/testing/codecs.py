@@ -63,7 +63,7 @@ class CodecConformance:
             assert codec.preparation_seconds(fmt) >= 0
 
     def test_its_identity_names_package_and_version(self, codec: Codec) -> None:
-        """Other versions may write other bytes, so keys and records name theirs."""
+        """Checks that the identity names package and version: other versions may write other bytes."""
         assert codec.version
         assert codec.identity == f"{codec.package} {codec.version}"
 
@@ -95,7 +95,7 @@ class CodecConformance:
         np.testing.assert_array_equal(second, codec.decode(data, fmt))
 
     def test_what_was_decoded_is_encoded_again(self, codec: Codec, fmt: Format) -> None:
-        """Loses far less the second time, as the values are on the format's grid already."""
+        """Checks that a second encoding loses far less: its values are on the format's grid."""
         weights, ones = _normal(16, _width(fmt, 512)), np.ones(_width(fmt, 512), np.float32)
         once = codec.decode(codec.encode(weights, fmt, ones), fmt)
         twice = codec.decode(codec.encode(once, fmt, ones), fmt)
@@ -103,7 +103,7 @@ class CodecConformance:
         assert lost <= 0.5 * fmt.gaussian_error + 1e-12
 
     def test_zeros_stay_zeros(self, codec: Codec, fmt: Format) -> None:
-        """A row without weights has no scale to divide by."""
+        """Checks that zeros decode to zeros: a row without weights has no scale to divide by."""
         zeros = np.zeros((2, _width(fmt, 512)), np.float32)
         data = codec.encode(zeros, fmt, _lognormal(zeros.shape[-1]))
         assert not codec.decode(data, fmt).any()
@@ -129,7 +129,7 @@ class CodecConformance:
         )
 
     def test_importance_does_what_the_format_says(self, codec: Codec, fmt: Format) -> None:
-        """Importance is needed, lowers the weighted error, or changes nothing."""
+        """Checks that importance is needed, lowers the weighted error, or changes nothing."""
         weights = _normal(16, _width(fmt, 512))
         importance, ones = _lognormal(weights.shape[-1]), np.ones(weights.shape[-1], np.float32)
         weighted = codec.encode(weights, fmt, importance)
@@ -159,7 +159,7 @@ class CodecConformance:
     def test_weights_that_are_not_finite_are_refused(
         self, codec: Codec, fmt: Format, bad: float
     ) -> None:
-        """Whatever the codec would make of them."""
+        """Checks that weights that are not finite are refused."""
         weights = _normal(2, fmt.block)
         weights[1, fmt.block // 2] = bad
         with pytest.raises(FormatError, match="not finite"):
@@ -169,7 +169,7 @@ class CodecConformance:
     def test_importance_that_is_no_weight_is_refused(
         self, codec: Codec, fmt: Format, bad: float
     ) -> None:
-        """Whatever the codec would make of it."""
+        """Checks that negative and not finite importance is refused."""
         importance = np.ones(fmt.block, np.float32)
         importance[fmt.block // 2] = bad
         with pytest.raises(FormatError, match="importance must be"):

@@ -50,7 +50,7 @@ class FamilyConformance:
     # -- names
 
     def test_is_registered(self) -> None:
-        """`config.json` leads to it; where it is planned only, no checkpoint is read."""
+        """Checks that `config.json` leads to the family; a planned family refuses checkpoints."""
         assert planned_family_of(self.config) is self.family
         if self.family.support is Support.READ:
             assert family_of(self.config) is self.family
@@ -59,7 +59,7 @@ class FamilyConformance:
                 family_of(self.config)
 
     def test_names_round_trip(self) -> None:
-        """Every rule knows the names that it makes, and no other rule does."""
+        """Checks that every rule matches the names that it makes, and that no other rule does."""
         for rule in self.family.rules:
             for layer, expert in zip(_LAYERS, _EXPERTS, strict=True):
                 for pattern in (rule.pattern, *rule.aliases):
@@ -76,7 +76,7 @@ class FamilyConformance:
                         assert self.family.match(other) is None
 
     def test_matrices_have_one_role_each(self) -> None:
-        """An encoded role names one matrix of a layer, or one per expert."""
+        """Checks that an encoded role names one matrix of a layer, or one per expert."""
         encoded = [rule.role for rule in self.family.rules if rule.role.is_encoded]
         assert len(encoded) == len(set(encoded))
         assert {Role.EMBEDDING, Role.ROUTER} <= self.family.roles
@@ -87,7 +87,7 @@ class FamilyConformance:
         }
 
     def test_stacks_hold_roles_of_experts(self) -> None:
-        """A tensor with the experts of a layer leads to rules of single experts."""
+        """Checks that a tensor with the experts of a layer leads to rules of single experts."""
         for stack in self.family.stacks:
             name = stack.pattern.format(layer=3)
             assert self.family.match_stack(name) == (stack, 3)
@@ -95,7 +95,7 @@ class FamilyConformance:
             assert all(self.family.rule_of(role).has_expert for role in stack.roles)
 
     def test_layers_are_made_of_rules(self) -> None:
-        """Every layer of the config is one of the family's, and all of its parts have rules."""
+        """Checks that every layer of the config is one of the family's, made of its rules."""
         parts = {rule.part for rule in self.family.rules if rule.has_layer}
         assert all(layer <= parts for layer in self.family.layers)
         config = self.family.text_config(self.config)
@@ -105,7 +105,7 @@ class FamilyConformance:
     # -- the config
 
     def test_needed_keys_are_checked(self) -> None:
-        """A config without a count or width that everything needs is refused by the key's name."""
+        """Checks that a config without a needed count or width is refused by the key's name."""
         keys = self.family.keys
         self.family.check(self.config, "config.json")
         for key in (keys.layers, keys.hidden, keys.vocabulary, keys.experts_used):
@@ -142,7 +142,7 @@ class FamilyConformance:
         assert weights == inventory.n_searched_weights
 
     def test_shapes_are_those_of_transformers(self, tmp_path: Path) -> None:
-        """transformers saves a model of the config under these names, in these shapes."""
+        """Checks names and shapes against a model of the config that transformers saves."""
         if not self.in_transformers:
             pytest.skip("transformers has no such model")
         import torch
@@ -161,7 +161,7 @@ class FamilyConformance:
     # -- llama.cpp
 
     def test_gguf_or_a_reason(self) -> None:
-        """Target gguf lays the model out, or refuses it with the family's reason."""
+        """Checks that target gguf lays the model out, or refuses it with the family's reason."""
         inventory = planned_inventory(self.config)
         if self.family.gguf is None:
             with pytest.raises(TargetError, match=self.family.no_gguf) as caught:
@@ -173,7 +173,7 @@ class FamilyConformance:
             assert weights == inventory.n_searched_weights
 
     def test_gguf_names_are_llama_cpps(self) -> None:
-        """gguf-py lists every tensor's name for the architecture."""
+        """Checks that gguf-py lists every tensor's name for the architecture."""
         if self.family.gguf is None:
             pytest.skip("no file is written for llama.cpp")
         known = MODEL_TENSORS[_architecture(self.family.gguf.architecture)]
@@ -184,7 +184,7 @@ class FamilyConformance:
             assert name.removesuffix(".weight").removesuffix(".bias") in names
 
     def test_gguf_keys_are_llama_cpps(self) -> None:
-        """gguf-py lists every key; what llama.cpp hard-codes is refused where it differs."""
+        """Checks keys against gguf-py's; a value that llama.cpp hard-codes otherwise is refused."""
         inventory = planned_inventory(self.config)
         part = self.family.gguf
         if part is None:

@@ -135,7 +135,7 @@ class RuntimeConformance:
     def test_a_flipped_bit_is_refused(
         self, case: RuntimeCase, written: Written, tmp_path: Path, place: str
     ) -> None:
-        """Damages a tensor's data, before and after the manifest is made to agree."""
+        """Checks that a tensor's damaged data is refused, even where the manifest agrees."""
         folder, file = _copy(written, tmp_path), tmp_path / "copy" / case.runtime.file_name
         places = list(_places(case))
         start, expected = places[{"first": 0, "middle": len(places) // 2, "last": -1}[place]]

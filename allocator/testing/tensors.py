@@ -43,11 +43,11 @@ class ZeroTensors:
         return encoded_shape(self.layout, self.allocation, name, part)
 
     def matches(self, name: str, part: int, stored: Bytes) -> bool:
-        """Says whether stored bytes are those of a group, or of one part of it."""
+        """Tells whether stored bytes, `(..., bytes per row)`, are a group's, or its part's."""
         return np.array_equal(stored.reshape(-1), self.encoded(name, part).reshape(-1))
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
-        """Returns zeros in the shape of a norm, or of a router's retained rows, float32."""
+        """Returns zeros, `(width,)` of a norm, `(retained, hidden)` of a router; float32."""
         return np.zeros(self._shape(tensor), np.float32)
 
     def full_precision_raw(self, tensor: FullPrecision) -> Bytes:

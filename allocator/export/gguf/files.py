@@ -35,7 +35,11 @@ class GgufSource(Protocol):
         """Returns a group in its format: `(..., rows, bytes per row)`, retained experts only."""
 
     def full_precision(self, tensor: FullPrecision) -> npt.NDArray[np.float32]:
-        """Returns a norm, or the retained rows of a router: `tensor.shape_with(retained)`."""
+        """Returns a full-precision tensor, of a router the retained rows.
+
+        Returns:
+            `tensor.shape_with(retained)`: `(width,)` of a norm, `(retained, hidden)` of a router.
+        """
 
 
 # -- writing

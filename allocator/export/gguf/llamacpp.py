@@ -349,10 +349,10 @@ class LlamaCpp:
         return np.stack(rows)
 
     def generate(self, prompt_ids: Sequence[int], n: int) -> list[int]:
-        """Generates up to `n` tokens after a prompt, the likeliest each; ends at an end of text.
+        """Generates up to `n` tokens after a prompt, each the likeliest; stops at an end of text.
 
         Raises:
-            VerifyError: if prompt and text do not fit the context or vocabulary, or it fails.
+            VerifyError: if prompt and text do not fit the context or vocabulary, or llama.cpp fails.
         """
         self._clear()
         generated: list[int] = []

@@ -73,7 +73,7 @@ class GgufRuntime(Runtime):
         }
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
-        """Returns the bytes in float32."""
+        """Returns the bytes in float32: `(..., bytes per row)`."""
         return source.full_precision(tensor).view(np.uint8)
 
     def compare(

@@ -62,7 +62,7 @@ class SafetensorsRuntime(Runtime):
         return read_safetensors(path)
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
-        """Returns the bytes in the checkpoint's dtype."""
+        """Returns the bytes in the checkpoint's dtype: `(rows, bytes)` or `(bytes,)`."""
         return source.full_precision_raw(tensor)
 
     def compare(

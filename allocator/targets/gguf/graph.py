@@ -52,7 +52,7 @@ class Graph:
     _seen: set[int] = field(default_factory=set)
 
     def input(self, *shape: int, width: int = 4) -> Tensor:
-        """Makes a tensor that the host fills in before the graph runs; `width` bytes per value."""
+        """Makes an input `(*shape,)` that the host fills in; `width` bytes per value."""
         return Tensor(shape, prod(shape) * width)
 
     def op(self, shape: tuple[int, ...], *sources: Tensor, in_place: bool = False) -> Tensor:
@@ -60,25 +60,31 @@ class Graph:
         return Tensor(shape, prod(shape) * 4, sources, in_place=in_place)
 
     def view(self, source: Tensor, *shape: int) -> Tensor:
-        """Makes a view of another tensor's memory, or of a part, under another shape."""
+        """Makes a view `(*shape,)` of another tensor's memory, or of a part of the memory."""
         return Tensor(shape, 0, (source,), view=source.view or source)
 
     def store(self, *sources: Tensor, into: Tensor | None = None) -> Tensor:
-        """Makes a `ggml_set_rows`: a view of what it writes to; of a cache, if `into` is None."""
+        """Makes a `ggml_set_rows`, a view of the tensor that it writes to; of a cache without `into`.
+
+        The sources are `(width, ...)`; the result has no shape of its own.
+        """
         tensor = Tensor((), 0, sources if into is None else (*sources, into), view=into)
         tensor.view = into or tensor
         return tensor
 
     def norm(self, x: Tensor) -> Tensor:
-        """Makes a root-mean-square norm, times its weight."""
+        """Makes a root-mean-square norm of `(width, ...)`, times the norm's weight `(width,)`."""
         return self.add(self.add(x))
 
     def add(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """Makes a sum, or any other operation by values; `b` is None for a weight."""
+        """Makes a sum, or another operation by values, in the shape `(*a.shape,)`.
+
+        `b` is None where the second operand is a weight.
+        """
         return self.op(a.shape, *(s for s in (a, b) if s is not None), in_place=True)
 
     def expand(self, *tensors: Tensor) -> None:
-        """Adds tensors and their operands, as `ggml_build_forward_expand` does."""
+        """Adds tensors `(...,)` and their operands, as `ggml_build_forward_expand` does."""
         for tensor in tensors:
             if id(tensor) in self._seen:
                 continue
