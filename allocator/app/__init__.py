@@ -1,1 +1,1 @@
-"""What the verbs are made of: a study's folder and file, launches, estimates, plans."""
+"""Parts of the public functions: a study's folder and file, searches, estimates, plans."""

@@ -1,4 +1,4 @@
-"""The folder that keeps profiles and encoded weights between studies, and how large it may become.
+"""The folder that caches profiles and encoded weights between studies, with a limit on its size.
 
 In: environment variables, or a path that the caller names. Out: a folder, and a limit in bytes.
 Invariant: the cache only saves time; a study computes the same without it.

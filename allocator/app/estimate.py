@@ -1,4 +1,4 @@
-"""What a search would take, from a few timed forward passes and the rates of what is slow.
+"""Estimated time and disk of a search, from a few timed forward passes and measured rates.
 
 In: a search request. Out: bytes, counts and seconds. Invariant: nothing is written; the seconds are
 an upper estimate (every trial scored in full, every format encoded anew).

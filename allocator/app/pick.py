@@ -1,4 +1,4 @@
-"""The pick: which allocation a search ends in, and its record.
+"""The pick: the allocation that a finished search recommends, and its record.
 
 In: a study folder and a search that has ended. Out: `allocations/pick.json`,
 `allocations/knapsack.json`, and the importance vectors that they are encoded with. Invariant: the

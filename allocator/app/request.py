@@ -1,4 +1,4 @@
-"""What a user asks of a search, and the launch that it comes to in a study folder.
+"""What a user asks of a search, and the settings that follow for a study folder.
 
 In: the words of a command line or a notebook. Out: frozen values that travel whole, to worker
 processes too.

@@ -1,4 +1,4 @@
-"""What a stage may use of the machine: cores, a folder for its cache, and a torch device.
+"""Resources of the machine that a stage may use: cores, a cache folder, and a torch device.
 
 In: keywords of a public verb. Out: one frozen value that travels whole, to worker processes too.
 Invariant: an unknown keyword is refused by its name.

@@ -1,4 +1,4 @@
-"""What a study's allocations are scored in, and on which documents.
+"""The models that a study scores its allocations with, and the documents of each.
 
 In: a study's calibration, its profiler and its encodings. Out: a scorer per stage, in memory or
 layer by layer. Invariant: an allocation record is scored with weights encoded under the importance

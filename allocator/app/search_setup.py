@@ -1,4 +1,4 @@
-"""A search set up in a study folder.
+"""Everything that a search needs, made from a study folder.
 
 In: a study folder, a launch, and the opened Optuna study. Out: a `Search`, its profile built.
 """

@@ -209,7 +209,7 @@ class StudyFolder:
     # -- allocations
 
     def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
-        """Uniform formats and role mixes."""
+        """Lists the baselines of the checkpoint: uniform formats and role mixes."""
         return list(baselines(self.layout, self.space.rankings, pruned=pruned))
 
     def read_allocation(self, path: str | Path, *, base: str | None = None) -> Allocation:
@@ -330,9 +330,9 @@ class StudyFolder:
         return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
 
     def study_name(self, storage: str | None) -> str:
-        """The study's name in its storage: the folder's, where others may be beside it.
+        """Returns the study's name in its storage; in one of several studies, the folder's name.
 
-        The folder's own journal holds one study, which stays the same when the folder is moved.
+        The folder's own journal has one study, whose name stays the same when the folder moves.
         """
         return "study" if storage is None else self.path.resolve().name
 

@@ -1,4 +1,4 @@
-"""Cached encoded weights, on disk, by content.
+"""A disk cache of encoded weights, whose entries are named by content.
 
 In: a group, a format, experts. Out: their encoded bytes, memory-mapped. An entry (`entries`) holds
 a group in a format, one slot per routed expert. Only slots that are asked for are read from the

@@ -1,4 +1,4 @@
-"""What every runtime answers: it writes, reads, runs and judges the files of one target.
+"""The interface of a runtime, which writes, reads, runs and compares the files of one target.
 
 In: a source of tensors, or a written file. Out: a file of the predicted bytes and what lies beside
 it; tensors read back; a loss of the file in the runtime itself. Invariant: what a runtime cannot

@@ -1,4 +1,4 @@
-"""What a written directory says of itself: `manifest.json`, with sizes and digests.
+"""`manifest.json`, the list of a written directory's files with sizes and digests.
 
 In: a directory. Out: a `Manifest`. Invariant: one that names files outside of its directory, or a
 file that its container does not have, is refused.

@@ -61,7 +61,7 @@ class TensorSource(Protocol):
         """
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
-        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32."""
+        """Returns a norm, `(width,)`, or a router's rows, `(retained, hidden)`, float32."""
 
     def full_precision_raw(self, tensor: FullPrecision) -> Bytes:
         """Returns the same in the checkpoint's own dtype: `(rows, bytes)` or `(bytes,)`."""
@@ -123,7 +123,7 @@ class EncodedTensors:
         return encoded_shape(self.layout, self.allocation, name, part)
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
-        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32."""
+        """Returns a norm, `(width,)`, or a router's rows, `(retained, hidden)`, float32."""
         return rows_of(read_tensor(self.layout.inventory, tensor.source), self._rows(tensor))
 
     def full_precision_raw(self, tensor: FullPrecision) -> Bytes:

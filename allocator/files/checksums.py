@@ -137,7 +137,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Array], of: str = "") -> None:
 
 
 def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
-    """Reads arrays of the cache as `save_arrays` wrote them, by name, each of its own shape `(...,)`.
+    """Reads arrays as `save_arrays` wrote them, by name, each of its own shape `(...,)`.
 
     Returns:
         None if the file is missing, or damaged; damage is logged in one line.

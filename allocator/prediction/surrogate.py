@@ -1,4 +1,4 @@
-"""The prediction of the proxy loss from the profile.
+"""The surrogate: it predicts the loss of a decision from measurements of the checkpoint.
 
 In: a profile and a space. Out: a predicted loss for any choice. `solver` minimises it under a
 budget. Invariant: a surrogate is never changed; whatever teaches it something gives another one.
@@ -135,8 +135,8 @@ class Surrogate:
 
         Args:
             params: where the change is zero.
-            tables: of moves from candidates near these params, as `table` returns them, `counts x
-                options` by group; their mean counts.
+            tables: of moves from candidates near these params, as `table` returns them, by group
+                `counts x options`; their mean counts.
             share: weight of the moves.
         """
         routing_loss = max(self.routing_loss(self.losses(params)), 1e-12)

@@ -74,7 +74,7 @@ class Product:
         return 0.5 * float(share @ forms)
 
     def times(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """Returns the gradient of `price`, in the shape of `change`."""
+        """Returns the gradient of `price` by `change`, `(rows, in)`, in the same shape."""
         if not isinstance(self.rows, torch.Tensor):
             return torch.zeros_like(change)
         share = self._shares[rows].float()
@@ -87,7 +87,7 @@ class Product:
         return gradient.mul_(share[:, None])
 
     def covered(self, rows: torch.Tensor) -> float:
-        """Returns the share of all rows' squared gradients that some rows have, from 0 to 1."""
+        """Returns the share of all squared gradients that `rows`, `(rows,)`, have, from 0 to 1."""
         if not isinstance(self.rows, torch.Tensor):
             return 1.0
         return float(self._shares[rows].sum()) or 1.0
@@ -118,7 +118,7 @@ class Tangent:
         """Returns nats per token of a step to other weights, one value per price.
 
         Args:
-            change: the other weights less the original, in the shape of `held`.
+            change: the other weights less the original, `(experts, out, in)` as `held`.
             prices: what `Curvature.price` says of them.
         """
         values = torch.from_numpy(np.ascontiguousarray(change)).to(self._held.device)
@@ -218,7 +218,8 @@ class Curvature:
 
         Args:
             group: of the layout.
-            change: new less original weights, in the group's shape; of routed experts, `experts`.
+            change: new less original weights, in the group's shape, `(..., out, in)`; of routed
+                experts, `experts`.
             experts: what the model held when this was measured, in order.
 
         Returns:
@@ -240,8 +241,8 @@ class Curvature:
 
         Args:
             group: of the layout.
-            held: what the model held less the original, in the group's shape; of routed experts,
-                `experts`.
+            held: what the model held less the original, in the group's shape, `(..., out, in)`; of
+                routed experts, `experts`.
             experts: what the model held when this was measured, in order.
         """
         values = torch.from_numpy(np.ascontiguousarray(held))
@@ -278,7 +279,7 @@ class Curvature:
 
         Args:
             group: of the layout.
-            change: new less held weights, in the shape that the model held.
+            change: new less held weights, in the shape that the model held, `(..., out, in)`.
         """
         held = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
         products = held * torch.from_numpy(np.ascontiguousarray(change)).to(held.device)

@@ -1,4 +1,4 @@
-"""Everything a profile depends on.
+"""Everything that the measurements of a checkpoint depend on.
 
 In: a checkpoint in a layout, calibration documents, and how much of both is measured. Out: frozen
 `ProfileInputs`, whose digest names the profile. Invariant: what changes a profile changes its
@@ -25,7 +25,7 @@ FAST_WEIGHTS_PER_SECOND = 1e7
 
 @dataclass(frozen=True)
 class ProfileInputs:
-    """Everything a profile depends on.
+    """Everything that the measurements of a checkpoint depend on.
 
     Attributes:
         layout: the target bound to the checkpoint.

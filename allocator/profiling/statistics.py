@@ -52,7 +52,7 @@ class Statistics:
 
 
 def importance_digest(importance: Mapping[str, Floats]) -> str:
-    """Computes the sha256 that names importance vectors by content."""
+    """Computes the sha256 that names importance vectors, `(..., in_features)`, by content."""
     total = sha256()
     for name in sorted(importance):
         total.update(f"{name} {importance[name].shape}\n".encode() + importance[name].tobytes())

@@ -1,4 +1,4 @@
-"""The default: solve what finished trials, and gradients at the best of them, say.
+"""The default sampler: it solves a surrogate fitted to finished trials and gradients at the best.
 
 In: the surrogate, the budget, the finished trials, and (where it fits) a way to take a gradient.
 Out: params within the byte target. Invariant: as of `SolvingSampler`; what is proposed depends on

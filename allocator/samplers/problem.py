@@ -1,4 +1,4 @@
-"""What a sampler is made for: predicted losses, a hard limit, and where it fits a gradient."""
+"""The problem that a sampler solves: predicted losses, a hard limit, and where a gradient fits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

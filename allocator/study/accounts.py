@@ -1,4 +1,4 @@
-"""What a study has spent, and whether a worker may spend more while others work, too.
+"""Counts of the trials and tokens that a study has spent, and whether a worker may spend more.
 
 In: the trials of a study, those of other workers included. Out: counts, and whether a stop rule
 allows another trial. Invariant: of workers that ask at the same time only as many go ahead as the

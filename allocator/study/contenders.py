@@ -1,4 +1,4 @@
-"""Proposals while they are scored.
+"""Proposals of a search whose scoring has not ended.
 
 In: feasible allocations of trials that run. Out: their losses, on a growing prefix of the search
 split. Invariant: contenders that are scored together have seen the same documents.

@@ -1,4 +1,4 @@
-"""Which searches of a study folder live on this machine.
+"""A lock that tells which searches of a study folder run on this machine.
 
 In: the folder. Out: a lock that says whether another search lives, and so whether what a dead one
 left may be mended. Invariant: the lock ends with its process, kill -9 included.

@@ -1,4 +1,4 @@
-"""How trials end: each is told once, by whichever process closes it first.
+"""How trials end: each is closed once, by the first process that reports its result.
 
 In: verdicts, and trials whose worker died. Out: closed trials. Invariant: how trials that ended
 together did is written in one piece (`VERDICTS`) before the first of them is told. A trial of a

@@ -1,4 +1,4 @@
-"""Proposals of one worker: asked for, made feasible, and given up where another worker has them.
+"""Proposals of one worker: drawn, made feasible, and dropped where another worker has the same.
 
 In: an Optuna study and its sampler. Out: contenders within the budget. Invariant: a worker writes
 the allocation of its trial before it reads those of others, so of two that score the same at least
@@ -130,7 +130,7 @@ class Proposer:
         return any(t.user_attrs.get(ALLOCATION) == ours for t in self.accounts.others())
 
     def give_up(self, contender: Contender, why: str | bool = True) -> None:
-        """Abandons a proposal, so that it is made again.
+        """Abandons a proposal, so that the proposal is made again.
 
         Args:
             contender: of this worker.

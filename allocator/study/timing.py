@@ -1,4 +1,4 @@
-"""Seconds of a search, by what they were spent on."""
+"""Seconds of a search, by activity."""
 
 import time
 

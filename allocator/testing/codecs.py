@@ -63,7 +63,7 @@ class CodecConformance:
             assert codec.preparation_seconds(fmt) >= 0
 
     def test_its_identity_names_package_and_version(self, codec: Codec) -> None:
-        """Checks that the identity names package and version: other versions may write other bytes."""
+        """Checks that the identity names the version: other versions may write other bytes."""
         assert codec.version
         assert codec.identity == f"{codec.package} {codec.version}"
 

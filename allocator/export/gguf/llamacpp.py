@@ -352,7 +352,7 @@ class LlamaCpp:
         """Generates up to `n` tokens after a prompt, each the likeliest; stops at an end of text.
 
         Raises:
-            VerifyError: if prompt and text do not fit the context or vocabulary, or llama.cpp fails.
+            VerifyError: if prompt and text do not fit the context or vocabulary, or a decode fails.
         """
         self._clear()
         generated: list[int] = []

@@ -56,7 +56,7 @@ class Graph:
         return Tensor(shape, prod(shape) * width)
 
     def op(self, shape: tuple[int, ...], *sources: Tensor, in_place: bool = False) -> Tensor:
-        """Makes a result of 4 bytes per value (F32, or indices I32)."""
+        """Makes a result `(*shape,)` of 4 bytes per value: F32, or indices I32."""
         return Tensor(shape, prod(shape) * 4, sources, in_place=in_place)
 
     def view(self, source: Tensor, *shape: int) -> Tensor:
@@ -64,7 +64,7 @@ class Graph:
         return Tensor(shape, 0, (source,), view=source.view or source)
 
     def store(self, *sources: Tensor, into: Tensor | None = None) -> Tensor:
-        """Makes a `ggml_set_rows`, a view of the tensor that it writes to; of a cache without `into`.
+        """Makes a `ggml_set_rows`: a view of the written tensor, or of a cache without `into`.
 
         The sources are `(width, ...)`; the result has no shape of its own.
         """
