@@ -201,11 +201,6 @@ class Inventory:
         """Groups that the router first chooses among; 1 where it has none."""
         return self.router.groups
 
-    @cached_property
-    def expert_groups_used(self) -> int:
-        """Groups that a token's experts may come from."""
-        return self.router.groups_used
-
     def least_experts(self, used: int) -> int:
         """Returns the fewest experts per layer from which the router can choose `used`."""
         return self.router.least_experts(used)

@@ -217,10 +217,6 @@ class Allocation:
         """Returns the bytes of its file, itemised; arguments as of `stored`."""
         return self.stored(layout, container).file
 
-    def group_bytes(self, layout: Layout, name: str) -> int:
-        """Returns the encoded bytes of one group, all parts included."""
-        return self.stored(layout).group(name)
-
     def device_memory(self, layout: Layout, workload: Workload) -> DeviceMemory:
         """Returns what its target's runtime occupies, itemised.
 

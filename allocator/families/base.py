@@ -22,7 +22,7 @@ from allocator.families.config import (
     number,
     optional,
 )
-from allocator.families.gguf import Gguf, ModelFacts
+from allocator.families.gguf import Gguf, Half, ModelFacts
 from allocator.families.keys import Keys, LatentKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Dimensions, LatentAttention, Router, Scoring
@@ -196,8 +196,12 @@ class Family:
     @cached_property
     def roles(self) -> frozenset[Role]:
         """Roles of its groups and tensors, of halves too."""
-        halves = () if self.gguf is None else self.gguf.halves
-        return frozenset((*(r.role for r in self.rules), *(half.role for half in halves)))
+        return frozenset((*(r.role for r in self.rules), *self._halves))
+
+    @cached_property
+    def _halves(self) -> dict[Role, Half]:
+        """Tensors that llama.cpp stores in parts, by the role of the part."""
+        return {} if self.gguf is None else {half.role: half for half in self.gguf.halves}
 
     def match(self, name: str) -> tuple[Rule, int | None, int | None] | None:
         """Returns the rule, layer and expert of a tensor name; None if no rule knows the name."""
@@ -238,19 +242,14 @@ class Family:
 
     def source_name(self, role: Role, layer: int | None) -> str:
         """Returns the checkpoint's name of the first tensor with this role, or of its whole."""
-        halves = () if self.gguf is None else self.gguf.halves
-        whole = next((half.of for half in halves if half.role is role), role)
+        half = self._halves.get(role)
+        whole = role if half is None else half.of
         return self.rule_of(whole).pattern.format(layer=layer, expert=0)
 
     def gguf_name(self, role: Role, layer: int | None) -> str:
-        """Returns llama.cpp's name of the tensor with this role, for roles once per layer.
-
-        Raises:
-            CheckpointError: if llama.cpp has no such tensor.
-        """
-        halves = () if self.gguf is None else self.gguf.halves
-        name = next((half.name for half in halves if half.role is role), None)
-        name = self.rule_of(role).gguf if name is None else name
+        """Returns llama.cpp's name of the tensor with this role, for roles once per layer."""
+        half = self._halves.get(role)
+        name = self.rule_of(role).gguf if half is None else half.name
         assert name is not None, f"{self.model_type}: {role} has no name in llama.cpp"
         return name.format(layer=layer)
 

@@ -38,9 +38,7 @@ class Keys:
     groups: str = "n_group"
     groups_used: str = "topk_group"
     scale: str = "routed_scaling_factor"
-    normalizes: str = "norm_topk_prob"
     nextn: str = "num_nextn_predict_layers"
     context: str = "max_position_embeddings"
-    activation: str = "hidden_act"
     norm_epsilon: str = "rms_norm_eps"
     latent: LatentKeys | None = None

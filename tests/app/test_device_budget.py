@@ -142,7 +142,7 @@ def test_reading_is_counted_as_used(surrogate, layouts):
     )
     expected = 0
     for name, group in layout.groups.items():
-        nbytes = some.group_bytes(layout, name)
+        nbytes = some.stored(layout).group(name)
         if group.role.is_expert:
             nbytes = -(-nbytes * 3 // some.counts[group.layer])
         expected += nbytes  # the embedding is the head too

@@ -195,7 +195,7 @@ def test_bytes(layouts, target, seed):
     assert (size.encoded, size.full_precision, size.overhead) == (encoded, kept, header + padding)
     assert size.file == encoded + kept + padding + header
     assert size.tensors == encoded + kept
-    assert sum(allocation.group_bytes(layout, n) for n in layout.groups) == encoded
+    assert sum(allocation.stored(layout).group(n) for n in layout.groups) == encoded
 
 
 def test_bytes_of_gguf_groups_in_a_safetensors_container(layouts):

@@ -143,7 +143,7 @@ def test_null_groups_are_no_groups(tmp_path, checkpoints, changes):
     config = json.loads((checkpoints["deepseek"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     inventory = read_inventory(tmp_path)
-    assert (inventory.expert_groups, inventory.expert_groups_used) == (1, 1)
+    assert (inventory.expert_groups, inventory.router.groups_used) == (1, 1)
     assert inventory.least_experts(1) == 2  # transformers rates a group by its two best
     assert GGUF.layout(inventory).layers == (1, 2)
 

@@ -38,7 +38,7 @@ def bytes_of(space, name, params):
     layers = space.count_params.get(name, ())
     groups = {name.removeprefix("format.")} & set(space.layout.groups)
     groups |= {g for x in layers for g in space.expert_groups[x]}
-    return sum(size.group_bytes(space.layout, g) for g in groups)
+    return sum(size.stored(space.layout).group(g) for g in groups)
 
 
 def levels(space, name, params):
