@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs, check_budget
 from allocator.decision.feasibility import make_feasible
-from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import BudgetError
 from allocator.formats import FORMATS
 from allocator.targets import TARGETS
@@ -21,20 +20,6 @@ WORK = Workload(context=256, sequences=8, reserve=1 << 20)
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
-def draw(data, space):
-    """Random complete params."""
-    return {n: data.draw(st.sampled_from(v), label=n) for n, v in space.choices.items()}
-
-
-@pytest.fixture(scope="module")
-def on_device(layouts, profiles):
-    """A space whose settings may be chosen, too."""
-    spec = SearchSpace(
-        schema=1, experts_used=[2, 3, 4], kv_format=["f16", "q8_0"], micro_batch=[32, 512]
-    )
-    return bind(spec, layouts["gguf"], profiles["gguf"].saliency)
-
-
 DOWN = "layers.1.experts.down"
 
 
@@ -42,7 +27,7 @@ DOWN = "layers.1.experts.down"
 @pytest.mark.parametrize("target", TARGET_NAMES)
 @quick
 @given(data=st.data())
-def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
+def test_costs_are_bytes_or_a_little_more(spaces, draw, target, bounds, data):
     space = spaces[target]
     budget = Budget(1, bounds)
     params = draw(data, space)
@@ -56,7 +41,7 @@ def test_costs_are_bytes_or_a_little_more(spaces, target, bounds, data):
 
 @quick
 @given(data=st.data())
-def test_costs_on_a_device_are_bytes(on_device, data):
+def test_costs_on_a_device_are_bytes(on_device, draw, data):
     """Memory and bytes read per token are exact where all layers retain as many experts."""
     space, params = on_device, draw(data, on_device)
     costs, allocation = Costs(space, Budget(1, "device", WORK)), space.allocation(params)
@@ -68,7 +53,7 @@ def test_costs_on_a_device_are_bytes(on_device, data):
 
 @quick
 @given(data=st.data(), share=st.floats(0, 1), other=st.floats(0, 1), least=st.floats(1, 60))
-def test_params_that_fit_are_allocations_that_fit(on_device, data, share, other, least):
+def test_params_that_fit_are_allocations_that_fit(on_device, draw, data, share, other, least):
     """Costs, the limits of a budget and its excess agree, whichever limit binds."""
     space, layout = on_device, on_device.layout
     ends = [end.stored(layout) for end in (space.smallest, space.largest)]

@@ -21,20 +21,6 @@ WORK = Workload(context=256, sequences=8, reserve=1 << 20)
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
-def draw(data, space):
-    """Random complete params."""
-    return {n: data.draw(st.sampled_from(v), label=n) for n, v in space.choices.items()}
-
-
-@pytest.fixture(scope="module")
-def on_device(layouts, profiles):
-    """A space whose settings may be chosen, too."""
-    spec = SearchSpace(
-        schema=1, experts_used=[2, 3, 4], kv_format=["f16", "q8_0"], micro_batch=[32, 512]
-    )
-    return bind(spec, layouts["gguf"], profiles["gguf"].saliency)
-
-
 def loss_of(space):
     """Random losses that fall with every step up; of one param's value."""
     rng = np.random.default_rng(0)
@@ -51,7 +37,7 @@ def loss_of(space):
 @pytest.mark.parametrize("target", TARGET_NAMES)
 @quick
 @given(data=st.data(), share=st.floats(0, 1.2))
-def test_feasible(spaces, target, bounds, data, share):
+def test_feasible(spaces, draw, target, bounds, data, share):
     space, loss = spaces[target], loss_of(spaces[target])
     layout = space.layout
     low, high = (a.used(layout, Budget(1, bounds)) for a in (space.smallest, space.largest))
@@ -103,7 +89,7 @@ def test_passes_steps_that_padding_hides(tmp_path, make, bounds):
 
 @quick
 @given(data=st.data(), share=st.floats(0, 1), other=st.floats(0, 1), speed=st.floats(0, 1))
-def test_no_limit_is_exceeded_on_a_device(on_device, data, share, other, speed):
+def test_no_limit_is_exceeded_on_a_device(on_device, draw, data, share, other, speed):
     """Memory, the file beside it, and what a token reads, together."""
     space, layout, loss = on_device, on_device.layout, loss_of(on_device)
     small, large = (end.stored(layout) for end in (space.smallest, space.largest))

@@ -346,18 +346,13 @@ def test_optuna_samples_what_the_space_holds(spec, layouts):
             space.allocation(study.ask(space.distributions).params).check(layouts["gguf"])
 
 
-def draw(data, space):
-    """Random complete params."""
-    return {n: data.draw(st.sampled_from(v), label=n) for n, v in space.choices.items()}
-
-
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
 @pytest.mark.parametrize("target", TARGET_NAMES)
 @quick
 @given(data=st.data())
-def test_params_of_an_allocation_of_params(spaces, target, data):
+def test_params_of_an_allocation_of_params(spaces, draw, target, data):
     space = spaces[target]
     params = draw(data, space)
     allocation = space.allocation(params)
@@ -387,7 +382,7 @@ def plain_of(space, params):
 
 @quick
 @given(data=st.data())
-def test_parts_of_a_choice(spaces, data):
+def test_parts_of_a_choice(spaces, draw, data):
     """The ranking's first experts in the first format; the allocation says the same."""
     space = spaces["safetensors"]
     params = draw(data, space)
