@@ -83,7 +83,7 @@ class InMemoryProfiler(Profiler):
 
     def anchor(self, group: Group, bits: float) -> str:
         """Returns the nearest offered format."""
-        return nearest_format(group, bits)
+        return nearest_format(group.offered(), bits)
 
     def local_prices(self, allocation: Allocation, scorer: Scorer, *, part: int) -> LocalPrices:
         """Measures what a gradient says around a candidate, or reads it from the cache.

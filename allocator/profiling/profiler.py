@@ -29,6 +29,7 @@ from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.files.atomic import locked
 from allocator.files.checksums import load_arrays, log_damage, save_arrays
+from allocator.formats import Format
 from allocator.prediction.profile import Change, Profile
 from allocator.profiling.changes import (
     CountChange,
@@ -215,7 +216,7 @@ class Profiler(ABC):
         values = {}
         for layer in self.layout.layers:
             rows = [
-                self.curvature[g.name][nearest_format(g, _SALIENCY_BITS)]
+                self.curvature[g.name][nearest_format(g.offered(), _SALIENCY_BITS)]
                 for g in self.layout.groups.values()
                 if g.role.is_expert and g.layer == layer
             ]
@@ -358,6 +359,6 @@ def _is_loss(row: dict[str, Any]) -> bool:
     return isinstance(row.get("change"), str) and isinstance(kl, float) and math.isfinite(kl)
 
 
-def nearest_format(group: Group, bits: float) -> str:
-    """Returns the offered format whose effective bits are nearest."""
-    return min(group.offered(), key=lambda f: (abs(f.bits - bits), f.name)).name
+def nearest_format(formats: Iterable[Format], bits: float) -> str:
+    """Returns the name of the format whose effective bits are nearest; of equal ones the first."""
+    return min(formats, key=lambda f: (abs(f.bits - bits), f.name)).name

@@ -25,7 +25,7 @@ from allocator.families import Role
 from allocator.files.checksums import read_checked, write_checked
 from allocator.formats import FORMATS, Format, format_named
 from allocator.profiling.curvature import Curvature
-from allocator.profiling.inputs import FAST_WEIGHTS_PER_SECOND, ProfileInputs
+from allocator.profiling.inputs import FAST_WEIGHTS_PER_SECOND
 from allocator.profiling.profile_files import Lines
 from allocator.profiling.profiler import (
     CURVATURE,
@@ -42,8 +42,6 @@ from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.streamed_scorer import StreamedScorer
 from allocator.targets import Group
 
-LEAST_ROWS = 16
-"""Rows of a matrix that are priced at least, however small their share."""
 _LEAST_SIDE_BY_SIDE = 8
 """Changes that are measured in one pass, at least: each has hidden states of its own from its
 layer on."""
@@ -60,32 +58,11 @@ class _SettledFile(msgspec.Struct, forbid_unknown_fields=True):
 class StreamedProfiler(Profiler):
     """Builds a profile layer by layer, see the module.
 
-    Args:
-        inputs: what the profile depends on.
-        cache: where profiles and the encodings live.
-        threads: for encoding.
-        progress: shows bars.
-        encodings_cap: bytes that the encodings may occupy, if limited.
-        torch_device: where forward passes run.
-        least_rows: rows of a matrix that are priced at least.
+    Attributes:
+        least_rows: rows of a matrix that are priced at least, however small their share.
     """
 
-    def __init__(
-        self,
-        inputs: ProfileInputs,
-        cache: Path,
-        *,
-        threads: int = 1,
-        progress: bool = False,
-        encodings_cap: int | None = None,
-        torch_device: str = "cpu",
-        least_rows: int = LEAST_ROWS,
-    ) -> None:
-        super().__init__(
-            inputs, cache, threads=threads, progress=progress, encodings_cap=encodings_cap,
-            torch_device=torch_device,
-        )  # fmt: skip
-        self._least_rows = least_rows
+    least_rows = 16
 
     @cached_property
     def model(self) -> StreamedModel:
@@ -155,14 +132,13 @@ class StreamedProfiler(Profiler):
     def anchor(self, group: Group, bits: float) -> str:
         """Returns the nearest offered format, or with sampled rows the nearest that is fast."""
         if self.inputs.sampled_rows == 1:
-            return nearest_format(group, bits)
-        fast = [
+            return nearest_format(group.offered(), bits)
+        fast = (
             f
             for f in FORMATS.values()
             if codec_of(f).weights_per_second(f) >= FAST_WEIGHTS_PER_SECOND
-        ]
-        stores = [f for f in fast if group.can_hold(f)]
-        return min(stores, key=lambda f: (abs(f.bits - bits), f.name)).name
+        )
+        return nearest_format(filter(group.can_hold, fast), bits)
 
     def _priced_formats(self, group: Group) -> list[Format]:
         """Offered formats, and those of the measured changes."""
@@ -173,7 +149,7 @@ class StreamedProfiler(Profiler):
         """Rows (of groups with heads: heads) that stand for all, ascending, `(rows,)`."""
         assert self.inputs.sampled_rows is not None
         n_rows = group.shape[1] if group.role.is_expert else group.shape[0]
-        n_sampled = min(n_rows, max(self._least_rows, round(self.inputs.sampled_rows * n_rows)))
+        n_sampled = min(n_rows, max(self.least_rows, round(self.inputs.sampled_rows * n_rows)))
         rng = np.random.default_rng(zlib.crc32(f"{group.name} {expert}".encode()))
         rows = np.sort(rng.permutation(n_rows)[:n_sampled])
         if group.role is Role.EMBEDDING:
