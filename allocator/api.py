@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from allocator.app.study_file import DeviceBudgetSpec
     from allocator.app.trial_table import trials_table
     from allocator.comparison.pool import CompareEstimate
-    from allocator.comparison.runs import Run
+    from allocator.comparison.runs import CompareRequest, Run
     from allocator.evaluation.held_out import evaluate
     from allocator.export.checkpoint import Written
     from allocator.export.verification import Verification
@@ -147,23 +147,18 @@ def plan(
 
     inventory = planned_inventory(Path(config))
 
+    from allocator.app.planning import first_paths, write_first
     from allocator.app.planning import plan as _plan
     from allocator.prediction.priors import published
 
-    found = _plan(inventory, prior=published(), **asked)
-
-    from allocator.app.planning import first_paths
-
+    planned = _plan(inventory, prior=published(), **asked)
     if out is not None:
-        first_paths(found, Path(out))
+        first_paths(planned, Path(out))
     if profile is not None:  # which may take hours to measure
-        found = _plan(inventory, prior=_transferred(profile, **options), **asked)
-
-    from allocator.app.planning import write_first
-
+        planned = _plan(inventory, prior=_transferred(profile, **options), **asked)
     if out is not None:
-        write_first(found, Path(out))
-    return found
+        write_first(planned, Path(out))
+    return planned
 
 
 def _transferred(study: str | Path, **options: Unpack[ResourceOptions]) -> Prior:
@@ -499,7 +494,9 @@ def verify(
     paths = sorted((study_folder.path / "allocations").glob("*.json"))
     records = {path.name: AllocationRecord.read(path) for path in paths}
 
-    from allocator.export.verification import check_tolerance
+    from allocator.export.tensors import EncodedTensors
+    from allocator.export.verification import LOSS_TOLERANCE, check_tolerance
+    from allocator.export.verification import verify as _verify
 
     check_tolerance(tolerance)
     encodings = study_folder.encodings.of(manifest.importance)
@@ -509,10 +506,7 @@ def verify(
         progress="torch",
     )
 
-    from allocator.export.tensors import EncodedTensors
-    from allocator.export.verification import verify as _verify
-
-    found = _verify(
+    verification = _verify(
         Path(folder),
         partial(EncodedTensors, encodings, encode=encode),
         scorer,
@@ -520,18 +514,16 @@ def verify(
         progress=study_folder.progress,
     )
 
-    from allocator.export.verification import LOSS_TOLERANCE
-
     for name, record in records.items():
         known = record.loss.get("search")
         if documents is not None or record.digest != manifest.allocation or known is None:
             continue
-        if abs(known - found.loss) > LOSS_TOLERANCE:
+        if abs(known - verification.loss) > LOSS_TOLERANCE:
             raise VerifyError(
-                f"{folder}: proxy loss {found.loss:.6f}, {name} says {known:.6f}; the study "
+                f"{folder}: proxy loss {verification.loss:.6f}, {name} says {known:.6f}; the study "
                 "was run on another calibration or version"
             )
-    return found
+    return verification
 
 
 def compare(
@@ -566,15 +558,11 @@ def compare(
         AllocatorError: one line on whatever is wrong, before the first run where it can be seen
             then.
     """
-    from allocator.comparison.runs import CompareRequest, chosen_runs
+    from allocator.comparison.runs import chosen_runs
 
-    folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
+    folder = Path(study)
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
-    request = CompareRequest(folder, text, cache, workers)
-
-    from allocator.comparison.pool import check_comparison
-
-    check_comparison(request, runs)
+    request = _checked_comparison(folder, runs, text=text, cache=cache, threads=threads)
 
     from allocator.comparison.pool import run_all
 
@@ -585,6 +573,23 @@ def compare(
     from allocator.comparison.table import write_results
 
     return write_results(request)
+
+
+def _checked_comparison(
+    folder: Path,
+    runs: list[Run],
+    *,
+    text: Path | None,
+    cache: Path | None,
+    threads: int | None,
+) -> CompareRequest:
+    """Returns what runs are asked for with, after the checks that come before the first run."""
+    from allocator.comparison.pool import check_comparison
+    from allocator.comparison.runs import CompareRequest
+
+    request = CompareRequest(folder, text, cache, threads or len(os.sched_getaffinity(0)))
+    check_comparison(request, runs)
+    return request
 
 
 def estimate_compare(
@@ -599,15 +604,11 @@ def estimate_compare(
     seeds: int | None = None,
 ) -> CompareEstimate:
     """Prices what `compare` would run, after the same checks: `compare --dry-run`."""
-    from allocator.comparison.runs import CompareRequest, chosen_runs
+    from allocator.comparison.runs import chosen_runs
 
-    folder, workers = Path(study), threads or len(os.sched_getaffinity(0))
+    folder = Path(study)
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
-    request = CompareRequest(folder, text, cache, workers)
-
-    from allocator.comparison.pool import check_comparison
-
-    check_comparison(request, runs)
+    request = _checked_comparison(folder, runs, text=text, cache=cache, threads=threads)
 
     from allocator.comparison.pool import estimate_runs
 
