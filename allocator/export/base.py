@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
 from allocator.errors import SpaceError, TargetError
 from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import Bytes, TensorSource
+from allocator.export.tensors import TensorSource
 from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.targets import FullPrecision, Layout, Target
 

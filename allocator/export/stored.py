@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.checkpoint.tensors import floats_of
-from allocator.codecs import Floats, codec_of
+from allocator.codecs import Bytes, Floats, codec_of
 from allocator.decision.allocation import Allocation
-from allocator.export.tensors import Bytes, encoded_shape
+from allocator.export.tensors import encoded_shape
 from allocator.formats import format_named
 from allocator.scoring.candidates import Candidate
 from allocator.targets import FullPrecision, Layout

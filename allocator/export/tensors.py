@@ -11,16 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from allocator.checkpoint.tensors import Floats, read_raw, read_tensor
+from allocator.codecs import Bytes
 from allocator.codecs.encodings import Encodings
 from allocator.codecs.entries import SlotDigests
 from allocator.decision.allocation import Allocation
 from allocator.scoring.candidates import Candidate, retained_rows, rows_of
 from allocator.targets import FullPrecision, Layout
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class TensorSource(Protocol):

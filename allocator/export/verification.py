@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from allocator.checkpoint.inventory import read_json
-from allocator.codecs import codec_of
+from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import Allocation
 from allocator.decision.pricing import FileBytes
 from allocator.errors import VerifyError
@@ -25,7 +25,7 @@ from allocator.export.base import Exact, Runtime
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import Bytes, TensorSource
+from allocator.export.tensors import TensorSource
 from allocator.formats import Format
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_scorer import AnyScorer

@@ -9,8 +9,9 @@ import numpy as np
 
 from allocator.checkpoint.inventory import DTYPE_BYTES
 from allocator.checkpoint.tensors import Floats
+from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
-from allocator.export.tensors import Bytes, encoded_shape
+from allocator.export.tensors import encoded_shape
 from allocator.scoring.candidates import Candidate
 from allocator.targets import FullPrecision, Layout
 

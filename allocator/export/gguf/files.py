@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
+from allocator.codecs import Bytes, Floats
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
@@ -24,7 +25,6 @@ from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Layout
 from allocator.targets.gguf.metadata import metadata
 
-Bytes = npt.NDArray[np.uint8]
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
 
 
@@ -34,7 +34,7 @@ class GgufSource(Protocol):
     def encoded(self, name: str) -> Bytes:
         """Returns a group in its format: `(..., rows, bytes per row)`, retained experts only."""
 
-    def full_precision(self, tensor: FullPrecision) -> npt.NDArray[np.float32]:
+    def full_precision(self, tensor: FullPrecision) -> Floats:
         """Returns a full-precision tensor, of a router the retained rows.
 
         Returns:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from allocator.codecs import Bytes
 from allocator.decision.allocation import DEFAULT_KV_FORMAT
 from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Exact, Runtime
@@ -24,7 +25,7 @@ from allocator.export.gguf.recipes import (
     tensor_type_file,
 )
 from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import Bytes, TensorSource
+from allocator.export.tensors import TensorSource
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
 from allocator.scoring.swap_model import device_of

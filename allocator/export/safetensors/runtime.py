@@ -8,6 +8,7 @@ function.
 from collections.abc import Mapping
 from pathlib import Path
 
+from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Runtime
@@ -19,7 +20,7 @@ from allocator.export.safetensors.files import (
 )
 from allocator.export.safetensors.loading import load
 from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import Bytes, TensorSource
+from allocator.export.tensors import TensorSource
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_model import StreamedModel
