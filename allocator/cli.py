@@ -60,7 +60,7 @@ def _print_notes(notes: Sequence[str]) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from allocator import api
 
-    found = api.plan(
+    plan = api.plan(
         args.config,
         device=_device(args),
         experts=args.experts or (),
@@ -70,36 +70,36 @@ def _plan(args: argparse.Namespace) -> None:
         out=args.out,
         **_options(args),
     )
-    s = found.summary
+    s = plan.summary
     print(
         f"{s.family}: {s.parameters:,} parameters, {s.active:,} active ({s.embedding:,} of them "
         f"the embedding), {s.nextn:,} more of multi-token prediction left out; {s.layers} layers, "
         f"{s.moe_layers} with {s.experts} routed experts, {s.experts_used} used\n"
     )
-    _print_plan(found)
-    _print_notes(found.notes)
-    for c in found.candidates if args.out else ():
+    _print_plan(plan)
+    _print_notes(plan.notes)
+    for c in plan.candidates if args.out else ():
         if c.name == "first":
             print(f"wrote {args.out}/first-{c.experts}.json")
 
 
-def _print_plan(found: Any) -> None:
+def _print_plan(plan: Any) -> None:
     import pandas as pd
 
-    _print_table(pd.DataFrame(found.bounds), floor=",", ceiling=",")
+    _print_table(pd.DataFrame(plan.bounds), floor=",", ceiling=",")
     print()
-    if not found.candidates:
+    if not plan.candidates:
         return
-    names = [{"experts": c.experts, "allocation": c.name} for c in found.candidates]
+    names = [{"experts": c.experts, "allocation": c.name} for c in plan.candidates]
     items = ("weights", "kv_cache", "compute", "overhead", "reserve", "total")
     memory = [
         {what: getattr(c.memory, what) for what in items}
         | {"spare": c.spare, "fits": "yes" if c.fits else "no"}
-        for c in found.candidates
+        for c in plan.candidates
     ]
     losses = [
         {"read per token": c.token_bytes, "tokens/s": c.tokens_per_second, "expected loss": c.loss}
-        for c in found.candidates
+        for c in plan.candidates
     ]
     for columns in (memory, losses):
         _print_table(
@@ -234,17 +234,17 @@ def _explain(args: argparse.Namespace) -> None:
 def _diff(args: argparse.Namespace) -> None:
     from allocator.decision.difference import difference
 
-    found = difference(args.one, args.other)
-    if len(found.rows):
-        _print_table(found.rows)
-    print(found.line)
+    differences = difference(args.one, args.other)
+    if len(differences.rows):
+        _print_table(differences.rows)
+    print(differences.line)
 
 
 def _score(args: argparse.Namespace) -> None:
     from allocator import api
 
-    found = api.score(args.study, args.allocation, base=args.base, **_options(args))
-    for name, value in found.items():
+    result = api.score(args.study, args.allocation, base=args.base, **_options(args))
+    for name, value in result.items():
         print(f"{name:16s} {value}")
 
 

@@ -28,7 +28,7 @@ class SearchRequest:
             study's folder.
         join: works beside a search that runs on this machine.
         workers: processes that search side by side.
-        target: `gguf` or `safetensors`.
+        target: name of the target.
         lease_seconds: a worker that is silent for longer counts as dead; others make its trials.
         resources: what the search may use of the machine.
     """

@@ -29,7 +29,7 @@ class StudyOptions(ResourceOptions, total=False):
     """Keywords of a verb that opens a study folder.
 
     Attributes:
-        target: `gguf` or `safetensors`; replaces study.toml's.
+        target: name of the target; replaces study.toml's.
     """
 
     target: str | None

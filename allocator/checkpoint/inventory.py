@@ -137,22 +137,26 @@ class Inventory:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Lines on the tensors and claims of the checkpoint that are left out."""
-        found = []
+        lines = []
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
-        for what, left in (
+        for what, tensors in (
             ("buffers that the model computes itself", self.computed),
             ("tensors of other parts of the model", self.ignored),
             ("tensors of multi-token prediction", nextn),
         ):
-            if left and left[0].file:  # planned ones lie in no file
-                nbytes = sum(t.total_bytes if isinstance(t, TensorInfo) else t.nbytes for t in left)
-                found.append(f"left out: {len(left)} {what}, {nbytes:,} bytes, e.g. {left[0].name}")
+            if tensors and tensors[0].file:  # planned ones lie in no file
+                nbytes = sum(
+                    t.total_bytes if isinstance(t, TensorInfo) else t.nbytes for t in tensors
+                )
+                lines.append(
+                    f"left out: {len(tensors)} {what}, {nbytes:,} bytes, e.g. {tensors[0].name}"
+                )
         method = quantization_method(self.config)
         if method and all(t.dtype in FLOATS for t in self.tensors.values()) and self._is_read:
-            found.append(
+            lines.append(
                 f"left out: config.json says quant_method {method!r}, but no tensor is quantized"
             )
-        return tuple(found)
+        return tuple(lines)
 
     @property
     def _is_read(self) -> bool:
@@ -258,15 +262,15 @@ class Inventory:
     def _chunks(self, stored: Stored) -> Iterator[bytes]:
         with self.reading(stored.file) as file:
             file.seek(stored.offset)
-            left = stored.nbytes
-            while left:
-                chunk = file.read(min(left, 1 << 24))
+            n_left = stored.nbytes
+            while n_left:
+                chunk = file.read(min(n_left, 1 << 24))
                 if not chunk:
                     raise CheckpointError(
                         f"{stored.file}: ends inside {stored.name}; fetch the file again"
                     )
                 yield chunk
-                left -= len(chunk)
+                n_left -= len(chunk)
 
     @contextmanager
     def reading(self, file: str) -> Iterator[BinaryIO]:
@@ -310,10 +314,10 @@ class Inventory:
 
     @cached_property
     def _by_role(self) -> dict[tuple[Role, int | None], list[TensorInfo]]:
-        found: dict[tuple[Role, int | None], list[TensorInfo]] = {}
+        by_role: dict[tuple[Role, int | None], list[TensorInfo]] = {}
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.expert or 0, t.name)):
-            found.setdefault((tensor.role, tensor.layer), []).append(tensor)
-        return found
+            by_role.setdefault((tensor.role, tensor.layer), []).append(tensor)
+        return by_role
 
 
 class _Entry(msgspec.Struct):
@@ -395,8 +399,8 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
     """Safetensors files and, if sharded, the index: tensor name to file."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        found = read_json(index)
-        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: no weight_map; fetch the file again")
         for file in {str(file) for file in weight_map.values()}:
@@ -415,19 +419,19 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
 def _stored(path: Path, opened: dict[str, Identity]) -> dict[str, Stored]:
     """Everything that the files hold, by name, in their order; fills `opened`."""
     files, weight_map = _files(path)
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         opened[file] = Identity.of((path / file).stat())
         for name, dtype, shape, offset, nbytes in read_header(path / file):
-            if name in found or (weight_map is not None and weight_map.get(name) != file):
-                where = found[name].file if name in found else (weight_map or {}).get(name)
+            if name in stored or (weight_map is not None and weight_map.get(name) != file):
+                where = stored[name].file if name in stored else (weight_map or {}).get(name)
                 raise CheckpointError(
                     f"{path}: {name} is in {file} and, by index, in {where or 'nowhere'}"
                 )
-            found[name] = Stored(name, shape, dtype, file, offset, nbytes)
-    if missing := set(weight_map or ()) - set(found):
+            stored[name] = Stored(name, shape, dtype, file, offset, nbytes)
+    if missing := set(weight_map or ()) - set(stored):
         raise CheckpointError(f"{path}: {min(missing)} is in the index but in no shard; fetch it")
-    return found
+    return stored
 
 
 def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
@@ -552,11 +556,11 @@ def _check_experts(inventory: Inventory) -> None:
     n = inventory.n_experts
     for layer in inventory.moe_layers:
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
-            found = inventory.of_role(role, layer)
-            whole = len(found) == n and all(t.expert == i for i, t in enumerate(found))
-            if not whole or len({t.shape for t in found}) != 1:
+            matrices = inventory.of_role(role, layer)
+            whole = len(matrices) == n and all(t.expert == i for i, t in enumerate(matrices))
+            if not whole or len({t.shape for t in matrices}) != 1:
                 raise CheckpointError(
-                    f"{inventory.path}: layer {layer} has {len(found)} {role} tensors, "
+                    f"{inventory.path}: layer {layer} has {len(matrices)} {role} tensors, "
                     f"needed experts 0..{n - 1} of one shape as config.json says"
                 )
 
@@ -569,10 +573,10 @@ def _check_experts(inventory: Inventory) -> None:
                     )
 
 
-def _check_layer(inventory: Inventory, layer: int, found: frozenset[str]) -> None:
-    if found not in inventory.family.layers:
-        nearest = min(inventory.family.layers, key=lambda whole: len(whole ^ found))
-        lacks, odd = sorted(nearest - found), sorted(found - nearest)
+def _check_layer(inventory: Inventory, layer: int, parts: frozenset[str]) -> None:
+    if parts not in inventory.family.layers:
+        nearest = min(inventory.family.layers, key=lambda whole: len(whole ^ parts))
+        lacks, odd = sorted(nearest - parts), sorted(parts - nearest)
         raise CheckpointError(
             f"{inventory.path}: layer {layer} lacks {', '.join(lacks) or 'nothing'}"
             f"{' and has ' + ', '.join(odd) if odd else ''}; the checkpoint is not whole"

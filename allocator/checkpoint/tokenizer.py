@@ -72,11 +72,11 @@ class Tokenizer:
     @cached_property
     def added(self) -> dict[int, Added]:
         """Tokens outside the merges, by id; those that the config alone names too."""
-        found = [(int(a["id"]), a) for a in self.raw.get("added_tokens") or ()]
-        known = {number for number, _ in found}
+        tokens = [(int(a["id"]), a) for a in self.raw.get("added_tokens") or ()]
+        known = {number for number, _ in tokens}
         named = dict(self.config.get("added_tokens_decoder") or {}).items()
-        found += [(int(n), a) for n, a in named if int(n) not in known]
-        return {n: Added(n, str(a["content"]), bool(a.get("special"))) for n, a in found}
+        tokens += [(int(n), a) for n, a in named if int(n) not in known]
+        return {n: Added(n, str(a["content"]), bool(a.get("special"))) for n, a in tokens}
 
     @cached_property
     def texts(self) -> dict[int, str]:
@@ -88,22 +88,22 @@ class Tokenizer:
     def special_ids(self) -> dict[str, int]:
         """Ids by role of `ROLES`: the tokenizer's own, else config.json's."""
         ids = {text: number for number, text in self.texts.items()}
-        found = {}
+        by_role = {}
         for role in ROLES:
             text = self.config.get(f"{role}_token")
             text = text.get("content") if isinstance(text, dict) else text
             number = ids.get(text) if isinstance(text, str) else None
             number = self.config_ids.get(role) if number is None else number
             if number is not None:
-                found[role] = number
-        return found
+                by_role[role] = number
+        return by_role
 
     def adds(self, role: str) -> bool:
         """Returns whether it puts bos before, or eos after, a text by itself."""
         if role not in self.special_ids:
             return False
-        if (told := self.config.get(f"add_{role}_token")) is not None:
-            return bool(told)
+        if (flag := self.config.get(f"add_{role}_token")) is not None:
+            return bool(flag)
         post = self.raw.get("post_processor") or {}
         steps = post.get("processors", [post])
         single: list[dict[str, Any]] = next(
@@ -138,16 +138,16 @@ class Tokenizer:
             stored = {"default": stored} if stored else {}
         elif isinstance(stored, list):
             stored = {choice["name"]: choice["template"] for choice in stored}
-        found = dict(stored or {})
-        if not all(isinstance(x, str) for pair in found.items() for x in pair):
+        templates = dict(stored or {})
+        if not all(isinstance(x, str) for pair in templates.items() for x in pair):
             raise ValueError("chat templates that are no text")
-        return {n: found[n] for n in sorted(found, key=lambda n: (n != "default", n))}
+        return {n: templates[n] for n in sorted(templates, key=lambda n: (n != "default", n))}
 
 
 def carried_files(path: Path) -> list[Path]:
     """Lists the files that a runtime needs beside the weights, relative to the checkpoint."""
-    found = {file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()}
-    return sorted(file.relative_to(path) for file in found)
+    paths = {file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(path) for file in paths)
 
 
 def read_tokenizer(inventory: Inventory) -> Tokenizer | None:
@@ -226,10 +226,10 @@ def _converted(path: Path) -> str:
     raw = json.loads(text)
     # transformers makes an empty tokenizer, without a word, where its class asks for other files
     wanted = vocabulary | _added_in_files(path)
-    found = raw["model"]["vocab"] | {a["content"]: a["id"] for a in raw["added_tokens"]}
+    ids = raw["model"]["vocab"] | {a["content"]: a["id"] for a in raw["added_tokens"]}
     lines = [x for x in (path / "merges.txt").read_text(encoding="utf-8").split("\n") if x.strip()]
     n_merges = len(lines) - lines[0].startswith("#version") if lines else 0
-    lost = [text for text, number in wanted.items() if found.get(text) != number]
+    lost = [text for text, number in wanted.items() if ids.get(text) != number]
     if lost or n_merges != len(raw["model"]["merges"]):
         raise CheckpointError(
             f"{path}: transformers makes a tokenizer.json of vocab.json and merges.txt that lacks "
@@ -241,6 +241,6 @@ def _converted(path: Path) -> str:
 def _added_in_files(path: Path) -> dict[str, int]:
     """Ids by text of the tokens that the files name beside `vocab.json`."""
     file, config = path / "added_tokens.json", path / "tokenizer_config.json"
-    found = dict(read_json(file)) if file.is_file() else {}
+    ids = dict(read_json(file)) if file.is_file() else {}
     named = (read_json(config) if config.is_file() else {}).get("added_tokens_decoder") or {}
-    return found | {a["content"]: int(number) for number, a in named.items()}
+    return ids | {a["content"]: int(number) for number, a in named.items()}

@@ -77,8 +77,8 @@ def evaluate(
     suite = _Tasks(study_folder, held_out) if tasks else None
     scorer = study_folder.scorers.on(held_out)
     scorers = _scorers(study_folder, scorer, encoded, chosen)
-    found = {name: allocation for name, (allocation, _) in encoded.items()}
-    rows = dict(study_folder.baselines(pruned=pruned)) | found
+    from_files = {name: allocation for name, (allocation, _) in encoded.items()}
+    rows = dict(study_folder.baselines(pruned=pruned)) | from_files
     table: list[dict[str, Any]] = []
 
     def measured(row: dict[str, Any]) -> pd.DataFrame:
@@ -97,7 +97,7 @@ def evaluate(
         row = _row(study_folder, scorer.documents, name, allocation, its, domains=domains)
         frame = measured(row)
     if suite is not None:
-        for _ in suite.add(frame, rows, found, scorers):
+        for _ in suite.add(frame, rows, from_files, scorers):
             if on_table is not None:
                 on_table(frame)
     return frame
@@ -106,16 +106,16 @@ def evaluate(
 def _documents(
     study_folder: StudyFolder, n: int | Literal["all"] | None, text: str | Path | None
 ) -> list[Document]:
-    found = (
+    held_out = (
         study_folder.calibration.report
         if text is None
         else interleaved(study_folder.calibration.read(Path(text)))
     )
     if n is None or n == "all":
-        return found[: N_DOCUMENTS if n is None else None]
-    if not 0 < n <= len(found):
-        raise CalibrationError(f"{n} documents asked for, needed 1..{len(found)}, or --all")
-    return found[:n]
+        return held_out[: N_DOCUMENTS if n is None else None]
+    if not 0 < n <= len(held_out):
+        raise CalibrationError(f"{n} documents asked for, needed 1..{len(held_out)}, or --all")
+    return held_out[:n]
 
 
 def _chosen(study_folder: StudyFolder, paths: Sequence[str | Path] | None) -> dict[str, Path]:
@@ -132,13 +132,16 @@ def _scorers(
     paths: Mapping[str, Path],
 ) -> dict[str, AnyScorer]:
     """The scorer of each allocation file as it was encoded, by row; one model per importance."""
-    found: dict[str | None, AnyScorer] = {None: scorer, study_folder.profile.importance: scorer}
+    by_importance: dict[str | None, AnyScorer] = {
+        None: scorer,
+        study_folder.profile.importance: scorer,
+    }
     for name, (_, importance) in encoded.items():
-        if importance not in found:
-            found[importance] = study_folder.scorers.encoded_with(
+        if importance not in by_importance:
+            by_importance[importance] = study_folder.scorers.encoded_with(
                 importance, scorer.documents, beside=paths[name]
             )
-    return {name: found[importance] for name, (_, importance) in encoded.items()}
+    return {name: by_importance[importance] for name, (_, importance) in encoded.items()}
 
 
 def _each(
@@ -231,7 +234,7 @@ class _Tasks:
         self,
         frame: pd.DataFrame,
         known: Mapping[str, Allocation],
-        found: Mapping[str, Allocation],
+        from_files: Mapping[str, Allocation],
         scorers: Mapping[str, AnyScorer],
     ) -> Iterator[None]:
         """Adds figures of the original, the allocation files and their neighbours, row by row.
@@ -239,14 +242,14 @@ class _Tasks:
         Args:
             frame: the table.
             known: allocations by row.
-            found: those of files.
+            from_files: those of files.
             scorers: of files, by row; their models hold what the files were encoded with.
         """
         from allocator.evaluation.lm_eval_tasks import run_tasks
         from allocator.scoring.scorer import Scorer
         from allocator.scoring.swap_model import SwapModel
 
-        chosen = {"original", *found} | _neighbours(frame, found)
+        chosen = {"original", *from_files} | _neighbours(frame, from_files)
         frame["acc"] = np.nan
         frame["lm_eval_perplexity"] = np.nan
         own, hidden = self._study_folder.scorers.model, not self._study_folder.progress
@@ -265,13 +268,13 @@ class _Tasks:
             yield
 
 
-def _neighbours(frame: pd.DataFrame, found: Mapping[str, Allocation]) -> set[str]:
+def _neighbours(frame: pd.DataFrame, from_files: Mapping[str, Allocation]) -> set[str]:
     """The unpruned baselines just below and above each allocation file in bytes."""
     plain = frame[
-        ~frame["name"].isin([*found, "original"]) & ~frame["name"].str.contains("experts")
+        ~frame["name"].isin([*from_files, "original"]) & ~frame["name"].str.contains("experts")
     ]
     names: set[str] = set()
-    for size in frame[frame["name"].isin(found)]["bytes"]:
+    for size in frame[frame["name"].isin(from_files)]["bytes"]:
         names |= set(plain[plain["bytes"] <= size]["name"].tail(1))
         names |= set(plain[plain["bytes"] >= size]["name"].head(1))
     return names

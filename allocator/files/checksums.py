@@ -146,14 +146,14 @@ def load_arrays(path: Path, of: str = "") -> dict[str, Array] | None:
         return None
     try:
         with safe_open(path, framework="np") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             known = (file.metadata() or {}).get(CHECKSUM)
-        if known != arrays_checksum(found, f"{path.name} {of}"):
+        if known != arrays_checksum(arrays, f"{path.name} {of}"):
             raise ValueError(f"its {CHECKSUM} is not that of its content")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         log_damage(path, error)
         return None
-    return found
+    return arrays
 
 
 def arrays_checksum(arrays: Mapping[str, Array], of: str = "") -> str:

@@ -81,14 +81,14 @@ class Digests:
             part = " ".join((part, "and", *others))
         if first not in self._known:
             self._known[first] = self._load(first)
-        found = self._known[first].get(part)
-        if found is None:
-            found = compute()
-            self._known[first][part] = found
+        digest = self._known[first].get(part)
+        if digest is None:
+            digest = compute()
+            self._known[first][part] = digest
             self._unsaved.add(first)
             if time.monotonic() - self._saved > _SAVE_SECONDS:
                 self.save()
-        return found
+        return digest
 
     def save(self) -> None:
         """Writes what is not yet on disk, beside what other processes found meanwhile."""

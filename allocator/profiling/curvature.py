@@ -281,8 +281,8 @@ class Curvature:
             group: of the layout.
             change: new less held weights, in the shape that the model held, `(..., out, in)`.
         """
-        held = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
-        products = held * torch.from_numpy(np.ascontiguousarray(change)).to(held.device)
+        slopes = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
+        products = slopes * torch.from_numpy(np.ascontiguousarray(change)).to(slopes.device)
         values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
         return [float(v) / self.n_tokens for v in values]
 

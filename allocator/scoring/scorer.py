@@ -179,10 +179,10 @@ class Scorer(Documents):
         self.ensure_reference(stop)
         chosen = list(self._batches(start, stop))
         with self._forward(chosen, record=not self._from_original) as passed:
-            found = self._losses(self.swap.model, passed.states, chosen, self._threads)
+            losses = self._losses(self.swap.model, passed.states, chosen, self._threads)
         if not self._from_original:
-            passed.offer(float(found.kl.sum()))
-        return found
+            passed.offer(float(losses.kl.sum()))
+        return losses
 
     @torch.inference_mode()
     def score_model(self, model: Any, start: int = 0, stop: int | None = None) -> DocumentLosses:
@@ -225,9 +225,9 @@ class Scorer(Documents):
             disable=self._progress is None,
             leave=False,
         ) as bar:
-            for found in _mapped(work, batches, threads):
-                rows += found
-                bar.update(len(found))
+            for document_rows in _mapped(work, batches, threads):
+                rows += document_rows
+                bar.update(len(document_rows))
         return losses_of(rows)
 
     @torch.inference_mode()
@@ -263,8 +263,8 @@ class Scorer(Documents):
             missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
 
             with self._forward(missing, record=self._from_original) as passed:
-                found = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
-                for batch, states in zip(missing, found, strict=True):
+                hidden = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
+                for batch, states in zip(missing, hidden, strict=True):
                     self._hidden.update(zip(batch, states, strict=True))
             if self._from_original:
                 passed.offer(0.0)
@@ -331,10 +331,10 @@ class _ForwardPasses:
             given = {"inputs_embeds": self._begin[tuple(batch)]}
         else:
             given = {"input_ids": token_ids(self._model, [self._documents[i] for i in batch])}
-        found: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
+        output: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
         for layer, entered in enumerate(self.recorder.states, self.first):
             self._entered[layer][tuple(batch)] = entered
-        return found
+        return output
 
     def offer(self, loss: float) -> None:
         """Lets later candidates begin with this one's layers, if it is the best."""

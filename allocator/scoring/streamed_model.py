@@ -134,12 +134,12 @@ class StreamedModel:
         """Returns embeddings by batch of documents of one length, `(documents, length, hidden)`."""
         ids = [torch.tensor([d.ids for d in batch]) for batch in chosen]
         group = self.layout.groups[str(Role.EMBEDDING)]
-        found = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
+        embeddings = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
         for start, rows in self._chunks(group, candidate):
-            for batch, values in zip(ids, found, strict=True):
+            for batch, values in zip(ids, embeddings, strict=True):
                 here = (batch >= start) & (batch < start + len(rows))
                 values[here] = rows[batch[here] - start]
-        return [values.to(self.device) for values in found]
+        return [values.to(self.device) for values in embeddings]
 
     def normed(self, hidden: torch.Tensor, candidate: Candidate | None = None) -> torch.Tensor:
         """Returns what the head multiplies, `(tokens, hidden)`, from the last layer's output.
@@ -151,8 +151,8 @@ class StreamedModel:
         for tensor in self._full_precision[None]:
             values = self.weights.full_precision(candidate or self.original, tensor)
             install_full_precision(self.model, tensor, values)
-        found: torch.Tensor = self.model.model.norm(hidden)
-        return found
+        normed: torch.Tensor = self.model.model.norm(hidden)
+        return normed
 
     def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Returns logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
@@ -167,7 +167,7 @@ class StreamedModel:
         Returns:
             `(tokens, vocabulary)` per candidate.
         """
-        found: dict[int, torch.Tensor] = {}
+        by_place: dict[int, torch.Tensor] = {}
         alike: dict[tuple[str | None, str], list[int]] = {}
         for i, (candidate, _) in enumerate(asked):
             head = candidate.format_of[self.output.name], candidate.weights_digest
@@ -175,15 +175,15 @@ class StreamedModel:
         for places in alike.values():
             hidden = [asked[i][1] for i in places]
             logits = self.logits(torch.cat(hidden), asked[places[0]][0])
-            found |= zip(places, torch.split(logits, [len(h) for h in hidden]), strict=True)
-        return [found[i] for i in range(len(asked))]
+            by_place |= zip(places, torch.split(logits, [len(h) for h in hidden]), strict=True)
+        return [by_place[i] for i in range(len(asked))]
 
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Returns logits `(tokens, vocabulary)` of what the head multiplies, `(tokens, hidden)`."""
-        found = torch.empty(len(normed), self.output.shape[0], device=self.device)
+        logits = torch.empty(len(normed), self.output.shape[0], device=self.device)
         for start, rows in self._chunks(self.output, candidate):
-            torch.mm(normed, rows.to(self.device).T, out=found[:, start : start + len(rows)])
-        return found
+            torch.mm(normed, rows.to(self.device).T, out=logits[:, start : start + len(rows)])
+        return logits
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns the gradient `(tokens, hidden)` of what the original's head multiplies.
@@ -191,10 +191,10 @@ class StreamedModel:
         Args:
             gradient: of the logits, `(tokens, vocabulary)`.
         """
-        found = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
+        product = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
         for start, rows in self._chunks(self.output, self.original):
-            found += gradient[:, start : start + len(rows)] @ rows.to(self.device)
-        return found
+            product += gradient[:, start : start + len(rows)] @ rows.to(self.device)
+        return product
 
     @property
     def output(self) -> Group:
@@ -208,11 +208,11 @@ class StreamedModel:
 
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
         """Runs one layer, in place; `observe` sees its routed experts."""
-        for held in states:
-            self.install(layer, held.candidate)
-            for i, hidden in enumerate(held.hidden):
-                held.hidden[i] = self.forward(layer, hidden)
-            held.routed = self.taken()
+        for state in states:
+            self.install(layer, state.candidate)
+            for i, hidden in enumerate(state.hidden):
+                state.hidden[i] = self.forward(layer, hidden)
+            state.routed = self.taken()
         self.leave(layer)
         if layer in self.layout.layers:
             self._run_experts(layer, states, observe)
@@ -250,15 +250,15 @@ class StreamedModel:
         whole, norm = inner.layers, inner.norm
         inner.layers, inner.norm = whole[layer : layer + 1], nn.Identity()
         try:
-            found: torch.Tensor = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            output: torch.Tensor = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
         finally:
             inner.layers, inner.norm = whole, norm
-        return found
+        return output
 
     def taken(self) -> list[Routed]:
         """Returns what `forward` asked routed experts for since the last call, by batch."""
-        found, self._taken = self._taken, []
-        return found
+        routed, self._taken = self._taken, []
+        return routed
 
     def _take(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         self._taken.append((hidden, index, gates))
@@ -269,11 +269,11 @@ class StreamedModel:
         groups = self.projections(layer)
         act = moe_block(self.model, layer).experts.act_fn
         routings = []
-        for held in states:
-            routings.append(Routing(held.routed, held.candidate.retained_experts[layer]))
-            held.routed = []
+        for state in states:
+            routings.append(Routing(state.routed, state.candidate.retained_experts[layer]))
+            state.routed = []
         reached = sorted({e for routing in routings for e in routing.reached})
-        candidates = [held.candidate for held in states]
+        candidates = [state.candidate for state in states]
         for expert in self.weights.in_turn(reached, groups, candidates):
             alike: dict[tuple[str | None, ...], list[int]] = {}
             for i, candidate in enumerate(candidates):
@@ -284,8 +284,8 @@ class StreamedModel:
             for members in alike.values():
                 weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
                 add_expert([routings[i] for i in members], expert, weights, act, observe)
-        for held, routing in zip(states, routings, strict=True):
-            routing.add_to(held.hidden)
+        for state, routing in zip(states, routings, strict=True):
+            routing.add_to(state.hidden)
 
     def expert(self, candidate: Candidate, group: Group, expert: int) -> torch.Tensor:
         """Returns a routed expert's matrix, `(out, in)`, of a projection, on the torch device."""

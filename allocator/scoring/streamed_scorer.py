@@ -73,8 +73,8 @@ class StreamedScorer(Documents):
         self, candidates: Iterable[Allocation | Candidate], start: int = 0, stop: int | None = None
     ) -> Iterator[DocumentLosses]:
         """Yields losses of candidates on `documents[start:stop]`, pass by pass."""
-        stop, left = len(self.documents) if stop is None else stop, iter(candidates)
-        while together := list(islice(left, self.side_by_side)):
+        stop, remaining = len(self.documents) if stop is None else stop, iter(candidates)
+        while together := list(islice(remaining, self.side_by_side)):
             yield from self._pass(together, start, stop)
 
     @torch.no_grad()  # not inference mode: gradients may be taken of what is put in memory here
@@ -98,54 +98,54 @@ class StreamedScorer(Documents):
         rows: list[list[Row]] = [[] for _ in candidates]
         for span in self._spans(start, stop, len(candidates) + 1):
             self._compare(span, start, wanted[: len(rows)], final, rows)
-        return [losses_of(found) for found in rows]
+        return [losses_of(of_candidate) for of_candidate in rows]
 
     @torch.no_grad()
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
         """Returns logits `(tokens, vocabulary)` of the last candidate of a pass, on a document."""
         candidate, states = self._last
         logits = self.model.logits(states[index], candidate)
-        found: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return found
+        values: npt.NDArray[np.float32] = logits.cpu().numpy()
+        return values
 
     @torch.no_grad()
     def score_logits(self, index: int, logits: npt.NDArray[np.float32]) -> Row:
         """Compares a runtime's logits `(tokens, vocabulary)` of a document of the last pass."""
         states = self._reference[index]
         p_log = torch.log_softmax(self.model.logits(states, self.model.original), -1)
-        found = torch.from_numpy(logits).to(p_log.device)
-        return compare(p_log, p_log.argmax(-1), found, self.documents[index].ids)
+        candidate = torch.from_numpy(logits).to(p_log.device)
+        return compare(p_log, p_log.argmax(-1), candidate, self.documents[index].ids)
 
     def _final_states(
         self, wanted: Sequence[Candidate], chosen: list[list[int]]
     ) -> list[list[torch.Tensor]]:
         """The last layer's output by batch, for every one of `wanted`."""
         states = self._split(None, [States(wanted[0], list(range(len(wanted))), [])], wanted)
-        for held in states:
-            held.hidden = self.model.embed(
-                [[self.documents[i] for i in batch] for batch in chosen], held.candidate
+        for state in states:
+            state.hidden = self.model.embed(
+                [[self.documents[i] for i in batch] for batch in chosen], state.candidate
             )
         self.model.weights.forget()
         for layer in range(self.model.inventory.n_layers):
             states = self._split(layer, states, wanted)
             self.model.run(layer, states)
-        found: list[list[torch.Tensor]] = [[] for _ in wanted]
-        for held in states:
-            for member in held.members:
-                found[member] = held.hidden
-        return found
+        final: list[list[torch.Tensor]] = [[] for _ in wanted]
+        for state in states:
+            for member in state.members:
+                final[member] = state.hidden
+        return final
 
     def _split(
         self, layer: int | None, states: Sequence[States], wanted: Sequence[Candidate]
     ) -> list[States]:
         """Computations that are still the same through a layer stay together."""
-        found = []
-        for held in states:
+        parted = []
+        for state in states:
             members: dict[Any, list[int]] = {}
-            for i in held.members:
+            for i in state.members:
                 members.setdefault(self.model.decisions.of(layer, wanted[i]), []).append(i)
-            found += [States(wanted[m[0]], m, list(held.hidden)) for m in members.values()]
-        return found
+            parted += [States(wanted[m[0]], m, list(state.hidden)) for m in members.values()]
+        return parted
 
     def _spans(self, start: int, stop: int, n: int) -> Iterator[range]:
         """Documents of which `n` distributions fit in memory at once; at least one."""
@@ -177,8 +177,8 @@ class StreamedScorer(Documents):
         reference, *others = self.model.all_logits(asked)
         original = torch.split(torch.log_softmax(reference, -1), lengths)
         tops = [log_probs.argmax(-1) for log_probs in original]
-        for logits, found in zip(others, rows, strict=True):
-            found += [
+        for logits, document_rows in zip(others, rows, strict=True):
+            document_rows += [
                 compare(p_log, top1, q, self.documents[i].ids)
                 for p_log, top1, q, i in zip(
                     original, tops, torch.split(logits, lengths), span, strict=True

@@ -299,8 +299,8 @@ def check_names(model: Any, layout: Layout) -> None:
             )
     for group in layout.groups.values():
         try:
-            held = view_of(lambda name: _existing(model, name), layout.inventory.dimensions, group)
-            shape = tuple(held.shape)
+            view = view_of(lambda name: _existing(model, name), layout.inventory.dimensions, group)
+            shape = tuple(view.shape)
         except RuntimeError:  # of another size altogether
             shape = tuple(_existing(model, group.sources[0]).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")

@@ -72,13 +72,15 @@ class GgufTarget(Target):
         )
         for half in gguf.halves:
             groups += _halves(inventory, half)
-        kept = tuple(
-            FullPrecision(t.name, _kept_name(inventory, t), t.role, t.layer, t.shape, "F32")
+        full_precision = tuple(
+            FullPrecision(
+                t.name, _full_precision_name(inventory, t), t.role, t.layer, t.shape, "F32"
+            )
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
         notes = (*inventory.notes, *gguf.notes(family.text_config(inventory.config)))
-        return Layout(self.name, inventory, in_file_order(groups), kept, notes)
+        return Layout(self.name, inventory, in_file_order(groups), full_precision, notes)
 
     def header_bytes(
         self,
@@ -146,18 +148,18 @@ class GgufTarget(Target):
         n_experts: int,
     ) -> DeviceMemory:
         """Returns what llama.cpp occupies, as it reports when it loads the file."""
-        held = {
+        tokens = {
             "context": workload.context,
             "sequences": workload.sequences,
             "micro_batch": settings.micro_batch,
         }
-        told = {"n_experts": n_experts, "experts_used": settings.experts_used}
-        compute = compute_bytes(inventory, kv_format=settings.kv_format, **held, **told)
+        experts = {"n_experts": n_experts, "experts_used": settings.experts_used}
+        compute = compute_bytes(inventory, kv_format=settings.kv_format, **tokens, **experts)
         return DeviceMemory(
             weights=weights,
-            kv_cache=kv_cache_bytes(inventory, kv_format=settings.kv_format, **held),
+            kv_cache=kv_cache_bytes(inventory, kv_format=settings.kv_format, **tokens),
             compute=compute + output_bytes(inventory, outputs=workload.sequences),
-            overhead=overhead_bytes(inventory, **held, **told),
+            overhead=overhead_bytes(inventory, **tokens, **experts),
             reserve=workload.reserve,
         )
 
@@ -195,7 +197,7 @@ def _halves(inventory: Inventory, half: Half) -> Iterator[Group]:
             )
 
 
-def _kept_name(inventory: Inventory, tensor: TensorInfo) -> str:
+def _full_precision_name(inventory: Inventory, tensor: TensorInfo) -> str:
     match = inventory.family.match(tensor.name)
     assert match is not None
     assert match[0].gguf is not None

@@ -61,11 +61,11 @@ def sampling(inventory: Inventory) -> Iterator[Field]:
     path = inventory.path / "generation_config.json"
     if not path.is_file():
         return
-    told = read_json(path)
-    if not isinstance(told, dict):
+    config = read_json(path)
+    if not isinstance(config, dict):
         raise CheckpointError(f"{path}: needed an object; fetch the file again")
     for key, (name, kind) in _SAMPLING.items():
-        value = told.get(key)
+        value = config.get(key)
         if value is None:
             continue
         if type(value) not in _TYPES[kind] or (kind is _WHOLE and not -(2**31) <= value < 2**31):

@@ -31,10 +31,10 @@ def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
         CheckpointError: if its files contradict the checkpoint.
         TargetError: if llama.cpp cannot express it.
     """
-    found = None if inventory.without_tokenizer else read_tokenizer(inventory)
-    if found is None:
+    checkpoint_tokenizer = None if inventory.without_tokenizer else read_tokenizer(inventory)
+    if checkpoint_tokenizer is None:
         return (string_field("tokenizer.ggml.model", "no_vocab"),)
-    return _fields(found, n_vocab(inventory))
+    return _fields(checkpoint_tokenizer, n_vocab(inventory))
 
 
 def check_tokenizer(inventory: Inventory) -> None:
@@ -50,56 +50,56 @@ def check_tokenizer(inventory: Inventory) -> None:
 
 
 @lru_cache(maxsize=8)
-def _fields(found: Tokenizer, n_vocab: int) -> tuple[Field, ...]:
+def _fields(source: Tokenizer, n_vocab: int) -> tuple[Field, ...]:
     try:
-        return tuple(_bpe(found, n_vocab))
+        return tuple(_bpe(source, n_vocab))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{found.path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch its files again"
+            f"{source.path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch its files again"
         ) from None
 
 
-def _bpe(found: Tokenizer, n_vocab: int) -> Iterator[Field]:
-    pre = _pre_tokenizer(found.path, found.raw)
-    tokens, types = _tokens(found, n_vocab)
+def _bpe(source: Tokenizer, n_vocab: int) -> Iterator[Field]:
+    pre = _pre_tokenizer(source.path, source.raw)
+    tokens, types = _tokens(source, n_vocab)
     yield string_field("tokenizer.ggml.model", "gpt2")
     yield string_field("tokenizer.ggml.pre", pre)
     yield array_field("tokenizer.ggml.tokens", tokens, GGUFValueType.STRING)
     yield array_field("tokenizer.ggml.token_type", types, GGUFValueType.INT32)
-    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in found.raw["model"]["merges"])
+    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in source.raw["model"]["merges"])
     if bad := next((m for m in merges if m.count(" ") != 1), None):
         raise TargetError(
-            f"gguf: {found.path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
+            f"gguf: {source.path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
         )
     if merges:
         yield array_field("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
-    for role, number in found.special_ids.items():
+    for role, number in source.special_ids.items():
         yield uint_field(f"tokenizer.ggml.{_ID_NAMES.get(role, role)}_token_id", number)
-    yield bool_field("tokenizer.ggml.add_bos_token", found.adds("bos"))
-    yield bool_field("tokenizer.ggml.add_eos_token", found.adds("eos"))
-    yield from _chat_templates(found)
+    yield bool_field("tokenizer.ggml.add_bos_token", source.adds("bos"))
+    yield bool_field("tokenizer.ggml.add_eos_token", source.adds("eos"))
+    yield from _chat_templates(source)
 
 
 _ID_NAMES = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # as llama.cpp spells them
 
 
-def _tokens(found: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _tokens(source: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and llama.cpp's types of tokens 0..n_vocab-1; rows without a token are unused."""
-    texts = found.texts
+    texts = source.texts
     types = dict.fromkeys(texts, int(TokenType.NORMAL))
-    for number, added in found.added.items():
+    for number, added in source.added.items():
         control = added.special or _looks_special(added.content)
         types[number] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     if min(texts) < 0 or max(texts) >= n_vocab:
         raise CheckpointError(
-            f"{found.path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} "
+            f"{source.path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} "
             "rows; this tokenizer belongs to another checkpoint"
         )
     rows = tuple(texts.get(n, f"[PAD{n}]") for n in range(n_vocab))
     if len(first := {text: n for n, text in reversed(list(enumerate(rows)))}) < n_vocab:
         again = next(n for n, text in enumerate(rows) if first[text] != n)
         raise CheckpointError(  # llama.cpp aborts the whole process on such a file
-            f"{found.path}: tokens {first[rows[again]]} and {again} are both {rows[again]!r}, "
+            f"{source.path}: tokens {first[rows[again]]} and {again} are both {rows[again]!r}, "
             "needed one id for each text; fetch the tokenizer's files again"
         )
     return (
@@ -173,16 +173,16 @@ def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
     return name
 
 
-def _chat_templates(found: Tokenizer) -> Iterator[Field]:
+def _chat_templates(source: Tokenizer) -> Iterator[Field]:
     """The default one, and named ones under llama.cpp's letters and digits, listed by name."""
     named = {}
-    for name, text in found.chat_templates.items():
+    for name, text in source.chat_templates.items():
         if name == "default":
             continue
         plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
         if not plain or plain == "default" or plain in named:
             raise CheckpointError(
-                f"{found.path}: chat template {name!r} is {plain!r} in a gguf, which is taken; "
+                f"{source.path}: chat template {name!r} is {plain!r} in a gguf, which is taken; "
                 "rename it"
             )
         named[plain] = text
@@ -190,8 +190,8 @@ def _chat_templates(found: Tokenizer) -> Iterator[Field]:
         yield string_field(f"tokenizer.chat_template.{plain}", text)
     if named:
         yield array_field("tokenizer.chat_templates", tuple(named), GGUFValueType.STRING)
-    if "default" in found.chat_templates:
-        yield string_field("tokenizer.chat_template", found.chat_templates["default"])
+    if "default" in source.chat_templates:
+        yield string_field("tokenizer.chat_template", source.chat_templates["default"])
 
 
 def n_vocab(inventory: Inventory) -> int:
