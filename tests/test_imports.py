@@ -24,6 +24,7 @@ PACKAGES = [  # innermost first: a module may import from its own package or fro
     "scoring",
     "profiling",
     "export",
+    "finishing",
     "app",
     "evaluation",
     "comparison",
