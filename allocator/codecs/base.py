@@ -17,6 +17,7 @@ from allocator.errors import FormatError
 from allocator.formats import Format
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -81,6 +82,62 @@ class Codec(ABC):
     @abstractmethod
     def weights_per_second(self, fmt: Format) -> float:
         """Returns about how many weights one core encodes in a second, with importance."""
+
+    def scales(self, data: Bytes, fmt: Format) -> Halves | None:
+        """Returns the float16 scales, in which decoded weights are linear block by block.
+
+        Args:
+            data: `(..., bytes per row)`.
+            fmt: one of `formats`.
+
+        Returns:
+            `(..., blocks, scales per block)`; None if the format has none, so that its bytes stay.
+        """
+        return None
+
+    def with_scales(self, data: Bytes, fmt: Format, scales: Halves) -> Bytes:
+        """Returns the same codes under other scales.
+
+        Args:
+            data: `(..., bytes per row)`.
+            fmt: one of `formats`.
+            scales: float16, finite, in the shape that `scales` returns.
+
+        Returns:
+            `(..., bytes per row)`, a copy.
+
+        Raises:
+            FormatError: if the format has no float16 scales, or other ones than given, or if the
+                given ones are not finite.
+        """
+        stored = self.scales(data, fmt)
+        if stored is None:
+            raise FormatError(
+                f"{fmt.name} has no float16 scales to change; its bytes can be written as they are"
+            )
+        if scales.dtype != np.float16 or scales.shape != stored.shape:
+            raise FormatError(
+                f"{fmt.name}: scales are {scales.dtype} of shape {scales.shape}, needed float16 of "
+                f"shape {stored.shape}; give what `scales` returned, changed"
+            )
+        if not np.isfinite(scales).all():
+            raise FormatError(
+                f"{fmt.name}: scales are not finite; limit them to what float16 can hold"
+            )
+        return self.replace_scales(data, fmt, scales)
+
+    def replace_scales(self, data: Bytes, fmt: Format, scales: Halves) -> Bytes:
+        """Writes checked scales; for codecs that return some from `scales`.
+
+        Args:
+            data: `(..., bytes per row)`.
+            fmt: a format with scales.
+            scales: float16, finite, in the shape that `scales` returns.
+
+        Returns:
+            `(..., bytes per row)`, a copy.
+        """
+        raise NotImplementedError(f"{self.name} returns scales; it needs `replace_scales`")
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
         """Decodes rows by an implementation that shares no code with `decode`.

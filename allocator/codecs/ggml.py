@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.codecs.base import Bytes, Codec, Floats
+from allocator.codecs.base import Bytes, Codec, Floats, Halves
+from allocator.codecs.ggml_blocks.scales import read_scales, write_scales
 from allocator.errors import FormatError
 from allocator.formats import Format
 from allocator.formats.ggml import CODEC, FORMATS, TYPES
@@ -144,6 +145,14 @@ class GgmlCodec(Codec):
     def weights_per_second(self, fmt: Format) -> float:
         """Returns what was measured; the median where a format was not."""
         return _WEIGHTS_PER_SECOND.get(fmt.name, _TYPICAL_PER_SECOND)
+
+    def scales(self, data: Bytes, fmt: Format) -> Halves | None:
+        """Returns `d`, or `d` and `dmin`, of each block; None for MXFP4, BF16, F16 and F32."""
+        return read_scales(data, fmt)
+
+    def replace_scales(self, data: Bytes, fmt: Format, scales: Halves) -> Bytes:
+        """Writes `d`, or `d` and `dmin`, into each block."""
+        return write_scales(data, fmt, scales)
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
         """Decodes `rows x bytes per row` with gguf-py, which computes in numpy."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from allocator.codecs import Bytes, Codec, Floats, codec_of
+from allocator.codecs import Bytes, Codec, Floats, Halves, codec_of
 from allocator.errors import FormatError
 from allocator.formats import Format, Importance, format_named
 
@@ -175,6 +175,64 @@ class CodecConformance:
         with pytest.raises(FormatError, match="importance must be"):
             codec.encode(_normal(2, fmt.block), fmt, importance)
 
+    def test_scales_are_read_and_written(self, codec: Codec, fmt: Format) -> None:
+        """Reads back what was written, and finds the bytes unchanged under unchanged scales."""
+        data, scales = self._with_scales(codec, fmt)
+        np.testing.assert_array_equal(codec.with_scales(data, fmt, scales), data)
+        others = _random_scales(scales)
+        changed = codec.with_scales(data, fmt, others)
+        assert changed.shape == data.shape
+        assert changed.dtype == np.uint8
+        stored = codec.scales(changed, fmt)
+        assert stored is not None
+        np.testing.assert_array_equal(stored, others)
+        np.testing.assert_array_equal(codec.with_scales(changed, fmt, scales), data)
+
+    def test_weights_are_linear_in_their_scales(self, codec: Codec, fmt: Format) -> None:
+        """Compares decoded weights with sums of what one scale alone decodes to."""
+        data, scales = self._with_scales(codec, fmt)
+        units = np.eye(scales.shape[-1], dtype=np.float16)
+        parts = [
+            codec.decode(codec.with_scales(data, fmt, np.full_like(scales, unit)), fmt)
+            for unit in units
+        ]
+        for given in (scales, _random_scales(scales), np.zeros_like(scales)):
+            decoded = codec.decode(codec.with_scales(data, fmt, given), fmt)
+            wide = np.repeat(given.astype(np.float32), fmt.block, axis=-2)
+            terms = [wide[..., i] * part for i, part in enumerate(parts)]
+            size = np.sum(np.abs(terms), axis=0)
+            assert (np.abs(decoded - np.sum(terms, axis=0)) <= 1e-6 * size).all()
+            second = codec.second_opinion(codec.with_scales(data[0], fmt, given[0]), fmt)
+            if second is not None:
+                np.testing.assert_array_equal(second, decoded[0])
+
+    def test_scales_that_do_not_fit_are_refused(self, codec: Codec, fmt: Format) -> None:
+        """Checks another type, another number, and scales that are not finite."""
+        data, scales = self._with_scales(codec, fmt)
+        wrong = (scales.astype(np.float32), scales[..., :0], np.full_like(scales, np.inf))
+        for given in wrong:
+            with pytest.raises(FormatError, match=f"{fmt.name}: scales are"):
+                codec.with_scales(data, fmt, given)  # type: ignore[arg-type]
+
+    def test_formats_without_scales_refuse_them(self, codec: Codec, fmt: Format) -> None:
+        """Checks that nobody can write scales that nobody could read."""
+        data = codec.encode(_normal(2, fmt.block), fmt, np.ones(fmt.block, np.float32))
+        if codec.scales(data, fmt) is not None:
+            pytest.skip(f"{fmt.name} has float16 scales")
+        with pytest.raises(FormatError, match=f"{fmt.name} has no float16 scales"):
+            codec.with_scales(data, fmt, np.zeros((2, 1, 1), np.float16))
+
+    def _with_scales(self, codec: Codec, fmt: Format) -> tuple[Bytes, Halves]:
+        """Returns encoded weights, `2 x 4 x bytes per row`, and their scales."""
+        width = 3 * fmt.block
+        data = codec.encode(_normal(2, 4, width), fmt, _lognormal(width))
+        scales = codec.scales(data, fmt)
+        if scales is None:
+            pytest.skip(f"{fmt.name} has no float16 scales")
+        assert scales.dtype == np.float16
+        assert scales.shape[:-1] == (2, 4, 3)
+        return data, scales
+
     def test_decoding_into_given_memory(self, codec: Codec, fmt: Format) -> None:
         """Decodes chosen rows, in their order, where the caller says."""
         data: Bytes = codec.encode(_normal(3, 4, fmt.block), fmt, np.ones(fmt.block, np.float32))
@@ -193,6 +251,10 @@ def _width(fmt: Format, least: int = _WIDTH) -> int:
 
 def _normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _random_scales(scales: Halves) -> Halves:
+    return _normal(*scales.shape, seed=2).astype(np.float16)
 
 
 def _lognormal(*shape: int, seed: int = 1) -> Floats:

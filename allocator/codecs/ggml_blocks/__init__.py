@@ -1,0 +1,4 @@
+"""What the blocks of ggml's formats are made of: scales, sub-scales and codes, read and written.
+
+`scales` reads and writes the float16 scales of a block in numpy.
+"""
