@@ -313,6 +313,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.allocation or None,
             documents="all" if args.all else args.documents,
             text=args.text,
+            baselines=args.baselines,
             pruned=args.pruned,
             tasks=args.tasks,
             domains=args.domains,
@@ -552,6 +553,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--documents", type=_positive, help="report documents (default: up to 48)")
     p.add_argument("--all", action="store_true", help="the full report split")
     p.add_argument("--text", type=Path, help="JSON lines with text to evaluate on instead")
+    p.add_argument(
+        "--baselines",
+        choices=("near", "all", "none"),
+        default="near",
+        help="those near an allocation in bytes (the default), all, or none",
+    )
     p.add_argument("--pruned", action="store_true", help="baselines also with fewer experts")
     p.add_argument("--domains", action="store_true", help="KL and perplexity per domain as well")
     p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")

@@ -570,6 +570,26 @@ def test_evaluate_puts_everything_in_one_table(study, options):
     assert named.loc["* pick", "kl"] > 0
 
 
+def test_baselines_stand_beside_an_allocation_by_their_bytes(study, options):
+    pick = study / "allocations/pick.json"
+    rows = {
+        which: api.evaluate(study, [pick], documents=2, baselines=which, **options)
+        for which in ("near", "all", "none")
+    }
+    assert set(rows["none"]["name"]) == {"original", "* pick"}
+    nbytes = AllocationRecord.read(pick).bytes["encoded"]
+    others = rows["all"][~rows["all"]["name"].isin(["original", "* pick"])]
+    near = set(others[(others["bytes"] / nbytes).between(0.9, 1.1)]["name"])
+    below = others[others["bytes"] <= nbytes]["bytes"].max()
+    above = others[others["bytes"] >= nbytes]["bytes"].min()
+    shown = rows["near"].set_index("name")["bytes"]
+    assert near <= set(shown.index)
+    assert {below, above} - {float("nan")} <= set(shown)
+    assert len(shown) < len(rows["all"])
+    with pytest.raises(StudyError, match="'some': needed one of near, all, none"):
+        api.evaluate(study, [pick], baselines="some", **options)
+
+
 def test_a_trial_of_a_search_that_died_is_in_no_table(study, options):
     opened = api.search(study, **options).study
     before = len(api.trials_table(opened))

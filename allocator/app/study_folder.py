@@ -208,9 +208,17 @@ class StudyFolder:
 
     # -- allocations
 
-    def baselines(self, *, pruned: bool = False) -> list[tuple[str, Allocation]]:
-        """Lists the baselines of the checkpoint: uniform formats and role mixes."""
-        return list(baselines(self.layout, self.space.rankings, pruned=pruned))
+    def baselines(
+        self, *, pruned: bool = False, skilled: bool = False
+    ) -> list[tuple[str, Allocation]]:
+        """Lists the baselines of the checkpoint: uniform formats and role mixes.
+
+        Args:
+            pruned: as of `allocator.decision.baselines.baselines`.
+            skilled: as there.
+        """
+        rankings = self.space.rankings
+        return list(baselines(self.layout, rankings, pruned=pruned, skilled=skilled))
 
     def read_allocation(self, path: str | Path, *, base: str | None = None) -> Allocation:
         """Reads the decision of `read_encoded` alone.

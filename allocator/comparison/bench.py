@@ -303,7 +303,7 @@ class Bench:
     def _baseline(self, split: str, weights: int) -> float:
         rows = [
             (a, a.nbytes(self.study_folder.layout).encoded)
-            for _, a in self.study_folder.baselines(pruned=True)
+            for _, a in self.study_folder.baselines(pruned=True, skilled=True)
         ]
         rows = [(a, n) for a, n in rows if 0.6 * weights < n < 1.6 * weights]
 

@@ -21,6 +21,8 @@ UNIFORM = (
     "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 REST = ("Q6_K", "Q4_K")
+SKILLED_REST = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS")
+"""What stands beside the routed experts in mixes that a skilled person would write."""
 _MOST_UNNAMED = 1 / 20  # of the weights may be in formats that the name does not list
 COUNTS = (1, 5 / 6, 2 / 3, 1 / 2, 1 / 3)
 """Shares of the experts that the pruned baselines retain: 24, 20, 16, 12, 8 of 24."""
@@ -73,8 +75,13 @@ def mixed(
     return _allocation(layout, rankings, _by_kind(layout, experts, rest), count)
 
 
-def _by_kind(layout: Layout, experts: str, rest: str) -> dict[str, str]:
-    return {n: experts if g.role.is_expert else rest for n, g in layout.groups.items()}
+def _by_kind(layout: Layout, experts: str, rest: str, down: str | None = None) -> dict[str, str]:
+    of_role = {
+        Role.EXPERT_GATE: experts,
+        Role.EXPERT_UP: experts,
+        Role.EXPERT_DOWN: down or experts,
+    }
+    return {name: of_role.get(group.role, rest) for name, group in layout.groups.items()}
 
 
 def _other_formats(layout: Layout, allocation: Allocation, wanted: Mapping[str, str]) -> str:
@@ -100,7 +107,11 @@ def _allocation(
 
 
 def baselines(
-    layout: Layout, rankings: Mapping[int, tuple[int, ...]], *, pruned: bool = False
+    layout: Layout,
+    rankings: Mapping[int, tuple[int, ...]],
+    *,
+    pruned: bool = False,
+    skilled: bool = False,
 ) -> Iterator[tuple[str, Allocation]]:
     """Yields uniform formats, then role mixes, largest first, each with its name.
 
@@ -108,15 +119,31 @@ def baselines(
         layout: the target bound to the checkpoint.
         rankings: experts by MoE layer, those that stay longest first.
         pruned: whether to add allocations with fewer experts, the same count in every layer.
+        skilled: whether to add the mixes that a skilled person would write: further formats for
+            what is no routed expert, and every mix with the experts' `down` in the next larger
+            format of `UNIFORM` too.
     """
+    mixes = [*((fmt, fmt, fmt) for fmt in UNIFORM), *_mixes(REST)]
+    if skilled:
+        mixes = [*mixes, *(m for m in _mixes(SKILLED_REST, down_too=True) if m not in mixes)]
     for count, suffix in _counts(layout, COUNTS if pruned else (1,)):
-        mixes = [(fmt, rest) for rest in REST for fmt in UNIFORM]
-        smaller = [(f, r) for f, r in mixes if FORMATS[f].bits < FORMATS[r].bits]
-        for experts, rest in [*((fmt, fmt) for fmt in UNIFORM), *smaller]:
-            made = mixed(layout, rankings, experts=experts, rest=rest, count=count)
-            name = experts if experts == rest else f"{experts} / {rest}"
-            others = _other_formats(layout, made, _by_kind(layout, experts, rest))
-            yield f"{name}{others}{suffix}", made
+        for experts, down, rest in mixes:
+            wanted = _by_kind(layout, experts, rest, down)
+            made = _allocation(layout, rankings, wanted, count)
+            of_experts = experts if down == experts else f"{experts}, down {down}"
+            name = of_experts if experts == rest else f"{of_experts} / {rest}"
+            yield f"{name}{_other_formats(layout, made, wanted)}{suffix}", made
+
+
+def _mixes(rests: Sequence[str], *, down_too: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Formats of the experts' gate and up, of their `down`, and of the rest, which is larger."""
+    for rest in rests:
+        smaller = [fmt for fmt in UNIFORM if FORMATS[fmt].bits < FORMATS[rest].bits]
+        for fmt in smaller:
+            yield fmt, fmt, rest
+            larger = UNIFORM[UNIFORM.index(fmt) - 1]
+            if down_too and larger in smaller:
+                yield fmt, larger, rest
 
 
 def hand_rule(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 N_DOCUMENTS = 48
 """Held-out documents, unless the caller says how many."""
+NEAR = 0.1
+"""A baseline is near an allocation if their encoded bytes differ by this share at most."""
+Baselines = Literal["near", "all", "none"]
+"""Which baselines stand beside the allocations."""
 
 
 def evaluate(
@@ -40,6 +44,7 @@ def evaluate(
     *,
     documents: int | Literal["all"] | None = None,
     text: str | Path | None = None,
+    baselines: Baselines = "near",
     pruned: bool = False,
     tasks: bool = False,
     domains: bool = False,
@@ -48,11 +53,15 @@ def evaluate(
 ) -> pd.DataFrame:
     """Measures KL, perplexity and top-1 agreement on held-out documents, smallest first.
 
+    Baselines are uniform formats, and role mixes that a skilled person would write.
+
     Args:
         study: its folder.
         allocations: files; all of `allocations/*.json` by default.
         documents: how many, taken from the domains in turn; up to 48 by default.
         text: JSON lines to evaluate on instead of the report split.
+        baselines: `near`: those within a tenth of an allocation's bytes, and the next below and
+            above it; `all`; `none`.
         pruned: baselines also with one smaller retained count in every layer.
         tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
         domains: columns of KL and perplexity per domain.
@@ -78,7 +87,7 @@ def evaluate(
     scorer = study_folder.scorers.on(held_out)
     scorers = _scorers(study_folder, scorer, encoded, chosen)
     from_files = {name: allocation for name, (allocation, _) in encoded.items()}
-    rows = dict(study_folder.baselines(pruned=pruned)) | from_files
+    rows = _beside(study_folder, from_files.values(), baselines, pruned=pruned) | from_files
     table: list[dict[str, Any]] = []
 
     def measured(row: dict[str, Any]) -> pd.DataFrame:
@@ -101,6 +110,29 @@ def evaluate(
             if on_table is not None:
                 on_table(frame)
     return frame
+
+
+def _beside(
+    study_folder: StudyFolder, allocations: Iterable[Allocation], which: Baselines, *, pruned: bool
+) -> dict[str, Allocation]:
+    """The baselines that are measured beside allocations, by name."""
+    if which not in get_args(Baselines):
+        raise StudyError(f"baselines {which!r}: needed one of {', '.join(get_args(Baselines))}")
+    if which == "none":
+        return {}
+    known = dict(study_folder.baselines(pruned=pruned, skilled=True))
+    if which == "all":
+        return known
+    layout = study_folder.layout
+    sizes = {name: a.nbytes(layout).encoded for name, a in known.items()}
+    chosen: set[str] = set()
+    for size in (a.nbytes(layout).encoded for a in allocations):
+        chosen |= {name for name, n in sizes.items() if abs(n - size) <= NEAR * size}
+        below = [name for name, n in sizes.items() if n <= size]
+        above = [name for name, n in sizes.items() if n >= size]
+        chosen |= {max(below, key=sizes.__getitem__)} if below else set()
+        chosen |= {min(above, key=sizes.__getitem__)} if above else set()
+    return {name: a for name, a in known.items() if name in chosen}
 
 
 def _documents(

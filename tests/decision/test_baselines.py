@@ -12,7 +12,8 @@ import pytest
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.baselines import baselines, hand_rule, mixed
-from allocator.formats import FORMATS
+from allocator.export.gguf.runtime import GgufRuntime
+from allocator.formats import FORMATS, fallback
 from allocator.targets import GGUF, SAFETENSORS, TARGETS
 
 
@@ -80,6 +81,24 @@ def test_mixes_are_of_two_roles(layouts):
         assert allocation.format_of["layers.1.experts.down"] == experts
         assert allocation.format_of["layers.1.shared.down"] == rest
         assert allocation.format_of["embedding"] == rest
+
+
+def test_skilled_mixes_add_to_the_others(layouts):
+    """Held against the entries of a tensor-type file that says the same."""
+    layout = layouts["gguf"]
+    plain = dict(baselines(layout, by_index(layout)))
+    skilled = dict(baselines(layout, by_index(layout), skilled=True))
+    assert plain.items() <= skilled.items()
+    assert list(skilled)[: len(plain)] == list(plain)
+    assert len({a.digest for a in skilled.values()}) == len(skilled)
+    text = "ffn_down_exps=IQ2_XS\nffn_(gate|up)_exps=IQ2_XXS\n"
+    said = GgufRuntime().read_recipe(text, layout)
+    made = skilled["IQ2_XXS, down IQ2_XS / Q5_K"].format_of
+    assert len(said) == 3 * len(layout.layers)
+    for name, group in layout.groups.items():
+        assert made[name] == said.get(name, fallback("Q5_K", group.shape).name)
+    rests = {name.rpartition(" / ")[2] for name in skilled if " / " in name}
+    assert rests == {"Q6_K", "Q5_K", "Q4_K", "IQ4_XS"}
 
 
 def test_uniform_formats_come_largest_first(layouts):
