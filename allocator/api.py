@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -332,7 +331,10 @@ def score(
     base: str | None = None,
     **options: Unpack[StudyOptions],
 ) -> dict[str, Any]:
-    """Scores any allocation on the search split: loss, per domain, bytes, effective bits."""
+    """Scores any allocation on the search split: loss, per domain, bytes, effective bits.
+
+    A record that names finished weights is scored with them.
+    """
     from allocator.app.study_folder import StudyFolder
 
     study_folder = StudyFolder(study, **options)
@@ -340,7 +342,11 @@ def score(
     size = decision.nbytes(study_folder.layout)
     scored = study_folder.calibration.trial_documents
     scorer = study_folder.scorers.encoded_with(importance, scored, beside=Path(allocation))
-    return scorer.summary(scorer.score(decision)) | {
+
+    from allocator.app.record_weights import finished_candidate
+
+    candidate = finished_candidate(study_folder, Path(allocation)) or decision
+    return scorer.summary(scorer.score(candidate)) | {
         "digest": decision.digest,
         "bytes": {"encoded": size.encoded, "kept": size.full_precision, "file": size.file},
         "effective_bits": size.encoded * 8 / study_folder.inventory.n_searched_weights,
@@ -359,10 +365,14 @@ def explain(
     and `up_loss` are what it adds. Bytes are of the searched matrices, or of the whole device where
     study.toml's budget is one; of a setting, what it takes beyond its smallest choice.
 
+    `attrs["losses"]` has what the file says was measured: `(split, unfinished, finished)`, nats per
+    token, the last None where nothing finished it.
+
     Raises:
         SpaceError: if the study's space does not hold the allocation.
     """
     from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation_record import recorded_losses
 
     study_folder = StudyFolder(study, **options)
     decision = study_folder.read_allocation(allocation)
@@ -371,7 +381,9 @@ def explain(
 
     from allocator.app.explanation import explanation
 
-    return explanation(decision, study_folder.space, study_folder.surrogate, budget)
+    table = explanation(decision, study_folder.space, study_folder.surrogate, budget)
+    table.attrs["losses"] = recorded_losses(Path(allocation))
+    return table
 
 
 def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
@@ -396,9 +408,10 @@ def materialize(
     *,
     container: str | None = None,
     record: bool = False,
+    unfinished: bool = False,
     **options: Unpack[StudyOptions],
 ) -> Written:
-    """Writes the checkpoint of an allocation file.
+    """Writes the checkpoint of an allocation file, with its finished weights if it names some.
 
     Args:
         study: the folder it belongs to.
@@ -406,6 +419,8 @@ def materialize(
         out: directory to make.
         container: name of the target whose runtime is to read it; the study's by default.
         record: note the weights' sha256 in the allocation file, for `reproduce`.
+        unfinished: writes the weights as their codecs encode them, also where the file names
+            finished ones.
         options: as of `StudyOptions`.
 
     Raises:
@@ -417,7 +432,6 @@ def materialize(
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation_record import AllocationRecord, note_digests
-    from allocator.errors import CheckpointError
 
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
@@ -428,16 +442,11 @@ def materialize(
     from allocator.export.runtimes import runtime_named
 
     runtime_named(container).check_can_write(wanted.decision)
-    encodings = study_folder.encodings.of(wanted.importance)
 
-    from allocator.export.tensors import EncodedTensors
+    from allocator.app.record_weights import source_of
 
-    source = EncodedTensors(encodings, wanted.decision)
-    if wanted.weights_digest != source.digest:
-        raise CheckpointError(
-            f"{path}: of weights {wanted.weights_digest[:12]}, which are not here; needed the file "
-            "that holds them"
-        )
+    chosen = wanted.unfinished if unfinished else wanted
+    source = source_of(study_folder, chosen, beside=path)
 
     from allocator.export.checkpoint import materialize as _materialize
 
@@ -449,7 +458,8 @@ def materialize(
         workload=wanted.workload,
     )
     if record:
-        note_digests(path, wanted, {container: written.manifest.sha256[written.manifest.file]})
+        digests = {container: written.manifest.sha256[written.manifest.file]}
+        note_digests(path, wanted, digests, unfinished=unfinished)
     return written
 
 
@@ -460,6 +470,7 @@ def verify(
     documents: int | None = None,
     tolerance: float | None = None,
     encode: bool = False,
+    allocation: str | Path | None = None,
     **options: Unpack[StudyOptions],
 ) -> Verification:
     """Re-opens a written checkpoint in its runtime and compares it with its allocation.
@@ -472,6 +483,8 @@ def verify(
         tolerance: how far the runtime may be off, nats per token; by default 1e-5 in transformers
             and 5e-3 in llama.cpp, whose kernels round activations to 8 bits.
         encode: encodes every group anew from the checkpoint, without the cache, and compares.
+        allocation: the file that it was made from, where that lies outside of the study's
+            `allocations`; importance and finished weights may lie beside it.
         options: as of `StudyOptions`.
 
     Raises:
@@ -491,15 +504,19 @@ def verify(
     split = study_folder.calibration.search
     if documents is not None and not 0 < documents <= len(split):
         raise CalibrationError(f"{documents} documents: needed 1..{len(split)}, the search split")
+    beside = None if allocation is None else Path(allocation)
     paths = sorted((study_folder.path / "allocations").glob("*.json"))
+    paths += [] if beside is None else [beside]
     records = {path.name: AllocationRecord.read(path) for path in paths}
 
-    from allocator.export.tensors import EncodedTensors
+    from allocator.app.record_weights import opener_of
     from allocator.export.verification import LOSS_TOLERANCE, check_tolerance
     from allocator.export.verification import verify as _verify
 
     check_tolerance(tolerance)
-    encodings = study_folder.encodings.of(manifest.importance)
+    weights, importance = manifest.weights_digest, manifest.importance
+    encodings = study_folder.encodings.of(importance, beside=beside)
+    open_source = opener_of(study_folder, weights, importance, encodings, beside, encode=encode)
     scorer = study_folder.scorers.on(
         split[:documents] if documents else study_folder.calibration.trial_documents,
         model=study_folder.scorers.model_with(encodings),
@@ -508,15 +525,17 @@ def verify(
 
     verification = _verify(
         Path(folder),
-        partial(EncodedTensors, encodings, encode=encode),
+        open_source,
         scorer,
         tolerance=tolerance,
         progress=study_folder.progress,
     )
 
     for name, record in records.items():
-        known = record.loss.get("search")
-        if documents is not None or record.digest != manifest.allocation or known is None:
+        named = record if weights else record.unfinished
+        known = named.losses.get("search")
+        same = (record.digest, named.weights_digest) == (manifest.allocation, weights)
+        if documents is not None or not same or known is None:
             continue
         if abs(known - verification.loss) > LOSS_TOLERANCE:
             raise VerifyError(

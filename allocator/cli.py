@@ -224,11 +224,16 @@ def _front(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     from allocator import api
 
+    table = api.explain(args.study, args.allocation, **_options(args))
     _print_table(
-        api.explain(args.study, args.allocation, **_options(args)),
+        table,
         bytes=",.0f", predicted_loss=".6f",
         up_bytes="+,.0f", up_loss="+.6f", down_bytes="+,.0f", down_loss="+.6f",
     )  # fmt: skip
+    for split, before, after in table.attrs["losses"]:
+        share = f" ({after / before:.3f} of it)" if after is not None and before else ""
+        finished = "" if after is None else f", finished {after:.6f}{share}"
+        print(f"loss on the {split} split {before:.6f} nats per token{finished}")
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -257,6 +262,7 @@ def _materialize(args: argparse.Namespace) -> None:
         args.out,
         container=args.container,
         record=args.record,
+        unfinished=args.unfinished,
         **_options(args),
     )
     _print_written(written)
@@ -269,6 +275,7 @@ def _print_written(written: Any) -> None:
     print(
         f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
         f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
+        + (f"; finished weights {m.weights_digest[:12]}" if m.weights_digest else "")
     )
     if written.options:
         runtime = runtime_named(m.container)
@@ -284,6 +291,7 @@ def _verify(args: argparse.Namespace) -> None:
         documents=args.documents,
         tolerance=args.tolerance,
         encode=args.encode,
+        allocation=args.allocation,
         **_options(args),
     )
     exact = f", {v.exact.divergence:.1e} in exact arithmetic{v.exact.part}" if v.exact else ""
@@ -531,10 +539,18 @@ def _parser() -> argparse.ArgumentParser:
     _study_option(p)
     p.add_argument("--container", help="gguf or safetensors (default: the target)")
     p.add_argument("--record", action="store_true", help="note the sha256 in the allocation file")
+    p.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="write the weights as their codecs encode them, not the finished ones",
+    )
 
     p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")
     p.add_argument("folder", type=Path, help="directory written by materialize")
     p.add_argument("--study", type=Path, required=True, help="study folder that it was made from")
+    p.add_argument(
+        "--allocation", type=Path, help="file it was made from, if not in the study's allocations"
+    )
     p.add_argument("--documents", type=_positive, help="to score (default: those of a trial)")
     p.add_argument("--tolerance", type=float, help="how far the runtime may be off, nats per token")
     p.add_argument(

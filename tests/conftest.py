@@ -540,6 +540,51 @@ def formula(tmp_path_factory):
     )
 
 
+# -- finished weights
+
+
+@pytest.fixture(scope="session")
+def finish_by_hand():
+    """`finish(encodings, allocation)`: bytes by part and values by tensor, as finishing makes them.
+
+    The codes are those of weights a little smaller, in every second group; the last norm and the
+    routers are changed.
+    """
+    from allocator.checkpoint.tensors import read_tensor
+    from allocator.codecs import codec_of
+    from allocator.families import Role
+    from allocator.finishing.tensors import rounded
+    from allocator.targets.group_weights import group_weights
+    from allocator.targets.layout import part_names
+
+    def finish(encodings, allocation):
+        layout, codes, values = encodings.layout, {}, {}
+        for name in list(layout.groups)[::2]:
+            group, stored = layout.groups[name], allocation.parts(layout, name)
+            weights = group_weights(layout, group) * np.float32(0.97)
+            importance = encodings.group_importance(name)
+            for part, (fmt, experts) in zip(part_names(name, stored), stored, strict=True):
+                chosen, weighted = weights, importance
+                if experts:
+                    chosen = weights[list(experts)]
+                    weighted = None if importance is None else importance[list(experts)]
+                codes[part] = codec_of(fmt).encode(chosen, fmt, weighted)
+        for tensor in layout.full_precision:
+            tensor_values = read_tensor(layout.inventory, tensor.source)
+            if tensor.role is Role.ROUTER:
+                retained = list(allocation.retained_experts[tensor.layer])
+                tensor_values = tensor_values[retained] * np.float32(1.03)
+            elif tensor.role is Role.NORM and tensor.layer is None:
+                tensor_values = tensor_values * np.float32(1.2)
+            else:
+                continue
+            dtype = layout.inventory.tensors[tensor.source].dtype
+            values[tensor.source] = rounded(tensor_values, dtype)
+        return codes, values
+
+    return finish
+
+
 # -- a study folder of a random checkpoint
 
 

@@ -9,6 +9,7 @@ it is never worse than that.
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from optuna.trial import FrozenTrial
@@ -124,8 +125,8 @@ def _record(
         workload=budget.recorded_workload,
     )
     with changing(path):
-        known = _known_digests(path, allocation)
-        write_whole(path, msgspec.structs.replace(record, sha256=known).to_bytes())
+        known = _known(path, record)
+        write_whole(path, msgspec.structs.replace(record, **known).to_bytes())
     return path
 
 
@@ -133,7 +134,8 @@ def _prefixed(prefix: str, sizes: dict[str, int]) -> dict[str, int]:
     return {f"{prefix}_{name}": nbytes for name, nbytes in sizes.items()}
 
 
-def _known_digests(path: Path, allocation: Allocation) -> dict[str, str]:
+def _known(path: Path, record: AllocationRecord) -> dict[str, Any]:
+    """Fields of the file so far that are true of a new record, too: its digests, and finishing."""
     if not path.exists():
         return {}
     try:
@@ -141,4 +143,8 @@ def _known_digests(path: Path, allocation: Allocation) -> dict[str, str]:
     except SpaceError as error:
         _log.warning("%s; written anew", error)
         return {}
-    return old.sha256 if old.digest == allocation.digest else {}
+    if old.digest != record.digest:
+        return {}
+    if old.finished is None or old.importance != record.importance:
+        return {"sha256": old.unfinished.sha256}
+    return {"sha256": old.sha256, "weights": old.weights, "finishing": old.finishing}

@@ -190,6 +190,11 @@ class StudyFolder:
             cap_bytes=self.encodings_cap,
         )
 
+    @property
+    def finished_folder(self) -> Path:
+        """The folder of the cache that finishing works in."""
+        return self.cache / "finish"
+
     @cached_property
     def scorers(self) -> StudyScorers:
         """What allocations are scored in, by stage."""

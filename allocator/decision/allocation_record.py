@@ -1,9 +1,10 @@
 """Allocation files: the answer of a study, for a person to open and commit.
 
 In: an allocation, with its losses and bytes. Out: `allocations/<name>.json`, an `AllocationRecord`.
-Invariant: a record names the checkpoint, the importance vectors and the codec that it needs, so
-rebuilding it elsewhere gives the same bytes or one clear refusal. It carries a checksum of its
-content (`files.checksums`). Every change of a record is made under its folder's lock.
+Invariant: a record names the checkpoint, the importance vectors, the codec and the finished
+weights that it needs, so rebuilding it elsewhere gives the same bytes or one clear refusal. It
+carries a checksum of its content (`files.checksums`). Every change of a record is made under its
+folder's lock.
 """
 
 import builtins
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -25,6 +27,24 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, SpaceError, StudyError, first_line
 from allocator.files.atomic import accessing, locked, write_whole
 from allocator.files.checksums import seal, unseal
+
+
+class Finishing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What finished the weights of an allocation.
+
+    Attributes:
+        recipe: settings of the finishing stage, see `finishing.recipe.Recipe`.
+        inputs: digest of everything that finishing depends on.
+        before: proxy loss per split of the unfinished weights, nats per token.
+        after: the same of the finished weights.
+        unfinished_sha256: of the file of the unfinished weights, per container.
+    """
+
+    recipe: dict[str, Any]
+    inputs: str
+    before: dict[str, float]
+    after: dict[str, float]
+    unfinished_sha256: dict[str, str] = {}  # msgspec copies it
 
 
 class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,11 +61,13 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bytes: encoded, full-precision (`kept`) and file bytes in the target's container, and the
             limits; under a device's budget also the items of its memory.
         effective_bits: encoded bits over the searched weights.
-        loss: proxy loss per split, nats per token.
-        sha256: of the written weights' file, per container.
+        loss: proxy loss per split of the weights as their codecs encode them, nats per token.
+        sha256: of the written weights' file, per container; of the finished weights where the
+            record names some.
         workload: `context`, `sequences` and `reserve`, where the budget was a whole device's.
         weights: digest of weights that the other digests do not determine, e.g. finished ones;
-            absent where they do.
+            absent where they do. The file of finished weights is named for it.
+        finishing: what finished the weights; absent where nothing did.
     """
 
     name: str
@@ -62,6 +84,40 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int = 1
     workload: dict[str, int] = {}  # msgspec copies it
     weights: str | UnsetType = UNSET
+    finishing: Finishing | UnsetType = UNSET
+
+    @property
+    def finished(self) -> Finishing | None:
+        """What finished the weights that the record names; None if nothing did."""
+        return None if isinstance(self.finishing, UnsetType) else self.finishing
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Proxy loss per split of the weights that the record names, nats per token."""
+        return self.loss if self.finished is None else self.finished.after
+
+    @property
+    def unfinished(self) -> "AllocationRecord":
+        """The record of the same allocation with the weights as their codecs encode them."""
+        digests = self.sha256 if self.finished is None else self.finished.unfinished_sha256
+        return replace(self, sha256=digests, weights=UNSET, finishing=UNSET)
+
+    def finished_with(self, weights: str, finishing: Finishing) -> "AllocationRecord":
+        """Returns the record of the same allocation with finished weights.
+
+        The sha256 of written files of the same weights stay.
+
+        Args:
+            weights: digest of the finished weights.
+            finishing: what finished them, its `unfinished_sha256` aside.
+        """
+        plain = self.unfinished
+        return replace(
+            plain,
+            weights=weights,
+            finishing=replace(finishing, unfinished_sha256=plain.sha256),
+            sha256=self.sha256 if self.weights_digest == weights else {},
+        )
 
     @property
     def weights_digest(self) -> str:
@@ -100,8 +156,12 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from None
         if record.schema != 1:
             raise SpaceError(f"{path}: schema {record.schema}, needed 1; use a newer allocator")
-        if not re.fullmatch("[0-9a-f]{64}", record.importance):
-            raise SpaceError(f"{path}: importance {record.importance[:40]!r} is no sha256")
+        for name in ("importance", "weights_digest"):  # which name files
+            digest = getattr(record, name)
+            if not re.fullmatch("[0-9a-f]{64}", digest) and (digest or name == "importance"):
+                raise SpaceError(f"{path}: {name} {digest[:40]!r} is no sha256")
+        if record.finished is not None and not record.weights_digest:
+            raise SpaceError(f"{path}: names no weights, but what finished them; restore the file")
         return record
 
     def to_bytes(self) -> builtins.bytes:
@@ -116,13 +176,16 @@ def changing(path: Path) -> Iterator[None]:
         yield
 
 
-def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) -> None:
+def note_digests(
+    path: Path, read: AllocationRecord, digests: dict[str, str], *, unfinished: bool = False
+) -> None:
     """Adds the sha256 of written checkpoints to a record, if the record has not changed since.
 
     Args:
         path: of the record.
         read: the record from which the checkpoints were written.
         digests: sha256 of the weights' file, per container.
+        unfinished: the files hold unfinished weights, and the record names finished ones.
 
     Raises:
         StudyError: if the record has changed; nothing is written then.
@@ -130,18 +193,35 @@ def note_digests(path: Path, read: AllocationRecord, digests: dict[str, str]) ->
     """
     with changing(path):
         now = AllocationRecord.read(path)
-        if msgspec.structs.replace(now, sha256=read.sha256) != read:
+        if _without_digests(now) != _without_digests(read):
             raise StudyError(
                 f"{path}: changed while its checkpoint was written (a search ended?), so no sha256 "
                 "was recorded; materialize it again"
             )
-        known = msgspec.structs.replace(now, sha256=now.sha256 | digests)
-        write_whole(path, known.to_bytes())
+        if unfinished and now.finished is not None:
+            noted = now.finished.unfinished_sha256 | digests
+            changes: dict[str, Any] = {"finishing": replace(now.finished, unfinished_sha256=noted)}
+        else:
+            changes = {"sha256": now.sha256 | digests}
+        write_whole(path, replace(now, **changes).to_bytes())
+
+
+def _without_digests(record: AllocationRecord) -> AllocationRecord:
+    """The record of the same weights, of which no file was written yet."""
+    if record.finished is None:
+        return replace(record, sha256={})
+    plain = replace(record.finished, unfinished_sha256={})
+    return replace(record, sha256={}, finishing=plain)
 
 
 def importance_name(digest: str) -> str:
     """Returns the name of the file of importance vectors, in the folder of an allocation."""
     return f"importance-{digest[:12]}.safetensors"
+
+
+def finished_name(digest: str) -> str:
+    """Returns the name of the file of finished weights, in the folder of an allocation."""
+    return f"finished-{digest[:12]}.safetensors"
 
 
 def read_importance(path: Path) -> dict[str, Floats]:
@@ -178,3 +258,17 @@ def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
         return Allocation.from_json(data), None
     except SpaceError as error:
         raise SpaceError(f"{path}: {error}") from None
+
+
+def recorded_losses(path: Path) -> list[tuple[str, float, float | None]]:
+    """Reads what an allocation file says was measured, in nats per token.
+
+    Returns:
+        By split, the loss of the unfinished weights and of the finished ones, None where nothing
+        finished them; empty where the file is no record.
+    """
+    record = read_allocation(path)[1]
+    if record is None:
+        return []
+    after = {} if record.finished is None else record.finished.after
+    return [(split, loss, after.get(split)) for split, loss in record.loss.items()]

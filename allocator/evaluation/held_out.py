@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
@@ -26,6 +27,7 @@ from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
 
 if TYPE_CHECKING:
+    from allocator.scoring.candidates import Candidate
     from allocator.scoring.scorer import DocumentLosses
     from allocator.scoring.streamed_scorer import AnyScorer
 
@@ -54,6 +56,7 @@ def evaluate(
     """Measures KL, perplexity and top-1 agreement on held-out documents, smallest first.
 
     Baselines are uniform formats, and role mixes that a skilled person would write.
+    An allocation file that names finished weights has two rows: with them, and unfinished.
 
     Args:
         study: its folder.
@@ -85,9 +88,11 @@ def evaluate(
         allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
     suite = _Tasks(study_folder, held_out) if tasks else None
     scorer = study_folder.scorers.on(held_out)
-    scorers = _scorers(study_folder, scorer, encoded, chosen)
-    from_files = {name: allocation for name, (allocation, _) in encoded.items()}
-    rows = _beside(study_folder, from_files.values(), baselines, pruned=pruned) | from_files
+    from_files = _from_files(study_folder, scorer, encoded, chosen)
+    decisions = [wanted.allocation for wanted in from_files.values()]
+    plain = _beside(study_folder, decisions, baselines, pruned=pruned)
+    rows = {name: _Wanted(allocation, allocation, scorer) for name, allocation in plain.items()}
+    rows |= from_files
     table: list[dict[str, Any]] = []
 
     def measured(row: dict[str, Any]) -> pd.DataFrame:
@@ -101,12 +106,11 @@ def evaluate(
 
     frame = measured(original_row(study_folder.inventory, scorer))
     shown = tqdm(rows.items(), desc="evaluate", disable=not study_folder.progress)
-    losses = _each(rows.values(), [scorers.get(name, scorer) for name in rows])
-    for (name, allocation), its in zip(shown, losses, strict=True):
-        row = _row(study_folder, scorer.documents, name, allocation, its, domains=domains)
+    for (name, wanted), its in zip(shown, _each(rows.values()), strict=True):
+        row = _row(study_folder, scorer.documents, name, wanted.allocation, its, domains=domains)
         frame = measured(row)
     if suite is not None:
-        for _ in suite.add(frame, rows, from_files, scorers):
+        for _ in suite.add(frame, rows, from_files):
             if on_table is not None:
                 on_table(frame)
     return frame
@@ -157,33 +161,55 @@ def _chosen(study_folder: StudyFolder, paths: Sequence[str | Path] | None) -> di
     return {f"* {p.stem if stems[p.stem] == 1 else p}": p for p in chosen}
 
 
-def _scorers(
+@dataclass(frozen=True)
+class _Wanted:
+    """A row of the table.
+
+    Attributes:
+        allocation: of the row, whose bytes are shown.
+        candidate: what is scored: the allocation, or its finished weights.
+        scorer: whose model holds what the allocation is encoded with.
+    """
+
+    allocation: Allocation
+    candidate: Allocation | Candidate
+    scorer: AnyScorer
+
+
+def _from_files(
     study_folder: StudyFolder,
     scorer: AnyScorer,
     encoded: Mapping[str, tuple[Allocation, str | None]],
     paths: Mapping[str, Path],
-) -> dict[str, AnyScorer]:
-    """The scorer of each allocation file as it was encoded, by row; one model per importance."""
+) -> dict[str, _Wanted]:
+    """The rows of allocation files; where one names finished weights, two: with and without."""
+    from allocator.app.record_weights import finished_candidate
+
     by_importance: dict[str | None, AnyScorer] = {
         None: scorer,
         study_folder.profile.importance: scorer,
     }
-    for name, (_, importance) in encoded.items():
+    rows: dict[str, _Wanted] = {}
+    for name, (allocation, importance) in encoded.items():
         if importance not in by_importance:
             by_importance[importance] = study_folder.scorers.encoded_with(
                 importance, scorer.documents, beside=paths[name]
             )
-    return {name: by_importance[importance] for name, (_, importance) in encoded.items()}
+        plain = _Wanted(allocation, allocation, by_importance[importance])
+        candidate = finished_candidate(study_folder, paths[name])
+        if candidate is None:
+            rows[name] = plain
+        else:
+            rows[name] = _Wanted(allocation, candidate, plain.scorer)
+            rows[f"{name}, unfinished"] = plain
+    return rows
 
 
-def _each(
-    allocations: Iterable[Allocation], scorers: Iterable[AnyScorer]
-) -> Iterator[DocumentLosses]:
-    """Yields the losses of each allocation; neighbours with one scorer share its passes."""
-    paired = zip(allocations, scorers, strict=True)
-    for _, group in groupby(paired, key=lambda pair: id(pair[1])):
+def _each(rows: Iterable[_Wanted]) -> Iterator[DocumentLosses]:
+    """Yields the losses of each row; neighbours with one scorer share its passes."""
+    for _, group in groupby(rows, key=lambda row: id(row.scorer)):
         together = list(group)
-        yield from together[0][1].each([allocation for allocation, _ in together])
+        yield from together[0].scorer.each([row.candidate for row in together])
 
 
 def original_row(inventory: Inventory, scorer: AnyScorer) -> dict[str, Any]:
@@ -265,19 +291,18 @@ class _Tasks:
     def add(
         self,
         frame: pd.DataFrame,
-        known: Mapping[str, Allocation],
-        from_files: Mapping[str, Allocation],
-        scorers: Mapping[str, AnyScorer],
+        known: Mapping[str, _Wanted],
+        from_files: Mapping[str, _Wanted],
     ) -> Iterator[None]:
         """Adds figures of the original, the allocation files and their neighbours, row by row.
 
         Args:
             frame: the table.
-            known: allocations by row.
-            from_files: those of files.
-            scorers: of files, by row; their models hold what the files were encoded with.
+            known: all rows by name.
+            from_files: those of files, whose models hold what the files were encoded with.
         """
         from allocator.evaluation.lm_eval_tasks import run_tasks
+        from allocator.scoring.candidates import Candidate
         from allocator.scoring.scorer import Scorer
         from allocator.scoring.swap_model import SwapModel
 
@@ -287,20 +312,21 @@ class _Tasks:
         own, hidden = self._study_folder.scorers.model, not self._study_folder.progress
         rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
         for at, name in tqdm(rows, desc="lm-eval", disable=hidden):
-            scorer = scorers.get(name)
+            scorer = from_files[name].scorer if name in from_files else None
             swap = scorer.swap if isinstance(scorer, Scorer) else own
             assert isinstance(swap, SwapModel)  # a streamed study was refused
             if name == "original":
                 swap.reset()
             else:
-                swap.put_allocation(known[name])
+                wanted = known[name].candidate
+                swap.put(wanted if isinstance(wanted, Candidate) else Candidate.of(wanted))
             results = run_tasks(swap.model, self._tokenizer, self._folder, self._names)
             frame.loc[at, "acc"] = results["report_continuation"]["acc"]
             frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
             yield
 
 
-def _neighbours(frame: pd.DataFrame, from_files: Mapping[str, Allocation]) -> set[str]:
+def _neighbours(frame: pd.DataFrame, from_files: Mapping[str, _Wanted]) -> set[str]:
     """The unpruned baselines just below and above each allocation file in bytes."""
     plain = frame[
         ~frame["name"].isin([*from_files, "original"]) & ~frame["name"].str.contains("experts")

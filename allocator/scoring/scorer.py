@@ -159,7 +159,7 @@ class Scorer(Documents):
         """Returns losses on `documents[start:stop]`, of one allocation after the other."""
         return [self.score(allocation, start, stop) for allocation in allocations]
 
-    def each(self, allocations: Iterable[Allocation]) -> Iterator[DocumentLosses]:
+    def each(self, allocations: Iterable[Allocation | Candidate]) -> Iterator[DocumentLosses]:
         """Yields losses of allocations on all documents, one after the other."""
         return map(self.score, allocations)
 

@@ -1,0 +1,250 @@
+"""The file of finished weights, which lies beside the record of their allocation.
+
+A safetensors file: the bytes of every group, or part of one, that finishing changed
+(`codes.<name>`, uint8), and every norm or router that it changed (`values.<tensor>`, float32, exact
+in the checkpoint's own dtype). Its metadata say what finished them, with the sha256 of every tensor
+and a checksum. In: finished bytes and values. Out: the file, named by its content; and back.
+Invariant: the digest covers allocation, checkpoint, importance and every tensor; no byte is used
+before it was compared with its sha256; what a file lacks is as the codecs encode it.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from allocator.checkpoint.tensors import Floats
+from allocator.codecs import Bytes
+from allocator.decision.allocation_record import Finishing, finished_name
+from allocator.errors import CheckpointError, first_line
+from allocator.files.checksums import seal_line, unseal
+
+_KEY = "finished"
+_CODES, _VALUES = "codes.", "values."
+_OF = "finished weights"
+_DTYPES = {"uint8": "U8", "float32": "F32"}
+
+
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file of finished weights says of itself.
+
+    Attributes:
+        allocation: digest of the allocation.
+        checkpoint: digest of the source checkpoint.
+        importance: digest of the importance vectors of the unfinished weights.
+        codec: that encoded them.
+        finishing: what finished the weights.
+        tensors: sha256 of every tensor's bytes, by its name in the file.
+        schema: of the file.
+    """
+
+    allocation: str
+    checkpoint: str
+    importance: str
+    codec: str
+    finishing: Finishing
+    tensors: dict[str, str]
+    schema: int = 1
+
+    @property
+    def weights(self) -> str:
+        """The digest of the finished weights; recipe and losses are no part of it."""
+        named = {
+            "allocation": self.allocation,
+            "checkpoint": self.checkpoint,
+            "importance": self.importance,
+            "tensors": self.tensors,
+        }
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened file of finished weights, see `read_artifact`.
+
+    Attributes:
+        path: the file.
+        description: what it says of itself, found to be undamaged.
+    """
+
+    path: Path
+    description: Description
+    _whole: Bytes
+    _spans: Mapping[str, tuple[int, int, tuple[int, ...]]]
+    _checked: set[str] = field(default_factory=set)
+
+    @property
+    def weights(self) -> str:
+        """The digest of the finished weights."""
+        return self.description.weights
+
+    def codes(self, name: str) -> Bytes | None:
+        """Returns the bytes of a group, or of a part of one: `(..., rows, bytes per row)`.
+
+        Args:
+            name: of the group or the part, see `part_names`.
+
+        Returns:
+            Mapped from the file; None where finishing left the codec's bytes.
+
+        Raises:
+            CheckpointError: if the bytes are damaged.
+        """
+        return self._tensor(_CODES + name)
+
+    def values(self, source: str) -> Floats | None:
+        """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`; float32.
+
+        Args:
+            source: name of the tensor in the checkpoint.
+
+        Returns:
+            None where finishing left the checkpoint's values.
+
+        Raises:
+            CheckpointError: if the values are damaged.
+        """
+        raw = self._tensor(_VALUES + source)
+        return None if raw is None else raw.view(np.float32)
+
+    def holds(self, name: str, stored: Bytes) -> bool | None:
+        """Tells whether stored bytes are those of a group, or of a part of one, by digest.
+
+        Args:
+            name: of the group or the part.
+            stored: `(..., bytes per row)`; only the order of the bytes counts.
+
+        Returns:
+            None where finishing left the codec's bytes.
+        """
+        known = self.description.tensors.get(_CODES + name)
+        return None if known is None else known == _digest(stored)
+
+    def _tensor(self, name: str) -> Bytes | None:
+        if name not in self._spans:
+            return None
+        begin, end, shape = self._spans[name]
+        data = self._whole[begin:end]
+        if name not in self._checked:
+            if _digest(data) != self.description.tensors[name]:
+                raise damaged(self.path, f"{name} is not what was written")
+            self._checked.add(name)
+        return data.reshape(*shape[:-1], -1)
+
+
+def write_artifact(
+    folder: Path,
+    description: Description,
+    codes: Mapping[str, Bytes],
+    values: Mapping[str, Floats],
+) -> Artifact:
+    """Writes a file of finished weights under the name of its content, whole or not at all.
+
+    Args:
+        folder: where; made if missing.
+        description: without `tensors`, which are the digests of what is written.
+        codes: bytes by part, `(..., rows, bytes per row)`; those that differ from the codec's. Each
+            is asked for twice, so that one at a time needs to be in memory.
+        values: by tensor of the checkpoint, `(width,)` or `(retained, hidden)`, float32; those
+            that differ from the checkpoint's.
+    """
+    of_name: dict[str, Callable[[], Bytes | Floats]] = {}
+    for name in codes:
+        of_name[_CODES + name] = partial(codes.__getitem__, name)
+    for name in values:
+        of_name[_VALUES + name] = partial(values.__getitem__, name)
+    rows, digests, end = {}, {}, 0
+    for name in sorted(of_name):
+        data = of_name[name]()
+        digests[name] = _digest(data)
+        rows[name] = {
+            "dtype": _DTYPES[data.dtype.name],
+            "shape": data.shape,
+            "data_offsets": [end, end := end + data.nbytes],
+        }
+    description = msgspec.structs.replace(description, tensors=digests)
+    sealed = {_KEY: seal_line(description, _OF).decode()}
+    path = folder / finished_name(description.weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(_header({"__metadata__": sealed, **rows}))
+            for name in rows:
+                file.write(np.ascontiguousarray(of_name[name]()).data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return read_artifact(path, description.weights)
+
+
+def _header(table: Mapping[str, object]) -> bytes:
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_artifact(path: Path, weights: str) -> Artifact:
+    """Opens a file of finished weights; its tensors are compared when they are asked for.
+
+    Args:
+        path: the file.
+        weights: digest that its content must have.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or of other weights.
+    """
+    try:
+        with safe_open(path, framework="np") as file:  # checks every length and offset
+            names = set(file.keys())
+            text = (file.metadata() or {})[_KEY]
+        description = msgspec.convert(unseal(text.encode(), _OF, required=True), Description)
+        if description.schema != 1:
+            raise ValueError(f"schema {description.schema}, needed 1")
+        if names != set(description.tensors):
+            raise ValueError("it holds other tensors than it says")
+        with open(path, "rb") as opened:
+            whole = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        spans = _spans(whole)
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise damaged(path, first_line(error)[:200]) from None
+    if description.weights != weights:
+        raise damaged(path, f"it holds weights {description.weights[:12]}, needed {weights[:12]}")
+    return Artifact(path, description, whole, spans)
+
+
+def damaged(path: Path, why: str) -> CheckpointError:
+    """Returns the error on a file of finished weights that cannot be used."""
+    return CheckpointError(
+        f"{path}: no finished weights ({why}); restore the file, finish the allocation again "
+        "(`allocator finish`), or write the plain weights (--unfinished)"
+    )
+
+
+def _spans(whole: Bytes) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    """Begin, end and shape of every tensor; the library has checked the header."""
+    start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    header = json.loads(whole[8:start].tobytes())
+    return {
+        name: (
+            start + row["data_offsets"][0],
+            start + row["data_offsets"][1],
+            tuple(row["shape"]),
+        )
+        for name, row in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _digest(data: Bytes | Floats) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data).data).hexdigest()

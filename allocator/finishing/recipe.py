@@ -1,0 +1,110 @@
+"""Settings of the finishing stage, and the digest of everything that finished weights depend on.
+
+In: what a user asks for, or what a record says. Out: a frozen `Recipe`. Invariant: the same inputs
+finished twice, on one kind of processor and number of threads, give the same bytes; a recipe that a
+newer version wrote is refused by the name of its unknown setting.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from allocator.errors import SpaceError
+
+CODES, SCALES, NORMS, ROUTERS = "codes", "scales", "norms", "routers"
+PARTS = (CODES, SCALES, NORMS, ROUTERS)
+"""What finishing may change."""
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are finished.
+
+    Attributes:
+        moments_tokens: search tokens behind the second moments, at most.
+        tuning_tokens: search tokens that are tuned on, at most; 0 tunes nothing.
+        fisher: tokens are weighted by the squared gradient at a product's output.
+        damping: share of a moment's mean diagonal that is added to the diagonal.
+        shrink_tokens: tokens that a layer's mean moment counts as in every expert's own.
+        rounds: of coordinate descent over codes, sub-scales and scales.
+        rates: learning rates, of which the selection split chooses one.
+        seed: of the labels that are drawn for the squared gradients.
+        parts: what is changed, of `PARTS`.
+        stopped_tokens: tuning tokens after which a time limit ended tuning; None without one.
+    """
+
+    moments_tokens: int = 65_536
+    tuning_tokens: int = 61_440
+    fisher: bool = True
+    damping: float = 0.01
+    shrink_tokens: int = 256
+    rounds: int = 2
+    rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
+    seed: int = 0
+    parts: tuple[str, ...] = PARTS
+    stopped_tokens: int | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], where: str) -> "Recipe":
+        """Reads a recipe from plain data.
+
+        Args:
+            data: as of `to_json`.
+            where: for messages: the file that the data is from.
+
+        Raises:
+            SpaceError: if a setting is unknown or of another type.
+        """
+        try:
+            recipe = msgspec.convert(data, cls)
+            recipe.check()
+        except (ValueError, SpaceError) as error:
+            raise SpaceError(
+                f"{where}: recipe of the finished weights: {error}; use the version that wrote it"
+            ) from None
+        return recipe
+
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            SpaceError: naming the first one that cannot be.
+        """
+        for name, least in (("moments_tokens", 1), ("tuning_tokens", 0), ("rounds", 1)):
+            if (value := getattr(self, name)) < least:
+                raise SpaceError(f"{name} {value}: needed {least} or more")
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise SpaceError(f"parts {', '.join(self.parts)}: needed some of {', '.join(PARTS)}")
+        if self.tunes and not self.rates:
+            raise SpaceError("no rate: needed one or more, or no tuning")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether anything is tuned after the codes."""
+        return self.tuning_tokens > 0 and bool(set(self.parts) - {CODES})
+
+    @property
+    def codes_alone(self) -> "Recipe":
+        """The same without everything that codes do not depend on."""
+        return msgspec.structs.replace(
+            self, tuning_tokens=0, rates=(), parts=(CODES,), stopped_tokens=None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data, as in records and artifacts."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]  # lists for tuples
+
+
+def inputs_digest(recipe: Recipe, **others: str) -> str:
+    """Returns the sha256 that names finished weights before they are made.
+
+    Args:
+        recipe: the settings.
+        others: digests of the other inputs by name: allocation, checkpoint, importance, codec,
+            documents.
+    """
+    named = {"recipe": recipe.to_json(), **others, "schema": 1}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
