@@ -9,12 +9,16 @@ gives the same bytes however many rows are encoded at once, in whatever number o
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from allocator.errors import FormatError
 from allocator.formats import Format
+
+if TYPE_CHECKING:  # torch loads with it
+    from allocator.codecs.blocks import BlockFormat
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -138,6 +142,10 @@ class Codec(ABC):
             `(..., bytes per row)`, a copy.
         """
         raise NotImplementedError(f"{self.name} returns scales; it needs `replace_scales`")
+
+    def block_format(self, fmt: Format) -> "BlockFormat | None":
+        """Returns what a format's bytes are made of; None if its codes cannot be chosen anew."""
+        return None
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
         """Decodes rows by an implementation that shares no code with `decode`.

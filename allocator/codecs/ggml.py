@@ -13,6 +13,7 @@ import os
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from allocator.codecs.ggml_blocks.scales import read_scales, write_scales
 from allocator.errors import FormatError
 from allocator.formats import Format
 from allocator.formats.ggml import CODEC, FORMATS, TYPES
+
+if TYPE_CHECKING:  # torch loads with it
+    from allocator.codecs.blocks import BlockFormat
 
 _WEIGHTS_PER_SECOND = {
     "BF16": 4e8, "Q8_0": 3.2e8, "Q6_K": 2.1e7, "Q5_K": 5.5e6, "Q4_K": 6.2e6, "Q3_K": 1.7e7,
@@ -153,6 +157,12 @@ class GgmlCodec(Codec):
     def replace_scales(self, data: Bytes, fmt: Format, scales: Halves) -> Bytes:
         """Writes `d`, or `d` and `dmin`, into each block."""
         return write_scales(data, fmt, scales)
+
+    def block_format(self, fmt: Format) -> "BlockFormat | None":
+        """Returns what a format's bytes are made of; None for the float types and MXFP4."""
+        from allocator.codecs.ggml_blocks.registry import block_format
+
+        return block_format(fmt)
 
     def second_opinion(self, data: Bytes, fmt: Format) -> Floats | None:
         """Decodes `rows x bytes per row` with gguf-py, which computes in numpy."""

@@ -1,0 +1,277 @@
+"""Chooses the codes of encoded weights anew, against the second moments of their inputs.
+
+In: weights `w`, their encoding, and `H`, the sum of `x x'` over inputs `x` (weighted or not). Out:
+bytes of the same format and size whose decoded weights `q` have a lower `(w - q) H (w - q)'`, the
+output's squared error over those inputs. Invariant: a move is taken only if that quadratic falls,
+and no row ends with a higher one than it began with.
+
+A round goes through the columns in order. The codes of a unit of columns are chosen in the metric
+of the unit's own block of `H`, everything else fixed; after the last unit of a group its sub-scale
+and its minimum, after the last group of a block its scales in closed form, rounded to float16. The
+gradient `(w - q) H` is computed anew for every 256 columns and kept up to date among them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from allocator.codecs.blocks import BlockFormat, Fields
+
+_WINDOW = 256
+"""Columns among which the gradient is kept up to date; a multiple of every block's columns."""
+_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 22, 1 << 27
+"""Weights whose codes are chosen at once, on a CPU and on other devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What was chosen.
+
+    Attributes:
+        data: `experts x rows x row bytes` uint8.
+        before: `(experts,)` the quadratic of the given encoding, float64.
+        after: `(experts,)` the quadratic of `data`, float64.
+    """
+
+    data: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+
+def choose(
+    weights: torch.Tensor,
+    data: torch.Tensor,
+    block_format: BlockFormat,
+    moments: torch.Tensor,
+    *,
+    rounds: int = 2,
+) -> Chosen:
+    """Chooses codes, sub-scales, minima and scales of encoded matrices.
+
+    Args:
+        weights: `experts x rows x in` float32.
+        data: `experts x rows x row bytes` uint8, an encoding to start from.
+        block_format: of the encoding.
+        moments: `experts x in x in` float32, symmetric, not negative.
+        rounds: passes over all columns.
+    """
+    chosen = torch.empty_like(data)
+    before = torch.zeros(len(data), dtype=torch.float64, device=data.device)
+    after = torch.zeros_like(before)
+    for experts, rows in _pieces(weights):
+        descent = _Descent(
+            weights[experts, rows], data[experts, rows], block_format, moments[experts]
+        )
+        before[experts] += descent.losses.double().sum(-1)
+        for _ in range(rounds):
+            descent.round()
+        after[experts] += descent.losses.double().sum(-1)
+        chosen[experts, rows] = descent.data
+    return Chosen(chosen, before, after)
+
+
+def quadratic(weights: torch.Tensor, values: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Returns `(w - q) H (w - q)'` of each row.
+
+    Args:
+        weights: `experts x rows x in`.
+        values: decoded weights, in the same shape.
+        moments: `experts x in x in`.
+
+    Returns:
+        `experts x rows`.
+    """
+    error = weights - values
+    return ((error @ moments) * error).sum(-1)
+
+
+def _pieces(weights: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yields experts and rows whose codes are chosen at once."""
+    experts, rows, width = weights.shape
+    limit = _WEIGHTS if weights.device.type == "cpu" else _WEIGHTS_ON_DEVICE
+    n_rows = min(rows, max(1, limit // width))
+    n_experts = max(1, limit // (width * n_rows))
+    for expert in range(0, experts, n_experts):
+        for row in range(0, rows, n_rows):
+            yield slice(expert, expert + n_experts), slice(row, row + n_rows)
+
+
+class _Descent:
+    """Coordinate descent over the fields of some rows.
+
+    Attributes:
+        data: `experts x rows x row bytes`, the best so far.
+        losses: `experts x rows`, its quadratic.
+    """
+
+    def __init__(
+        self, weights: torch.Tensor, data: torch.Tensor, form: BlockFormat, moments: torch.Tensor
+    ) -> None:
+        self._weights, self._form, self._moments = weights, form, moments
+        self.data = data
+        self.losses = quadratic(weights, form.values(data), moments)
+        device = data.device
+        self._factors = form.factors.to(device)
+        self._shifts = None if form.shifts is None else form.shifts.to(device)
+        self._minima = None if form.minima is None else form.minima.to(device)
+
+    def round(self) -> None:
+        """Goes over all columns once; rows whose quadratic did not fall stay as they were."""
+        self._fields = self._form.unpack(self.data)
+        self._levels = self._form.levels(self._fields.codes).flatten(-2)
+        self._values = self._form.values(self.data)
+        width = self._weights.shape[-1]
+        for start in range(0, width, _WINDOW):
+            self._window(slice(start, min(start + _WINDOW, width)))
+        data = self._form.pack(self._fields)
+        losses = quadratic(self._weights, self._form.values(data), self._moments)
+        falls = losses < self.losses
+        self.data = torch.where(falls[..., None], data, self.data)
+        self.losses = torch.where(falls, losses, self.losses)
+
+    def _window(self, window: slice) -> None:
+        """Chooses all fields of a window of columns."""
+        form, block = self._form, self._form.fmt.block
+        error = self._weights - self._values
+        self._start = window.start
+        self._gradient = error @ self._moments[:, :, window]
+        self._metric = self._moments[:, window, window]
+        for first in range(window.start, window.stop, block):
+            for group in range(first, first + block, form.group):
+                for unit in range(group, group + form.group, form.unit):
+                    self._choose_codes(unit)
+                self._choose_subscales(group // form.group)
+            self._choose_scales(first // block)
+
+    def _columns(self, columns: slice) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """Returns their place in the window, their block of moments and their gradient."""
+        local = slice(columns.start - self._start, columns.stop - self._start)
+        return local, self._metric[:, local, local], self._gradient[..., local]
+
+    def _move(self, columns: slice, values: torch.Tensor) -> torch.Tensor:
+        """Takes new values of some columns where the quadratic falls, `experts x rows` bool."""
+        local, metric, gradient = self._columns(columns)
+        step = values - self._values[..., columns]
+        falls = (step * (step @ metric - 2 * gradient)).sum(-1) < 0
+        step = torch.where(falls[..., None], step, 0.0)
+        self._values[..., columns] = torch.where(
+            falls[..., None], values, self._values[..., columns]
+        )
+        self._gradient -= step @ self._metric[:, local]
+        return falls
+
+    def _choose_codes(self, column: int) -> None:
+        """Chooses the codes of the unit of columns that begins with `column`."""
+        form, unit, group = self._form, column // self._form.unit, column // self._form.group
+        columns = slice(column, column + form.unit)
+        _, metric, gradient = self._columns(columns)
+        factor, offset = self._affine(group)
+        usable = factor.abs() > 1e-30
+        pull = self._levels[..., columns] @ metric
+        pull = pull + gradient / torch.where(usable, factor, 1.0)[..., None]
+        present = self._fields.codes[..., unit]
+        codes = torch.where(usable, form.best(pull, metric, present), present)
+        levels = form.levels(codes)
+        moved = self._move(columns, factor[..., None] * levels + offset[..., None])
+        self._fields.codes[..., unit] = torch.where(moved, codes, present)
+        self._levels[..., columns] = torch.where(
+            moved[..., None], levels, self._levels[..., columns]
+        )
+
+    def _affine(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what levels of a group are multiplied by, and what is added, per row."""
+        one = self._of_group(group)
+        factor, shift, minimum = self._form.affine(one)
+        offset = torch.zeros_like(factor) if shift is None else shift
+        if minimum is not None:
+            offset = offset - minimum
+        return factor[..., 0], offset[..., 0]
+
+    def _of_group(self, group: int) -> Fields:
+        """Returns scales, sub-scales and minima of one group."""
+        fields, block = self._fields, group * self._form.group // self._form.fmt.block
+        return Fields(
+            fields.scales[..., block : block + 1, :],
+            fields.subscales[..., group : group + 1],
+            None if fields.minima is None else fields.minima[..., group : group + 1],
+            fields.codes,
+        )
+
+    def _choose_subscales(self, group: int) -> None:
+        """Chooses a group's sub-scale, then its minimum, its codes as they are."""
+        form, fields = self._form, self._fields
+        columns = slice(group * form.group, (group + 1) * form.group)
+        block = columns.start // form.fmt.block
+        levels = self._levels[..., columns]
+        if len(self._factors) > 1:
+            _, metric, gradient = self._columns(columns)
+            factor, _ = self._affine(group)
+            scale = fields.scales[..., block, 0].float()[..., None]
+            alpha = scale * self._factors - factor[..., None]
+            along = levels @ metric
+            change = alpha.square() * (along * levels).sum(-1)[..., None]
+            change -= 2 * alpha * (levels * gradient).sum(-1)[..., None]
+            if self._shifts is not None:
+                present = scale[..., 0] * self._shifts[fields.subscales[..., group].long()]
+                beta = scale * self._shifts - present[..., None]
+                change += 2 * alpha * beta * along.sum(-1)[..., None]
+                change += beta.square() * metric.sum((-2, -1))[:, None, None]
+                change -= 2 * beta * gradient.sum(-1)[..., None]
+            self._try_group(group, subscales=change.argmin(-1).int())
+        if self._minima is not None:
+            _, metric, gradient = self._columns(columns)
+            scale = fields.scales[..., block, 1].float()[..., None]
+            assert fields.minima is not None
+            present = self._minima[fields.minima[..., group].long()]
+            beta = -scale * (self._minima - present[..., None])
+            change = beta.square() * metric.sum((-2, -1))[:, None, None]
+            change = change - 2 * beta * gradient.sum(-1)[..., None]
+            if len(self._minima) > 1:
+                self._try_group(group, minima=change.argmin(-1).int())
+
+    def _try_group(self, group: int, **fields: torch.Tensor) -> None:
+        """Takes a group's new sub-scales or minima, `experts x rows`, where the quadratic falls."""
+        columns = slice(group * self._form.group, (group + 1) * self._form.group)
+        one = self._of_group(group)
+        one = replace(one, **{name: values[..., None] for name, values in fields.items()})
+        factor, shift, minimum = self._form.affine(one)
+        values = factor * self._levels[..., columns]
+        if shift is not None:
+            values = values + shift
+        if minimum is not None:
+            values = values - minimum
+        moved = self._move(columns, values)
+        for name, chosen in fields.items():
+            present = getattr(self._fields, name)[..., group]
+            present.copy_(torch.where(moved, chosen, present))
+
+    def _choose_scales(self, block: int) -> None:
+        """Chooses a block's scales, one after the other: in closed form, rounded to float16."""
+        form, fields = self._form, self._fields
+        width, n = form.fmt.block, form.fmt.block // form.group
+        columns, groups = (
+            slice(block * width, (block + 1) * width),
+            slice(block * n, (block + 1) * n),
+        )
+        for which in range(fields.scales.shape[-1]):
+            _, metric, gradient = self._columns(columns)
+            unit = torch.zeros_like(fields.scales[..., block : block + 1, :])
+            unit[..., which] = 1
+            one = Fields(
+                unit,
+                fields.subscales[..., groups],
+                None if fields.minima is None else fields.minima[..., groups],
+                fields.codes[..., block * width // form.unit : (block + 1) * width // form.unit],
+            )
+            direction = form.parts(one)[which]
+            curvature = ((direction @ metric) * direction).sum(-1)
+            step = (direction * gradient).sum(-1) / curvature.clamp_min(1e-30)
+            present = fields.scales[..., block, which]
+            scale = (present.float() + step).clamp(-65504, 65504).half()
+            scales = fields.scales[..., block : block + 1, :].clone()
+            scales[..., 0, which] = scale
+            parts = form.parts(replace(one, scales=scales))
+            values = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            moved = self._move(columns, values)
+            present.copy_(torch.where(moved, scale, present))
