@@ -22,7 +22,7 @@ costs `<slope, D>` beside the quadratic form: what `D` has in common with the er
 already.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,72 +30,14 @@ import torch
 
 from allocator.checkpoint.tensors import Floats, Ints
 from allocator.families import Role
-from allocator.scoring.documents import Document, batches
-from allocator.scoring.experts import use_sorted_experts, use_watcher
-from allocator.scoring.swap_model import SwapModel, token_ids, view_of
+from allocator.profiling.products import Product, run_backward, watch_experts, watch_products
+from allocator.scoring.documents import Document
+from allocator.scoring.experts import use_sorted_experts
+from allocator.scoring.swap_model import SwapModel, view_of
 from allocator.targets import Group, Layout
 
 FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
 """Forward tokens that a token costs: one forward, and two for every backward."""
-
-
-class Product:
-    """Sums over tokens of one matrix product: weighted inputs, and rows `(out,)`.
-
-    The weighted inputs are a sum `(in, in)`, or while tokens are fewer than that, `(tokens, in)`.
-    """
-
-    def __init__(self) -> None:
-        self._few: list[torch.Tensor] = []
-        self._inputs: torch.Tensor | float = 0.0
-        self.rows: torch.Tensor | float = 0.0
-
-    def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Adds inputs `(tokens, in)` and the gradients `(tokens, out)` of their outputs."""
-        squares = gradient.square()
-        self.rows = self.rows + squares.sum(0).double()
-        self._few.append(x * squares.sum(-1, keepdim=True).sqrt())
-        if sum(map(len, self._few)) >= x.shape[-1]:
-            for weighted in self._few:
-                self._inputs = self._inputs + weighted.T @ weighted
-            self._few = []
-
-    def price(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
-        """Returns half the quadratic form of `change`, `(out, in)` or of `rows` only."""
-        if not isinstance(self.rows, torch.Tensor):
-            return 0.0  # no token reached it
-        share = self._shares[rows].float()
-        change = change.to(share.device)
-        forms = torch.zeros(len(change), device=share.device)
-        if isinstance(self._inputs, torch.Tensor):
-            forms += ((change @ self._inputs) * change).sum(-1)
-        for weighted in self._few:
-            forms += (change @ weighted.T).square().sum(-1)
-        return 0.5 * float(share @ forms)
-
-    def times(self, change: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """Returns the gradient of `price` by `change`, `(rows, in)`, in the same shape."""
-        if not isinstance(self.rows, torch.Tensor):
-            return torch.zeros_like(change)
-        share = self._shares[rows].float()
-        change = change.to(share.device)
-        gradient = torch.zeros_like(change)
-        if isinstance(self._inputs, torch.Tensor):
-            gradient += change @ self._inputs
-        for weighted in self._few:
-            gradient += change @ weighted.T @ weighted
-        return gradient.mul_(share[:, None])
-
-    def covered(self, rows: torch.Tensor) -> float:
-        """Returns the share of all squared gradients that `rows`, `(rows,)`, have, from 0 to 1."""
-        if not isinstance(self.rows, torch.Tensor):
-            return 1.0
-        return float(self._shares[rows].sum()) or 1.0
-
-    @property
-    def _shares(self) -> torch.Tensor:
-        assert isinstance(self.rows, torch.Tensor)
-        return self.rows / self.rows.sum().clamp_min(1e-300)
 
 
 class Tangent:
@@ -153,10 +95,10 @@ class Curvature:
         """Returns the sums of one matrix, empty ones at first."""
         return self._products.setdefault((name, expert), Product())
 
-    def add(self, product: Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Adds inputs `(tokens, in)` and gradients `(tokens, out)` to a product, if listening."""
+    def take(self, name: str, expert: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Adds inputs `(tokens, in)` and gradients `(tokens, out)` of a product, if listening."""
         if self.listening:
-            product.add(x, gradient)
+            self.product(name, expert).add(x, gradient)
 
     def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds looked-up embedding rows, and the gradients of their values.
@@ -335,32 +277,28 @@ def measure(
     """
     layout, model = swap.layout, swap.model
     curvature = Curvature(layout, sum(len(d.ids) for d in documents))
-    generator = torch.Generator().manual_seed(seed)
-    handles = _watch(model, layout, curvature)
+    groups = [g for g in layout.groups.values() if not g.role.is_expert]
+    handles = watch_products(model, layout, groups, curvature.take)
+    for layer in layout.layers:
+        watch_experts(model, layer, curvature.take)
     parameters = dict(model.named_parameters()) if reference is not None else {}
+
+    def each(
+        batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, log_probs: torch.Tensor
+    ) -> None:
+        curvature.add_lookup(ids, gradient)
+        if reference is not None:
+            curvature.listening = False
+            loss: Any = sum(_kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True))
+            loss.backward()
+            curvature.listening = True
+
     try:
         model.requires_grad_(reference is not None)
-        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
-            with torch.inference_mode(False), torch.enable_grad():
-                ids = token_ids(model, [documents[i] for i in batch])
-                embedded = model.model.embed_tokens(ids)
-                if reference is None:
-                    embedded = embedded.detach().clone().requires_grad_()
-                hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                log_probs = torch.log_softmax(model.lm_head(hidden), -1)
-                flat = log_probs.flatten(0, 1)
-                labels = drawn(flat.detach().exp(), generator)
-                (gradient,) = torch.autograd.grad(
-                    flat.gather(1, labels).sum(), embedded, retain_graph=reference is not None
-                )
-                curvature.add_lookup(ids, gradient)
-                if reference is not None:
-                    curvature.listening = False
-                    loss: Any = sum(
-                        _kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True)
-                    )
-                    loss.backward()
-                    curvature.listening = True
+        run_backward(
+            model, documents, each,
+            seed=seed, batch_tokens=batch_tokens, retain_graph=reference is not None,
+        )  # fmt: skip
         curvature.take_slopes(parameters)
     finally:
         model.zero_grad()  # what was stopped must not be part of the next slope
@@ -371,76 +309,6 @@ def measure(
     return curvature
 
 
-def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draws one label per row of `(tokens, vocabulary)`, `(tokens, 1)`, the same on any device."""
-    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-    return labels.to(probabilities.device)
-
-
 def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     fixed = reference.clone()  # made in inference mode
     return (fixed.exp() * (fixed - candidate)).sum()
-
-
-def _watch(model: Any, layout: Layout, curvature: Curvature) -> list[Any]:
-    groups = [g for g in layout.groups.values() if not g.role.is_expert]
-    handles = watch_products(model, layout, groups, curvature)
-    for layer in layout.layers:
-        use_watcher(model, layer, _on_expert(curvature, f"layers.{layer}"))
-    return handles
-
-
-def product_name(group: Group) -> str:
-    """Names the product that a group is priced by: `k_b` and `v_b` are halves of one product."""
-    split = group.role in (Role.K_B, Role.V_B)
-    return f"layers.{group.layer}.{Role.KV_B}" if split else group.name
-
-
-def watch_products(
-    model: Any, layout: Layout, groups: Iterable[Group], curvature: Curvature
-) -> list[Any]:
-    """Adds hooks that feed `curvature` with the products of groups that are no routed experts."""
-    modules = {}  # `kv_b` once, unsplit
-    for group in groups:
-        if group.role in (Role.EMBEDDING, Role.HEAD):
-            if group.role is Role.HEAD or layout.inventory.tied_embeddings:
-                modules[group.name] = model.lm_head
-            continue
-        modules[product_name(group)] = model.get_submodule(group.sources[0].removesuffix(".weight"))
-    return [
-        module.register_forward_hook(_on_output(curvature, name))
-        for name, module in modules.items()
-    ]
-
-
-def _on_output(curvature: Curvature, name: str) -> Callable[..., None]:
-    def hook(module: Any, args: Any, output: Any) -> None:
-        x = args[0].detach().flatten(0, -2)
-
-        def add(gradient: torch.Tensor) -> None:
-            curvature.add(curvature.product(name), x, gradient.flatten(0, -2))
-
-        if output.requires_grad:
-            output.register_hook(add)
-
-    return hook
-
-
-def _on_expert(curvature: Curvature, layer: str) -> Callable[..., None]:
-    def watch(expert: int, kind: str, x: torch.Tensor, output: Any) -> None:
-        x = x.detach()
-        if kind == "down":
-            down = curvature.product(f"{layer}.{Role.EXPERT_DOWN}", expert)
-            output.register_hook(lambda gradient: curvature.add(down, x, gradient))
-            return
-        gate = curvature.product(f"{layer}.{Role.EXPERT_GATE}", expert)
-        up = curvature.product(f"{layer}.{Role.EXPERT_UP}", expert)
-
-        def both(gradient: torch.Tensor) -> None:
-            of_gate, of_up = gradient.chunk(2, -1)
-            curvature.add(gate, x, of_gate)
-            curvature.add(up, x, of_up)
-
-        output.register_hook(both)
-
-    return watch

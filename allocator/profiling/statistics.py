@@ -10,7 +10,7 @@ arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens;
 (the seed paper's code).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +24,7 @@ from allocator.checkpoint.tensors import Floats
 from allocator.decision.search_space import OBSERVED
 from allocator.families import Role
 from allocator.files.checksums import load_arrays, save_arrays
+from allocator.profiling.products import query_module
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
@@ -66,8 +67,8 @@ class _MeanSquare:
         self.total: torch.Tensor | float = 0.0
         self.n = 0
 
-    def add(self, values: torch.Tensor, heads: int | None = None) -> None:
-        rows = values.reshape(-1, values.shape[-1]) if heads is None else values
+    def add(self, values: torch.Tensor, by_head: bool = False) -> None:
+        rows = values if by_head else values.reshape(-1, values.shape[-1])
         self.total = self.total + rows.double().square().sum(0)
         self.n += len(rows)
 
@@ -118,30 +119,36 @@ class _Experts:
         return np.asarray(means, np.float32)
 
 
-def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
-    """Hooks that feed `sums` for every group that is no routed expert."""
+TakeInputs = Callable[[str, torch.Tensor], None]
+"""Gets a group's name and its inputs `(..., in)`; of a group per head `(tokens, heads, in)`."""
+
+
+def watch_inputs(
+    model: Any, layout: Layout, groups: Iterable[Group], take: TakeInputs
+) -> list[Any]:
+    """Adds hooks that see the inputs of groups that are no routed experts; returns their handles.
+
+    An embedding that is only looked up has none.
+    """
     heads, latent = layout.inventory.dimensions.heads, layout.inventory.dimensions.latent
     handles = []
 
     def on_input(name: str) -> Callable[..., None]:
-        return lambda module, args: sums[name].add(args[0])
+        return lambda module, args: take(name, args[0])
 
     def on_q(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
             assert latent is not None, name
             by_head = output.reshape(-1, heads, output.shape[-1] // heads)
-            sums[name].add(by_head[..., : latent.nope], heads)
+            take(name, by_head[..., : latent.nope])
 
         return hook
 
-    for group in layout.groups.values():
+    for group in groups:
         if group.role.is_expert or not group.importance:
             continue
-        sums[group.name] = _MeanSquare()
         if group.role is Role.K_B:  # multiplies the query's part without rotation
-            attention = model.model.layers[group.layer].self_attn
-            whole = latent is not None and latent.q_rank is None
-            q = attention.q_proj if whole else attention.q_b_proj
+            q = query_module(model, layout, group.layer)
             handles.append(q.register_forward_hook(on_q(group.name)))
         else:
             module = _reader(model, group)
@@ -154,6 +161,17 @@ def _reader(model: Any, group: Group) -> Any:
     if group.role in (Role.EMBEDDING, Role.HEAD):
         return model.lm_head
     return model.get_submodule(group.sources[0].removesuffix(".weight"))
+
+
+def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
+    """Hooks that feed `sums` for every group that is no routed expert."""
+    groups = [g for g in layout.groups.values() if not g.role.is_expert and g.importance]
+    sums |= {group.name: _MeanSquare() for group in groups}
+
+    def take(name: str, x: torch.Tensor) -> None:
+        sums[name].add(x, layout.groups[name].role is Role.K_B)
+
+    return watch_inputs(model, layout, groups, take)
 
 
 @torch.inference_mode()

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from allocator.families import Role
-from allocator.profiling.curvature import Curvature, drawn, product_name, watch_products
+from allocator.profiling.curvature import Curvature
+from allocator.profiling.products import drawn, product_name, watch_products
 from allocator.scoring.documents import Document
 from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
 from allocator.scoring.streamed_model import Routing, States, StreamedModel
@@ -142,7 +143,7 @@ class _Pass:
         if layer in streamed.layout.layers:
             asked = self._experts(layer, before, gradients)
         groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
-        handles = watch_products(streamed.model, streamed.layout, groups, self.curvature)
+        handles = watch_products(streamed.model, streamed.layout, groups, self.curvature.take)
         inputs: Batches = []
         try:
             for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
