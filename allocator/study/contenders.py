@@ -48,14 +48,34 @@ class Contender:
         return bool(np.isfinite(self.losses.kl).all())
 
 
-def score(scorer: TrialScorer, contenders: Sequence[Contender], stop: int) -> None:
-    """Scores what contenders lack of the first `stop` documents, of each the same."""
-    for together in _chunks(contenders, scorer.side_by_side):
-        start = 0 if together[0].losses is None else len(together[0].losses.kl)
-        more = scorer.score_many([c.allocation for c in together], start, stop)
-        for contender, losses in zip(together, more, strict=True):
-            known = contender.losses
-            contender.losses = losses if known is None else known + losses
+class ContenderScorer:
+    """Scores contenders; an allocation that was scored on the same documents is looked up.
+
+    Args:
+        scorer: measures allocations; equal allocations have equal losses.
+    """
+
+    def __init__(self, scorer: TrialScorer) -> None:
+        self._scorer = scorer
+        self._known: dict[tuple[str, int, int], Any] = {}
+
+    def score(self, contenders: Sequence[Contender], stop: int) -> None:
+        """Scores what contenders lack of the first `stop` documents, of each the same."""
+        if not contenders:
+            return
+        start = 0 if contenders[0].losses is None else len(contenders[0].losses.kl)
+        new = [c for c in contenders if self._key(c, start, stop) not in self._known]
+        for together in _chunks(new, self._scorer.side_by_side):
+            more = self._scorer.score_many([c.allocation for c in together], start, stop)
+            for contender, losses in zip(together, more, strict=True):
+                self._known[self._key(contender, start, stop)] = losses
+        for contender in contenders:
+            losses, before = self._known[self._key(contender, start, stop)], contender.losses
+            contender.losses = losses if before is None else before + losses
+
+    @staticmethod
+    def _key(contender: Contender, start: int, stop: int) -> tuple[str, int, int]:
+        return contender.allocation.digest, start, stop
 
 
 def _chunks(contenders: Sequence[Contender], size: int) -> Iterator[Sequence[Contender]]:

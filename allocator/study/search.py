@@ -32,7 +32,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.space import Space
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.accounts import Accounts
-from allocator.study.contenders import Contender, score
+from allocator.study.contenders import Contender, ContenderScorer
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import FirstTrials, Queued
 from allocator.study.leases import Leases
@@ -90,6 +90,7 @@ class Search:
     proposer: Proposer = field(init=False)
     _first_trials: FirstTrials = field(init=False)
     _recorder: Recorder = field(init=False)
+    _contender_scorer: ContenderScorer = field(init=False)
 
     def __post_init__(self) -> None:
         self.study.sampler = self.sampler
@@ -99,6 +100,7 @@ class Search:
             self.selection.check(self.scorer.n_documents)
         self._first_trials = FirstTrials(self.study, self.surrogate.space, self.queue, self.budget)
         self._recorder = Recorder(self.surrogate, self.budget, self.scorer)
+        self._contender_scorer = ContenderScorer(self.scorer)
         self.accounts = Accounts(self.study, self.scorer, self.base_tokens, self.leases)
         self.proposer = Proposer(
             study=self.study,
@@ -201,7 +203,7 @@ class Search:
 
     def _score(self, contenders: Sequence[Contender], stop: int) -> None:
         clock = Clock(self.seconds)
-        score(self.scorer, contenders, stop)
+        self._contender_scorer.score(contenders, stop)
         clock.lap("scoring")
 
     def run_race(self, contenders: Sequence[Contender]) -> list[Contender]:

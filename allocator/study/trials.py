@@ -55,7 +55,11 @@ def not_abandoned(study: Study, *, before: int | None = None) -> list[FrozenTria
 
 
 def forward_tokens(trial: FrozenTrial) -> int:
-    """Returns the tokens through all layers that a trial took, its gradient step included."""
+    """Returns the tokens through all layers that a trial took, its gradient step included.
+
+    An allocation that was looked up counts like one that was scored, so that a limit of tokens ends
+    a search that proposes nothing new.
+    """
     scored: int = trial.user_attrs.get(RESULT, {}).get("tokens", 0)
     gradient: int = trial.system_attrs.get(GRADIENT_TOKENS, 0)
     return scored + gradient

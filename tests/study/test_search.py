@@ -569,6 +569,22 @@ def test_the_same_allocation_twice_has_the_same_loss(started):
     assert complete_trials(search.study)[0].number == 0
 
 
+def test_an_allocation_that_was_scored_is_looked_up(started, formula):
+    """The third proposal is the first one again: no pass, and the same record."""
+    requests = []
+    scorer = formula.Scorer(before=lambda allocation, *span: requests.append(span))
+    plan = {"a": lambda s: uniform(s, "Q5_0", 3), "b": lambda s: uniform(s, "Q8_0", 4)}
+    search = started(plan | {"c": plan["a"]}, rungs=(3, 6), scorer=scorer)
+    first, _ = search.step(), search.step()
+    n_before = len(requests)
+    again = search.step()
+    assert len(requests) == n_before > 0
+    assert again.number == 2
+    assert allocation_of(again) == allocation_of(first)
+    assert (again.values, again.user_attrs["losses"]) == (first.values, first.user_attrs["losses"])
+    assert again.user_attrs["result"] == first.user_attrs["result"]
+
+
 def test_complete_trials_best_first(formula):
     search = formula.search(InMemoryStorage(), "random")
     search.run(StopRule(trials=10))
