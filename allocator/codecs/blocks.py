@@ -135,6 +135,67 @@ class BlockFormat(ABC):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+class ScalarFormat(BlockFormat):
+    """A format with one code per column.
+
+    A format of this kind says `unpack` and `pack`, and calls `__init__`.
+
+    Attributes:
+        table: `(codes,)` float32, the level of each code.
+    """
+
+    unit = 1
+
+    def __init__(self, table: torch.Tensor, *, unused: torch.Tensor | None = None) -> None:
+        """Takes the levels of all codes, each another one.
+
+        Args:
+            table: `(codes,)` float32.
+            unused: `(codes,)` bool, codes that are read and never chosen.
+        """
+        self.table = table
+        ordered, codes = table.sort()
+        if unused is not None:
+            ordered, codes = ordered[~unused[codes]], codes[~unused[codes]]
+        self._uniform = bool((ordered.diff() == 1).all())
+        self._least, self._largest = float(ordered[0]), float(ordered[-1])
+        middles = (ordered[1:] + ordered[:-1]) / 2
+        tables: tuple[torch.Tensor, ...] = (table, ordered, codes.int(), middles)
+        self._devices = {table.device: tables}
+
+    def levels(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns `(..., 1)` float32."""
+        table, *_ = self._tables(codes.device)
+        return table[codes.long()][..., None]
+
+    def nearest_levels(self, levels: torch.Tensor) -> torch.Tensor:
+        """Returns the levels of the table that are nearest to `(...)`, float32."""
+        if self._uniform:
+            return levels.round().clamp(self._least, self._largest)
+        _, ordered, _, middles = self._tables(levels.device)
+        return ordered[torch.bucketize(levels.contiguous(), middles)]
+
+    def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
+        """Returns the codes of levels `(...)` of the table, int32."""
+        _, ordered, codes, _ = self._tables(levels.device)
+        if self._uniform:
+            return codes[(levels - self._least).long()]
+        return codes[torch.bucketize(levels.contiguous(), ordered)]
+
+    def best(self, pull: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the code nearest to the optimum; the present one where no code costs anything."""
+        slope = metric[..., 0]
+        optimum = pull[..., 0] / torch.where(slope > 0, slope, 1.0)
+        return torch.where(slope > 0, self.codes_of(self.nearest_levels(optimum)), codes)
+
+    def _tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Returns levels of codes, then levels in order, their codes, and what is between them."""
+        if device not in self._devices:
+            tables = next(iter(self._devices.values()))
+            self._devices[device] = tuple(table.to(device) for table in tables)
+        return self._devices[device]
+
+
 def cut(values: torch.Tensor, *sizes: int) -> torch.Tensor:
     """Returns `(..., n)` as `(..., pieces, *sizes)`."""
     return values.reshape(*values.shape[:-1], values.shape[-1] // prod(sizes), *sizes)

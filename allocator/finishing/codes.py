@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from allocator.codecs.blocks import BlockFormat, Fields
+from allocator.codecs.blocks import BlockFormat, Fields, ScalarFormat
 
 _WINDOW = 256
 """Columns among which the gradient is kept up to date; a multiple of every block's columns."""
@@ -139,8 +139,11 @@ class _Descent:
         self._metric = self._moments[:, window, window]
         for first in range(window.start, window.stop, block):
             for group in range(first, first + block, form.group):
-                for unit in range(group, group + form.group, form.unit):
-                    self._choose_codes(unit)
+                if isinstance(form, ScalarFormat):
+                    self._choose_scalars(form, group)
+                else:
+                    for unit in range(group, group + form.group, form.unit):
+                        self._choose_codes(unit)
                 self._choose_subscales(group // form.group)
             self._choose_scales(first // block)
 
@@ -178,6 +181,32 @@ class _Descent:
         self._levels[..., columns] = torch.where(
             moved[..., None], levels, self._levels[..., columns]
         )
+
+    def _choose_scalars(self, form: ScalarFormat, column: int) -> None:
+        """Chooses the codes of a group of columns, each with a code of its own, in order.
+
+        The gradient is kept up to date for the group alone, columns first; then for the window.
+        """
+        columns = slice(column, column + form.group)
+        _, metric, gradient = self._columns(columns)
+        factor, offset = self._affine(column // form.group)
+        usable = factor.abs() > 1e-30
+        inverse = torch.where(usable, 1 / factor, 0.0)
+        # columns x experts x rows; a copy, because it changes
+        gradient = gradient.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        present = self._levels[..., columns].permute(2, 0, 1).contiguous()
+        levels = torch.empty_like(present)
+        metric = metric.permute(1, 2, 0)[..., None].contiguous()  # columns x columns x experts x 1
+        for i in range(form.group):
+            slope = metric[i, i]
+            optimum = torch.addcmul(present[i], gradient[i], inverse / slope.clamp_min(1e-30))
+            levels[i] = form.nearest_levels(optimum)
+            step = (levels[i] - present[i]) * factor
+            gradient[i + 1 :].addcmul_(metric[i, i + 1 :], step, value=-1)
+        levels = levels.permute(1, 2, 0)
+        moved = self._move(columns, factor[..., None] * levels + offset[..., None])[..., None]
+        for stored, chosen in ((self._levels, levels), (self._fields.codes, form.codes_of(levels))):
+            stored[..., columns] = torch.where(moved, chosen, stored[..., columns])
 
     def _affine(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what levels of a group are multiplied by, and what is added, per row."""

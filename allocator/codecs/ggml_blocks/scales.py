@@ -32,6 +32,14 @@ def scales_per_block(fmt: Format) -> int:
     return 0 if fmt.name not in _FIRST else 2 if fmt.name in _TWO else 1
 
 
+def first_scale_byte(fmt: Format) -> int:
+    """Returns how many bytes of a block are in front of its scales, which lie side by side.
+
+    In blocks of IQ1_M the 16 bits of the scale are spread over the bytes behind.
+    """
+    return _FIRST[fmt.name]
+
+
 def read_scales(data: Bytes, fmt: Format) -> Halves | None:
     """Returns the scales of every block.
 
