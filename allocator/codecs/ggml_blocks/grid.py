@@ -33,6 +33,10 @@ from allocator.formats import Format
 _COSTS = 1 << 21
 """Costs computed at once on a CPU, rows times points: 8 MB, within its cache."""
 _COSTS_ON_DEVICE = 1 << 28
+_SEVENS = [0, 7, 14, 21]
+"""Lowest bits of 4 times 7 signs in a word."""
+_SHIFT = 0.125
+"""Of the levels of the IQ1 types."""
 
 
 @cache
@@ -43,6 +47,16 @@ def _grid(name: str) -> torch.Tensor:
     quantization = getattr(quants, name)
     quantization.init_grid()
     return torch.from_numpy(quantization.grid.copy()).float().reshape(quantization.grid_shape)
+
+
+def _fields(d: torch.Tensor, subscales: torch.Tensor, codes: torch.Tensor) -> Fields:
+    """Makes fields of those of each block, `(..., blocks, n)`; `d` are two bytes."""
+    return Fields(read_half(d), subscales.flatten(-2).int(), None, codes.flatten(-2).int())
+
+
+def _row(*parts: torch.Tensor) -> torch.Tensor:
+    """Joins the bytes of each block, `(..., blocks, bytes)`, to rows."""
+    return torch.cat([part.to(torch.uint8) for part in parts], -1).flatten(-2)
 
 
 def _nibbles(data: torch.Tensor) -> torch.Tensor:
@@ -176,17 +190,23 @@ class GridFormat(BlockFormat):
         return torch.where(change < 0, bits ^ flips[chosen], bits)
 
 
-def _least(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def _least(
+    features: torch.Tensor, table: torch.Tensor, constant: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns for each row the column of the least product.
 
     Args:
         features: `(..., features)`.
         table: `features x columns`.
+        constant: `(columns,)`, added to every product.
     """
     flat = features.reshape(-1, features.shape[-1])
     limit = _COSTS if features.device.type == "cpu" else _COSTS_ON_DEVICE
     pieces = torch.split(flat, max(1, limit // table.shape[1]))
-    return torch.cat([(piece @ table).argmin(-1) for piece in pieces]).view(features.shape[:-1])
+    if constant is None:
+        constant = torch.zeros((), device=flat.device)
+    chosen = [torch.addmm(constant, piece, table).argmin(-1) for piece in pieces]
+    return torch.cat(chosen).view(features.shape[:-1])
 
 
 class _IQ2XXS(GridFormat):
@@ -198,19 +218,166 @@ class _IQ2XXS(GridFormat):
         blocks = cut(data, 2 + 64)
         pairs = cut(blocks[..., 2:], 8)
         words = read_words(pairs[..., 4:], 4)[..., 0]
-        signs = _with_parity(read_bits(words, [0, 7, 14, 21], 7))
+        signs = _with_parity(read_bits(words, _SEVENS, 7))
         codes = self._join(pairs[..., :4, None].long(), signs)
-        return Fields(
-            read_half(blocks[..., :2]), (words >> 28).flatten(-2).int(), None, codes.flatten(-3)
-        )
+        return _fields(blocks[..., :2], words >> 28, codes.flatten(-2))
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Writes what `unpack` reads."""
         indices, signs = self._split(cut(fields.codes, 8, 4))
-        words = join_bits(signs & 127, [0, 7, 14, 21]) | cut(fields.subscales, 8).long() << 28
+        words = join_bits(signs & 127, _SEVENS) | cut(fields.subscales, 8).long() << 28
         pairs = torch.cat([indices[..., 0].to(torch.uint8), write_words(words[..., None], 4)], -1)
-        return torch.cat([write_half(fields.scales), pairs.flatten(-2)], -1).flatten(-2)
+        return _row(write_half(fields.scales), pairs.flatten(-2))
 
 
-GRIDS: dict[str, Callable[[Format], BlockFormat]] = {"IQ2_XXS": _IQ2XXS}
+class _IQ2XS(GridFormat):
+    unit, group, even = 8, 16, True
+    factors = (0.5 + torch.arange(16)) * 0.25
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads `d`, then words of 9 bits of index and 7 signs, then scales of 4 bits."""
+        blocks = cut(data, 2 + 64 + 8)
+        words = read_words(blocks[..., 2:66], 2)
+        codes = self._join((words & 511)[..., None], _with_parity(words >> 9))
+        return _fields(blocks[..., :2], _nibbles(blocks[..., 66:]), codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        indices, signs = self._split(cut(fields.codes, 32))
+        words = write_words(indices[..., 0] | (signs & 127) << 9, 2)
+        scales = _bytes_of_nibbles(cut(fields.subscales, 16))
+        return _row(write_half(fields.scales), words, scales)
+
+
+class _IQ2S(GridFormat):
+    unit, group, index_bits = 8, 16, 10
+    factors = (0.5 + torch.arange(16)) * 0.25
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads `d`, then lower bytes of indices, signs, 2 upper bits of indices, scales."""
+        blocks = cut(data, 2 + 32 + 32 + 8 + 8)
+        upper = read_bits(blocks[..., 66:74], [0, 2, 4, 6], 2).flatten(-2)
+        indices = blocks[..., 2:34] | upper << 8
+        codes = self._join(indices[..., None], blocks[..., 34:66].long())
+        return _fields(blocks[..., :2], _nibbles(blocks[..., 74:]), codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        indices, signs = self._split(cut(fields.codes, 32))
+        lower, upper = indices[..., 0] & 255, join_bits(cut(indices[..., 0] >> 8, 4), [0, 2, 4, 6])
+        scales = _bytes_of_nibbles(cut(fields.subscales, 16))
+        return _row(write_half(fields.scales), lower, signs, upper, scales)
+
+
+class _IQ3XXS(GridFormat):
+    unit, group, even, index_bits = 8, 32, True, 8
+    factors = (0.5 + torch.arange(16)) * 0.5
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads `d`, indices of 4 columns, and words of 4 times 7 signs and a scale."""
+        blocks = cut(data, 2 + 64 + 32)
+        words = read_words(blocks[..., 66:], 4)
+        signs = _with_parity(read_bits(words, _SEVENS, 7)).flatten(-2)
+        codes = self._join(cut(blocks[..., 2:66], 2).long(), signs)
+        return _fields(blocks[..., :2], words >> 28, codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        indices, signs = self._split(cut(fields.codes, 32))
+        words = join_bits(cut(signs & 127, 4), _SEVENS) | cut(fields.subscales, 8).long() << 28
+        return _row(write_half(fields.scales), indices.flatten(-2), write_words(words, 4))
+
+
+class _IQ3S(GridFormat):
+    unit, group = 4, 32
+    factors = 1.0 + 2 * torch.arange(16)
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads `d`, then lower bytes of indices, their upper bits, signs, scales of 4 bits."""
+        blocks = cut(data, 2 + 64 + 8 + 32 + 4)
+        upper = read_bits(blocks[..., 66:74], [*range(8)], 1).flatten(-2)
+        codes = self._join(
+            (blocks[..., 2:66] | upper << 8)[..., None], _nibbles(blocks[..., 74:106])
+        )
+        return _fields(blocks[..., :2], _nibbles(blocks[..., 106:]), codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        indices, signs = self._split(cut(fields.codes, 64))
+        lower, upper = indices[..., 0] & 255, join_bits(cut(indices[..., 0] >> 8, 8), [*range(8)])
+        scales = _bytes_of_nibbles(cut(fields.subscales, 8))
+        return _row(write_half(fields.scales), lower, upper, _bytes_of_nibbles(signs), scales)
+
+
+class _Ternary(GridFormat):
+    """The IQ1 types: levels -1, 0 and 1 of a grid without signs, and a shift of 1/8 up or down."""
+
+    unit, index_bits = 8, 12
+
+    def best(self, pull: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the best code."""
+        grid, *_ = self._tables(pull.device)
+        own = ((grid @ metric) * grid).sum(-1)
+        chosen = [_least(b, -2 * grid.T, c) for b, c in zip(pull, own, strict=True)]
+        return torch.stack(chosen).int()
+
+
+class _IQ1S(_Ternary):
+    group = 32
+    factors = (1.0 + 2 * torch.arange(8)).repeat(2)
+    shifts = factors * torch.tensor([_SHIFT] * 8 + [-_SHIFT] * 8)
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads `d`, lower bytes of indices, and per 32 a word: 4 times 3 bits, scale, shift."""
+        blocks = cut(data, 2 + 32 + 16)
+        words = read_words(blocks[..., 34:], 2)
+        codes = blocks[..., 2:34] | read_bits(words, [0, 3, 6, 9], 3).flatten(-2) << 8
+        return _fields(blocks[..., :2], words >> 12, codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        codes = cut(fields.codes, 32)
+        upper = join_bits(cut(codes >> 8, 4), [0, 3, 6, 9])
+        words = write_words(upper | cut(fields.subscales, 8).long() << 12, 2)
+        return _row(write_half(fields.scales), codes & 255, words)
+
+
+class _IQ1M(_Ternary):
+    group = 16
+    factors = 1.0 + 2 * torch.arange(8)
+
+    @cached_property
+    def grid(self) -> torch.Tensor:
+        """All points, shifted up, then all of them shifted down: the shift is part of a code."""
+        points = _grid("IQ1_M")
+        return torch.cat([points + _SHIFT, points - _SHIFT])
+
+    def unpack(self, data: torch.Tensor) -> Fields:
+        """Reads lower bytes of indices, nibbles of 3 upper bits and a shift, and 4 words.
+
+        Each word has 4 scales of 3 bits and, in its upper 4 bits, a part of `d`.
+        """
+        blocks = cut(data, 32 + 16 + 8)
+        words = read_words(blocks[..., 48:], 2)
+        d = write_words(join_bits(words >> 12, [0, 4, 8, 12])[..., None], 2)
+        codes = blocks[..., :32] | _nibbles(blocks[..., 32:48]) << 8
+        return _fields(d, read_bits(words, [0, 3, 6, 9], 3).flatten(-2), codes)
+
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Writes what `unpack` reads."""
+        codes = cut(fields.codes, 32)
+        d = read_bits(read_words(write_half(fields.scales), 2)[..., 0], [0, 4, 8, 12], 4)
+        words = join_bits(cut(fields.subscales, 4, 4), [0, 3, 6, 9]) | d << 12
+        return _row(codes & 255, _bytes_of_nibbles(codes >> 8), write_words(words, 2))
+
+
+GRIDS: dict[str, Callable[[Format], BlockFormat]] = {
+    "IQ3_S": _IQ3S,
+    "IQ3_XXS": _IQ3XXS,
+    "IQ2_S": _IQ2S,
+    "IQ2_XS": _IQ2XS,
+    "IQ2_XXS": _IQ2XXS,
+    "IQ1_M": _IQ1M,
+    "IQ1_S": _IQ1S,
+}
 """Makes the block format of a type, by name."""
