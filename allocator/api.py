@@ -425,9 +425,15 @@ def materialize(
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
     container = container or study_folder.spec.target
 
+    from allocator.export.checkpoint import check_place
+    from allocator.export.checkpoint import materialize as _materialize
     from allocator.export.runtimes import runtime_named
 
-    runtime_named(container).check_can_write(wanted.decision)
+    runtime = runtime_named(container)
+    runtime.check_can_write(wanted.decision)
+    wanted.decision.check(study_folder.layout)
+    size = wanted.decision.nbytes(study_folder.layout, runtime.target)
+    check_place(Path(out), wanted.decision, wanted.weights_digest, container, size.file)
     encodings = study_folder.encodings.of(wanted.importance)
 
     from allocator.export.tensors import EncodedTensors
@@ -438,8 +444,6 @@ def materialize(
             f"{path}: of weights {wanted.weights_digest[:12]}, which are not here; needed the file "
             "that holds them"
         )
-
-    from allocator.export.checkpoint import materialize as _materialize
 
     written = _materialize(
         source,
@@ -484,8 +488,10 @@ def verify(
 
     study_folder = StudyFolder(study, **options)
 
+    from allocator.export.base import check_tolerance
     from allocator.export.manifest import Manifest
 
+    check_tolerance(tolerance)
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, study_folder.inventory)
     split = study_folder.calibration.search
@@ -495,10 +501,9 @@ def verify(
     records = {path.name: AllocationRecord.read(path) for path in paths}
 
     from allocator.export.tensors import EncodedTensors
-    from allocator.export.verification import LOSS_TOLERANCE, check_tolerance
+    from allocator.export.verification import LOSS_TOLERANCE
     from allocator.export.verification import verify as _verify
 
-    check_tolerance(tolerance)
     encodings = study_folder.encodings.of(manifest.importance)
     scorer = study_folder.scorers.on(
         split[:documents] if documents else study_folder.calibration.trial_documents,

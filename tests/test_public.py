@@ -9,6 +9,8 @@ import pytest
 
 import allocator
 from allocator import api
+from allocator.decision.allocation import Allocation
+from allocator.files.checksums import seal, unseal
 
 HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
@@ -177,4 +179,53 @@ def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tm
     assert code == 2
     assert len(errors) == 1
     assert "allocation.json" in errors[0]
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("materialize", ["PICK", "OUT", "--container", "onnx"], "unknown container 'onnx'"),
+        ("materialize", ["SAFETENSORS", "OUT", "--container", "gguf"], "written as gguf"),
+        ("materialize", ["PICK", "FULL"], "holds something else"),
+        ("score", ["RECIPE"], "line 1"),
+        ("verify", ["MANIFEST"], "container 'onnx'"),
+        ("verify", ["WRITTEN", "--tolerance", "-1"], "tolerance -1"),
+        ("verify", ["WRITTEN", "--documents", "999"], "999 documents"),
+    ],
+)
+def test_a_file_that_no_runtime_takes_never_loads_torch(
+    verb, arguments, said, finished_study, study_cache, tmp_path
+):
+    pick = finished_study / "allocations/pick.json"
+    other = tmp_path / "safetensors.json"
+    record = unseal(pick.read_bytes())
+    changed = record["allocation"] | {"target": "safetensors"}
+    digest = Allocation.from_json(changed).digest
+    other.write_bytes(seal(record | {"allocation": changed, "digest": digest}))
+    recipe = tmp_path / "tensor-types.txt"
+    recipe.write_text("blk.0=q4_x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("something else")
+    manifest = {
+        "container": "gguf", "allocation": digest, "checkpoint": record["checkpoint"],
+        "importance": digest,
+        "file": "model.gguf", "file_bytes": 2, "tensor_bytes": 1, "overhead_bytes": 1,
+        "sha256": {"model.gguf": digest, "allocation.json": digest}, "schema": 1,
+    }  # fmt: skip
+    for name, change in (("written", {}), ("manifest", {"container": "onnx"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(seal(manifest | change))
+    paths = {
+        "PICK": pick, "SAFETENSORS": other, "RECIPE": recipe, "OUT": tmp_path / "out",
+        "FULL": tmp_path / "full",
+        "MANIFEST": tmp_path / "manifest", "WRITTEN": tmp_path / "written",
+    }  # fmt: skip
+    words = [paths.get(word, word) for word in arguments]
+    code, _, errors, loaded = command(
+        verb, *words, "--study", finished_study, "--cache", study_cache
+    )
+    assert code == 2
+    assert len(errors) == 1
+    assert said in errors[0]
     assert not loaded & set(HEAVY)
