@@ -216,7 +216,8 @@ def search(
         seed: of the study; study.toml's by default.
         join: works beside a search that is running on this machine.
         workers: processes that search side by side, each with its share of the cores and its own
-            copy of the model; only a search of one worker is reproducible.
+            copy of the model; only a search of one worker is reproducible, and to the last bit
+            only on one thread.
         lease_seconds: a worker that is silent for longer counts as dead, and others make its
             trials; a minute by default.
         options: as of `StudyOptions`.
