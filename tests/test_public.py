@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -21,16 +22,22 @@ VERBS = (
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
 
-def fresh(code):
-    """Runs code in a fresh interpreter; returns its lines, stderr's, and what it loaded."""
-    code += "\nimport sys; print('loaded', *sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *lines, loaded = done.stdout.splitlines()
-    return lines, done.stderr.splitlines(), set(loaded.split()[1:])
+def run_fresh(code):
+    """Runs code in a fresh interpreter; returns its exit code, stdout and stderr."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
-def command(*arguments):
-    """The command line in a fresh interpreter: exit code, lines, stderr's, and what it loaded."""
+def loading(code, run=run_fresh):
+    """Runs code in another process; returns its lines, stderr's, and what it loaded."""
+    status, out, err = run(code + "\nimport sys; print('loaded', *sorted(sys.modules))")
+    assert status == 0, err
+    *lines, loaded = out.splitlines()
+    return lines, err.splitlines(), set(loaded.split()[1:])
+
+
+def command(*arguments, run=run_fresh):
+    """The command line in another process: exit code, lines, stderr's, and what it loaded."""
     words = [str(word) for word in arguments]
     code = f"""
 from allocator.cli import main
@@ -39,13 +46,19 @@ try:
 except SystemExit as ended:
     code = ended.code
 print("code", code)"""
-    lines, errors, loaded = fresh(code)
+    lines, errors, loaded = loading(code, run)
     return int(lines[-1].split()[1]), lines[:-1], errors, loaded
+
+
+@pytest.fixture(scope="module")
+def run_light(forks):
+    """Runs code where the libraries are loaded that a refusal may load."""
+    return partial(forks.run, forks.start("msgspec", "optuna", "pandas"))
 
 
 def test_importing_the_package_or_its_verbs_loads_no_library():
     for module in ("allocator", "allocator.api", "allocator.cli"):
-        *_, loaded = fresh(f"import {module}")
+        *_, loaded = loading(f"import {module}")
         assert not loaded & {*NOT_FOR_PATHS, "numpy", "msgspec"}
 
 
@@ -152,7 +165,7 @@ def changed(study, old, new):
     ],
 )
 def test_a_refusal_never_loads_torch(
-    verb, arguments, old, new, said, fresh_study, study_cache, tmp_path
+    verb, arguments, old, new, said, fresh_study, study_cache, tmp_path, run_light
 ):
     study = tmp_path / "study"
     study.mkdir()
@@ -161,7 +174,9 @@ def test_a_refusal_never_loads_torch(
             (study / path.name).write_bytes(path.read_bytes())
     if old:
         changed(study, old, new)
-    code, _, errors, loaded = command(verb, study, *arguments, "--cache", study_cache)
+    code, _, errors, loaded = command(
+        verb, study, *arguments, "--cache", study_cache, run=run_light
+    )
     assert code == 2
     assert len(errors) == 1
     assert said in errors[0]
@@ -169,12 +184,12 @@ def test_a_refusal_never_loads_torch(
 
 
 @pytest.mark.parametrize("verb", ["explain", "score", "materialize", "reproduce"])
-def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path):
+def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path, run_light):
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps({"target": "gguf"}))
     out = [tmp_path / "out"] if verb == "materialize" else []
     code, _, errors, loaded = command(
-        verb, path, *out, "--study", fresh_study, "--cache", study_cache
+        verb, path, *out, "--study", fresh_study, "--cache", study_cache, run=run_light
     )
     assert code == 2
     assert len(errors) == 1
@@ -195,7 +210,7 @@ def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tm
     ],
 )
 def test_a_file_that_no_runtime_takes_never_loads_torch(
-    verb, arguments, said, finished_study, study_cache, tmp_path
+    verb, arguments, said, finished_study, study_cache, tmp_path, run_light
 ):
     pick = finished_study / "allocations/pick.json"
     other = tmp_path / "safetensors.json"
@@ -223,7 +238,7 @@ def test_a_file_that_no_runtime_takes_never_loads_torch(
     }  # fmt: skip
     words = [paths.get(word, word) for word in arguments]
     code, _, errors, loaded = command(
-        verb, *words, "--study", finished_study, "--cache", study_cache
+        verb, *words, "--study", finished_study, "--cache", study_cache, run=run_light
     )
     assert code == 2
     assert len(errors) == 1
