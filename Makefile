@@ -36,9 +36,9 @@ quickstart: install
 	$(BIN)/allocator diff $(RUN)/allocations/pick.json $(STUDY)/allocations/pick.json
 	$(BIN)/allocator reproduce $(STUDY)/allocations/pick.json --out $(RUN)/out/committed
 
-# two files of tests at a time, each on one core
+# two files of tests at a time, each on one core, in the order of tests/conftest.py
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

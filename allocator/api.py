@@ -215,7 +215,8 @@ def search(
         seed: of the study; study.toml's by default.
         join: works beside a search that is running on this machine.
         workers: processes that search side by side, each with its share of the cores and its own
-            copy of the model; only a search of one worker is reproducible.
+            copy of the model; only a search of one worker is reproducible, and to the last bit
+            only on one thread.
         lease_seconds: a worker that is silent for longer counts as dead, and others make its
             trials; a minute by default.
         options: as of `StudyOptions`.
@@ -439,16 +440,20 @@ def materialize(
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
     container = container or study_folder.spec.target
 
+    from allocator.export.checkpoint import check_place
+    from allocator.export.checkpoint import materialize as _materialize
     from allocator.export.runtimes import runtime_named
 
-    runtime_named(container).check_can_write(wanted.decision)
+    runtime = runtime_named(container)
+    runtime.check_can_write(wanted.decision)
+    wanted.decision.check(study_folder.layout)
+    chosen = wanted.unfinished if unfinished else wanted
+    size = wanted.decision.nbytes(study_folder.layout, runtime.target)
+    check_place(Path(out), wanted.decision, chosen.weights_digest, container, size.file)
 
     from allocator.app.record_weights import source_of
 
-    chosen = wanted.unfinished if unfinished else wanted
     source = source_of(study_folder, chosen, beside=path)
-
-    from allocator.export.checkpoint import materialize as _materialize
 
     written = _materialize(
         source,
@@ -497,8 +502,10 @@ def verify(
 
     study_folder = StudyFolder(study, **options)
 
+    from allocator.export.base import check_tolerance
     from allocator.export.manifest import Manifest
 
+    check_tolerance(tolerance)
     manifest = Manifest.read(Path(folder))
     check_same_checkpoint(manifest.checkpoint, study_folder.inventory)
     split = study_folder.calibration.search
@@ -510,10 +517,9 @@ def verify(
     records = {path.name: AllocationRecord.read(path) for path in paths}
 
     from allocator.app.record_weights import opener_of
-    from allocator.export.verification import LOSS_TOLERANCE, check_tolerance
+    from allocator.export.verification import LOSS_TOLERANCE
     from allocator.export.verification import verify as _verify
 
-    check_tolerance(tolerance)
     weights, importance = manifest.weights_digest, manifest.importance
     encodings = study_folder.encodings.of(importance, beside=beside)
     open_source = opener_of(study_folder, weights, importance, encodings, beside, encode=encode)

@@ -26,6 +26,16 @@ from allocator.prediction.profile import Change, Profile, bundle_of
 from allocator.prediction.surrogate import from_profile
 from allocator.targets import TARGETS
 
+# files of many processes that load torch, the longest of all
+LONGEST = ("test_workers", "test_comparison", "test_cli", "test_notebooks", "test_quickstart")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, so that both workers of `make test` end together."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 SMALL = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -653,6 +663,50 @@ def finished_study(fresh_study, study_cache, tmp_path_factory):
     shutil.copytree(fresh_study, folder)
     api.search(folder, cache=study_cache, threads=1)
     return folder
+
+
+# -- processes that do not import torch once more
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fork_server  # noqa: E402
+
+
+def run_forked(address, code):
+    """Runs code in a fork of the server; returns its exit code, stdout and stderr."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        answers = fork_server.ask(
+            address, code, (), output=(out.fileno(), err.fileno()), environment=os.environ,
+            folder=Path.cwd(),
+        )  # fmt: skip
+        _, code = map(int, answers)
+        for file in (out, err):
+            file.seek(0)
+        return code, out.read(), err.read()
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """`start(module, ..., VARIABLE=value)`: the address of a Python that has loaded the modules.
+
+    `run(address, code)` runs code in a fork of it; `file` is the server's, for other commands.
+    """
+    servers = []
+    with tempfile.TemporaryDirectory(prefix="fork") as folder:  # a short path: sockets' are limited
+
+        def start(*modules, **environment):
+            address = f"{folder}/{len(servers)}"
+            server = subprocess.Popen(
+                [sys.executable, fork_server.__file__, address, *modules],
+                stdout=subprocess.PIPE, env={**os.environ, **environment},
+            )  # fmt: skip
+            servers.append(server)
+            assert server.stdout.readline() == b"ready\n"
+            return address
+
+        yield SimpleNamespace(start=start, run=run_forked, file=fork_server.__file__)
+        for server in servers:
+            server.kill()
+            server.communicate()
 
 
 # -- a PostgreSQL server

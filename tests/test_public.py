@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import allocator
 from allocator import api
+from allocator.decision.allocation import Allocation
+from allocator.files.checksums import seal, unseal
 
 HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
@@ -19,16 +22,22 @@ VERBS = (
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
 
-def fresh(code):
-    """Runs code in a fresh interpreter; returns its lines, stderr's, and what it loaded."""
-    code += "\nimport sys; print('loaded', *sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *lines, loaded = done.stdout.splitlines()
-    return lines, done.stderr.splitlines(), set(loaded.split()[1:])
+def run_fresh(code):
+    """Runs code in a fresh interpreter; returns its exit code, stdout and stderr."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
-def command(*arguments):
-    """The command line in a fresh interpreter: exit code, lines, stderr's, and what it loaded."""
+def loading(code, run=run_fresh):
+    """Runs code in another process; returns its lines, stderr's, and what it loaded."""
+    status, out, err = run(code + "\nimport sys; print('loaded', *sorted(sys.modules))")
+    assert status == 0, err
+    *lines, loaded = out.splitlines()
+    return lines, err.splitlines(), set(loaded.split()[1:])
+
+
+def command(*arguments, run=run_fresh):
+    """The command line in another process: exit code, lines, stderr's, and what it loaded."""
     words = [str(word) for word in arguments]
     code = f"""
 from allocator.cli import main
@@ -37,13 +46,19 @@ try:
 except SystemExit as ended:
     code = ended.code
 print("code", code)"""
-    lines, errors, loaded = fresh(code)
+    lines, errors, loaded = loading(code, run)
     return int(lines[-1].split()[1]), lines[:-1], errors, loaded
+
+
+@pytest.fixture(scope="module")
+def run_light(forks):
+    """Runs code where the libraries are loaded that a refusal may load."""
+    return partial(forks.run, forks.start("msgspec", "optuna", "pandas"))
 
 
 def test_importing_the_package_or_its_verbs_loads_no_library():
     for module in ("allocator", "allocator.api", "allocator.cli"):
-        *_, loaded = fresh(f"import {module}")
+        *_, loaded = loading(f"import {module}")
         assert not loaded & {*NOT_FOR_PATHS, "numpy", "msgspec"}
 
 
@@ -150,7 +165,7 @@ def changed(study, old, new):
     ],
 )
 def test_a_refusal_never_loads_torch(
-    verb, arguments, old, new, said, fresh_study, study_cache, tmp_path
+    verb, arguments, old, new, said, fresh_study, study_cache, tmp_path, run_light
 ):
     study = tmp_path / "study"
     study.mkdir()
@@ -159,7 +174,9 @@ def test_a_refusal_never_loads_torch(
             (study / path.name).write_bytes(path.read_bytes())
     if old:
         changed(study, old, new)
-    code, _, errors, loaded = command(verb, study, *arguments, "--cache", study_cache)
+    code, _, errors, loaded = command(
+        verb, study, *arguments, "--cache", study_cache, run=run_light
+    )
     assert code == 2
     assert len(errors) == 1
     assert said in errors[0]
@@ -167,14 +184,63 @@ def test_a_refusal_never_loads_torch(
 
 
 @pytest.mark.parametrize("verb", ["explain", "score", "materialize", "reproduce"])
-def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path):
+def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path, run_light):
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps({"target": "gguf"}))
     out = [tmp_path / "out"] if verb == "materialize" else []
     code, _, errors, loaded = command(
-        verb, path, *out, "--study", fresh_study, "--cache", study_cache
+        verb, path, *out, "--study", fresh_study, "--cache", study_cache, run=run_light
     )
     assert code == 2
     assert len(errors) == 1
     assert "allocation.json" in errors[0]
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("materialize", ["PICK", "OUT", "--container", "onnx"], "unknown container 'onnx'"),
+        ("materialize", ["SAFETENSORS", "OUT", "--container", "gguf"], "written as gguf"),
+        ("materialize", ["PICK", "FULL"], "holds something else"),
+        ("score", ["RECIPE"], "line 1"),
+        ("verify", ["MANIFEST"], "container 'onnx'"),
+        ("verify", ["WRITTEN", "--tolerance", "-1"], "tolerance -1"),
+        ("verify", ["WRITTEN", "--documents", "999"], "999 documents"),
+    ],
+)
+def test_a_file_that_no_runtime_takes_never_loads_torch(
+    verb, arguments, said, finished_study, study_cache, tmp_path, run_light
+):
+    pick = finished_study / "allocations/pick.json"
+    other = tmp_path / "safetensors.json"
+    record = unseal(pick.read_bytes())
+    changed = record["allocation"] | {"target": "safetensors"}
+    digest = Allocation.from_json(changed).digest
+    other.write_bytes(seal(record | {"allocation": changed, "digest": digest}))
+    recipe = tmp_path / "tensor-types.txt"
+    recipe.write_text("blk.0=q4_x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("something else")
+    manifest = {
+        "container": "gguf", "allocation": digest, "checkpoint": record["checkpoint"],
+        "importance": digest,
+        "file": "model.gguf", "file_bytes": 2, "tensor_bytes": 1, "overhead_bytes": 1,
+        "sha256": {"model.gguf": digest, "allocation.json": digest}, "schema": 1,
+    }  # fmt: skip
+    for name, change in (("written", {}), ("manifest", {"container": "onnx"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(seal(manifest | change))
+    paths = {
+        "PICK": pick, "SAFETENSORS": other, "RECIPE": recipe, "OUT": tmp_path / "out",
+        "FULL": tmp_path / "full",
+        "MANIFEST": tmp_path / "manifest", "WRITTEN": tmp_path / "written",
+    }  # fmt: skip
+    words = [paths.get(word, word) for word in arguments]
+    code, _, errors, loaded = command(
+        verb, *words, "--study", finished_study, "--cache", study_cache, run=run_light
+    )
+    assert code == 2
+    assert len(errors) == 1
+    assert said in errors[0]
     assert not loaded & set(HEAVY)

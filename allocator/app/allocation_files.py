@@ -11,6 +11,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import mixed
 from allocator.errors import CheckpointError, SpaceError
+from allocator.export.runtimes import runtime_named
 from allocator.formats import fallback
 from allocator.targets import Layout
 
@@ -52,8 +53,6 @@ def read_encoded(
 
 def _from_recipe(text: str, layout: Layout, base: str | None) -> Allocation:
     """An allocation of all experts, from a text in the form of the target's own runtime."""
-    from allocator.export.runtimes import runtime_named  # which loads torch
-
     named = runtime_named(layout.target).read_recipe(text, layout)
     missing = [g for g in layout.groups if g not in named]
     if missing and base is None:

@@ -28,7 +28,7 @@ from allocator.app.study_path import study_path
 from allocator.checkpoint.inventory import Inventory, read_inventory
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import carried_files
-from allocator.codecs.encodings import Encodings
+from allocator.codecs.encodings import Encodings, open_encodings
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
 from allocator.decision.budget import Budget
@@ -182,12 +182,9 @@ class StudyFolder:
 
     def _encodings(self, importance: dict[str, Floats]) -> Encodings:
         _use_threads(self.threads)
-        return Encodings(
-            self.cache / "bank",
-            self.layout,
-            importance,
-            threads=self.threads,
-            cap_bytes=self.encodings_cap,
+        cap = self.encodings_cap
+        return open_encodings(
+            self.cache, self.layout, importance, threads=self.threads, cap_bytes=cap
         )
 
     @property

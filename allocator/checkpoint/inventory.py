@@ -241,15 +241,16 @@ class Inventory:
         """Returns the sha256 of dtype, shape and bytes of a tensor; of FP8, of its scale too."""
         info = self.tensors[name]
         if self.digests is None:
-            return self._digest(info)
+            return self.compute_digest(info)
         stored = [info] if info.scale is None else [info, info.scale]
         part = " ".join(f"{s.name} {s.dtype} {s.shape} at {s.offset}" for s in stored)
         if info.scale is not None:
             part += f" in blocks of {self.scale_block}"
         files = {self.path / s.file: self.files[s.file] for s in stored}
-        return self.digests.of(files, part, lambda: self._digest(info))
+        return self.digests.of(files, part, lambda: self.compute_digest(info))
 
-    def _digest(self, info: TensorInfo) -> str:
+    def compute_digest(self, info: TensorInfo) -> str:
+        """Reads a tensor, and its scale, for the digest that `tensor_digest` remembers."""
         digest = hashlib.sha256(f"{info.dtype} {info.shape}\n".encode())
         for chunk in self._chunks(info):
             digest.update(chunk)

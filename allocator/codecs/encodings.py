@@ -38,12 +38,34 @@ from allocator.formats import format_named
 from allocator.targets import Group, Layout
 from allocator.targets.group_weights import group_digest, group_weights
 
+_FOLDER = "bank"  # as it was called; caches stay as they are
 PIECE_BYTES = 32 << 20
 """Weights that are encoded at once, as float32; at least one row."""
 _BLOCK_ROWS = 128  # rows of an FP8 checkpoint that share their factors: pieces are whole ones
 _HEADS = (Role.K_B, Role.V_B)
 _SUFFIX = ".checked"
 _REMOVABLE = (_SUFFIX, ".slots", ".bin")  # the others: of earlier versions, which nobody reads
+
+
+def open_encodings(
+    cache: Path,
+    layout: Layout,
+    importance: Mapping[str, Floats],
+    *,
+    threads: int,
+    cap_bytes: int | None,
+) -> "Encodings":
+    """Opens the encoded weights in a study's cache.
+
+    Args:
+        cache: folder of the cache, which holds profiles too.
+        layout: the groups.
+        importance: per group, `(in,)` or `(experts or heads, in)`.
+        threads: for encoding.
+        cap_bytes: of disk that encoded weights may occupy.
+    """
+    folder = cache / _FOLDER
+    return Encodings(folder, layout, importance, threads=threads, cap_bytes=cap_bytes)
 
 
 class Encodings:

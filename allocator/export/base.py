@@ -2,21 +2,27 @@
 
 In: a source of tensors, or a written file. Out: a file of the predicted bytes and what lies beside
 it; tensors read back; a loss of the file in the runtime itself. Invariant: what a runtime cannot
-express it refuses before it writes. The runtimes are listed in `allocator.export.runtimes`.
+express it refuses before it writes, and before it loads torch. The runtimes are listed in
+`allocator.export.runtimes`.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
-from allocator.errors import SpaceError, TargetError
-from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import TensorSource
-from allocator.scoring.streamed_scorer import AnyScorer
+from allocator.errors import SpaceError, TargetError, VerifyError
 from allocator.targets import FullPrecision, Layout, Target
+
+if TYPE_CHECKING:  # these load torch: whatever is refused is refused before that
+    from allocator.export.stored import StoredTensor, StoredWeights
+    from allocator.export.tensors import TensorSource
+    from allocator.scoring.streamed_scorer import AnyScorer
 
 
 @dataclass(frozen=True)
@@ -177,3 +183,13 @@ class Runtime(ABC):
             f"target {self.name} has no recipes of its own, such as llama-quantize's tensor-type "
             "files for target gguf; needed an allocation file, in JSON"
         )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Checks a tolerance.
+
+    Raises:
+        VerifyError: if it is no number of nats.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")

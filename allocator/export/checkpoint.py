@@ -7,6 +7,8 @@ the encoded tensors are read back and held against the digests that they were en
 their sha256 was taken: what the manifest signs is what was encoded.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -15,16 +17,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import UNSET
 
+from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
 from allocator.export.base import Runtime
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
-from allocator.export.tensors import TensorSource
 from allocator.files.checksums import seal
+
+if TYPE_CHECKING:  # which loads torch
+    from allocator.export.tensors import TensorSource
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def materialize(
     runtime = runtime_named(container)
     runtime.check_can_write(allocation)
     size = allocation.nbytes(layout, runtime.target)
-    _check_place(folder, source, container, size.file)
+    check_place(folder, allocation, source.digest, container, size.file)
     with _whole_directory(folder) as place:
         options = runtime.write(place, source, workload or {})
         (place / ALLOCATION).write_text(json.dumps(allocation.to_json(), indent=1) + "\n")
@@ -97,10 +103,24 @@ def materialize(
     return Written(folder, manifest, options)
 
 
-def _check_place(folder: Path, source: TensorSource, container: str, nbytes: int) -> None:
+def check_place(
+    folder: Path, allocation: Allocation, weights: str, container: str, nbytes: int
+) -> None:
+    """Checks that a directory can be written, before any weight is encoded.
+
+    Args:
+        folder: to be written.
+        allocation: of the directory.
+        weights: digest of the tensors' source.
+        container: name of the target whose runtime reads the directory.
+        nbytes: of the weights' file.
+
+    Raises:
+        VerifyError: if `folder` holds something else, or the disk is too small.
+    """
     if not folder.parent.is_dir():
         raise VerifyError(f"{folder.parent}: no such directory; make it first")
-    if folder.exists() and not _holds(folder, source, container):
+    if folder.exists() and not _holds(folder, allocation, weights, container):
         raise VerifyError(f"{folder}: holds something else; choose another directory or remove it")
     free = shutil.disk_usage(folder.parent).free
     if free < nbytes * 1.01 + (16 << 20):
@@ -109,7 +129,7 @@ def _check_place(folder: Path, source: TensorSource, container: str, nbytes: int
         )
 
 
-def _holds(folder: Path, source: TensorSource, container: str) -> bool:
+def _holds(folder: Path, allocation: Allocation, weights: str, container: str) -> bool:
     """Says whether `folder` is empty, or these weights in this container and nothing besides."""
     if not folder.is_dir():
         return False
@@ -118,7 +138,7 @@ def _holds(folder: Path, source: TensorSource, container: str) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     manifest = Manifest.read(folder)
-    wanted = (source.allocation.digest, source.digest, container)
+    wanted = (allocation.digest, weights, container)
     same = (manifest.allocation, manifest.weights_digest, manifest.container) == wanted
     return same and set(files_in(folder)) <= {*manifest.sha256, MANIFEST}
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from allocator.errors import VerifyError
+from allocator.export.runtimes import RUNTIMES
 from allocator.files.checksums import unseal
 
 MANIFEST = "manifest.json"
@@ -67,8 +68,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raises:
         ValueError: if a field says what no written directory has.
         """
-        from allocator.export.runtimes import RUNTIMES  # which load torch
-
         if self.schema != 1:
             raise ValueError(f"schema {self.schema}, needed 1")
         if self.container not in RUNTIMES:

@@ -21,7 +21,7 @@ from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import Allocation
 from allocator.decision.pricing import FileBytes
 from allocator.errors import VerifyError
-from allocator.export.base import Exact, Runtime
+from allocator.export.base import Exact, Runtime, check_tolerance
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.export.stored import StoredTensor, StoredWeights
@@ -128,16 +128,6 @@ def verify(
         compared.divergence,
         compared.exact,
     )
-
-
-def check_tolerance(tolerance: float | None) -> None:
-    """Checks a tolerance.
-
-    Raises:
-        VerifyError: if it is no number of nats.
-    """
-    if tolerance is not None and not tolerance >= 0:
-        raise VerifyError(f"tolerance {tolerance}: needed nats per token, 0 or more")
 
 
 def _check_digests(folder: Path, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ A family is one file here: a table, registered in `registry`, that passes
 
 from allocator.families.base import SCALE_SUFFIX, Family, Parts, Rule, Stack, Support
 from allocator.families.config import Config
-from allocator.families.gguf import Gguf, Half, ModelFacts, Window
+from allocator.families.gguf import ComputeGraph, Gguf, Half, ModelFacts, Window
 from allocator.families.keys import Keys, LatentKeys
 from allocator.families.registry import (
     families,
@@ -25,6 +25,7 @@ from allocator.families.sizes import Dimensions, LatentAttention, Router, Scorin
 
 __all__ = [
     "SCALE_SUFFIX",
+    "ComputeGraph",
     "Config",
     "Dimensions",
     "Family",

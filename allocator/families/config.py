@@ -120,9 +120,9 @@ def weight_block(config: Config) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def with_encoding(config: Config, described: Config) -> dict[str, Any]:
-    """Returns the config of the same model with its weights encoded as `described`."""
-    return {**config, ENCODING: described}
+def with_encoding(config: Config, method: str, described: Config) -> dict[str, Any]:
+    """Returns the config of the same model with its weights encoded by `method`, as `described`."""
+    return {**config, ENCODING: {"quant_method": method, **described}}
 
 
 def token_ids(config: Config, names: Iterable[str]) -> dict[str, int | None]:

@@ -9,7 +9,15 @@ from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
 from allocator.families.common import COMMON, DENSE, NEVER_NULL, ROUTED, B, L, layer, layers
 from allocator.families.config import Config, count, number, whole
-from allocator.families.gguf import Fixed, Gguf, Half, ModelFacts, Pair, leading_dense
+from allocator.families.gguf import (
+    ComputeGraph,
+    Fixed,
+    Gguf,
+    Half,
+    ModelFacts,
+    Pair,
+    leading_dense,
+)
 from allocator.families.keys import Keys, LatentKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
@@ -122,6 +130,7 @@ DEEPSEEK_V3 = Family(
     gguf=Gguf(
         "deepseek2",
         _hyperparameters,
+        ComputeGraph.LATENT,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
         check=_check,
         halves=(

@@ -11,6 +11,7 @@ of 32 bits, `bool` and `str` their own.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from allocator.errors import TargetError
 from allocator.families.config import Config, number, whole
@@ -88,6 +89,15 @@ class Window:
     layers: frozenset[int] = frozenset()
 
 
+class ComputeGraph(Enum):
+    """A graph of llama.cpp's whose memory is predicted to the byte, by how its layers attend."""
+
+    GROUPED = auto()
+    """Every head has a query; groups of heads share keys and values."""
+    LATENT = auto()
+    """Keys and values are read from one latent row per token."""
+
+
 def _no_window(config: Config, n_layers: int) -> Window:
     return Window()
 
@@ -104,6 +114,8 @@ class Gguf:
         architecture: llama.cpp's name.
         hyperparameters: yields the pairs that this architecture has beside those of all; None where
             no file is written.
+        graph: that llama.cpp builds, where its memory is predicted; None where it is not known,
+            and no whole device is a budget.
         fixed: what llama.cpp hard-codes.
         check: refuses what llama.cpp does not load.
         halves: tensors that it stores in parts.
@@ -114,12 +126,26 @@ class Gguf:
 
     architecture: str
     hyperparameters: Callable[[ModelFacts], Iterator[Pair]] | None
+    graph: ComputeGraph | None
     fixed: tuple[Fixed, ...] = ()
     check: Callable[[ModelFacts], None] = _nothing
     halves: tuple[Half, ...] = ()
     window: Callable[[Config, int], Window] = _no_window
     divides_mscale: bool = False
     reads_yarn_betas: bool = False
+
+    def known_graph(self) -> ComputeGraph:
+        """Returns the graph that llama.cpp builds.
+
+        Raises:
+            TargetError: if what it allocates for the architecture is not known.
+        """
+        if self.graph is None:
+            raise TargetError(
+                f"gguf: what llama.cpp allocates to compute {self.architecture} is not known, so a "
+                "whole device cannot be the limit; limit the file with --budget"
+            )
+        return self.graph
 
     def pairs(
         self, facts: ModelFacts, *, n_experts: int, experts_used: int

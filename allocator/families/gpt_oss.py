@@ -16,7 +16,7 @@ from allocator.families.common import (
     layer,
 )
 from allocator.families.config import Config
-from allocator.families.gguf import Gguf, Window
+from allocator.families.gguf import ComputeGraph, Gguf, Window
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
@@ -92,6 +92,6 @@ GPT_OSS = Family(
     layer_parts=_layer_parts,
     layers=(layer(_ATTENTION, _ROUTED),),
     scoring=_scoring,
-    gguf=Gguf("gpt-oss", None, window=_window),
+    gguf=Gguf("gpt-oss", None, ComputeGraph.GROUPED, window=_window),
     support=Support.PLANNED,
 )

@@ -16,7 +16,7 @@ from allocator.families.common import (
     layer,
 )
 from allocator.families.config import Config
-from allocator.families.gguf import Gguf
+from allocator.families.gguf import ComputeGraph, Gguf
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 
@@ -42,6 +42,6 @@ MIXTRAL = Family(
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,
     layers=(layer(GROUPED_ATTENTION, _ROUTED),),
-    gguf=Gguf("llama", None),
+    gguf=Gguf("llama", None, ComputeGraph.GROUPED),
     support=Support.PLANNED,
 )  # fmt: skip

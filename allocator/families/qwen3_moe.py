@@ -20,7 +20,7 @@ from allocator.families.common import (
     layers,
 )
 from allocator.families.config import Config, count, whole
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, leading_dense
+from allocator.families.gguf import ComputeGraph, Fixed, Gguf, ModelFacts, Pair, leading_dense
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
@@ -71,6 +71,7 @@ QWEN3_MOE = Family(
     gguf=Gguf(
         "qwen3moe",
         _hyperparameters,
+        ComputeGraph.GROUPED,
         fixed=(
             Fixed("hidden_act", "silu", "silu"),
             Fixed("norm_topk_prob", True, False),

@@ -43,29 +43,29 @@ FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
 class Tangent:
     """Prices of steps from weights that a model has to other weights.
 
-    With the form `q`, the slope `s` and `h` what the model holds less the original, weights `e` off
+    With the form `q`, the slope `s` and `h` the model's weights less the original, weights `e` off
     the original cost `q(e - h) + <s, e - h>` from there: `q(e)`, and a term linear in `e`. So a
     format needs one product with the form, for both prices.
 
     Args:
-        held: `h`, `(experts, out, in)`, or `(1, ...)` where there is one price.
-        linear: factor of `e`, in the shape of `held`.
+        current: `h`, `(experts, out, in)`, or `(1, ...)` where there is one price.
+        linear: factor of `e`, in the shape of `current`.
         constant: one per price.
     """
 
-    def __init__(self, held: torch.Tensor, linear: torch.Tensor, constant: list[float]) -> None:
-        self._held, self._linear, self._constant = held, linear, constant
+    def __init__(self, current: torch.Tensor, linear: torch.Tensor, constant: list[float]) -> None:
+        self._current, self._linear, self._constant = current, linear, constant
 
     def steps(self, change: Floats, prices: Sequence[float]) -> list[float]:
         """Returns nats per token of a step to other weights, one value per price.
 
         Args:
-            change: the other weights less the original, `(experts, out, in)` as `held`.
+            change: the other weights less the original, `(experts, out, in)` as `current`.
             prices: what `Curvature.price` says of them.
         """
-        values = torch.from_numpy(np.ascontiguousarray(change)).to(self._held.device)
-        values = values.view_as(self._held)
-        stays = [torch.equal(a, b) for a, b in zip(values, self._held, strict=True)]
+        values = torch.from_numpy(np.ascontiguousarray(change)).to(self._current.device)
+        values = values.view_as(self._current)
+        stays = [torch.equal(a, b) for a, b in zip(values, self._current, strict=True)]
         rows = zip(stays, prices, _inner(values, self._linear), self._constant, strict=True)
         return [0.0 if stay else q + product + c for stay, q, product, c in rows]
 
@@ -110,6 +110,11 @@ class Curvature:
         flat = ids.reshape(-1).cpu()
         self._looked_up.append((flat, gradient.reshape(len(flat), -1)))
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether gradients were taken, so that `slope` and `tangent` answer."""
+        return bool(self._slopes)
+
     def take_slopes(self, parameters: dict[str, Any]) -> None:
         """Takes the gradients of parameters, by name."""
         gradients = ((name, parameter.grad) for name, parameter in parameters.items())
@@ -125,7 +130,7 @@ class Curvature:
             change: new less original weights of those rows, `(rows, in)`; of heads where a group
                 has heads.
             rows: ascending; of an embedding, all that were looked up must be among them.
-            expert: its place among those that the model held.
+            expert: its place among those that the model retained.
         """
         values, chosen = torch.from_numpy(np.ascontiguousarray(change)), torch.from_numpy(rows)
         if group.role in (Role.K_B, Role.V_B):
@@ -162,7 +167,7 @@ class Curvature:
             group: of the layout.
             change: new less original weights, in the group's shape, `(..., out, in)`; of routed
                 experts, `experts`.
-            experts: what the model held when this was measured, in order.
+            experts: that the model retained when this was measured, in order.
 
         Returns:
             One value per routed expert, else one value.
@@ -178,23 +183,23 @@ class Curvature:
                 prices[0] += self._lookups(values, torch.arange(len(values)))
         return [value / self.n_tokens for value in prices]
 
-    def tangent(self, group: Group, held: Floats, experts: Sequence[int]) -> Tangent:
-        """Prices steps from what the model held to formats.
+    def tangent(self, group: Group, current: Floats, experts: Sequence[int]) -> Tangent:
+        """Prices steps from the model's weights to formats.
 
         Args:
             group: of the layout.
-            held: what the model held less the original, in the group's shape, `(..., out, in)`; of
-                routed experts, `experts`.
-            experts: what the model held when this was measured, in order.
+            current: the model's weights less the original, in the group's shape,
+                `(..., out, in)`; of routed experts, `experts`.
+            experts: that the model retained when this was measured, in order.
         """
-        values = torch.from_numpy(np.ascontiguousarray(held))
+        values = torch.from_numpy(np.ascontiguousarray(current))
         slope = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
         values, apart = values.to(slope.device), len(experts) or 1
         linear = slope - self._times(group, values, experts)
         shape = (apart, -1, values.shape[-1])
         linear, values = (linear / self.n_tokens).reshape(shape), values.reshape(shape)
         slopes = _inner(values, slope.reshape(shape) / self.n_tokens)
-        there = self.price(group, held, experts)
+        there = self.price(group, current, experts)
         return Tangent(values, linear, [q - s for q, s in zip(there, slopes, strict=True)])
 
     def _times(self, group: Group, values: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
@@ -221,7 +226,7 @@ class Curvature:
 
         Args:
             group: of the layout.
-            change: new less held weights, in the shape that the model held, `(..., out, in)`.
+            change: new less current weights, in the shape of the model's, `(..., out, in)`.
         """
         slopes = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
         products = slopes * torch.from_numpy(np.ascontiguousarray(change)).to(slopes.device)

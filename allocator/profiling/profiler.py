@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from allocator.codecs.encodings import Encodings
+from allocator.codecs.encodings import Encodings, open_encodings
 from allocator.decision.allocation import Allocation
 from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
@@ -184,13 +184,9 @@ class Profiler(ABC):
     @cached_property
     def encodings(self) -> Encodings:
         """Encoded weights under this profile's importance."""
-        return Encodings(
-            self.cache / "bank",
-            self.layout,
-            self.statistics.importance,
-            threads=self.threads,
-            cap_bytes=self.encodings_cap,
-        )
+        vectors = self.statistics.importance
+        cap = self.encodings_cap
+        return open_encodings(self.cache, self.layout, vectors, threads=self.threads, cap_bytes=cap)
 
     @cached_property
     def curvature(self) -> Losses:

@@ -39,16 +39,13 @@ from allocator.study.trials import (
 class SearchWith(Protocol):
     """Makes a search of a small checkpoint, whose scorer is a formula."""
 
-    def __call__(
-        self, storage: BaseStorage, *, share: float = 0.4, bounds: str = "file", **options: Any
-    ) -> Search:
+    def __call__(self, storage: BaseStorage, *, share: float = 0.4, bounds: str = "file") -> Search:
         """Returns a search over `storage`, of any sampler.
 
         Args:
-            storage: empty, or of an earlier search of the same options.
+            storage: empty, or of an earlier search with the same budget.
             share: place of the budget between floor and ceiling.
             bounds: `file` or `weights`.
-            options: of the fixture.
         """
 
 

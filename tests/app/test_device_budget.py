@@ -17,6 +17,7 @@ from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.errors import AllocatorError, BudgetError, SpaceError, StudyError, TargetError
 from allocator.prediction.solver import solve, solve_under
 from allocator.prediction.surrogate import from_profile
+from allocator.targets import GGUF
 from allocator.targets.device_memory import DeviceMemory, Workload
 from allocator.targets.gguf.memory import kv_read_bytes
 
@@ -347,3 +348,14 @@ def test_file_and_weights_are_refused_together(tmp_path):
             chosen_budget(BudgetSpec(), tmp_path, BudgetSpec(**given))
         with pytest.raises(StudyError, match="needed one budget"):
             chosen_budget(BudgetSpec(**given), tmp_path)
+
+
+def test_a_graph_that_is_not_known_bounds_files_alone(layouts):
+    known = layouts["gguf"].inventory
+    gguf = replace(known.family.for_gguf(), graph=None)
+    inventory = replace(known, family=replace(known.family, gguf=gguf))
+    space = bind(SearchSpace(schema=1), GGUF.layout(inventory), None)
+    check_budget(space, Budget(1 << 40, "file"))
+    with pytest.raises(TargetError, match=r"to compute \w+ is not known.*--budget") as refused:
+        check_budget(space, Budget(1 << 40, "device", WORK))
+    assert "\n" not in str(refused.value)

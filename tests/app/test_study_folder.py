@@ -43,5 +43,5 @@ def test_digests_are_remembered_in_the_cache(study, tmp_path, monkeypatch):
     (study / "study.toml").write_text(text.replace(line, f'checkpoint = "{copied}"'))
     expected = StudyFolder(study, cache=tmp_path / "cache").inventory.digest
     assert expected == first.digest
-    monkeypatch.setattr(type(first), "_digest", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr(type(first), "compute_digest", lambda *a: pytest.fail("read again"))
     assert StudyFolder(study, cache=tmp_path / "cache").inventory.digest == expected

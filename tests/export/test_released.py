@@ -13,7 +13,7 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.cli import main
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError
-from allocator.export.gguf import runtime as gguf_runtime
+from allocator.export.gguf import comparison
 from allocator.scoring.swap_model import SwapModel, skeleton
 from allocator.targets import GGUF, TARGETS
 
@@ -99,7 +99,7 @@ def test_fp8_as_qwen_releases_it_with_all_experts_used_and_yarn_as_kimis(
     assert f"llama.cpp must be told {TOLD} (in llama-cpp" in run("materialize", pick, out)
     assert (out / "llama-cpp-options.txt").read_text() == TOLD + "\n"
     run("verify", out, "--study", study)  # llama.cpp computes what was scored
-    monkeypatch.setattr(gguf_runtime, "yarn_betas", lambda inventory: None)
+    monkeypatch.setattr(comparison, "yarn_betas", lambda inventory: None)
     assert main(["verify", str(out), "--study", str(study), "--quiet", "--threads", "1"]) == 2
     assert "its runtime is off by" in capsys.readouterr().err
 

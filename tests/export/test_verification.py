@@ -15,7 +15,7 @@ from allocator.errors import AllocatorError, VerifyError
 from allocator.export.checkpoint import materialize
 from allocator.export.manifest import Manifest, file_digest
 from allocator.export.runtimes import runtime_named
-from allocator.export.safetensors import runtime as safetensors_runtime
+from allocator.export.safetensors import comparison
 from allocator.export.safetensors.runtime import SAFETENSORS_TOLERANCE
 from allocator.export.tensors import EncodedTensors
 from allocator.export.verification import check_weights, verify
@@ -325,7 +325,7 @@ def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypat
         original = LlamaCpp.logits
         monkeypatch.setattr(LlamaCpp, "logits", lambda *args: original(*args)[:, ::-1].copy())
     else:
-        load = safetensors_runtime.load
+        load = comparison.load
 
         def off(folder):
             model = load(folder)
@@ -334,7 +334,7 @@ def test_a_runtime_that_computes_otherwise_is_found(case, copy, which, monkeypat
             model.model.norm.register_forward_hook(lambda _, __, normed: normed * double)
             return model
 
-        monkeypatch.setattr(safetensors_runtime, "load", off)
+        monkeypatch.setattr(comparison, "load", off)
     refused(copy(which), made, "its runtime is off")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -35,13 +36,13 @@ def settle(path, at=LONG_AGO):
 @pytest.fixture
 def read(monkeypatch):
     """Names of tensors that are read for their digest."""
-    names, plain = [], Inventory._digest
+    names, plain = [], Inventory.compute_digest
 
     def counting(inventory, info):
         names.append(info.name)
         return plain(inventory, info)
 
-    monkeypatch.setattr(Inventory, "_digest", counting)
+    monkeypatch.setattr(Inventory, "compute_digest", counting)
     return names
 
 
@@ -150,15 +151,16 @@ def test_a_file_that_may_still_change_is_not_remembered(folder, read):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(folder, monkeypatch):
-    plain = Inventory._chunks
+    plain = Inventory.reading
 
-    def slow(inventory, stored):
-        for chunk in plain(inventory, stored):
+    @contextmanager
+    def slow(inventory, file):
+        with plain(inventory, file) as handle:
+            yield handle
             flip(folder)
-            yield chunk
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inventory, "_chunks", slow)
+        patch.setattr(Inventory, "reading", slow)
         for _ in range(2):
             inventory = opened(folder)
             with pytest.raises(CheckpointError, match="changed or replaced"):
@@ -207,14 +209,14 @@ from pathlib import Path
 from allocator.files import digests
 from allocator.checkpoint.inventory import Inventory, read_inventory
 digests._SAVE_SECONDS = 0
-left, plain = 80, Inventory._digest
+left, plain = 80, Inventory.compute_digest
 def dying(inventory, info):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(inventory, info)
-Inventory._digest = dying
+Inventory.compute_digest = dying
 read_inventory(Path(sys.argv[1]), digests=Path(sys.argv[2])).digest
 """
 

@@ -473,7 +473,7 @@ def some_prices(the, found):
         change = random_change(held_of(the.swap, group), seed)
         experts = range(len(change)) if group.role.is_expert else ()
         rows[group.name] = np.array(found.price(group, change, experts)).sum()
-        if found._slopes:
+        if found.has_slopes:
             rows[group.name, "slope"] = np.array(found.slope(group, change)).sum()
     return rows
 

@@ -1,4 +1,4 @@
-"""How far llama.cpp is off a file's weights when neither of the two rounds anything.
+"""Compares llama.cpp with torch on a written file where neither of them rounds.
 
 In: a GGUF file, and the weights that it holds. Out: KL(torch || llama.cpp) in exact mode on the
 decoded weights. Invariant: llama.cpp reads the metadata of the file itself, byte by byte; only the

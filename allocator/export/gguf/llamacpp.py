@@ -263,7 +263,7 @@ class LlamaCpp:
         self._model = self._context = None
         self._lib = library()
         self.path = Path(path)
-        params = self._context_params(context * sequences, exact=exact)
+        params = self.context_params(context * sequences, exact=exact)
         params.n_seq_max = sequences
         if kv_format is not None:
             params.type_k, params.type_v = (_GGML_TYPES[name] for name in kv_parts(kv_format))
@@ -275,7 +275,7 @@ class LlamaCpp:
         _errors.clear()
         _sizes.clear()
         self._model = self._lib.llama_model_load_from_file(
-            os.fsencode(self.path), self._model_params(repack=repack)
+            os.fsencode(self.path), self.model_params(repack=repack)
         )
         if not self._model:
             raise self._failure("llama.cpp does not load it")
@@ -289,14 +289,16 @@ class LlamaCpp:
         self.context = context
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
-    def _model_params(self, *, repack: bool) -> _ModelParams:
+    def model_params(self, *, repack: bool) -> _ModelParams:
+        """Returns what the file is loaded with; a subclass may load it otherwise."""
         params: _ModelParams = self._lib.llama_model_default_params()
         if not repack:
             _check_layout(params)
             params.use_extra_bufts = False
         return params
 
-    def _context_params(self, context: int, *, exact: bool) -> _ContextParams:
+    def context_params(self, context: int, *, exact: bool) -> _ContextParams:
+        """Returns what a context of `context` tokens is made with; a subclass may change it."""
         params: _ContextParams = self._lib.llama_context_default_params()
         _check_layout(params)
         params.n_ctx = params.n_batch = params.n_ubatch = context

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import FormatError
 from allocator.families.gguf import yarn_options
-from allocator.formats import FORMATS
+from allocator.formats.ggml import FORMATS
 from allocator.targets import Layout
 from allocator.targets.gguf.memory import kv_parts
 from allocator.targets.gguf.metadata import yarn_betas

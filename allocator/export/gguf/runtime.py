@@ -6,31 +6,28 @@ Invariant: a tolerance allows rounding of activations alone; a file that llama.c
 otherwise in exact arithmetic too is refused.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from allocator.codecs import Bytes
-from allocator.decision.allocation import DEFAULT_KV_FORMAT
-from allocator.errors import VerifyError
-from allocator.export.base import Comparison, Exact, Runtime
-from allocator.export.gguf.exact import EXACT_TOLERANCE, compare_exactly, kl_divergence
+from allocator.export.base import Comparison, Runtime
 from allocator.export.gguf.files import read_gguf, write_gguf
-from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.gguf.recipes import (
     llama_cpp_options,
     parse_tensor_type_file,
     tensor_type_file,
 )
-from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import TensorSource
-from allocator.scoring.scorer import mean
-from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
-from allocator.scoring.swap_model import device_of
 from allocator.targets import GGUF, FullPrecision, Layout
-from allocator.targets.gguf.metadata import yarn_betas
+
+if TYPE_CHECKING:  # these load torch
+    from allocator.export.stored import StoredTensor, StoredWeights
+    from allocator.export.tensors import TensorSource
+    from allocator.scoring.streamed_scorer import AnyScorer
 
 LLAMACPP_TOLERANCE = 5e-3
 """KL(torch || llama.cpp), nats per token: llama.cpp quantizes activations, torch does not."""
@@ -68,6 +65,9 @@ class GgufRuntime(Runtime):
         """
         names = {g.stored_as: g.name for g in layout.groups.values()}
         names |= {t.stored_as: t.source for t in layout.full_precision}
+
+        from allocator.export.stored import StoredTensor  # which loads torch
+
         return {
             names.get(name, name): StoredTensor(data, fmt)
             for name, (fmt, _, data) in read_gguf(path).items()
@@ -92,14 +92,10 @@ class GgufRuntime(Runtime):
         Raises:
             VerifyError: if llama.cpp computes something else, or rounds more than is allowed.
         """
-        runtime_loss, divergence = _run(path, stored, scorer, progress)
-        exact = None
-        if not divergence <= min(tolerance, LLAMACPP_TOLERANCE):  # it never hides semantics
-            exact = compare_exactly(
-                path, stored, scorer.documents, device=_device_of(scorer), progress=progress
-            )
-            _judge(path.parent, divergence, tolerance, exact)
-        return Comparison(runtime_loss, divergence, exact)
+        from allocator.export.gguf.comparison import compare  # which loads torch
+
+        usual = self.tolerance
+        return compare(path, stored, scorer, tolerance=tolerance, usual=usual, progress=progress)
 
     def read_recipe(self, text: str, layout: Layout) -> dict[str, str]:
         """Reads llama-quantize's `--tensor-type-file`.
@@ -108,59 +104,6 @@ class GgufRuntime(Runtime):
             FormatError: if an entry is malformed or its type unknown, naming the line.
         """
         return parse_tensor_type_file(text, layout)
-
-
-def _run(
-    path: Path, stored: StoredWeights, scorer: AnyScorer, progress: bool
-) -> tuple[float, float]:
-    """Runs llama.cpp on a scorer's documents: proxy loss there, and KL(torch || llama.cpp)."""
-    divergence, runtime = [], []
-    longest = max(len(d.ids) for d in scorer.documents)
-    chosen = stored.allocation.kv_format
-    with LlamaCpp(
-        path,
-        context=longest,
-        exact=False,
-        kv_format=None if chosen == DEFAULT_KV_FORMAT else chosen,  # else llama.cpp's own defaults
-        yarn_betas=yarn_betas(stored.layout.inventory),
-    ) as llama:
-        shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
-        for index, document in enumerate(shown):
-            logits = llama.logits(document.ids)
-            runtime.append(scorer.score_logits(index, logits)[0])
-            divergence.append(kl_divergence(scorer.candidate_logits(index), logits))
-    return (
-        mean(np.array(runtime), scorer.documents),
-        mean(np.array(divergence), scorer.documents),
-    )
-
-
-def _judge(folder: Path, divergence: float, tolerance: float, exact: Exact) -> None:
-    """Raises:
-    VerifyError: if llama.cpp computes something else, or rounds more than is allowed.
-    """
-    off = f"{folder}: all tensors are equal, but its runtime is off by {divergence:.2e} nats per "
-    off += "token"
-    if not exact.divergence <= EXACT_TOLERANCE:
-        raise VerifyError(
-            f"{off}, and in exact arithmetic{exact.part} still by {exact.divergence:.2e} (at most "
-            f"{EXACT_TOLERANCE:.0e}): llama.cpp computes another function of these weights, which "
-            "no --tolerance allows; materialize it again, or use target safetensors and report it "
-            "with its config.json"
-        )
-    if not divergence <= tolerance:
-        raise VerifyError(
-            f"{off}, at most {tolerance:.0e} allowed; that is rounding of activations, in exact "
-            f"arithmetic{exact.part} it agrees to {exact.divergence:.0e}: allow it with "
-            f"--tolerance {1.1 * divergence:.1e}"
-        )
-
-
-def _device_of(scorer: AnyScorer) -> str:
-    """Where it computes, as torch names it."""
-    if isinstance(scorer, StreamedScorer):
-        return str(scorer.model.device)
-    return str(device_of(scorer.swap.model))
 
 
 GGUF_RUNTIME = GgufRuntime()

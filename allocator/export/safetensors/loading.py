@@ -19,10 +19,9 @@ from torch import nn
 from allocator.checkpoint.inventory import read_json
 from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
-from allocator.errors import CheckpointError, VerifyError
-from allocator.export.safetensors.files import FILE_NAME, QUANT_METHOD
+from allocator.errors import CheckpointError
+from allocator.export.safetensors.directory import FILE_NAME, described_allocation
 from allocator.families import Dimensions, Role, family_of
-from allocator.families.config import encoding
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.kv_cache import attach, keys_values
@@ -60,13 +59,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    quantization = encoding(config)
-    if quantization.get("quant_method") != QUANT_METHOD:
-        raise VerifyError(
-            f"{folder}: config.json has quant_method {quantization.get('quant_method')!r}, needed "
-            f"{QUANT_METHOD!r}; open other checkpoints with transformers"
-        )
-    allocation = Allocation.from_json(quantization.get("allocation"))
+    allocation = described_allocation(folder)
     model = skeleton(folder)
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():

@@ -5,27 +5,22 @@ Invariant: the loader rounds no activations, so a loss that differs means other 
 function.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
-from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Runtime
-from allocator.export.safetensors.files import (
-    FILE_NAME,
-    read_safetensors,
-    write_config,
-    write_safetensors,
-)
-from allocator.export.safetensors.loading import load
-from allocator.export.stored import StoredTensor, StoredWeights
-from allocator.export.tensors import TensorSource
-from allocator.scoring.candidates import Weights
-from allocator.scoring.scorer import mean
-from allocator.scoring.streamed_model import StreamedModel
-from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
+from allocator.export.safetensors.directory import FILE_NAME, write_config
 from allocator.targets import SAFETENSORS, FullPrecision, Layout
+
+if TYPE_CHECKING:  # these load torch
+    from allocator.export.stored import StoredTensor, StoredWeights
+    from allocator.export.tensors import TensorSource
+    from allocator.scoring.streamed_scorer import AnyScorer
 
 SAFETENSORS_TOLERANCE = 1e-5
 """Difference of the re-opened safetensors checkpoint's proxy loss, nats per token."""
@@ -50,6 +45,8 @@ class SafetensorsRuntime(Runtime):
 
     def write(self, folder: Path, source: TensorSource, workload: Mapping[str, int]) -> str:
         """Writes the file, config.json with the allocation, and the tokenizer's files."""
+        from allocator.export.safetensors.files import write_safetensors  # which loads torch
+
         write_safetensors(folder / self.file_name, source)
         write_config(folder, source.layout, source.allocation)
         return ""
@@ -60,6 +57,8 @@ class SafetensorsRuntime(Runtime):
         Raises:
             VerifyError: if the file cannot be opened.
         """
+        from allocator.export.safetensors.files import read_safetensors  # which loads torch
+
         return read_safetensors(path)
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
@@ -81,22 +80,9 @@ class SafetensorsRuntime(Runtime):
         Raises:
             VerifyError: if its loss is another.
         """
-        if isinstance(scorer, StreamedScorer):
-            weights = Weights(stored.layout, lambda: stored)
-            model = StreamedModel(stored.layout, weights, device=str(scorer.model.device))
-            again = StreamedScorer(model, scorer.documents).score(stored.candidate)
-        else:
-            again = scorer.score_model(load(path.parent))
-        runtime_loss = mean(again.kl, scorer.documents)
-        divergence = abs(runtime_loss - loss)
-        if not divergence <= tolerance:
-            raise VerifyError(
-                f"{path.parent}: all tensors are equal, but its runtime is off by {divergence:.2e} "
-                f"nats per token, at most {tolerance:.0e} allowed; transformers rounds no "
-                "activations, so it computes something else: install the transformers of "
-                "constraints.txt, or report it"
-            )
-        return Comparison(runtime_loss, divergence)
+        from allocator.export.safetensors.comparison import compare  # which loads torch
+
+        return compare(path, stored, scorer, loss=loss, tolerance=tolerance)
 
 
 SAFETENSORS_RUNTIME = SafetensorsRuntime()

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
-from allocator.families import Role, Scoring
+from allocator.families import ComputeGraph, Role, Scoring
 from allocator.formats import FORMATS
 from allocator.targets.gguf.graph import Graph, Tensor, padded
 from allocator.targets.layout import CacheRows
@@ -183,12 +183,13 @@ def compute_bytes(
             as in llama.cpp, while llama-server sets it to its number of sequences.
 
     Raises:
-        TargetError: if the cache cannot have this format.
+        TargetError: if the cache cannot have this format, or the graph is not known.
     """
-    dims = _dims(inventory)
+    graph, dims = inventory.family.for_gguf().known_graph(), _dims(inventory)
     _kv_bytes(dims, kv_format)
     tokens = _n_tokens(micro_batch, context, sequences)
     return _compute_bytes(
+        graph,
         dims,
         kv_parts(kv_format),
         (padded_context(context), _sliding_cells(dims, context, tokens)),
@@ -362,6 +363,7 @@ class _Inputs:
 
 @lru_cache(maxsize=256)
 def _compute_bytes(
+    kind: ComputeGraph,
     d: _Dims,
     kv: tuple[str, str],
     cells: tuple[int, int],
@@ -371,14 +373,13 @@ def _compute_bytes(
     n_experts: int,
     used: int,
 ) -> int:
-    graph = Graph()
+    graph, attend = Graph(), _ATTENTION[kind]
     x = _embedding(graph, d.hidden, tokens)
     whole, slid = (_inputs(graph, d, kv, n, sequences, tokens) for n in cells)
     slid = replace(slid, positions=whole.positions)
     chosen = graph.input(outputs)
     for layer in range(d.n_layers):
         before = x
-        attend = _latent_attention if d.rank else _grouped_attention
         inputs = slid if d.slides(layer) else whole
         x = attend(graph, graph.norm(x), d, inputs, tokens, sequences)
         if layer == d.n_layers - 1:  # only what is asked for goes on
@@ -481,6 +482,12 @@ def _latent_attention(
     flat = graph.view(graph.op(turned.shape, turned), d.value * d.heads, tokens)
     graph.expand(flat)
     return graph.op((d.hidden, tokens), flat)
+
+
+_ATTENTION = {
+    ComputeGraph.GROUPED: _grouped_attention,
+    ComputeGraph.LATENT: _latent_attention,
+}
 
 
 def _attend(

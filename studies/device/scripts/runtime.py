@@ -54,11 +54,11 @@ def measure(path, case, threads):
         rng = np.random.default_rng(0)
         prompt = rng.integers(llama.n_vocab, size=CONTEXT - N_TOKENS).tolist()
         llama._clear()
-        llama._decode(prompt, 0)
+        llama.decode(prompt, 0)
         seconds = []
         for i in range(N_TOKENS):
             began = time.perf_counter()
-            llama._decode([int(rng.integers(llama.n_vocab))], len(prompt) + i)
+            llama.decode([int(rng.integers(llama.n_vocab))], len(prompt) + i)
             llama._row(0)
             seconds.append(time.perf_counter() - began)
         grown = resident()["VmRSS"] - before

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +249,10 @@ def test_bad_type_files_name_the_line(text, line):
     with pytest.raises(FormatError, match=f"line {line}: ") as caught:
         parse_tensor_type_file(text, LAYOUT)
     assert "\n" not in str(caught.value)
+
+
+def test_type_files_take_types_of_ggml_alone(monkeypatch):
+    other = replace(FORMATS["Q8_0"], name="Q9_Z", codec="mine")
+    monkeypatch.setitem(FORMATS, "Q9_Z", other)
+    with pytest.raises(FormatError, match="line 1: 'ffn_=q9_z'"):
+        parse_tensor_type_file("ffn_=q9_z", LAYOUT)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
 
 from allocator.errors import AllocatorError, CheckpointError, VerifyError
-from allocator.export.safetensors.files import FILE_NAME
+from allocator.export.safetensors.directory import FILE_NAME
 from allocator.export.safetensors.loading import load
 from allocator.targets import target_named
 

@@ -389,8 +389,8 @@ def test_fewer_outputs_need_a_smaller_buffer(models, outputs):
     """As llama-server asks for; n_outputs_max is the second of three numbers."""
 
     class FewOutputs(LlamaCpp):
-        def _context_params(self, context, *, exact):
-            params = super()._context_params(context, exact=exact)
+        def context_params(self, context, *, exact):
+            params = super().context_params(context, exact=exact)
             params.states_and_outputs[1] = outputs
             return params
 
@@ -406,8 +406,8 @@ def test_fewer_outputs_need_a_smaller_buffer(models, outputs):
 class Simulated(LlamaCpp):
     """Reads headers alone and allocates nothing, but counts (no_alloc; as `llama_params_fit`)."""
 
-    def _model_params(self, *, repack):
-        params = super()._model_params(repack=False)
+    def model_params(self, *, repack):
+        params = super().model_params(repack=False)
         load_mode = ctypes.c_int32.from_buffer(params, 24)
         assert load_mode.value == -1
         load_mode.value = 0  # LLAMA_LOAD_MODE_NONE: not mapped
