@@ -19,15 +19,15 @@ from allocator import api
 from allocator.decision.allocation_record import AllocationRecord
 
 ROOT = Path(__file__).parents[1]
-CALL = "import sys; from allocator.cli import main; sys.exit(main())"
+LIBRARIES = ("optuna", "pandas", "torch", "transformers.models.qwen3_moe.modeling_qwen3_moe")
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 
-def make(target, folder, **variables):
-    """Runs a target of the Makefile on the study in `folder`, with this interpreter."""
+def make(target, folder, call, **variables):
+    """Runs a target of the Makefile on the study in `folder`, its commands by `call`."""
     command = folder / "bin" / "allocator"
     command.parent.mkdir(exist_ok=True)
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{CALL}" "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {call} "$@"\n')
     command.chmod(0o755)
     chosen = {
         "BIN": command.parent,
@@ -50,7 +50,7 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def project(checkpoints, write_study, tmp_path_factory):
+def project(checkpoints, write_study, tmp_path_factory, forks):
     """A folder with a committed question and answer, before and after a quickstart."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -72,7 +72,9 @@ def project(checkpoints, write_study, tmp_path_factory):
     for name in ("journal", "search.lock", "search.start"):
         (study / name).unlink()
     before = contents(study)
-    done = make("quickstart", folder, **OTHER_PROCESSOR)
+    address = forks.start(*LIBRARIES, PYTHONPATH=str(ROOT), **OTHER_PROCESSOR)
+    call = f"{sys.executable} -S {forks.file} --at {address}"
+    done = make("quickstart", folder, call, **OTHER_PROCESSOR)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, before, done
 
