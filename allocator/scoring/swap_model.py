@@ -178,6 +178,14 @@ def destination(model: Any, dimensions: Dimensions, group: Group) -> torch.Tenso
     return view_of(lambda name: parameter_of(model, name), dimensions, group)
 
 
+def parameter_name(group: Group) -> str:
+    """Names the model's parameter that holds a group; gate and up experts share one."""
+    if not group.role.is_expert:
+        return group.sources[0]
+    kind = "down_proj" if group.role is Role.EXPERT_DOWN else "gate_up_proj"
+    return f"model.layers.{group.layer}.mlp.experts.{kind}"
+
+
 def view_of(
     tensor_of: Callable[[str], torch.Tensor], dimensions: Dimensions, group: Group
 ) -> torch.Tensor:
@@ -186,14 +194,10 @@ def view_of(
     Returns:
         `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
     """
-    if group.role.is_expert:
-        experts = f"model.layers.{group.layer}.mlp.experts"
-        if group.role is Role.EXPERT_DOWN:
-            return tensor_of(f"{experts}.down_proj")
-        fused = tensor_of(f"{experts}.gate_up_proj")
-        half = fused.shape[1] // 2
-        return fused[:, :half] if group.role is Role.EXPERT_GATE else fused[:, half:]
-    weight = tensor_of(group.sources[0])
+    weight = tensor_of(parameter_name(group))
+    if group.role in (Role.EXPERT_GATE, Role.EXPERT_UP):
+        half = weight.shape[1] // 2
+        return weight[:, :half] if group.role is Role.EXPERT_GATE else weight[:, half:]
     if group.role in (Role.K_B, Role.V_B):
         assert dimensions.latent is not None, group.name
         nope = dimensions.latent.nope
