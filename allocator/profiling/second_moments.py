@@ -30,8 +30,9 @@ Groups that are more than one matrix times one input:
   identity.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ from allocator.profiling.products import (
     weighted,
 )
 from allocator.profiling.statistics import watch_inputs
+from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_observer, use_sorted_experts
-from allocator.scoring.swap_model import SwapModel, parameter_of, token_ids
+from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.streamed_model import Routed, Routing, States, StreamedModel
+from allocator.scoring.swap_model import SwapModel, device_of, moe_block, parameter_of, token_ids
 from allocator.targets import Group, Layout
 
 _FEW = 256
@@ -106,13 +110,13 @@ def second_moments(
         Each group, in the order given, and its H, which is freed when the caller drops it. Groups
         that multiply one input may share one tensor: it is to be read alone.
     """
-    passes = _passes(swap, groups, fisher, memory_bytes)
+    passes = _passes(swap.retained, groups, fisher, memory_bytes)
     bar = tqdm(
         total=len(passes) * len(documents), desc="second moments", unit="doc", disable=not progress
     )
     with bar:
         for chosen in passes:
-            sums = {group.name: site for group, site in _sites(swap, chosen, fisher)}
+            sums = _sums(swap.retained, chosen, fisher, swap.model)
             run = _run_fisher if fisher else _run_plain
             run(swap, documents, chosen, sums, seed, batch_tokens, bar)
             for group in chosen:
@@ -150,7 +154,8 @@ class _Sums:
             n_tokens = [sums.n_tokens for sums in self.each]
             with torch.inference_mode(False):
                 if group.role.is_expert:
-                    shrink(self.stack, n_tokens, smoothing.pseudo_tokens)
+                    mean = self.stack.sum(0).div_(max(sum(n_tokens), 1))
+                    shrink(self.stack, n_tokens, mean, smoothing.pseudo_tokens)
                 else:
                     for h, n in zip(self.stack, n_tokens, strict=True):
                         h.div_(max(n, 1))
@@ -186,15 +191,17 @@ class _RowSums(_Sums):
         return super().mean(group, smoothing)
 
 
-def shrink(sums: torch.Tensor, n_tokens: Sequence[int], pseudo_tokens: float) -> None:
+def shrink(
+    sums: torch.Tensor, n_tokens: Sequence[int], mean: torch.Tensor, pseudo_tokens: float
+) -> None:
     """Makes the sums of a layer's experts means, in place, each shrunk to the mean of all.
 
     Args:
         sums: `(experts, in, in)`.
         n_tokens: tokens that reached each expert.
+        mean: per token of the layer, `(in, in)`.
         pseudo_tokens: of the layer's mean that each expert gets in addition.
     """
-    mean = sums.sum(0).div_(max(sum(n_tokens), 1))
     for h, n in zip(sums, n_tokens, strict=True):
         added = pseudo_tokens or float(n == 0)  # an expert without tokens has its layer's mean
         h.add_(mean, alpha=added).div_(n + added)
@@ -223,30 +230,43 @@ def moments_bytes(n: int, width: int) -> int:
 # -- which groups are measured together
 
 
+_ONE_INPUT = {
+    Role.EXPERT_GATE: "experts", Role.EXPERT_UP: "experts",
+    Role.SHARED_GATE: "shared", Role.SHARED_UP: "shared",
+    Role.MLP_GATE: "mlp", Role.MLP_UP: "mlp",
+    Role.Q: "attention", Role.K: "attention", Role.V: "attention",
+    Role.Q_A: "attention", Role.KV_A: "attention",
+}  # fmt: skip
+"""Roles that multiply one input of a layer: their plain H is the same."""
+
+
 def _site(group: Group, fisher: bool) -> str:
     """Names the input that a group multiplies, where others multiply it too."""
-    if not fisher and group.role in (Role.EXPERT_GATE, Role.EXPERT_UP):
-        return f"layers.{group.layer}.experts"
+    if not fisher and group.role in _ONE_INPUT:
+        return f"layers.{group.layer} {_ONE_INPUT[group.role]}"
     return group.name
 
 
-def _count(swap: SwapModel, group: Group, fisher: bool) -> int:
+Retained = Mapping[int, tuple[int, ...]]
+
+
+def _count(retained: Retained, group: Group, fisher: bool) -> int:
     """Matrices in a group's sums."""
     if group.role.is_expert:
-        return len(group.experts(swap.retained))
+        return len(group.experts(retained))
     if group.role in _PER_HEAD:
         return group.shape[0] if fisher or group.role is Role.K_B else 1
     return 2 if fisher and group.role is Role.EMBEDDING else 1
 
 
 def _passes(
-    swap: SwapModel, groups: Iterable[Group], fisher: bool, memory_bytes: float
+    retained: Retained, groups: Iterable[Group], fisher: bool, memory_bytes: float
 ) -> list[list[Group]]:
     """Groups by pass, in order, as many as fit."""
     passes: list[list[Group]] = []
     free, sites = 0.0, set[str]()
     for group in groups:
-        needed = moments_bytes(_count(swap, group, fisher), group.shape[-1])
+        needed = moments_bytes(_count(retained, group, fisher), group.shape[-1])
         site = _site(group, fisher)
         if not passes or (needed > free and site not in sites):
             passes.append([])
@@ -258,21 +278,24 @@ def _passes(
     return passes
 
 
-def _sites(swap: SwapModel, groups: Sequence[Group], fisher: bool) -> Iterator[tuple[Group, _Sums]]:
-    device = next(swap.model.buffers()).device
+def _sums(
+    retained: Retained, groups: Sequence[Group], fisher: bool, model: Any
+) -> dict[str, _Sums]:
+    """Empty sums by group; those of one input are the same object."""
+    device = device_of(model)
     sites: dict[str, _Sums] = {}
     for group in groups:
         site, width = _site(group, fisher), group.shape[-1]
-        if site not in sites:
-            if fisher and group.role is Role.EMBEDDING:
-                embedding = parameter_of(swap.model, group.sources[0])
-                rows = embedding.detach().square().mean(-1)
-                sites[site] = _RowSums(width, device, rows / rows.mean())
-            else:
-                shared = not fisher and group.role is Role.V_B
-                n = _count(swap, group, fisher)
-                sites[site] = _Sums(n, width, device, group.shape[0] if shared else 0)
-        yield group, sites[site]
+        if site in sites:
+            continue
+        if fisher and group.role is Role.EMBEDDING:
+            rows = parameter_of(model, group.sources[0]).detach().square().mean(-1)
+            sites[site] = _RowSums(width, device, rows / rows.mean())
+        else:
+            shared = not fisher and group.role is Role.V_B
+            n = _count(retained, group, fisher)
+            sites[site] = _Sums(n, width, device, group.shape[0] if shared else 0)
+    return {group.name: sites[_site(group, fisher)] for group in groups}
 
 
 # -- passes
@@ -288,14 +311,7 @@ def _run_plain(
     bar: Any,
 ) -> None:
     model, layout = swap.model, swap.layout
-
-    def take(name: str, x: torch.Tensor) -> None:
-        if layout.groups[name].role is Role.K_B:
-            sums[name].by_head(x)
-        else:
-            sums[name].each[0].add(x.flatten(0, -2))
-
-    handles = watch_inputs(model, layout, groups, take)
+    handles = _watch_plain(model, layout, groups, sums)
     for layer, members in _experts_of(groups).items():
         use_observer(model, layer, _observer([(g.role, sums[g.name]) for g in members]))
     try:
@@ -310,6 +326,21 @@ def _run_plain(
         for handle in handles:
             handle.remove()
         use_sorted_experts(model, layout.layers)
+
+
+def _watch_plain(
+    model: Any, layout: Layout, groups: Sequence[Group], sums: Mapping[str, _Sums]
+) -> list[Any]:
+    """Hooks that feed the sums of groups that are no routed experts, each input once."""
+
+    def take(name: str, x: torch.Tensor) -> None:
+        if layout.groups[name].role is Role.K_B:
+            sums[name].by_head(x)
+        else:
+            sums[name].each[0].add(x.flatten(0, -2))
+
+    one_each = {_site(group, False): group for group in groups}
+    return watch_inputs(model, layout, one_each.values(), take)
 
 
 def _observer(members: Sequence[tuple[Role, _Sums]]) -> Any:
@@ -401,3 +432,222 @@ def _experts_of(groups: Sequence[Group]) -> dict[int, list[Group]]:
         if group.role.is_expert and group.layer is not None:
             by_layer.setdefault(group.layer, []).append(group)
     return by_layer
+
+
+# -- layer by layer
+
+
+def second_moments_streamed(
+    streamed: StreamedModel,
+    documents: Sequence[Document],
+    groups: Iterable[Group],
+    candidate: Candidate | None = None,
+    *,
+    original_inputs: bool = False,
+    smoothing: Smoothing = DEFAULT_SMOOTHING,
+    memory_bytes: float = 512 << 20,
+    scratch: Path,
+    of: str = "",
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
+    """Measures plain second moments layer by layer; neither model nor moments need fit in memory.
+
+    A layer runs on with the candidate's weights as they are when the caller asks for what follows:
+    one that has put finished weights of the layer into the candidate's own gets the moments of
+    what these compute from the next layer on.
+
+    Args:
+        streamed: of the layout.
+        documents: tokens to run.
+        groups: of its layout, all or some: those that a stopped caller still lacks.
+        candidate: whose retained experts are wanted; the original by default.
+        original_inputs: takes what the original multiplies; by default it is what the candidate
+            does, from states that its layers upstream have changed.
+        smoothing: of the means.
+        memory_bytes: cap on what sums take at a time; what is beyond it comes from further passes
+            over a layer, one matrix at least in each. A layer's mean of experts is in addition.
+        scratch: an existing folder, for the states of these documents; a stopped pass resumes there
+            at the layer that the first of `groups` is in. Its states are removed when a group of
+            the next layer is asked for.
+        of: what the files there belong to.
+        batch_tokens: tokens per forward pass of a layer.
+        progress: shows a bar over layers.
+
+    Yields:
+        A group, and H. Groups come layer by layer, then those outside of the layers; each once,
+        with no experts, but a routed projection some experts at a time: which ones, as places
+        among the retained, and H of those, `(experts, in, in)`. Groups that multiply one input may
+        share one tensor: it is to be read alone.
+    """
+    target = candidate or streamed.original
+    run = _Stream(
+        streamed, streamed.original if original_inputs else target, target.retained_experts,
+        smoothing, memory_bytes,
+    )  # fmt: skip
+    by_layer: dict[int | None, list[Group]] = {}
+    for group in groups:
+        by_layer.setdefault(group.layer, []).append(group)
+    outside = by_layer.pop(None, [])
+    inside = sorted(layer for layer in by_layer if layer is not None)
+    head = [group for group in outside if group.importance]
+    last = streamed.inventory.n_layers if head else max(inside, default=-1) + 1
+    first = inside[0] if inside else last
+    if last:
+        checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
+        reached, states = run.resume(checkpoints, first)
+        for layer in tqdm(
+            range(reached, last), desc="second moments", unit="layer", disable=not progress,
+            initial=reached, total=last,
+        ):  # fmt: skip
+            yield from run.layer(layer, by_layer.get(layer, []), states)
+            if head or layer + 1 < last:
+                run.advance(checkpoints, layer, states)
+        yield from run.outside(head, states)
+    for group in outside:
+        if not group.importance:  # multiplies nothing: the identity, as nothing is added
+            sums = _sums(run.retained, [group], False, streamed.model)
+            yield group, (), sums.pop(group.name).mean(group, smoothing)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A pass over the layers of what `candidate` computes."""
+
+    streamed: StreamedModel
+    candidate: Candidate
+    retained: Retained
+    smoothing: Smoothing
+    memory_bytes: float
+
+    @torch.no_grad()
+    def resume(self, checkpoints: LayerCheckpoints, layer: int) -> tuple[int, States]:
+        """Returns the last layer up to `layer` whose states are known, and these."""
+        for known in range(layer, 0, -1):
+            if (hidden := checkpoints.load("states", known)) is not None:
+                return known, States(self.candidate, [0], hidden)
+        embedded = self.streamed.embed(checkpoints.documents, self.candidate)
+        self.streamed.weights.forget()
+        return 0, States(self.candidate, [0], embedded)
+
+    @torch.no_grad()
+    def advance(self, checkpoints: LayerCheckpoints, layer: int, states: States) -> None:
+        """Runs a layer."""
+        self.streamed.run(layer, [states])
+        checkpoints.save("states", layer + 1, states.hidden)
+        checkpoints.remove("states", layer)
+
+    def layer(
+        self, layer: int, groups: Sequence[Group], states: States
+    ) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
+        """Yields the moments of a layer's groups."""
+        dense = [group for group in groups if not group.role.is_expert]
+        for chosen in _passes(self.retained, dense, False, self.memory_bytes):
+            sums = _sums(self.retained, chosen, False, self.streamed.model)
+            self._forward(layer, chosen, sums, states)
+            for group in chosen:
+                yield group, (), sums.pop(group.name).mean(group, self.smoothing)
+        experts = [group for group in groups if group.role.is_expert]
+        if not experts:
+            return
+        routed = self._forward(layer, [], {}, states)
+        routing = Routing(routed, self.candidate.retained_experts[layer])
+        for downs in (False, True):
+            chosen = [g for g in experts if (g.role is Role.EXPERT_DOWN) is downs]
+            if chosen:
+                yield from self._experts(layer, chosen, routing)
+
+    def outside(
+        self, groups: Sequence[Group], states: States
+    ) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
+        """Yields the moments of the head, from the last layer's output."""
+        for group in groups:
+            sums = _sums(self.retained, [group], False, self.streamed.model)
+            self._head(sums[group.name], states)
+            yield group, (), sums.pop(group.name).mean(group, self.smoothing)
+
+    @torch.no_grad()
+    def _head(self, sums: _Sums, states: States) -> None:
+        for hidden in states.hidden:
+            sums.each[0].add(self.streamed.normed(hidden, self.candidate).flatten(0, -2))
+
+    @torch.no_grad()
+    def _forward(
+        self, layer: int, groups: Sequence[Group], sums: Mapping[str, _Sums], states: States
+    ) -> list[Routed]:
+        """Runs a layer but its routed experts, watched; returns what these were asked for."""
+        streamed = self.streamed
+        handles = _watch_plain(streamed.model, streamed.layout, groups, sums)
+        try:
+            streamed.install(layer, self.candidate)
+            for hidden in states.hidden:
+                streamed.forward(layer, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        streamed.leave(layer)
+        return streamed.taken()
+
+    def _experts(
+        self, layer: int, groups: Sequence[Group], routing: Routing
+    ) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
+        """Yields the moments of projections that multiply one input, some experts at a time."""
+        is_down, width = groups[0].role is Role.EXPERT_DOWN, groups[0].shape[-1]
+        retained = self.retained[layer]
+        mean = self._mean(layer, is_down, width, routing)
+        step = max(1, int(self.memory_bytes // moments_bytes(1, width)))
+        for start in range(0, len(retained), step):
+            places = tuple(range(start, min(start + step, len(retained))))
+            h = self._stack(layer, is_down, [retained[i] for i in places], routing, mean)
+            for group in groups:
+                yield group, places, h
+            del h  # not in memory beside the next ones
+
+    @torch.no_grad()
+    def _mean(self, layer: int, is_down: bool, width: int, routing: Routing) -> torch.Tensor:
+        """The layer's mean over the tokens of the wanted experts, `(in, in)`."""
+        total = SecondMoment(torch.zeros(width, width, device=self.streamed.device), width)
+        if not is_down and self.retained is self.candidate.retained_experts:
+            total.add(routing.inputs)  # every token reaches equally many
+        else:
+            for _, x in self._inputs(layer, is_down, self.retained[layer], routing):
+                total.add(x)
+        return total.total().div_(max(total.n_tokens, 1))
+
+    @torch.no_grad()
+    def _stack(
+        self,
+        layer: int,
+        is_down: bool,
+        experts: Sequence[int],
+        routing: Routing,
+        mean: torch.Tensor,
+    ) -> torch.Tensor:
+        """H of some experts, `(experts, in, in)`."""
+        sums = _Sums(len(experts), len(mean), self.streamed.device)
+        for expert, x in self._inputs(layer, is_down, experts, routing):
+            sums.each[experts.index(expert)].add(x)
+        for each in sums.each:
+            each.total()
+        n_tokens = [each.n_tokens for each in sums.each]
+        shrink(sums.stack, n_tokens, mean, self.smoothing.pseudo_tokens)
+        damp(sums.stack, self.smoothing.damping)
+        return sums.stack
+
+    def _inputs(
+        self, layer: int, is_down: bool, experts: Sequence[int], routing: Routing
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields experts that tokens reached, and what their matrix multiplies, `(tokens, in)`."""
+        streamed = self.streamed
+        groups = streamed.projections(layer)[:2] if is_down else []
+        act = moe_block(streamed.model, layer).experts.act_fn
+        reached = [expert for expert in experts if expert in routing.reached]
+        if not reached:
+            return
+        for expert in streamed.weights.in_turn(reached, groups, [self.candidate]):
+            _, tokens = routing.places(expert)
+            x = routing.inputs[tokens]
+            if is_down:
+                gate, up = (streamed.expert(self.candidate, group, expert) for group in groups)
+                x = act(x @ gate.T).mul_(x @ up.T)
+            yield expert, x

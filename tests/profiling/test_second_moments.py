@@ -4,6 +4,7 @@ The sums are made from what hooks on transformers' modules see, token by token f
 `k_b` from an attention that is computed as llama.cpp does, with absorbed queries.
 """
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +18,16 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.families import Role
-from allocator.profiling.curvature import measure
-from allocator.profiling.second_moments import Smoothing, moments_bytes, second_moments
+from allocator.profiling.curvature import Curvature, measure
+from allocator.profiling.second_moments import (
+    Smoothing,
+    moments_bytes,
+    second_moments,
+    second_moments_streamed,
+)
 from allocator.profiling.statistics import collect
+from allocator.scoring.candidates import Candidate, Weights
+from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.swap_model import SwapModel, destination
 from allocator.targets import TARGETS
 from allocator.targets.group_weights import group_weights
@@ -44,6 +52,7 @@ def case(checkpoints, make_documents, tmp_path_factory):
             made[name, target] = SimpleNamespace(
                 path=checkpoints[name], layout=layout, groups=list(layout.groups.values()),
                 swap=SwapModel(layout, encodings.decoded), documents=make_documents(LENGTHS),
+                encodings=encodings,
             )  # fmt: skip
         made[name, target].swap.reset()
         return made[name, target]
@@ -389,13 +398,20 @@ def rounded(weights, moments, steps):
     return codes
 
 
-def test_the_embeddings_moments_give_the_least_summed_price(case):
+def test_the_embeddings_moments_give_the_least_summed_price(case, monkeypatch):
     """Rows of unlike sizes, each rounded with a step of its own size: prices of the curvature."""
     the = case("qwen3_tied", "safetensors")
     group = the.layout.groups["embedding"]
     embedding = the.swap.model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(5)
     before = embedding.detach().clone()
+    lookups, add = [], Curvature.add_lookup
+
+    def add_lookup(curvature, ids, gradient):
+        lookups.append(gradient.flatten(0, -2).double())
+        add(curvature, ids, gradient)
+
+    monkeypatch.setattr(Curvature, "add_lookup", add_lookup)
     embedding.mul_(torch.exp(torch.randn(len(embedding), 1, generator=generator)))
     try:
         curvature = measure(the.swap, the.documents, seed=3)
@@ -403,7 +419,7 @@ def test_the_embeddings_moments_give_the_least_summed_price(case):
         product = curvature.product("embedding")
         weights = embedding.detach().double()
         head = product.inputs.total().double()
-        looked_up = sum(g.T.double() @ g.double() for _, g in curvature._looked_up)
+        looked_up = sum(g.T @ g for g in lookups)
         ways = {
             "both": both, "head": head, "looked up": looked_up, "rows alike": head + looked_up,
             "none": torch.eye(len(head)).double(),
@@ -421,3 +437,126 @@ def test_the_embeddings_moments_give_the_least_summed_price(case):
         assert prices["both"] < 0.9 * prices["none"], prices
     finally:
         embedding.copy_(before)
+
+
+# -- layer by layer
+
+
+def pruned(layout):
+    """Everything in a small format, without the first two experts."""
+    return Allocation.of(
+        target=layout.target,
+        retained=dict.fromkeys(layout.layers, tuple(range(2, 8))),
+        formats=dict.fromkeys(layout.groups, "Q4_0"),
+        experts_used=2,
+    )
+
+
+def streamed_of(the):
+    return StreamedModel(the.layout, Weights(the.layout, lambda: the.encodings))
+
+
+def stream(the, scratch, groups=None, candidate=None, **options):
+    """`(group name, places, H)`, as they come."""
+    options = {"smoothing": RAW, "batch_tokens": 50, **options}
+    for group, places, h in second_moments_streamed(
+        options.pop("streamed", None) or streamed_of(the), the.documents,
+        the.groups if groups is None else groups, candidate, scratch=scratch, **options,
+    ):  # fmt: skip
+        yield group.name, places, h
+
+
+def gathered(parts):
+    """H by group, from the experts of each."""
+    groups = {}
+    for name, places, h in parts:
+        groups.setdefault(name, []).append((places, h.clone()))
+    for name, rows in groups.items():
+        if rows[0][0]:
+            assert [i for places, _ in rows for i in places] == list(
+                range(sum(map(len, dict(rows))))
+            )
+            groups[name] = torch.cat([h for _, h in rows])
+        else:
+            ((_, groups[name]),) = rows
+    return groups
+
+
+def assert_alike(streamed, whole):
+    assert streamed.keys() == whole.keys()
+    for name, h in whole.items():
+        torch.testing.assert_close(
+            streamed[name], h, rtol=1e-3, atol=1e-4 * float(h.abs().max()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 200_000, 1 << 30])
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_streamed_moments_are_those_in_memory(case, tmp_path, name, target, memory_bytes):
+    the = case(name, target)
+    smoothing = Smoothing(pseudo_tokens=5, damping=0.01)
+    parts = stream(the, tmp_path, memory_bytes=memory_bytes, smoothing=smoothing)
+    assert_alike(gathered(parts), moments_of(the, fisher=False, smoothing=smoothing))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+def test_streamed_moments_of_a_candidate_are_of_its_own_inputs(case, tmp_path, name):
+    the = case(name)
+    the.swap.put_allocation(pruned(the.layout))
+    candidate = Candidate.of(pruned(the.layout))
+    assert_alike(gathered(stream(the, tmp_path, None, candidate)), moments_of(the, fisher=False))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+def test_streamed_moments_of_original_inputs_are_those_of_retained_experts(case, tmp_path, name):
+    the = case(name)
+    whole = moments_of(the, fisher=False)
+    candidate = Candidate.of(pruned(the.layout))
+    streamed = gathered(stream(the, tmp_path, None, candidate, original_inputs=True))
+    unreached = {"deepseek": {"layers.1"}, "qwen3": set()}[name]  # their layer's mean is of others
+    for group, h in whole.items():
+        if ".experts." in group:
+            h = h[2:]
+            if group.rpartition(".experts")[0] in unreached:
+                assert torch.isfinite(streamed[group]).all()
+                continue
+        torch.testing.assert_close(streamed[group], h, rtol=1e-3, atol=1e-4 * float(h.abs().max()))
+
+
+def test_a_stopped_stream_resumes_at_its_layer_to_equal_moments(case, tmp_path, monkeypatch):
+    the = case("deepseek")
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        folder.mkdir()
+    whole = gathered(stream(the, folders[0], memory_bytes=0))
+    before, parts = {}, stream(the, folders[1], memory_bytes=0)
+    for name, _, h in parts:
+        if name == "layers.2.attention.o":
+            break
+        before.setdefault(name, []).append(h.clone())
+    parts.close()
+    streamed = streamed_of(the)
+    monkeypatch.setattr(streamed, "embed", lambda *_: pytest.fail("states are known"))
+    rest = [g for g in the.groups if g.name not in before]
+    assert len(rest) > 3
+    resumed = gathered(stream(the, folders[1], rest, memory_bytes=0, streamed=streamed))
+    assert resumed.keys() == {g.name for g in rest}
+    assert all(torch.equal(h, whole[name]) for name, h in resumed.items())
+    for name, rows in before.items():
+        assert torch.equal(torch.cat(rows).view(whole[name].shape), whole[name])
+
+
+def test_one_matrix_is_in_memory_at_a_time(case, tmp_path):
+    """What the caller has dropped is gone when it gets what follows."""
+    the = case("qwen3")
+    whole = second_moments(the.swap, the.documents, the.groups, memory_bytes=0)
+    in_memory = ((group.name, (), h) for group, h in whole)
+    for parts in (in_memory, stream(the, tmp_path, memory_bytes=0)):
+        last, n = None, 0
+        for _, _, h in parts:
+            sums = h if h._base is None else h._base
+            assert last is None or last() is None or last() is sums
+            last, n = weakref.ref(sums), n + 1
+            del h, sums
+        assert n >= len(the.groups)
