@@ -554,8 +554,8 @@ def verify(
 def compare(
     study: str | Path,
     *,
-    text: Path | None = None,
-    cache: Path | None = None,
+    text: str | Path | None = None,
+    cache: str | Path | None = None,
     threads: int | None = None,
     on_run: Callable[[Run], None] | None = None,
     targets: Sequence[str] | None = None,
@@ -604,15 +604,22 @@ def _checked_comparison(
     folder: Path,
     runs: list[Run],
     *,
-    text: Path | None,
-    cache: Path | None,
+    text: str | Path | None,
+    cache: str | Path | None,
     threads: int | None,
 ) -> CompareRequest:
     """Returns what runs are asked for with, after the checks that come before the first run."""
+    from allocator.app.resources import Resources
     from allocator.comparison.pool import check_comparison
     from allocator.comparison.runs import CompareRequest
 
-    request = CompareRequest(folder, text, cache, threads or len(os.sched_getaffinity(0)))
+    resources = Resources.of({"cache": cache, "threads": threads})
+    request = CompareRequest(
+        folder,
+        None if text is None else Path(text),
+        resources.cache,
+        resources.threads or len(os.sched_getaffinity(0)),
+    )
     check_comparison(request, runs)
     return request
 
@@ -620,8 +627,8 @@ def _checked_comparison(
 def estimate_compare(
     study: str | Path,
     *,
-    text: Path | None = None,
-    cache: Path | None = None,
+    text: str | Path | None = None,
+    cache: str | Path | None = None,
     threads: int | None = None,
     targets: Sequence[str] | None = None,
     samplers: Sequence[str] | None = None,

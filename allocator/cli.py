@@ -136,13 +136,14 @@ def _search(args: argparse.Namespace) -> None:
         "sampler": args.sampler,
         "seed": args.seed,
     }
+    seconds = None if args.time is None else parse_seconds(args.time)
     if args.dry_run:
         _print_estimate(api.estimate(args.study, **launch, **_options(args)))
         return
     result = api.search(
         args.study,
         **launch,
-        seconds=None if args.time is None else parse_seconds(args.time),
+        seconds=seconds,
         tokens=args.tokens,
         storage=args.storage,
         join=args.join,
@@ -489,7 +490,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )
-    p.add_argument("--time", help="time limit, e.g. 30min; replaces study.toml's trials")
+    p.add_argument(
+        "--time",
+        help="time limit, e.g. 30min; replaces study.toml's trials",
+    )
     p.add_argument(
         "--tokens",
         type=_positive,

@@ -1,7 +1,10 @@
-"""Bytes and durations as people write them."""
+"""Bytes and durations as people write them, and checks of plain numbers."""
 
+import math
 import re
 from fractions import Fraction
+from operator import index
+from typing import SupportsIndex
 
 from allocator.errors import AllocatorError
 
@@ -39,6 +42,24 @@ def parse_seconds(text: str) -> int:
         AllocatorError: if the text is no duration.
     """
     return _parse(text, _SECONDS, "duration", "30min, 2h or 90s")
+
+
+def check_whole(what: str, value: object, least: int, most: int) -> None:
+    """Raises:
+    AllocatorError: if the value is no whole number from `least` to `most`.
+    """
+    number = None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else value
+    if number is None or not least <= index(number) <= most:
+        raise AllocatorError(f"{what} {value!r}: needed a whole number from {least} to {most:,}")
+
+
+def check_duration(what: str, value: object, *, least: float = 0.0) -> None:
+    """Raises:
+    AllocatorError: if the value is no finite number of seconds, `least` or more.
+    """
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < least:
+        raise AllocatorError(f"{what} {value!r}: needed a number of seconds, {least:g} or more")
 
 
 def show_bytes(nbytes: int) -> str:

@@ -12,6 +12,10 @@ from allocator.app.study_file import BudgetSpec
 from allocator.decision.budget import Budget
 from allocator.study.leases import LEASE_SECONDS
 from allocator.study.stop_rule import NO_LIMIT, StopRule
+from allocator.units import check_duration, check_whole
+
+_MOST_WORKERS = 1024
+_LEAST_LEASE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,14 @@ class SearchRequest:
     target: str | None = None
     lease_seconds: float = LEASE_SECONDS
     resources: Resources = field(default_factory=Resources)
+
+    def check(self) -> None:
+        """Raises:
+        AllocatorError: if a limit, the number of workers or the lease is out of its range.
+        """
+        self.stop.check()
+        check_whole("workers", self.workers, 1, _MOST_WORKERS)
+        check_duration("lease_seconds", self.lease_seconds, least=_LEAST_LEASE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from allocator.units import check_whole
+
+_MOST_THREADS = 1024
+
 
 class ResourceOptions(TypedDict, total=False):
     """Keywords that every verb with a study takes.
@@ -19,7 +23,7 @@ class ResourceOptions(TypedDict, total=False):
         torch_device: where forward passes run, e.g. `cuda`; `cpu` by default.
     """
 
-    cache: Path | None
+    cache: str | Path | None
     threads: int | None
     progress: bool
     torch_device: str
@@ -57,6 +61,7 @@ class Resources:
 
         Raises:
             TypeError: if a keyword is unknown.
+            AllocatorError: if the number of threads is none that a machine has.
         """
         known = StudyOptions.__annotations__
         for name in options:
@@ -65,9 +70,12 @@ class Resources:
                     f"unknown keyword {name!r}; beside a verb's own, the known ones are "
                     f"{', '.join(sorted(known))}"
                 )
+        cache, threads = options.get("cache"), options.get("threads")
+        if threads is not None:
+            check_threads(threads)
         return cls(
-            cache=options.get("cache"),
-            threads=options.get("threads"),
+            cache=None if cache is None else Path(cache),
+            threads=threads,
             progress=options.get("progress", False),
             torch_device=options.get("torch_device", "cpu"),
         )
@@ -81,3 +89,10 @@ class Resources:
             "progress": self.progress,
             "torch_device": self.torch_device,
         }
+
+
+def check_threads(threads: int) -> None:
+    """Raises:
+    AllocatorError: if the number of threads is none that a machine has; torch would crash.
+    """
+    check_whole("threads", threads, 1, _MOST_THREADS)

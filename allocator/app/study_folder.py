@@ -35,10 +35,9 @@ from allocator.decision.budget import Budget
 from allocator.decision.costs import check_budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.decision.space import Space
-from allocator.errors import StudyError
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
-from allocator.samplers import GradientStep, Problem, check_sampler, make_sampler
+from allocator.samplers import GradientStep, Problem, check_sampler, check_seed, make_sampler
 from allocator.scoring.documents import digest
 from allocator.study.optuna_study import open_study
 from allocator.study.protocols import StudySampler
@@ -273,9 +272,8 @@ class StudyFolder:
         sampler = asked.sampler or self.spec.sampler
         seed = self.spec.seed if asked.seed is None else asked.seed
         check_sampler(sampler)
-        if seed < 0:
-            raise StudyError(f"seed {seed}: needed 0 or a positive number")
-        asked.stop.check()
+        check_seed(seed)
+        asked.check()
         stop = StopRule(trials=self.spec.trials) if asked.stop.is_unlimited else asked.stop
         return Launch(budget, sampler, seed, asked.storage, stop)
 

@@ -20,6 +20,9 @@ from allocator.samplers.knapsack import KnapsackSampler
 from allocator.samplers.problem import GradientStep, Problem
 from allocator.samplers.seeded import SeededSampler
 from allocator.study.protocols import StudySampler
+from allocator.units import check_whole
+
+_MOST_SEED = 2**32 - 1  # of Optuna's samplers
 
 SamplerMaker = Callable[[Problem, int], BaseSampler]
 """Makes the sampler of one trial, from a problem and the trial's seed."""
@@ -40,6 +43,7 @@ __all__ = [
     "Problem",
     "SamplerMaker",
     "check_sampler",
+    "check_seed",
     "make_sampler",
     "register_sampler",
 ]
@@ -71,11 +75,11 @@ def make_sampler(
         on_trial: called with a trial's id before anything is proposed for it.
 
     Raises:
-        StudyError: if there is none of that name, or the seed is negative.
+        StudyError: if there is none of that name.
+        AllocatorError: if the seed is none of Optuna's.
     """
     check_sampler(name)
-    if seed < 0:
-        raise StudyError(f"seed {seed}: needed 0 or a positive number")
+    check_seed(seed)
     make = SAMPLERS[name]
     return SeededSampler(lambda s: make(problem, s), seed, on_trial=on_trial)
 
@@ -86,3 +90,10 @@ def check_sampler(name: str) -> None:
     """
     if name not in SAMPLERS:
         raise StudyError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises:
+    AllocatorError: if Optuna's samplers do not take the seed.
+    """
+    check_whole("seed", seed, 0, _MOST_SEED)

@@ -4,7 +4,9 @@ import math
 import time
 from dataclasses import dataclass, replace
 
-from allocator.errors import StudyError
+from allocator.units import check_duration, check_whole
+
+_MOST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,13 @@ class StopRule:
 
     def check(self) -> None:
         """Raises:
-        StudyError: if the number of trials is not positive.
+        AllocatorError: if a limit is no number that a search can reach.
         """
-        if self.trials is not None and self.trials < 1:
-            raise StudyError(f"{self.trials} trials: needed a positive number")
+        for name, limit in (("trials", self.trials), ("tokens", self.tokens)):
+            if limit is not None:
+                check_whole(name, limit, 1, _MOST)
+        if self.seconds is not None:
+            check_duration("seconds", self.seconds)
 
     @property
     def is_unlimited(self) -> bool:
