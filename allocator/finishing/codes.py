@@ -5,6 +5,10 @@ bytes of the same format and size whose decoded weights `q` have a lower `(w - q
 output's squared error over those inputs. Invariant: a move is taken only if that quadratic falls,
 and no row ends with a higher one than it began with.
 
+A first pass chooses codes alone, each as if the columns behind it could take any values to answer
+its error; a row keeps them if its quadratic falls. The rounds then end in a lower minimum than from
+the given codes (arXiv 2210.17323, 2307.13304: error feedback).
+
 A round goes through the columns in order. The codes of a unit of columns are chosen in the metric
 of the unit's own block of `H`, everything else fixed; after the last unit of a group its sub-scale
 and its minimum, after the last group of a block its scales in closed form, rounded to float16. The
@@ -46,6 +50,7 @@ def choose(
     moments: torch.Tensor,
     *,
     rounds: int = 2,
+    ahead: bool = True,
 ) -> Chosen:
     """Chooses codes, sub-scales, minima and scales of encoded matrices.
 
@@ -55,6 +60,7 @@ def choose(
         block_format: of the encoding.
         moments: `experts x in x in` float32, symmetric, not negative.
         rounds: passes over all columns.
+        ahead: a pass in front of them chooses codes that later columns compensate.
     """
     chosen = torch.empty_like(data)
     before = torch.zeros(len(data), dtype=torch.float64, device=data.device)
@@ -64,6 +70,8 @@ def choose(
             weights[experts, rows], data[experts, rows], block_format, moments[experts]
         )
         before[experts] += descent.losses.double().sum(-1)
+        if ahead:
+            descent.look_ahead()
         for _ in range(rounds):
             descent.round()
         after[experts] += descent.losses.double().sum(-1)
@@ -84,6 +92,30 @@ def quadratic(weights: torch.Tensor, values: torch.Tensor, moments: torch.Tensor
     """
     error = weights - values
     return ((error @ moments) * error).sum(-1)
+
+
+def compensated(moments: torch.Tensor, unit: int) -> torch.Tensor:
+    """Returns the moments of errors that the columns behind compensate as well as they can.
+
+    With `H = R R'`, `R` upper triangular, an error costs `|e R|^2`. Columns behind a unit answer
+    its error, so that of its own columns alone counts: with the diagonal blocks `R_u` of `R`, a
+    unit's code is best at the least `|(e R)_u|^2`, whose gradient is `(e R)_u R_u'`.
+
+    Args:
+        moments: `experts x in x in`.
+        unit: columns that are chosen at once.
+
+    Returns:
+        `experts x in x in`: `R` times its diagonal blocks transposed, zeros below these blocks;
+        all zeros, which moves nothing, where the moments are not positive.
+    """
+    root, info = torch.linalg.cholesky_ex(moments.flip(-2, -1))
+    root = torch.where((info == 0)[:, None, None], root, 0.0).flip(-2, -1)
+    experts, width, _ = root.shape
+    columns = root.view(experts, width, width // unit, unit)
+    blocks = root.view(experts, width // unit, unit, width // unit, unit)
+    diagonal = blocks.diagonal(dim1=1, dim2=3)  # experts x unit x unit x units
+    return torch.einsum("ewub,ecbu->ewuc", columns, diagonal).reshape(root.shape)
 
 
 def _pieces(weights: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -116,47 +148,57 @@ class _Descent:
         self._shifts = None if form.shifts is None else form.shifts.to(device)
         self._minima = None if form.minima is None else form.minima.to(device)
 
+    def look_ahead(self) -> None:
+        """Chooses codes as if the codes of all later columns were free; keeps rows that fell."""
+        self._pass(compensated(self._moments, self._form.unit), codes_only=True)
+
     def round(self) -> None:
         """Goes over all columns once; rows whose quadratic did not fall stay as they were."""
+        self._pass(self._moments, codes_only=False)
+
+    def _pass(self, moments: torch.Tensor, *, codes_only: bool) -> None:
+        """Goes over all columns once, choosing in other moments or in those of the quadratic."""
         self._fields = self._form.unpack(self.data)
         self._levels = self._form.levels(self._fields.codes).flatten(-2)
         self._values = self._form.values(self.data)
         width = self._weights.shape[-1]
         for start in range(0, width, _WINDOW):
-            self._window(slice(start, min(start + _WINDOW, width)))
+            self._window(slice(start, min(start + _WINDOW, width)), moments, codes_only)
         data = self._form.pack(self._fields)
         losses = quadratic(self._weights, self._form.values(data), self._moments)
         falls = losses < self.losses
         self.data = torch.where(falls[..., None], data, self.data)
         self.losses = torch.where(falls, losses, self.losses)
 
-    def _window(self, window: slice) -> None:
+    def _window(self, window: slice, moments: torch.Tensor, codes_only: bool) -> None:
         """Chooses all fields of a window of columns."""
         form, block = self._form, self._form.fmt.block
         error = self._weights - self._values
         self._start = window.start
-        self._gradient = error @ self._moments[:, :, window]
-        self._metric = self._moments[:, window, window]
+        self._gradient = error @ moments[:, :, window]
+        self._metric = moments[:, window, window]
         for first in range(window.start, window.stop, block):
             for group in range(first, first + block, form.group):
                 if isinstance(form, ScalarFormat):
-                    self._choose_scalars(form, group)
+                    self._choose_scalars(form, group, checked=not codes_only)
                 else:
                     for unit in range(group, group + form.group, form.unit):
                         self._choose_codes(unit)
-                self._choose_subscales(group // form.group)
-            self._choose_scales(first // block)
+                if not codes_only:
+                    self._choose_subscales(group // form.group)
+            if not codes_only:
+                self._choose_scales(first // block)
 
     def _columns(self, columns: slice) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """Returns their place in the window, their block of moments and their gradient."""
         local = slice(columns.start - self._start, columns.stop - self._start)
         return local, self._metric[:, local, local], self._gradient[..., local]
 
-    def _move(self, columns: slice, values: torch.Tensor) -> torch.Tensor:
+    def _move(self, columns: slice, values: torch.Tensor, *, checked: bool = True) -> torch.Tensor:
         """Takes new values of some columns where the quadratic falls, `experts x rows` bool."""
         local, metric, gradient = self._columns(columns)
         step = values - self._values[..., columns]
-        falls = (step * (step @ metric - 2 * gradient)).sum(-1) < 0
+        falls = (step * (step @ metric - 2 * gradient)).sum(-1) < 0 if checked else step.any(-1)
         step = torch.where(falls[..., None], step, 0.0)
         self._values[..., columns] = torch.where(
             falls[..., None], values, self._values[..., columns]
@@ -182,7 +224,7 @@ class _Descent:
             moved[..., None], levels, self._levels[..., columns]
         )
 
-    def _choose_scalars(self, form: ScalarFormat, column: int) -> None:
+    def _choose_scalars(self, form: ScalarFormat, column: int, *, checked: bool) -> None:
         """Chooses the codes of a group of columns, each with a code of its own, in order.
 
         The gradient is kept up to date for the group alone, columns first; then for the window.
@@ -204,7 +246,8 @@ class _Descent:
             step = (levels[i] - present[i]) * factor
             gradient[i + 1 :].addcmul_(metric[i, i + 1 :], step, value=-1)
         levels = levels.permute(1, 2, 0)
-        moved = self._move(columns, factor[..., None] * levels + offset[..., None])[..., None]
+        values = factor[..., None] * levels + offset[..., None]
+        moved = self._move(columns, values, checked=checked)[..., None]
         for stored, chosen in ((self._levels, levels), (self._fields.codes, form.codes_of(levels))):
             stored[..., columns] = torch.where(moved, chosen, stored[..., columns])
 

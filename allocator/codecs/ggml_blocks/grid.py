@@ -128,7 +128,7 @@ class GridFormat(BlockFormat):
         grid, _, sign_table, places = self._tables(pull.device)
         scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye = torch.eye(self.unit, device=pull.device)
-        optimum = torch.linalg.solve(metric + 1e-6 * scale * eye, pull, left=False)
+        optimum = torch.linalg.solve(metric + 1e-6 * scale.clamp_min(1e-30) * eye, pull, left=False)
         bits = ((optimum < 0) * places).sum(-1)
         if self.even:
             odd = ((optimum < 0).sum(-1) % 2).bool()
