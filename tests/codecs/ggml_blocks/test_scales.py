@@ -52,6 +52,7 @@ def test_only_the_bits_of_scales_change(name):
 @pytest.mark.parametrize("name", ["MXFP4", "BF16", "F16", "F32"])
 def test_formats_without_float16_scales_say_so(name):
     assert GGML.scales(encoded(name), FORMATS[name]) is None
+    assert GGML.block_format(FORMATS[name]) is None
 
 
 def test_the_caller_s_bytes_stay():
