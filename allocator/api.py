@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from allocator.app.estimate import SearchEstimate
+    from allocator.app.finish_stage import FinishRequest, FinishResult
     from allocator.app.planning import Plan
     from allocator.app.resources import ResourceOptions, StudyOptions
     from allocator.app.search_stage import SearchResult
     from allocator.app.study_file import DeviceBudgetSpec
+    from allocator.app.study_folder import StudyFolder
     from allocator.app.trial_table import trials_table
     from allocator.comparison.pool import CompareEstimate
     from allocator.comparison.runs import CompareRequest, Run
+    from allocator.decision.allocation_record import AllocationRecord
     from allocator.evaluation.held_out import evaluate
     from allocator.export.checkpoint import Written
     from allocator.export.verification import Verification
+    from allocator.finishing.estimate import FinishEstimate
     from allocator.prediction.priors import Prior
     from allocator.prediction.profile import Profile
 
@@ -41,8 +45,10 @@ __all__ = [
     "diff",
     "estimate",
     "estimate_compare",
+    "estimate_finish",
     "evaluate",
     "explain",
+    "finish",
     "front",
     "inspect",
     "materialize",
@@ -402,6 +408,105 @@ def diff(one: str | Path, other: str | Path) -> pd.DataFrame:
     return difference(one, other).rows
 
 
+def finish(
+    study: str | Path,
+    allocation: str | Path,
+    *,
+    base: str | None = None,
+    tokens: int | None = None,
+    seconds: float | None = None,
+    tuning: bool = True,
+    seed: int | None = None,
+    out: str | None = None,
+    on_estimate: Callable[[FinishEstimate], None] | None = None,
+    **options: Unpack[StudyOptions],
+) -> FinishResult:
+    """Finishes an allocation: the same formats and bytes at less loss; resumable.
+
+    Codes are chosen anew against the second moments of their inputs, then norms, routers and block
+    scales are tuned end to end. The record, which is made where there is none, names the finished
+    weights; their file lies beside it.
+
+    Args:
+        study: the folder whose documents are used.
+        allocation: a record as `search` writes it, a plain `allocation.json`, a llama-quantize
+            `--tensor-type-file`, or a format's name: `Q2_K`, or `Q2_K/Q6_K` for routed experts and
+            the rest.
+        base: of a tensor-type file, format of the tensors that it does not name.
+        tokens: most search tokens behind second moments, and most that are tuned on; 65,536 and
+            61,440 by default.
+        seconds: time limit; ends tuning early, which the record says.
+        tuning: tunes after the codes.
+        seed: of what is drawn; 0 by default.
+        out: name of the record to write; by default the one that was given, or one in the study's
+            `allocations` that is named for the file or the format.
+        on_estimate: called with what it takes, before anything is measured.
+        options: as of `StudyOptions`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong, before anything is measured where it can be
+            seen then.
+    """
+    from allocator.app.finish_stage import finish as _finish
+
+    return _finish(
+        _finish_request(
+            study, allocation, base=base, tokens=tokens, seconds=seconds, tuning=tuning, seed=seed,
+            out=out, **options,
+        ),
+        on_estimate,
+    )  # fmt: skip
+
+
+def estimate_finish(
+    study: str | Path,
+    allocation: str | Path,
+    *,
+    base: str | None = None,
+    tokens: int | None = None,
+    tuning: bool = True,
+    seed: int | None = None,
+    out: str | None = None,
+    **options: Unpack[StudyOptions],
+) -> FinishEstimate:
+    """Prices what `finish` would do, after the same checks: `finish --dry-run`."""
+    from allocator.app.finish_stage import estimate as _estimate
+
+    return _estimate(
+        _finish_request(
+            study, allocation, base=base, tokens=tokens, seconds=None, tuning=tuning, seed=seed,
+            out=out, **options,
+        )
+    )  # fmt: skip
+
+
+def _finish_request(
+    study: str | Path,
+    allocation: str | Path,
+    *,
+    base: str | None,
+    tokens: int | None,
+    seconds: float | None,
+    tuning: bool,
+    seed: int | None,
+    out: str | None,
+    **options: Unpack[StudyOptions],
+) -> FinishRequest:
+    from allocator.app.finish_stage import FinishRequest, recipe_of
+    from allocator.app.resources import Resources
+
+    return FinishRequest(
+        study=Path(study),
+        allocation=Path(allocation),
+        base=base,
+        recipe=recipe_of(tokens=tokens, tuning=tuning, seed=seed),
+        seconds=seconds,
+        out=out,
+        target=options.get("target"),
+        resources=Resources.of(options),
+    )
+
+
 def materialize(
     study: str | Path,
     allocation: str | Path,
@@ -657,6 +762,9 @@ def reproduce(
 ) -> list[Written]:
     """Rebuilds the checkpoints of a committed allocation and compares their sha256.
 
+    Finished weights come from their file. Where that is not here, the allocation is finished anew
+    by the record's recipe: on the same kind of processor, with as many threads, to the same bytes.
+
     Args:
         allocation: `<study>/allocations/<name>.json`.
         out: parent directory; `<study>/out` by default.
@@ -666,7 +774,8 @@ def reproduce(
 
     Raises:
         CheckpointError: if the source checkpoint is another one.
-        VerifyError: if a rebuilt file differs from the recorded one.
+        VerifyError: if a rebuilt file differs from the recorded one, or weights that were finished
+            anew do.
     """
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.resources import Resources
@@ -679,8 +788,10 @@ def reproduce(
     record = AllocationRecord.read(path)
     folder = Path(study if study is not None else Path(os.path.realpath(path)).parent.parent)
     parent = Path(out) if out is not None else folder / "out"
-    check_same_checkpoint(record.checkpoint, StudyFolder(folder, **options).inventory)
+    study_folder = StudyFolder(folder, **options)
+    check_same_checkpoint(record.checkpoint, study_folder.inventory)
     parent.mkdir(parents=True, exist_ok=True)
+    _ensure_finished(study_folder, record, path)
     rebuilt = []
 
     from allocator.codecs import identity_of
@@ -699,3 +810,34 @@ def reproduce(
             )
         rebuilt.append(written)
     return rebuilt
+
+
+def _ensure_finished(study_folder: StudyFolder, record: AllocationRecord, path: Path) -> None:
+    """Finishes an allocation anew where its record names finished weights that are not here.
+
+    Raises:
+        VerifyError: if these come to other bytes.
+    """
+    from allocator.app.record_weights import artifact_path
+    from allocator.errors import VerifyError
+
+    known = record.finished
+    if known is None or artifact_path(study_folder, record.weights_digest, path) is not None:
+        return
+
+    from allocator.app.finish_stage import finish_anew
+
+    artifact = finish_anew(study_folder, record, path)
+    if artifact.weights == record.weights_digest:
+        return
+    after = artifact.description.finishing.after
+    losses = ", ".join(
+        f"{split} {after[split]:.6f} here and {loss:.6f} recorded"
+        for split, loss in known.after.items()
+        if split in after
+    )
+    raise VerifyError(
+        f"{path}: same recipe, other bytes: weights {artifact.weights[:12]} here, recorded "
+        f"{record.weights_digest[:12]}; loss {losses} nats per token: another processor rounds "
+        "otherwise; for the same bytes restore the file of the finished weights"
+    )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from allocator.app.resources import ResourceOptions
 
+_BY_NAME = ("finish", "score")  # which take a format's name in the place of an allocation file
 _EPILOG = (
     "Bad input is one line on stderr and exit code 2. `allocator VERB --help` explains a verb."
 )
@@ -252,6 +253,53 @@ def _score(args: argparse.Namespace) -> None:
     result = api.score(args.study, args.allocation, base=args.base, **_options(args))
     for name, value in result.items():
         print(f"{name:16s} {value}")
+
+
+def _finish(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    asked = {
+        "base": args.base,
+        "tokens": args.tokens,
+        "tuning": not args.no_tuning,
+        "seed": args.seed,
+        "out": args.out,
+    }
+    if args.dry_run:
+        e = api.estimate_finish(args.study, args.allocation, **asked, **_options(args))
+        _print_finish_estimate(e)
+        return
+    result = api.finish(
+        args.study,
+        args.allocation,
+        **asked,
+        seconds=None if args.time is None else parse_seconds(args.time),
+        on_estimate=_print_finish_estimate,
+        **_options(args),
+    )
+    for split, before in result.before.items():
+        after = result.after[split]
+        share = f" ({after / before:.3f} of it)" if before else ""
+        print(f"loss on the {split} split {before:.6f}, finished {after:.6f}{share}")
+    if result.recipe.stopped_steps is not None:
+        print(f"tuning stopped after {result.recipe.stopped_steps} steps (--time)")
+    print(f"finished weights: {result.artifact}\nrecord: {result.record}")
+
+
+def _print_finish_estimate(e: Any) -> None:
+    if e.ready:
+        print("finished before with the same inputs; nothing to compute", flush=True)
+        return
+    print(
+        f"second moments from {e.moments_tokens:,} tokens, codes of {e.weights:,} weights, tuning "
+        f"on {e.tuning_tokens:,} tokens"
+    )
+    parts = ", ".join(f"{what} {seconds:.0f}" for what, seconds in e.seconds.items())
+    print(f"about {e.total_seconds:.0f} s: {parts}")
+    print(
+        f"disk {show_bytes(e.disk_bytes)}, memory {show_bytes(e.memory_bytes)} beside the model",
+        flush=True,
+    )
 
 
 def _materialize(args: argparse.Namespace) -> None:
@@ -537,6 +585,29 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
     _runs_forward(p)
 
+    p = verb("finish", _finish, "the same formats and bytes at less loss; resumable")
+    p.add_argument(
+        "allocation",
+        type=Path,
+        help="allocation file, llama-quantize tensor-type file, or a format: Q2_K, or Q2_K/Q6_K "
+        "for routed experts and the rest",
+    )
+    _study_option(p)
+    p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
+    p.add_argument("--no-tuning", action="store_true", help="choose codes anew, and tune nothing")
+    p.add_argument(
+        "--tokens",
+        type=_positive,
+        help="most search tokens behind second moments and tuning (default: 65,536 and 61,440)",
+    )
+    p.add_argument("--time", help="time limit, e.g. 10min; ends tuning early, as the record says")
+    p.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
+    p.add_argument(
+        "--out", help="name of the record (default: that of the file, or the format's name)"
+    )
+    p.add_argument("--dry-run", action="store_true", help="print the estimate only")
+    _runs_forward(p)
+
     p = verb("materialize", _materialize, "write the checkpoint of an allocation")
     _allocation(p)
     p.add_argument("out", type=Path, help="directory to make")
@@ -609,7 +680,8 @@ def _check_study(args: argparse.Namespace) -> None:
     """
     if args.study is None:
         if not args.allocation.is_file():
-            raise SpaceError(f"{args.allocation}: no such allocation file")
+            named = "; a format's name needs --study" if args.verb in _BY_NAME else ""
+            raise SpaceError(f"{args.allocation}: no such allocation file{named}")
         args.study = Path(os.path.realpath(args.allocation)).parent.parent
     study_path(args.study)
 

@@ -16,8 +16,8 @@ from allocator.files.checksums import seal, unseal
 HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
 VERBS = (
-    "compare", "diff", "evaluate", "explain", "front", "inspect", "materialize", "plan", "profile",
-    "reproduce", "score", "search", "verify",
+    "compare", "diff", "evaluate", "explain", "finish", "front", "inspect", "materialize", "plan",
+    "profile", "reproduce", "score", "search", "verify",
 )  # fmt: skip
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
@@ -100,6 +100,7 @@ WRONG = {
     "diff": ["nowhere.json", "nowhere.json"],
     "evaluate": ["nowhere"],
     "explain": ["nowhere.json"],
+    "finish": ["nowhere.json"],
     "front": ["nowhere"],
     "inspect": ["nowhere"],
     "materialize": ["nowhere.json", "out"],
@@ -183,7 +184,7 @@ def test_a_refusal_never_loads_torch(
     assert not loaded & set(HEAVY)
 
 
-@pytest.mark.parametrize("verb", ["explain", "score", "materialize", "reproduce"])
+@pytest.mark.parametrize("verb", ["explain", "finish", "score", "materialize", "reproduce"])
 def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tmp_path, run_light):
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps({"target": "gguf"}))

@@ -12,7 +12,7 @@ from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import mixed
 from allocator.errors import CheckpointError, SpaceError
 from allocator.export.runtimes import runtime_named
-from allocator.formats import fallback
+from allocator.formats import FORMATS, fallback
 from allocator.targets import Layout
 
 
@@ -22,7 +22,9 @@ def read_encoded(
     """Reads an allocation file, or a llama-quantize `--tensor-type-file` over a base format.
 
     Args:
-        path: JSON, or text with `pattern=type` entries (all experts retained).
+        path: JSON, or text with `pattern=type` entries (all experts retained); or where no such
+            file exists, a format for all groups (`Q2_K`), or one for routed experts and one for the
+            rest (`Q2_K/Q6_K`), with llama-quantize's fallbacks.
         layout: of the checkpoint that the file must be about.
         base: format of the tensors that no entry names, with llama-quantize's fallbacks.
 
@@ -35,6 +37,10 @@ def read_encoded(
         CheckpointError: if the file records another checkpoint.
     """
     importance = None
+    if is_named(path) and base is None:
+        allocation = _named(path, layout)
+        allocation.check(layout)
+        return allocation, None
     if not path.is_file():
         raise SpaceError(f"{path}: no such allocation file")
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -51,6 +57,23 @@ def read_encoded(
     return allocation, importance
 
 
+def is_named(path: Path) -> bool:
+    """Tells whether a path is no file, but one or two names of formats: `Q2_K`, `Q2_K/Q6_K`."""
+    names = _names(path)
+    return not path.exists() and len(names) <= 2 and all(name in FORMATS for name in names)
+
+
+def _names(path: Path) -> list[str]:
+    return [name.strip() for name in str(path).split("/")]
+
+
+def _named(path: Path, layout: Layout) -> Allocation:
+    experts, rest = (*_names(path), _names(path)[0])[:2]
+    n_experts = layout.inventory.n_experts
+    rankings = dict.fromkeys(layout.layers, tuple(range(n_experts)))
+    return mixed(layout, rankings, experts=experts, rest=rest, count=n_experts)
+
+
 def _from_recipe(text: str, layout: Layout, base: str | None) -> Allocation:
     """An allocation of all experts, from a text in the form of the target's own runtime."""
     named = runtime_named(layout.target).read_recipe(text, layout)
@@ -60,9 +83,7 @@ def _from_recipe(text: str, layout: Layout, base: str | None) -> Allocation:
             f"the tensor-type file names no type for {len(missing)} groups (first: "
             f"{missing[0]}); give llama-quantize's base type with --base"
         )
-    n_experts = layout.inventory.n_experts
-    rankings = dict.fromkeys(layout.layers, tuple(range(n_experts)))
-    whole = mixed(layout, rankings, experts=base or "Q8_0", rest=base or "Q8_0", count=n_experts)
+    whole = _named(Path(base or "Q8_0"), layout)
     chosen = {g: fallback(f, layout.groups[g].shape).name for g, f in named.items()}
     return Allocation.of(
         target=layout.target,

@@ -78,7 +78,7 @@ def pick_among(study_folder: StudyFolder, search: Search) -> tuple[Path, Path | 
         )
     losses = {t.number: _selection_loss(study_folder, allocation_of(t)) for t in finalists}
     best = min(finalists, key=lambda t: (losses[t.number], t.number))
-    _write_importance(study_folder)
+    write_importance(study_folder)
     pick = _record(study_folder, search.budget, "pick", best, losses[best.number])
     if alone is None:
         return pick, None
@@ -89,7 +89,8 @@ def _selection_loss(study_folder: StudyFolder, allocation: Allocation) -> float:
     return study_folder.profiler.selection_loss(allocation, study_folder.scorers.selection)
 
 
-def _write_importance(study_folder: StudyFolder) -> None:
+def write_importance(study_folder: StudyFolder) -> None:
+    """Commits the importance vectors of the study's own calibration beside its allocations."""
     from allocator.profiling.statistics import importance_digest
 
     vectors = study_folder.profiler.statistics.importance

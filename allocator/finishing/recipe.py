@@ -17,6 +17,7 @@ from allocator.errors import SpaceError
 CODES, SCALES, NORMS, ROUTERS = "codes", "scales", "norms", "routers"
 PARTS = (CODES, SCALES, NORMS, ROUTERS)
 """What finishing may change."""
+METHOD = 1
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,10 +30,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         damping: share of a moment's mean diagonal that is added to the diagonal.
         shrink_tokens: tokens that a layer's mean moment counts as in every expert's own.
         rounds: of coordinate descent over codes, sub-scales and scales.
-        rates: learning rates, of which the selection split chooses one.
+        rate: relative change of a tuning step; None derives it from the loss before.
         seed: of the labels that are drawn for the squared gradients.
         parts: what is changed, of `PARTS`.
-        stopped_tokens: tuning tokens after which a time limit ended tuning; None without one.
+        stopped_steps: tuning steps after which a time limit ended tuning; None without one.
+        method: version of the method; another one gives other weights.
     """
 
     moments_tokens: int = 65_536
@@ -41,10 +43,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     damping: float = 0.01
     shrink_tokens: int = 256
     rounds: int = 2
-    rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
+    rate: float | None = None
     seed: int = 0
     parts: tuple[str, ...] = PARTS
-    stopped_tokens: int | None = None
+    stopped_steps: int | None = None
+    method: int = METHOD
 
     @classmethod
     def of(cls, data: Mapping[str, Any], where: str) -> "Recipe":
@@ -77,8 +80,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SpaceError(f"{name} {value}: needed {least} or more")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise SpaceError(f"parts {', '.join(self.parts)}: needed some of {', '.join(PARTS)}")
-        if self.tunes and not self.rates:
-            raise SpaceError("no rate: needed one or more, or no tuning")
+        if self.method != METHOD:
+            raise SpaceError(f"method {self.method}, this version has {METHOD}")
 
     @property
     def tunes(self) -> bool:
@@ -89,7 +92,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def codes_alone(self) -> "Recipe":
         """The same without everything that codes do not depend on."""
         return msgspec.structs.replace(
-            self, tuning_tokens=0, rates=(), parts=(CODES,), stopped_tokens=None
+            self, tuning_tokens=0, rate=None, parts=(CODES,), stopped_steps=None
         )
 
     def to_json(self) -> dict[str, Any]:

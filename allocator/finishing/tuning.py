@@ -16,8 +16,8 @@ bytes as one that was not interrupted.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class Tuned:
         before: loss on the selection documents, nats per token.
         after: the same under these tensors.
         checks: in order.
+        stopped: steps after which it was stopped; None if all steps were made.
     """
 
     tensors: dict[str, StoredTensor]
@@ -102,6 +103,7 @@ class Tuned:
     before: float
     after: float
     checks: tuple[Check, ...]
+    stopped: int | None = None
 
 
 def tensors_digest(tensors: dict[str, StoredTensor]) -> str:
@@ -147,6 +149,7 @@ def tune(
     folder: Path | None = None,
     threads: int = 1,
     progress: bool = False,
+    stop: Callable[[int], bool] | None = None,
 ) -> Tuned:
     """Tunes scales, norms and routers; the model holds the result afterwards.
 
@@ -159,6 +162,9 @@ def tune(
         folder: where the state is kept, for a run that resumes; nowhere if None.
         threads: batches of the selection documents that are scored at once.
         progress: shows a bar over steps.
+        stop: told the steps made so far, after each; says whether to stop there. What was stopped
+            ends as a run that is told to stop after the same step, and resumes as one that was
+            killed.
 
     Raises:
         AllocatorError: if the gradients do not fit into memory.
@@ -173,12 +179,16 @@ def tune(
         )
     run = _Run(swap, source, documents, selection, settings, steps, folder, threads)
     run.resume()
+    if stop is not None and 0 < run.state.step < len(steps) and stop(run.state.step):
+        return run.stopped()
     with tqdm(
         total=len(steps), initial=run.state.step, desc="tuning", unit="step", disable=not progress
     ) as bar:
         for loss in run.steps():
             bar.set_postfix_str(f"selection {loss:.4f}", refresh=False)
             bar.update()
+            if stop is not None and run.state.step < len(steps) and stop(run.state.step):
+                return run.stopped()
     return run.result()
 
 
@@ -301,6 +311,12 @@ class _Run:
         return Tuned(
             tensors, tensors_digest(tensors), state.checks[0].loss, state.least, tuple(state.checks)
         )
+
+    def stopped(self) -> Tuned:
+        """Checks the present changes, and returns the state of least loss; the disk's stays."""
+        if self.state.checks[-1].step < self.state.step:
+            self._check()
+        return replace(self.result(), stopped=self.state.step)
 
     def _step(self) -> None:
         state = self.state

@@ -134,10 +134,10 @@ def test_rounding_is_that_of_torch(dtype):
 
 
 def test_a_recipe_comes_back_and_a_wrong_one_is_refused():
-    recipe = Recipe(rates=(1e-3,), parts=PARTS[:2], stopped_tokens=4096)
+    recipe = Recipe(rate=1e-3, parts=PARTS[:2], stopped_steps=4)
     plain = json.loads(json.dumps(recipe.to_json()))
     assert Recipe.of(plain, "pick.json") == recipe
-    for wrong in ({"tokens": 1}, {"parts": ["bias"]}, {"rounds": 0}, {"rates": []}, {"parts": []}):
+    for wrong in ({"tokens": 1}, {"parts": ["bias"]}, {"rounds": 0}, {"method": 0}, {"parts": []}):
         with pytest.raises(SpaceError, match=r"pick.json: recipe") as caught:
             Recipe.of({**plain, **wrong}, "pick.json")
         assert "\n" not in str(caught.value)
@@ -149,10 +149,11 @@ def test_every_input_names_another_result():
     digests.add(inputs_digest(Recipe(), allocation="a", codec="y"))
     others = {
         "moments_tokens": 1, "tuning_tokens": 1, "fisher": False, "damping": 0.5, "rounds": 3,
-        "shrink_tokens": 1, "rates": (1.0,), "seed": 1, "parts": PARTS[:1], "stopped_tokens": 5,
+        "shrink_tokens": 1, "rate": 1.0, "seed": 1, "parts": PARTS[:1],
+        "stopped_steps": 5, "method": 2,
     }  # fmt: skip
     assert set(others) == set(Recipe.__struct_fields__)
     for name, value in others.items():
         digests.add(inputs_digest(Recipe(**{name: value}), allocation="a", codec="x"))
     assert len(digests) == 3 + len(others)
-    assert Recipe().codes_alone == Recipe(tuning_tokens=0, rates=(1.0,)).codes_alone
+    assert Recipe().codes_alone == Recipe(tuning_tokens=0, rate=1.0).codes_alone

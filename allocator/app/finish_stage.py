@@ -1,0 +1,351 @@
+"""The finishing stage of a study: from an allocation to a record that names finished weights.
+
+In: a finish request: a record, another allocation file, or a format's name. Out: `finished-*` and
+the record beside it. Invariant: whatever is wrong with the input is said before anything is
+measured; a record that changed meanwhile is not written over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from allocator.app.allocation_files import is_named
+from allocator.app.record_weights import record_of
+from allocator.app.resources import Resources
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_record import AllocationRecord, changing
+from allocator.errors import SpaceError, StudyError
+from allocator.files.atomic import write_whole
+from allocator.finishing.recipe import CODES, Recipe
+
+if TYPE_CHECKING:  # these load torch
+    from allocator.finishing.artifact import Artifact
+    from allocator.finishing.estimate import FinishEstimate
+    from allocator.finishing.finish import Finisher
+
+_TIMED_DOCUMENTS = 8
+
+
+@dataclass(frozen=True)
+class FinishRequest:
+    """What is to be finished, and how.
+
+    Attributes:
+        study: the study's folder.
+        allocation: a file, or a format's name, see `read_encoded`.
+        base: of a tensor-type file, see `read_encoded`.
+        recipe: how.
+        seconds: time limit, which ends tuning early; None for no limit.
+        out: name of the record; by default that of the file or the format.
+        target: name of the target; None for study.toml's.
+        resources: what may be used of the machine.
+    """
+
+    study: Path
+    allocation: Path
+    base: str | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    seconds: float | None = None
+    out: str | None = None
+    target: str | None = None
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass(frozen=True)
+class FinishResult:
+    """What finishing leaves.
+
+    Attributes:
+        record: the allocation file that names the finished weights.
+        artifact: the file of the finished weights.
+        before: proxy loss per split of the unfinished weights, nats per token.
+        after: the same of the finished ones.
+        recipe: that made them.
+        weights: digest of the finished weights.
+    """
+
+    record: Path
+    artifact: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    recipe: Recipe
+    weights: str
+
+
+def recipe_of(*, tokens: int | None = None, tuning: bool = True, seed: int | None = None) -> Recipe:
+    """Returns the recipe with a user's settings.
+
+    Args:
+        tokens: most search tokens behind second moments, and most that are tuned on.
+        tuning: tunes norms, routers and scales after the codes.
+        seed: of what is drawn.
+
+    Raises:
+        SpaceError: if a setting cannot be.
+    """
+    recipe = Recipe()
+    if tokens is not None:
+        recipe = msgspec.structs.replace(recipe, moments_tokens=tokens, tuning_tokens=tokens)
+    if not tuning:
+        recipe = msgspec.structs.replace(recipe, tuning_tokens=0, parts=(CODES,))
+    if seed is not None:
+        recipe = msgspec.structs.replace(recipe, seed=seed)
+    recipe.check()
+    return recipe
+
+
+def finish(
+    request: FinishRequest, on_estimate: Callable[[FinishEstimate], None] | None = None
+) -> FinishResult:
+    """Finishes the weights of an allocation, and notes them in its record.
+
+    Args:
+        request: what and how.
+        on_estimate: called with what it would take, before anything is measured.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong.
+    """
+    until = None if request.seconds is None else time.monotonic() + request.seconds
+    stage = _Stage(request)
+    finisher = stage.finisher(until)
+    if on_estimate is not None:
+        on_estimate(stage.estimate(finisher))
+    artifact = finisher.finish()
+    return stage.note(artifact)
+
+
+def estimate(request: FinishRequest) -> FinishEstimate:
+    """Prices what `finish` would do: `finish --dry-run`.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong.
+    """
+    stage = _Stage(request)
+    return stage.estimate(stage.finisher(None))
+
+
+def finish_anew(study_folder: StudyFolder, record: AllocationRecord, path: Path) -> Artifact:
+    """Finishes a record's allocation by the record's recipe; the record stays as it is.
+
+    Args:
+        study_folder: of the study.
+        record: names finished weights.
+        path: of the record.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong.
+    """
+    assert record.finished is not None
+    recipe = Recipe.of(record.finished.recipe, str(path))
+    finisher = _finisher(study_folder, record.decision, record.importance, recipe, path, None)
+    if finisher.inputs(recipe) != record.finished.inputs:
+        raise StudyError(
+            f"{path}: its weights were finished on other documents, or encoded by another version "
+            f"({record.codec}, here {finisher.codec}); needed the file of the finished weights"
+        )
+    return finisher.finish()
+
+
+def _finisher(
+    study_folder: StudyFolder,
+    allocation: Allocation,
+    importance: str | None,
+    recipe: Recipe,
+    beside: Path | None,
+    until: float | None,
+) -> Finisher:
+    calibration = study_folder.calibration
+    search, scored = calibration.search, calibration.trial_documents
+    selection = calibration.selection_documents
+    scorers = study_folder.scorers
+
+    from allocator.export.tensors import EncodedTensors
+    from allocator.finishing.finish import FinishDocuments, Finisher
+    from allocator.scoring.swap_model import SwapModel
+
+    def model() -> SwapModel:
+        swap = scorers.model
+        assert isinstance(swap, SwapModel)  # a streamed study was refused
+        return swap
+
+    if importance is None:
+        importance = study_folder.profile.importance
+        encodings = study_folder.profiler.encodings
+    else:
+        encodings = study_folder.encodings.of(importance, beside=beside)
+    return Finisher(
+        EncodedTensors(encodings, allocation),
+        importance,
+        recipe,
+        FinishDocuments(search, scored, selection),
+        model,
+        study_folder.finished_folder,
+        threads=study_folder.threads,
+        progress=study_folder.progress,
+        until=until,
+    )
+
+
+class _Stage:
+    """One request, read and accepted."""
+
+    def __init__(self, request: FinishRequest) -> None:
+        self._request = request
+        self._folder = StudyFolder(
+            request.study, target=request.target, **request.resources.options
+        )
+        if self._folder.spec.streamed is not None:
+            raise StudyError(
+                f"{self._folder.path}: finishing needs the model in memory, study.toml has "
+                "[streamed]; leave the section out where memory suffices"
+            )
+        request.recipe.check()
+        given = request.allocation
+        self._record = record_of(given) if given.is_file() else None
+        self._path = self._record_path()
+        _ = self._folder.calibration.splits
+        self._allocation, self._importance = self._folder.read_encoded(given, base=request.base)
+        self._known = self._known_record()
+
+    def _record_path(self) -> Path:
+        """Where the record is written.
+
+        Raises:
+            SpaceError: if the name is none of a file.
+        """
+        given, out = self._request.allocation, self._request.out
+        name = out or (given.stem if given.is_file() else re.sub(r"\s*/\s*", "-", str(given)))
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise SpaceError(
+                f"--out {name!r}: needed a file name of letters, digits, dots, '-' and '_'"
+            )
+        folder = self._folder.path / "allocations" if self._record is None else given.parent
+        return given if self._record is not None and out is None else folder / f"{name}.json"
+
+    def _known_record(self) -> AllocationRecord | None:
+        """The record that is there already.
+
+        Raises:
+            SpaceError: if it is of another allocation.
+        """
+        if not self._path.is_file():
+            return None
+        known = AllocationRecord.read(self._path)
+        if known.digest != self._allocation.digest:
+            raise SpaceError(
+                f"{self._path}: holds another allocation; name another record with --out"
+            )
+        return known
+
+    def finisher(self, until: float | None) -> Finisher:
+        """Makes what finishes it."""
+        given = self._request.allocation
+        beside = given if self._record is not None else None
+        return _finisher(
+            self._folder, self._allocation, self._importance, self._request.recipe, beside, until
+        )
+
+    def estimate(self, finisher: Finisher) -> FinishEstimate:
+        """Prices it."""
+        from allocator.app.estimate import seconds_per_token
+        from allocator.finishing.estimate import estimate as _estimate
+
+        if finisher.known() is not None:
+            return _estimate(finisher, 0.0)
+        per_token = seconds_per_token(
+            self._folder, documents=_TIMED_DOCUMENTS, threads=self._folder.threads
+        )
+        return _estimate(finisher, per_token)
+
+    def note(self, artifact: Artifact) -> FinishResult:
+        """Puts the file of finished weights beside the record, and names it there.
+
+        Raises:
+            StudyError: if the record changed meanwhile.
+        """
+        of = artifact.description
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_name(artifact.path.name)
+        _link(artifact.path, beside)
+        if self._record is None:
+            self._write_importance(of.importance)
+        with changing(self._path):
+            now = AllocationRecord.read(self._path) if self._path.is_file() else None
+            if now is not None and now.digest != of.allocation:
+                raise StudyError(
+                    f"{self._path}: changed while it was finished (a search ended?), so its record "
+                    f"was left; {beside.name} is there: finish it again"
+                )
+            if now is None or now.importance != of.importance:
+                now = self._new_record(artifact)
+            record = now.finished_with(artifact.weights, of.finishing)
+            write_whole(self._path, record.to_bytes())
+        return FinishResult(
+            record=self._path,
+            artifact=beside,
+            before=of.finishing.before,
+            after=of.finishing.after,
+            recipe=Recipe.of(of.finishing.recipe, str(beside)),
+            weights=artifact.weights,
+        )
+
+    def _write_importance(self, importance: str) -> None:
+        from allocator.app.pick import write_importance
+
+        if not self._folder.encodings.path(importance).is_file():
+            write_importance(self._folder)
+
+    def _new_record(self, artifact: Artifact) -> AllocationRecord:
+        """A record of the unfinished weights."""
+        if self._record is not None:
+            return msgspec.structs.replace(self._record.unfinished, name=self._path.stem)
+        of, size = artifact.description, self._allocation.nbytes(self._folder.layout)
+        return AllocationRecord(
+            name=self._path.stem,
+            kind=self._kind,
+            allocation=self._allocation.to_json(),
+            digest=self._allocation.digest,
+            checkpoint=of.checkpoint,
+            importance=of.importance,
+            codec=of.codec,
+            bytes={
+                "encoded": size.encoded,
+                "kept": size.full_precision,
+                "overhead": size.overhead,
+                "file": size.file,
+            },
+            effective_bits=size.encoded * 8 / self._folder.inventory.n_searched_weights,
+            loss=of.finishing.before,
+        )
+
+    @property
+    def _kind(self) -> str:
+        given = self._request.allocation
+        return str(given) if is_named(given) else "file"
+
+
+def _link(path: Path, to: Path) -> None:
+    """Puts a file under a second name, without a copy where the disk is the same."""
+    if to.exists() and os.path.samefile(path, to):
+        return
+    part = to.with_name(f"{to.name}.{os.getpid()}.part")
+    try:
+        with suppress(OSError):
+            os.link(path, part)
+        if not part.exists():
+            shutil.copyfile(path, part)
+        os.replace(part, to)
+    finally:
+        part.unlink(missing_ok=True)

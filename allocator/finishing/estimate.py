@@ -1,0 +1,121 @@
+"""What finishing would take: tokens, seconds from a short measurement, disk and memory.
+
+In: a `Finisher`, and the seconds of a forward pass per token. Out: a `FinishEstimate`. Invariant:
+nothing is written, and no weights are changed.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from allocator.finishing.codes import choose
+from allocator.finishing.finish import Finisher, Part, first_tokens
+from allocator.profiling.second_moments import moments_bytes
+from allocator.scoring.documents import Document
+from allocator.scoring.swap_model import device_of
+
+FORWARDS_OF_MOMENTS = 4
+"""Forward passes that a token of second moments costs: forward, backward, and the products."""
+FORWARDS_OF_STEP = 4
+"""Forward passes that a token of a tuning step costs: the original's, forward and backward."""
+N_CHECKS = 7
+"""Times that tuning scores the selection documents."""
+_TIMED_WEIGHTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class FinishEstimate:
+    """What finishing would take.
+
+    Attributes:
+        moments_tokens: forward tokens behind second moments, of which some may be on disk.
+        tuning_tokens: forward tokens of tuning steps.
+        weights: whose codes are still to be chosen.
+        seconds: of second moments, codes, tuning and scoring.
+        disk_bytes: that the cache and the file of finished weights take.
+        memory_bytes: beside what a search holds: second moments of the largest group, gradients.
+        ready: an earlier run has done it all.
+    """
+
+    moments_tokens: int
+    tuning_tokens: int
+    weights: int
+    seconds: dict[str, float]
+    disk_bytes: int
+    memory_bytes: int
+    ready: bool = False
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of everything."""
+        return sum(self.seconds.values())
+
+
+def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
+    """Prices what a finisher would do; codes are timed on some rows per format.
+
+    Args:
+        finisher: of the allocation.
+        seconds_per_token: of a candidate's forward pass.
+    """
+    recipe, documents = finisher.recipe, finisher.documents
+    if finisher.known() is not None:
+        return FinishEstimate(0, 0, 0, {}, 0, 0, ready=True)
+    missing = finisher.missing()
+    moments = _tokens(first_tokens(documents.search, recipe.moments_tokens)) if missing else 0
+    tuning = min(recipe.tuning_tokens, _tokens(documents.search)) if recipe.tunes else 0
+    scored = _tokens(documents.scored) + _tokens(documents.selection)
+    checks = N_CHECKS * _tokens(documents.selection) if tuning else 0
+    factor = FORWARDS_OF_MOMENTS if recipe.fisher else 1
+    seconds = {
+        "second moments": seconds_per_token * moments * factor,
+        "codes": recipe.rounds * _choice_seconds(finisher, missing),
+        "tuning": seconds_per_token * (FORWARDS_OF_STEP * tuning + checks),
+        "scoring": seconds_per_token * scored * 4,
+    }
+    encoded = sum(prod(finisher.plain.shape(p.group.name, p.number)) for p in missing)
+    widest = max(
+        (moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing), default=0
+    )
+    model = 4 * finisher.plain.layout.inventory.n_searched_weights
+    return FinishEstimate(
+        moments_tokens=moments,
+        tuning_tokens=tuning,
+        weights=sum(p.n_weights for p in missing),
+        seconds=seconds,
+        disk_bytes=2 * encoded,
+        memory_bytes=max(widest, 2 * model if tuning else 0),
+    )
+
+
+def _choice_seconds(finisher: Finisher, parts: Sequence[Part]) -> float:
+    """Seconds of one round over all weights, from a round over some rows in each format."""
+    by_format: dict[str, list[Part]] = {}
+    for part in parts:
+        by_format.setdefault(part.fmt.name, []).append(part)
+    return sum(
+        _seconds_per_weight(finisher, max(members, key=lambda p: p.n_weights))
+        * sum(p.n_weights for p in members)
+        for members in by_format.values()
+    )
+
+
+def _seconds_per_weight(finisher: Finisher, part: Part) -> float:
+    encoded = finisher.plain.encoded(part.group.name, part.number)
+    width = part.group.shape[-1]
+    rows = encoded.reshape(1, -1, encoded.shape[-1])[:, : max(1, _TIMED_WEIGHTS // width)]
+    data = torch.from_numpy(np.array(rows)).to(device_of(finisher.swap.model))
+    weights = part.block_format.values(data)
+    moments = torch.eye(width, device=weights.device)[None]
+    began = time.perf_counter()
+    with torch.inference_mode():
+        choose(weights, data, part.block_format, moments, rounds=1)
+    return (time.perf_counter() - began) / weights.numel()
+
+
+def _tokens(documents: Sequence[Document]) -> int:
+    return sum(len(d.ids) for d in documents)

@@ -1,0 +1,448 @@
+"""The finishing stage: from an allocation's plain weights to a file of finished ones.
+
+In: the plain weights, calibration documents, a model of the original, a recipe. Out: an artifact
+(`artifact`) with the losses before and after. The codes of every group are chosen anew against the
+second moments of its inputs, group by group; then norms, routers and block scales are tuned end to
+end; then both are scored. Invariants: no tensor changes its format or size; the loss on the
+selection documents is never above the one before; a run that was killed resumes, and ends in the
+same bytes as one that was not; of two processes with the same inputs one works, the other waits.
+
+Folder of a run, named by the digest of its inputs: `codes-*`, one file per group or part of one,
+written whole; the state of tuning; `result.json`. Codes lie in a folder of their own inputs, so
+that runs with other settings of tuning share them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from allocator.checkpoint.tensors import Floats, floats_of
+from allocator.codecs import Bytes, codec_of, identity_of
+from allocator.codecs.blocks import BlockFormat
+from allocator.decision.allocation_record import Finishing, finished_name
+from allocator.errors import CheckpointError
+from allocator.export.stored import StoredTensor
+from allocator.export.tensors import TensorSource
+from allocator.files.atomic import locked
+from allocator.files.checksums import load_arrays, read_checked, save_arrays, write_checked
+from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
+from allocator.finishing.codes import choose
+from allocator.finishing.recipe import CODES, Recipe, inputs_digest
+from allocator.finishing.tensors import FinishedTensors, rounded
+from allocator.finishing.tuning import TuningSettings, tune
+from allocator.formats import Format
+from allocator.profiling.second_moments import Smoothing, second_moments
+from allocator.scoring.candidates import Candidate
+from allocator.scoring.documents import Document, digest
+from allocator.scoring.scorer import Scorer, mean
+from allocator.scoring.swap_model import SwapModel
+from allocator.targets import Group
+from allocator.targets.group_weights import group_weights
+from allocator.targets.layout import part_names
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class FinishDocuments:
+    """What weights are finished on.
+
+    Attributes:
+        search: for second moments and tuning steps.
+        scored: of these, those that trials are scored on.
+        selection: for the checks of tuning, and for what is accepted.
+    """
+
+    search: Sequence[Document]
+    scored: Sequence[Document]
+    selection: Sequence[Document]
+
+    @property
+    def digest(self) -> str:
+        """Names them."""
+        return " ".join(digest(part) for part in (self.search, self.scored, self.selection))
+
+
+def first_tokens(documents: Sequence[Document], n_tokens: int) -> list[Document]:
+    """Returns the first documents with at most so many tokens in all, one at least."""
+    chosen: list[Document] = []
+    for document in documents:
+        n_tokens -= len(document.ids)
+        if chosen and n_tokens < 0:
+            break
+        chosen.append(document)
+    return chosen
+
+
+class _Result(msgspec.Struct, forbid_unknown_fields=True):
+    """`result.json`."""
+
+    weights: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group, or one of its parts, whose codes can be chosen anew.
+
+    Attributes:
+        group: the group.
+        number: which of its parts.
+        name: of the part.
+        fmt: of the part.
+        experts: that the part stores; `()` where the group has none.
+        block_format: of the format.
+    """
+
+    group: Group
+    number: int
+    name: str
+    fmt: Format
+    experts: tuple[int, ...]
+    block_format: BlockFormat
+
+    @property
+    def n_weights(self) -> int:
+        """Weights that it stores."""
+        rows = self.group.shape_with(len(self.experts)) if self.experts else self.group.shape
+        return int(np.prod(rows))
+
+
+def parts_of(source: TensorSource) -> list[Part]:
+    """Lists the parts of an allocation whose codes can be chosen anew, in file order."""
+    parts = []
+    for name, group in source.layout.groups.items():
+        stored = source.allocation.parts(source.layout, name)
+        names = part_names(name, stored)
+        for number, (fmt, experts) in enumerate(stored):
+            block_format = codec_of(fmt).block_format(fmt)
+            if block_format is not None:
+                parts.append(Part(group, number, names[number], fmt, experts, block_format))
+    return parts
+
+
+class Finisher:
+    """Finishes the weights of one allocation, see the module.
+
+    Args:
+        plain: the allocation's weights as its codecs encode them.
+        importance: digest of the importance vectors that they are encoded with.
+        recipe: how.
+        documents: what on.
+        swap: opens a model of the layout; called when something needs to be computed.
+        folder: of the cache, for what a resumed run takes up, and for the artifact.
+        threads: batches that are scored at once.
+        progress: shows bars.
+        until: `time.monotonic()` at which tuning stops; None for no limit.
+    """
+
+    def __init__(
+        self,
+        plain: TensorSource,
+        importance: str,
+        recipe: Recipe,
+        documents: FinishDocuments,
+        swap: Callable[[], SwapModel],
+        folder: Path,
+        *,
+        threads: int = 1,
+        progress: bool = False,
+        until: float | None = None,
+    ) -> None:
+        recipe.check()
+        self.plain = plain
+        self.importance = importance
+        self.recipe = recipe
+        self.documents = documents
+        self.folder = folder
+        self._open = swap
+        self._threads = threads
+        self._progress = progress
+        self._until = until
+
+    @cached_property
+    def codec(self) -> str:
+        """The identity of what encodes the plain weights."""
+        return identity_of(self.plain.allocation.stored_formats)
+
+    def inputs(self, recipe: Recipe) -> str:
+        """Returns the digest of everything that a recipe's weights depend on."""
+        return inputs_digest(
+            recipe,
+            allocation=self.plain.allocation.digest,
+            checkpoint=self.plain.layout.inventory.digest,
+            importance=self.importance,
+            codec=self.codec,
+            documents=self.documents.digest,
+        )
+
+    @cached_property
+    def swap(self) -> SwapModel:
+        """The model that candidates are put into."""
+        return self._open()
+
+    def known(self) -> Artifact | None:
+        """Returns what an earlier run with the same inputs gave; None if there is nothing."""
+        run = self._run_folder(self.recipe)
+        result = read_checked(run / RESULT, _Result, run.name)
+        if result is None:
+            return None
+        path = self.folder / finished_name(result.weights)
+        try:
+            return read_artifact(path, result.weights)
+        except CheckpointError:
+            return None
+
+    def finish(self) -> Artifact:
+        """Finishes the weights, or reads what an earlier run gave.
+
+        Raises:
+            AllocatorError: if memory or disk do not suffice, or the checkpoint changed.
+        """
+        run = self._run_folder(self.recipe)
+        run.mkdir(parents=True, exist_ok=True)
+        with locked(run / "running"):
+            known = self.known()
+            if known is not None:
+                return known
+            artifact = self._finish(run)
+            recipe = Recipe.of(artifact.description.finishing.recipe, str(artifact.path))
+            done = self._run_folder(recipe)
+            done.mkdir(exist_ok=True)
+            write_checked(done / RESULT, _Result(artifact.weights), done.name)
+        return artifact
+
+    def _run_folder(self, recipe: Recipe) -> Path:
+        return self.folder / self.inputs(recipe)[:32]
+
+    def _finish(self, run: Path) -> Artifact:
+        before = self._losses(self._as_stored(_PLAIN))
+        changed, recipe = self._chosen(), self.recipe
+        after = self._losses(self._as_stored(changed)) if changed.codes_of else before
+        if after["selection"] > before["selection"]:
+            changed, after = _PLAIN, before
+        if recipe.tunes:
+            tuned, recipe = self._tuned(changed, run)
+            losses = self._losses(self._as_stored(tuned))
+            if losses["selection"] <= after["selection"]:
+                changed, after = tuned, losses
+        description = Description(
+            allocation=self.plain.allocation.digest,
+            checkpoint=self.plain.layout.inventory.digest,
+            importance=self.importance,
+            codec=self.codec,
+            finishing=Finishing(recipe.to_json(), self.inputs(recipe), before, after),
+            tensors={},
+        )
+        self.plain.layout.inventory.check_unchanged()
+        return write_artifact(self.folder, description, changed.codes_of, changed.values_of)
+
+    def _as_stored(self, changed: "_Changed") -> Candidate:
+        return FinishedTensors(self.plain, changed).candidate
+
+    @cached_property
+    def _scorers(self) -> dict[str, Scorer]:
+        parts = {"search": self.documents.scored, "selection": self.documents.selection}
+        return {
+            name: Scorer(
+                self.swap,
+                documents,
+                threads=self._threads,
+                progress=f"loss on {name}" if self._progress else None,
+            )
+            for name, documents in parts.items()
+        }
+
+    def _losses(self, candidate: Candidate) -> dict[str, float]:
+        """Proxy loss per split, nats per token."""
+        return {
+            split: mean(scorer.score(candidate).kl, scorer.documents)
+            for split, scorer in self._scorers.items()
+        }
+
+    # -- codes
+
+    def _chosen(self) -> "_Changed":
+        """Chooses the codes of every part, or reads those that an earlier run has chosen."""
+        if CODES not in self.recipe.parts:
+            return _PLAIN
+        folder = self._run_folder(self.recipe.codes_alone)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "choosing"):
+            codes = dict(self._codes(folder))
+        named = inputs_digest(self.recipe.codes_alone, inputs=folder.name)
+        return _Changed(codes, {}, named)
+
+    def missing(self) -> list[Part]:
+        """Lists the parts whose codes no earlier run has chosen."""
+        if CODES not in self.recipe.parts:
+            return []
+        folder = self._run_folder(self.recipe.codes_alone)
+        return [p for p in parts_of(self.plain) if not _codes_path(folder, p).exists()]
+
+    def _codes(self, folder: Path) -> Iterator[tuple[str, Bytes]]:
+        missing: dict[str, list[Part]] = {}
+        known: dict[str, Bytes] = {}
+        parts = parts_of(self.plain)
+        for part in parts:
+            arrays = load_arrays(_codes_path(folder, part), folder.name)
+            if arrays is None:
+                missing.setdefault(part.group.name, []).append(part)
+            else:
+                known[part.name] = arrays["data"]
+        with tqdm(
+            total=sum(p.n_weights for p in parts),
+            initial=sum(p.n_weights for p in parts if p.name in known),
+            desc="codes", unit="weight", unit_scale=True, disable=not self._progress,
+        ) as bar:  # fmt: skip
+            for part, data in self._choose(missing):
+                known[part.name] = data
+                save_arrays(_codes_path(folder, part), {"data": data}, folder.name)
+                bar.update(part.n_weights)
+        for part in parts:
+            data = known[part.name]
+            if not np.array_equal(data, self.plain.encoded(part.group.name, part.number)):
+                yield part.name, data
+
+    def _choose(self, missing: Mapping[str, list[Part]]) -> Iterator[tuple[Part, Bytes]]:
+        """Yields the codes of parts, group by group, one group's moments in memory at a time."""
+        if not missing:
+            return
+        layout, allocation, recipe = self.plain.layout, self.plain.allocation, self.recipe
+        original = Candidate.original(layout)
+        self.swap.put(
+            replace(
+                original,
+                retained_experts=allocation.retained_experts,
+                experts_used=allocation.experts_used,
+            )
+        )
+        measured = second_moments(
+            self.swap,
+            first_tokens(self.documents.search, recipe.moments_tokens),
+            [layout.groups[name] for name in missing],
+            fisher=recipe.fisher,
+            smoothing=Smoothing(recipe.shrink_tokens, recipe.damping),
+            seed=recipe.seed,
+            progress=self._progress,
+        )
+        for group, moments in measured:
+            weights = group_weights(layout, group)
+            retained = group.experts(allocation.retained_experts)
+            for part in missing[group.name]:
+                mine = moments
+                if part.experts:
+                    mine = moments[[retained.index(e) for e in part.experts]]
+                chosen = weights[list(part.experts)] if part.experts else weights
+                yield part, self._choose_part(part, chosen, mine)
+
+    def _choose_part(self, part: Part, weights: Floats, moments: torch.Tensor) -> Bytes:
+        encoded = self.plain.encoded(part.group.name, part.number)
+        apart = weights.ndim == 3
+        device = moments.device
+        values, data = (torch.from_numpy(np.array(x)).to(device) for x in (weights, encoded))
+        with torch.inference_mode():
+            chosen = choose(
+                values if apart else values[None],
+                data if apart else data[None],
+                part.block_format,
+                moments if apart else moments[None],
+                rounds=self.recipe.rounds,
+            )
+        finished: Bytes = chosen.data.reshape(data.shape).cpu().numpy()
+        return finished
+
+    # -- tuning
+
+    def _tuned(self, changed: "_Changed", run: Path) -> tuple["_Changed", Recipe]:
+        """Tunes norms, routers and scales; the recipe says after which step a time limit struck."""
+        recipe = self.recipe
+        settings = TuningSettings(
+            tokens=recipe.tuning_tokens,
+            rate=recipe.rate,
+            kinds=tuple(kind for kind in recipe.parts if kind != CODES),
+            seed=recipe.seed,
+        )
+        tuned = tune(
+            self.swap,
+            FinishedTensors(self.plain, changed),
+            self.documents.search,
+            self.documents.selection,
+            settings,
+            folder=run,
+            threads=self._threads,
+            progress=self._progress,
+            stop=self._stops,
+        )
+        if tuned.stopped is not None:
+            recipe = msgspec.structs.replace(recipe, stopped_steps=tuned.stopped)
+        codes: dict[str, Bytes] = {}
+        for name in self.plain.layout.groups:
+            stored = self.plain.allocation.parts(self.plain.layout, name)
+            for number, part in enumerate(part_names(name, stored)):
+                plain = self.plain.encoded(name, number)
+                data = tuned.tensors[part].data.reshape(plain.shape)
+                if not np.array_equal(data, plain):
+                    codes[part] = data
+        return _Changed(codes, self._values(tuned.tensors), tuned.digest), recipe
+
+    def _stops(self, steps: int) -> bool:
+        limit = self.recipe.stopped_steps
+        if limit is not None:
+            return steps >= limit
+        return self._until is not None and time.monotonic() > self._until
+
+    def _values(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Floats]:
+        """Norms and routers that tuning changed, by tensor, exact in the checkpoint's dtype."""
+        values = {}
+        for tensor in self.plain.layout.full_precision:
+            stored, before = tensors[tensor.source], self.plain.full_precision(tensor)
+            assert stored.format is not None, tensor.source
+            raw = np.ascontiguousarray(stored.data).reshape(-1).view(np.uint8)
+            exact = floats_of(raw, stored.format).reshape(before.shape)
+            # a file of either container holds these very values
+            nearest = rounded(exact, self.plain.layout.inventory.tensors[tensor.source].dtype)
+            if not np.array_equal(nearest, before):
+                values[tensor.source] = nearest
+        return values
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Finished bytes and values in memory, see `Changes`.
+
+    Attributes:
+        codes_of: bytes by part, `(..., rows, bytes per row)`.
+        values_of: by tensor, `(width,)` or `(retained, hidden)`, float32.
+        weights: names them within this process.
+    """
+
+    codes_of: Mapping[str, Bytes]
+    values_of: Mapping[str, Floats]
+    weights: str
+
+    def codes(self, name: str) -> Bytes | None:
+        """Returns bytes of a part, `(..., rows, bytes per row)`; None if they are the codec's."""
+        return self.codes_of.get(name)
+
+    def values(self, source: str) -> Floats | None:
+        """Returns a norm, `(width,)`, or a router's rows; None if they are the checkpoint's."""
+        return self.values_of.get(source)
+
+    def holds(self, name: str, stored: Bytes) -> bool | None:
+        """Tells whether stored bytes are a part's; None if these are the codec's."""
+        known = self.codes_of.get(name)
+        return None if known is None else known.tobytes() == stored.tobytes()
+
+
+_PLAIN = _Changed({}, {}, "plain")
+
+
+def _codes_path(folder: Path, part: Part) -> Path:
+    return folder / f"codes-{part.name}.safetensors"
