@@ -5,6 +5,7 @@ The sums are made from what hooks on transformers' modules see, token by token f
 """
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -418,6 +419,11 @@ def test_the_embeddings_moments_give_the_least_summed_price(case, monkeypatch):
         both = moments_of(the, [group], batch_tokens=1024)["embedding"].double()
         product = curvature.product("embedding")
         weights = embedding.detach().double()
+        row = torch.randn(weights.shape[1], generator=generator).double()
+        sizes = weights.square().mean(1) / weights.square().mean()
+        alike = (sizes.sqrt()[:, None] * row).float().numpy()
+        form = 0.5 * float(row @ both @ row)
+        assert form == pytest.approx(curvature.price(group, alike, ())[0], rel=2e-3)
         head = product.inputs.total().double()
         looked_up = sum(g.T @ g for g in lookups)
         ways = {
@@ -545,6 +551,62 @@ def test_a_stopped_stream_resumes_at_its_layer_to_equal_moments(case, tmp_path, 
     assert all(torch.equal(h, whole[name]) for name, h in resumed.items())
     for name, rows in before.items():
         assert torch.equal(torch.cat(rows).view(whole[name].shape), whole[name])
+
+
+class Finishing:
+    """Weights that a candidate brings along, some of which the test changes while a pass runs."""
+
+    digest = "finishing"
+
+    def __init__(self, the, candidate):
+        self.encodings, self.finished = the.encodings, set()
+        self.originals = Weights(the.layout, lambda: the.encodings)
+        self.plain = candidate
+
+    def has(self, name, fmt, expert=None):
+        return True
+
+    def put(self, *_):
+        pytest.fail("has all")
+
+    def encoded(self, name, fmt, experts=None):
+        return self.encodings.encoded(name, fmt, experts)
+
+    def decoded(self, name, fmt, experts=None):
+        values = self.encodings.decoded(name, fmt, experts)
+        return 1.5 * values if name in self.finished else values
+
+    def full_precision(self, tensor, experts):
+        return self.originals.full_precision(self.plain, tensor)
+
+    def release(self):
+        pass
+
+
+def test_a_layer_runs_on_with_what_the_caller_has_finished(case, tmp_path):
+    the = case("qwen3")
+    plain = Candidate.of(pruned(the.layout))
+    own = Finishing(the, plain)
+    candidate = replace(plain, weights=own)
+    layers = [[g for g in the.groups if g.layer == layer] for layer in (0, 1)]
+    changed = {"layers.0.attention.v", "layers.0.experts.up"}
+    the.swap.put(candidate)
+    before = moments_of(the, fisher=False)
+    rows = []
+    for name, places, h in stream(the, tmp_path, layers[0] + layers[1], candidate):
+        rows.append((name, places, h.clone()))
+        own.finished |= changed & {name}
+    after = Finishing(the, plain)
+    after.finished, after.digest = changed, "finished"
+    the.swap.put(replace(plain, weights=after))
+    finished = moments_of(the, fisher=False)
+    streamed = gathered(rows)
+    of_layer = {layer: {g.name for g in layers[layer]} for layer in (0, 1)}
+    dense = {name for name in of_layer[0] if "experts" not in name and "attention.o" not in name}
+    assert_alike({n: streamed[n] for n in dense}, {n: before[n] for n in dense})
+    assert_alike({n: streamed[n] for n in of_layer[1]}, {n: finished[n] for n in of_layer[1]})
+    name = "layers.1.experts.gate"
+    assert float((before[name] - finished[name]).norm() / finished[name].norm()) > 0.05
 
 
 def test_one_matrix_is_in_memory_at_a_time(case, tmp_path):

@@ -22,6 +22,7 @@ from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError
 from allocator.profiling.curvature import measure
+from allocator.profiling.second_moments import second_moments, second_moments_streamed
 from allocator.profiling.statistics import collect, collect_streamed
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import Scorer
@@ -199,6 +200,31 @@ def test_statistics(layout, documents, encodings, tmp_path):
         assert there.counts == here.counts
         for name, values in here.importance.items():
             np.testing.assert_allclose(there.importance[name], values, rtol=1e-4, err_msg=name)
+
+
+def test_second_moments(layout, documents, encodings, tmp_path):
+    groups = list(layout.groups.values())
+    here = SwapModel(layout, encodings.decoded)
+    swap = SwapModel(layout, encodings.decoded, device=NAME)
+    for fisher in (True, False):
+        pairs = zip(
+            second_moments(swap, documents, groups, fisher=fisher),
+            second_moments(here, documents, groups, fisher=fisher),
+            strict=True,
+        )
+        for (group, there), (_, h) in pairs:
+            assert there.device.type == NAME
+            tolerance = 1e-4 * float(h.abs().max())
+            torch.testing.assert_close(there.cpu(), h, rtol=2e-3, atol=tolerance, msg=group.name)
+    expected = {group.name: h for group, h in second_moments(here, documents, groups, fisher=False)}
+    streamed = StreamedModel(layout, Weights(layout, lambda: encodings), device=NAME)
+    for group, places, there in second_moments_streamed(
+        streamed, documents, groups, scratch=tmp_path, memory_bytes=0
+    ):
+        assert there.device.type == NAME
+        h = expected[group.name][list(places)] if places else expected[group.name]
+        tolerance = 1e-4 * float(h.abs().max())
+        torch.testing.assert_close(there.cpu(), h, rtol=2e-3, atol=tolerance, msg=group.name)
 
 
 def test_curvature_and_slope(layout, documents, encodings):
