@@ -83,7 +83,10 @@ class CodecConformance:
         weights = _bfloat16(_normal(_ROWS, _width(fmt)))
         decoded = codec.decode(codec.encode(weights, fmt, np.ones(_width(fmt), np.float32)), fmt)
         error = np.square(decoded - weights).sum() / np.square(weights).sum()
-        assert error == pytest.approx(fmt.gaussian_error, rel=_ERROR_TOLERANCE, abs=1e-8)
+        assert error == pytest.approx(fmt.gaussian_error, rel=_ERROR_TOLERANCE, abs=1e-8), (
+            f"{fmt.name}: gaussian_error is {error:.4g} as measured, {fmt.gaussian_error:.4g} in "
+            "the format; write the measured one, if the codec is right"
+        )
 
     def test_a_second_implementation_decodes_the_same(self, codec: Codec, fmt: Format) -> None:
         """Compares decoded values one by one."""
@@ -140,7 +143,10 @@ class CodecConformance:
             float((np.square(codec.decode(data, fmt) - weights) * importance).sum())
             for data in (weighted, codec.encode(weights, fmt, ones))
         ]
-        assert errors[0] < errors[1]
+        assert errors[0] < errors[1], (
+            f"{fmt.name}: importance lowers no weighted error; use it, or declare "
+            "Importance.IGNORED"
+        )
         if fmt.importance is Importance.REQUIRED:
             with pytest.raises(FormatError, match=f"{fmt.name} needs an importance"):
                 codec.encode(weights, fmt)

@@ -68,7 +68,10 @@ class SamplerConformance:
     @pytest.fixture
     def search_with(self) -> SearchWith:
         """Returns what makes a search; the test's folder overrides it."""
-        raise NotImplementedError("a test of a sampler needs a fixture `search_with`")
+        raise NotImplementedError(
+            "a test of a sampler needs a fixture `search_with`; inherit `Cases` of "
+            "tests/samplers/test_conformance.py, which has one"
+        )
 
     @pytest.fixture
     def searching(self, search_with: SearchWith) -> Callable[..., Search]:
