@@ -47,7 +47,9 @@ class Prices:
         changes = {}
         for group in self.layout.groups.values():
             changes.setdefault(bundle_of(group), {})[group.name] = group.offered()[-1].name
-        smooth = {b: sum(sum(self.curvature[g][f]) for g, f in c.items()) for b, c in changes.items()}
+        smooth = {
+            b: sum(sum(self.curvature[g][f]) for g, f in c.items()) for b, c in changes.items()
+        }
         return Profile(
             checkpoint="", calibration="", target=self.layout.target, importance="", n_tokens=1,
             measured_tokens=1, curvature_tokens=1, forward_tokens={"statistics": 1}, unreached=[],
@@ -84,7 +86,9 @@ class Formula:
         return stop
 
     def score_many(self, allocations, start, stop):
-        return [Losses(self.loss(a) * (1 + 0.1 * np.sin(np.arange(start, stop)))) for a in allocations]
+        return [
+            Losses(self.loss(a) * (1 + 0.1 * np.sin(np.arange(start, stop)))) for a in allocations
+        ]
 
     def loss(self, allocation):
         bits = [

@@ -134,7 +134,9 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(ids):,} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} weights, {len(ids):,} tokens", flush=True
+    )
     began = time.monotonic()
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
