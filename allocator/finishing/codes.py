@@ -24,7 +24,7 @@ from allocator.codecs.blocks import BlockFormat, Fields, ScalarFormat
 
 _WINDOW = 256
 """Columns among which the gradient is kept up to date; a multiple of every block's columns."""
-_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 22, 1 << 27
+_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 18, 1 << 27
 """Weights whose codes are chosen at once, on a CPU and on other devices."""
 
 
@@ -178,67 +178,74 @@ class _Descent:
         self._gradient = error @ moments[:, :, window]
         self._metric = moments[:, window, window]
         for first in range(window.start, window.stop, block):
-            for group in range(first, first + block, form.group):
+            for start in range(first, first + block, form.group):
+                part = self._part(slice(start, start + form.group))
                 if isinstance(form, ScalarFormat):
-                    self._choose_scalars(form, group, checked=not codes_only)
+                    self._choose_scalars(form, part, checked=not codes_only)
                 else:
-                    for unit in range(group, group + form.group, form.unit):
-                        self._choose_codes(unit)
+                    self._choose_codes(part)
                 if not codes_only:
-                    self._choose_subscales(group // form.group)
+                    self._choose_subscales(part)
+                self._put_back(part)
             if not codes_only:
-                self._choose_scales(first // block)
+                part = self._part(slice(first, first + block))
+                self._choose_scales(part)
+                self._put_back(part)
 
-    def _columns(self, columns: slice) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """Returns their place in the window, their block of moments and their gradient."""
+    def _part(self, columns: slice) -> "_Part":
+        """Copies what moves of some columns of the window need."""
         local = slice(columns.start - self._start, columns.stop - self._start)
-        return local, self._metric[:, local, local], self._gradient[..., local]
-
-    def _move(self, columns: slice, values: torch.Tensor, *, checked: bool = True) -> torch.Tensor:
-        """Takes new values of some columns where the quadratic falls, `experts x rows` bool."""
-        local, metric, gradient = self._columns(columns)
-        step = values - self._values[..., columns]
-        falls = (step * (step @ metric - 2 * gradient)).sum(-1) < 0 if checked else step.any(-1)
-        step = torch.where(falls[..., None], step, 0.0)
-        self._values[..., columns] = torch.where(
-            falls[..., None], values, self._values[..., columns]
+        return _Part(
+            columns,
+            self._metric[:, local, local].contiguous(),
+            self._gradient[..., local].contiguous(),
+            self._values[..., columns].contiguous(),
         )
-        self._gradient -= step @ self._metric[:, local]
-        return falls
 
-    def _choose_codes(self, column: int) -> None:
-        """Chooses the codes of the unit of columns that begins with `column`."""
-        form, unit, group = self._form, column // self._form.unit, column // self._form.group
-        columns = slice(column, column + form.unit)
-        _, metric, gradient = self._columns(columns)
-        factor, offset = self._affine(group)
+    def _put_back(self, part: "_Part") -> None:
+        """Takes over the values of some columns, and what they change in the gradient."""
+        columns = part.columns
+        local = slice(columns.start - self._start, columns.stop - self._start)
+        if local.stop - local.start == self._gradient.shape[-1]:
+            self._gradient = part.gradient
+        else:
+            step = part.values - self._values[..., columns]
+            self._gradient -= step @ self._metric[:, local]
+        self._values[..., columns] = part.values
+
+    def _choose_codes(self, part: "_Part") -> None:
+        """Chooses the codes of a group of columns, unit after unit."""
+        form, start = self._form, part.columns.start
+        factor, offset = self._affine(start // form.group)
         usable = factor.abs() > 1e-30
-        pull = self._levels[..., columns] @ metric
-        pull = pull + gradient / torch.where(usable, factor, 1.0)[..., None]
-        present = self._fields.codes[..., unit]
-        codes = torch.where(usable, form.best(pull, metric, present), present)
-        levels = form.levels(codes)
-        moved = self._move(columns, factor[..., None] * levels + offset[..., None])
-        self._fields.codes[..., unit] = torch.where(moved, codes, present)
-        self._levels[..., columns] = torch.where(
-            moved[..., None], levels, self._levels[..., columns]
-        )
+        inverse = torch.where(usable, 1 / factor, 0.0)[..., None]
+        factor, offset = factor[..., None], offset[..., None]
+        for first in range(0, form.group, form.unit):
+            own, unit = slice(first, first + form.unit), (start + first) // form.unit
+            columns = slice(start + first, start + first + form.unit)
+            metric, levels = part.metric[:, own, own], self._levels[..., columns]
+            pull = torch.baddbmm(part.gradient[..., own] * inverse, levels, metric)
+            present = self._fields.codes[..., unit]
+            codes = torch.where(usable, form.best(pull, metric, present), present)
+            chosen = form.levels(codes)
+            moved = part.move(factor * chosen + offset, own)
+            self._fields.codes[..., unit] = torch.where(moved, codes, present)
+            self._levels[..., columns] = torch.where(moved[..., None], chosen, levels)
 
-    def _choose_scalars(self, form: ScalarFormat, column: int, *, checked: bool) -> None:
+    def _choose_scalars(self, form: ScalarFormat, part: "_Part", *, checked: bool) -> None:
         """Chooses the codes of a group of columns, each with a code of its own, in order.
 
-        The gradient is kept up to date for the group alone, columns first; then for the window.
+        All of them move at once, or none.
         """
-        columns = slice(column, column + form.group)
-        _, metric, gradient = self._columns(columns)
-        factor, offset = self._affine(column // form.group)
+        columns = part.columns
+        factor, offset = self._affine(columns.start // form.group)
         usable = factor.abs() > 1e-30
         inverse = torch.where(usable, 1 / factor, 0.0)
         # columns x experts x rows; a copy, because it changes
-        gradient = gradient.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        gradient = part.gradient.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
         present = self._levels[..., columns].permute(2, 0, 1).contiguous()
         levels = torch.empty_like(present)
-        metric = metric.permute(1, 2, 0)[..., None].contiguous()  # columns x columns x experts x 1
+        metric = part.metric.permute(1, 2, 0)[..., None].contiguous()  # last: experts x 1
         for i in range(form.group):
             slope = metric[i, i]
             optimum = torch.addcmul(present[i], gradient[i], inverse / slope.clamp_min(1e-30))
@@ -247,7 +254,7 @@ class _Descent:
             gradient[i + 1 :].addcmul_(metric[i, i + 1 :], step, value=-1)
         levels = levels.permute(1, 2, 0)
         values = factor[..., None] * levels + offset[..., None]
-        moved = self._move(columns, values, checked=checked)[..., None]
+        moved = part.move(values, checked=checked)[..., None]
         for stored, chosen in ((self._levels, levels), (self._fields.codes, form.codes_of(levels))):
             stored[..., columns] = torch.where(moved, chosen, stored[..., columns])
 
@@ -270,64 +277,57 @@ class _Descent:
             fields.codes,
         )
 
-    def _choose_subscales(self, group: int) -> None:
+    def _choose_subscales(self, part: "_Part") -> None:
         """Chooses a group's sub-scale, then its minimum, its codes as they are."""
-        form, fields = self._form, self._fields
-        columns = slice(group * form.group, (group + 1) * form.group)
-        block = columns.start // form.fmt.block
-        levels = self._levels[..., columns]
+        form, fields, metric = self._form, self._fields, part.metric
+        group, block = part.columns.start // form.group, part.columns.start // form.fmt.block
+        levels = self._levels[..., part.columns]
         if len(self._factors) > 1:
-            _, metric, gradient = self._columns(columns)
             factor, _ = self._affine(group)
             scale = fields.scales[..., block, 0].float()[..., None]
             alpha = scale * self._factors - factor[..., None]
             along = levels @ metric
             change = alpha.square() * (along * levels).sum(-1)[..., None]
-            change -= 2 * alpha * (levels * gradient).sum(-1)[..., None]
+            change -= 2 * alpha * (levels * part.gradient).sum(-1)[..., None]
             if self._shifts is not None:
                 present = scale[..., 0] * self._shifts[fields.subscales[..., group].long()]
                 beta = scale * self._shifts - present[..., None]
                 change += 2 * alpha * beta * along.sum(-1)[..., None]
                 change += beta.square() * metric.sum((-2, -1))[:, None, None]
-                change -= 2 * beta * gradient.sum(-1)[..., None]
-            self._try_group(group, subscales=change.argmin(-1).int())
-        if self._minima is not None:
-            _, metric, gradient = self._columns(columns)
+                change -= 2 * beta * part.gradient.sum(-1)[..., None]
+            self._try_group(part, levels, subscales=change.argmin(-1).int())
+        if self._minima is not None and len(self._minima) > 1:
             scale = fields.scales[..., block, 1].float()[..., None]
             assert fields.minima is not None
             present = self._minima[fields.minima[..., group].long()]
             beta = -scale * (self._minima - present[..., None])
             change = beta.square() * metric.sum((-2, -1))[:, None, None]
-            change = change - 2 * beta * gradient.sum(-1)[..., None]
-            if len(self._minima) > 1:
-                self._try_group(group, minima=change.argmin(-1).int())
+            change = change - 2 * beta * part.gradient.sum(-1)[..., None]
+            self._try_group(part, levels, minima=change.argmin(-1).int())
 
-    def _try_group(self, group: int, **fields: torch.Tensor) -> None:
+    def _try_group(self, part: "_Part", levels: torch.Tensor, **fields: torch.Tensor) -> None:
         """Takes a group's new sub-scales or minima, `experts x rows`, where the quadratic falls."""
-        columns = slice(group * self._form.group, (group + 1) * self._form.group)
+        group = part.columns.start // self._form.group
         one = self._of_group(group)
         one = replace(one, **{name: values[..., None] for name, values in fields.items()})
         factor, shift, minimum = self._form.affine(one)
-        values = factor * self._levels[..., columns]
+        values = factor * levels
         if shift is not None:
             values = values + shift
         if minimum is not None:
             values = values - minimum
-        moved = self._move(columns, values)
+        moved = part.move(values)
         for name, chosen in fields.items():
             present = getattr(self._fields, name)[..., group]
             present.copy_(torch.where(moved, chosen, present))
 
-    def _choose_scales(self, block: int) -> None:
+    def _choose_scales(self, part: "_Part") -> None:
         """Chooses a block's scales, one after the other: in closed form, rounded to float16."""
         form, fields = self._form, self._fields
         width, n = form.fmt.block, form.fmt.block // form.group
-        columns, groups = (
-            slice(block * width, (block + 1) * width),
-            slice(block * n, (block + 1) * n),
-        )
+        block = part.columns.start // width
+        groups = slice(block * n, (block + 1) * n)
         for which in range(fields.scales.shape[-1]):
-            _, metric, gradient = self._columns(columns)
             unit = torch.zeros_like(fields.scales[..., block : block + 1, :])
             unit[..., which] = 1
             one = Fields(
@@ -337,13 +337,46 @@ class _Descent:
                 fields.codes[..., block * width // form.unit : (block + 1) * width // form.unit],
             )
             direction = form.parts(one)[which]
-            curvature = ((direction @ metric) * direction).sum(-1)
-            step = (direction * gradient).sum(-1) / curvature.clamp_min(1e-30)
+            curvature = ((direction @ part.metric) * direction).sum(-1)
+            step = (direction * part.gradient).sum(-1) / curvature.clamp_min(1e-30)
             present = fields.scales[..., block, which]
             scale = (present.float() + step).clamp(-65504, 65504).half()
             scales = fields.scales[..., block : block + 1, :].clone()
             scales[..., 0, which] = scale
             parts = form.parts(replace(one, scales=scales))
             values = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-            moved = self._move(columns, values)
+            moved = part.move(values)
             present.copy_(torch.where(moved, scale, present))
+
+
+@dataclass(slots=True)
+class _Part:
+    """Some columns of the rows, everything else fixed.
+
+    Attributes:
+        columns: which.
+        metric: their block of the moments, `experts x columns x columns`.
+        gradient: `experts x rows x columns`.
+        values: `experts x rows x columns`.
+    """
+
+    columns: slice
+    metric: torch.Tensor
+    gradient: torch.Tensor
+    values: torch.Tensor
+
+    def move(
+        self, values: torch.Tensor, own: slice = slice(None), *, checked: bool = True
+    ) -> torch.Tensor:
+        """Takes values of its `own` columns where the quadratic falls, `experts x rows` bool."""
+        present = self.values[..., own]
+        step = values - present
+        if checked:
+            change = step * (step @ self.metric[:, own, own] - 2 * self.gradient[..., own])
+            falls = change.sum(-1) < 0
+        else:
+            falls = step.any(-1)
+        self.values[..., own] = torch.where(falls[..., None], values, present)
+        step = step * falls[..., None]
+        self.gradient = torch.baddbmm(self.gradient, step, self.metric[:, own], alpha=-1)
+        return falls

@@ -1,5 +1,7 @@
 """Chosen codes against ggml's decoder, float64 sums and brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,70 @@ def test_with_a_diagonal_it_is_no_worse_than_ggml(name):
     chosen = choose(weights, data, FORMS[name], moments)
     after = exact(name, weights, chosen.data, moments)
     assert (after <= exact(name, weights, data, moments)).all()
+
+
+def every_code(name):
+    """All codes of one unit, `(codes,)`: of a grid, points with all allowed signs."""
+    form = FORMS[name]
+    if form.unit == 1:
+        return torch.arange(len(form.table), dtype=torch.int32)
+    n_points = form.unit // form.grid.shape[-1]
+    indices = torch.cartesian_prod(*[torch.arange(len(form.grid))] * n_points)
+    indices = indices.view(-1, n_points)
+    if name.startswith("IQ1"):
+        return indices[:, 0].int()
+    signs = torch.arange(1 << form.unit)
+    if form.even:
+        ones = sum(signs >> i & 1 for i in range(form.unit))
+        signs = signs[ones % 2 == 0]
+    packed = sum(indices[:, i] << form.index_bits * i for i in range(n_points))
+    return (packed[:, None] | signs << form.index_bits * n_points).flatten().int()
+
+
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ2_S", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q4_K", "IQ4_NL"])
+def test_one_free_unit_gets_nearly_the_best_of_all_codes(name):
+    """Compares with brute force; what a search may miss is seldom and little."""
+    form = FORMS[name]
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 40, form.unit)) @ (
+        np.eye(form.unit) + 0.1 * rng.normal(size=(form.unit, form.unit))
+    )
+    metric = torch.from_numpy(x.transpose(0, 2, 1) @ x / 40).float()
+    codes = every_code(name)
+    levels = form.levels(codes).double()
+    target = levels.std() * torch.from_numpy(rng.normal(size=(2, 40, form.unit)))
+    pull = (target @ metric.double()).float()
+    present = codes[torch.from_numpy(rng.integers(0, len(codes), (2, 40)))]
+    chosen = form.levels(form.best(pull, metric, present)).double()
+    for expert in range(2):
+        m, t = metric[expert].double(), target[expert]
+        costs = ((levels @ m) * levels).sum(-1) - 2 * (t @ m) @ levels.T
+        own = ((chosen[expert] @ m) * chosen[expert]).sum(-1) - 2 * ((t @ m) * chosen[expert]).sum(
+            -1
+        )
+        constant = ((t @ m) * t).sum(-1)
+        ratio = (own + constant) / (costs.min(-1).values + constant)
+        assert (ratio > 1 - 1e-3).all()
+        assert ratio.mean() < (1.1 if form.unit > 1 else 1.0001), ratio
+        assert (ratio < 1.001).float().mean() > 0.6
+
+
+def test_what_is_fixed_by_zeros_of_the_moments_does_not_matter():
+    """A diagonal with one unit of columns: its codes are those of brute force."""
+    weights, data, _ = problem("IQ3_S", experts=1, rows=8, width=256)
+    form = FORMS["IQ3_S"]
+    weight = torch.linspace(1, 2, 4)
+    moments = torch.zeros(1, 256, 256)
+    moments[0, range(4), range(4)] = weight
+    fields = form.unpack(data)
+    factor = form.affine(fields)[0][0, :, 0]
+    levels = form.levels(every_code("IQ3_S"))
+    costs = (factor[:, None, None] * levels - weights[0, :, None, :4]).square() @ weight
+    chosen = choose(weights, data, form, moments, rounds=1, ahead=False)
+    kept = form.unpack(chosen.data)
+    only_codes = form.values(form.pack(replace(fields, codes=kept.codes)))
+    unit = (only_codes - weights)[0, :, :4].square() @ weight
+    torch.testing.assert_close(unit, costs.min(-1).values, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("unit", [1, 4])

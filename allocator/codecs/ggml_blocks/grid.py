@@ -30,13 +30,17 @@ from allocator.codecs.blocks import (
 )
 from allocator.formats import Format
 
-_COSTS = 1 << 21
-"""Costs computed at once on a CPU, rows times points: 8 MB, within its cache."""
+_COSTS = 1 << 19
+"""Costs computed at once on a CPU, rows times points: 2 MB, within its cache."""
 _COSTS_ON_DEVICE = 1 << 28
 _SEVENS = [0, 7, 14, 21]
 """Lowest bits of 4 times 7 signs in a word."""
+_RUN = 64
+"""Costs of a run, within which minima are searched first."""
 _SHIFT = 0.125
 """Of the levels of the IQ1 types."""
+_POINTS, _NEAR = 2048, 24
+"""Points of the IQ1 types, and how many near a pattern are tried."""
 
 
 @cache
@@ -87,7 +91,7 @@ class GridFormat(BlockFormat):
 
     def __init__(self, fmt: Format) -> None:
         self.fmt = fmt
-        self._devices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._devices: dict[torch.device, _Tables] = {}
 
     @cached_property
     def grid(self) -> torch.Tensor:
@@ -106,42 +110,34 @@ class GridFormat(BlockFormat):
         places = [self.index_bits * i for i in range(n_points)]
         return (join_bits(indices, places) | signs << self.index_bits * n_points).int()
 
-    def _tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Returns points, features of points, signs of sign bits and their places."""
+    def _tables(self, device: torch.device) -> "_Tables":
         if device not in self._devices:
-            grid = self.grid
-            first, second = torch.triu_indices(grid.shape[-1], grid.shape[-1])
-            features = torch.cat([grid[:, first] * grid[:, second], grid], -1).T.contiguous()
-            bits = read_bits(torch.arange(1 << self.unit), [*range(self.unit)], 1)
-            tables = (grid, features, 1.0 - 2.0 * bits, 1 << torch.arange(self.unit))
-            self._devices[device] = tuple(table.to(device) for table in tables)
+            self._devices[device] = _Tables(self.grid.to(device), self.unit)
         return self._devices[device]
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns magnitudes times signs, `(..., unit)`."""
-        grid, _, signs, _ = self._tables(codes.device)
+        tables = self._tables(codes.device)
         indices, bits = self._split(codes)
-        return grid[indices].flatten(-2) * signs[bits]
+        return _rows(tables.grid, indices).flatten(-2) * _rows(tables.signs, bits)
 
     def best(self, pull: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Tries the signs of the unconstrained optimum, then flips of signs, then points again."""
-        grid, _, sign_table, places = self._tables(pull.device)
-        scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        eye = torch.eye(self.unit, device=pull.device)
-        optimum = torch.linalg.solve(metric + 1e-6 * scale.clamp_min(1e-30) * eye, pull, left=False)
-        bits = ((optimum < 0) * places).sum(-1)
+        """Tries the signs of the unconstrained optimum, and flips of signs of the best point."""
+        tables = self._tables(pull.device)
+        optimum = _optimum(pull, metric)
+        minus = optimum < 0
+        bits = (minus * tables.places).sum(-1)
         if self.even:
-            odd = ((optimum < 0).sum(-1) % 2).bool()
             weakest = (optimum.square() * metric.diagonal(dim1=-2, dim2=-1)[:, None]).argmin(-1)
-            bits = torch.where(odd, bits ^ places[weakest], bits)
+            odd = (minus.sum(-1) % 2).bool()
+            bits = torch.where(odd, bits ^ tables.places[weakest], bits)
         indices, _ = self._split(codes)
-        for _ in range(2):
-            indices = self._nearest(pull, metric, indices, sign_table[bits])
-            bits = self._flipped(pull, metric, grid[indices].flatten(-2), bits)
-        return self._join(indices, bits)
+        indices = self._nearest(pull, metric, indices, bits)
+        points = _rows(tables.grid, indices).flatten(-2)
+        return self._join(indices, self._flipped(pull, metric, points, bits))
 
     def _nearest(
-        self, pull: torch.Tensor, metric: torch.Tensor, indices: torch.Tensor, signs: torch.Tensor
+        self, pull: torch.Tensor, metric: torch.Tensor, indices: torch.Tensor, bits: torch.Tensor
     ) -> torch.Tensor:
         """Returns the points of least cost for given signs, one point of a unit after the other.
 
@@ -149,64 +145,112 @@ class GridFormat(BlockFormat):
             pull: `experts x rows x unit`.
             metric: `experts x unit x unit`.
             indices: `experts x rows x points of a unit`, the present ones.
-            signs: `experts x rows x unit`, plus and minus one.
+            bits: `experts x rows`, signs.
         """
-        grid, table, _, _ = self._tables(pull.device)
-        width = grid.shape[-1]
-        first, second = torch.triu_indices(width, width, device=pull.device)
-        twice = torch.where(first == second, 1.0, 2.0)
-        indices = indices.clone()
-        for i in range(indices.shape[-1]):
+        tables = self._tables(pull.device)
+        width, n_points = tables.grid.shape[-1], indices.shape[-1]
+        chosen: list[torch.Tensor] = []
+        for i in range(n_points):
             columns = slice(i * width, (i + 1) * width)
-            own, s = pull[..., columns], signs[..., columns]
-            if indices.shape[-1] > 1:
-                levels = grid[indices].flatten(-2) * signs
-                levels[..., columns] = 0
-                own = own - levels @ metric[:, :, columns]
-            pairs = metric[:, first + i * width, second + i * width] * twice
-            features = torch.cat(
-                [pairs[:, None] * s[..., first] * s[..., second], -2 * own * s], -1
-            )
-            indices[..., i] = _least(features, table)
-        return indices
+            own = pull[..., columns]
+            if n_points > 1:
+                other = chosen[0] if i else indices[..., 1]
+                place = slice((1 - i) * width, (2 - i) * width)
+                levels = _rows(tables.grid, other) * _rows(tables.signs, bits)[..., place]
+                own = own - levels @ metric[:, place, columns]
+            signs = bits >> i * width & (1 << width) - 1
+            pairs = metric[:, tables.first + i * width, tables.second + i * width]
+            products = _rows(tables.sign_pairs, signs) * pairs[:, None]
+            features = torch.cat([products, own * _rows(tables.point_signs, signs)], -1)
+            chosen.append(_least(features, tables.features))
+        return torch.stack(chosen, -1)
 
     def _flipped(
         self, pull: torch.Tensor, metric: torch.Tensor, points: torch.Tensor, bits: torch.Tensor
     ) -> torch.Tensor:
         """Flips the sign, or the two signs, that lower the cost most; none if none does."""
-        _, _, sign_table, places = self._tables(pull.device)
-        levels = points * sign_table[bits]
+        tables = self._tables(pull.device)
+        levels = points * _rows(tables.signs, bits)
         step = -2 * levels
         single = step * (step * metric.diagonal(dim1=-2, dim2=-1)[:, None])
         single = single + 2 * step * (levels @ metric - pull)
         if not self.even:
             change, chosen = single.min(-1)
-            return torch.where(change < 0, bits ^ places[chosen], bits)
-        first, second = torch.triu_indices(self.unit, self.unit, 1, device=pull.device)
-        pairs = single[..., first] + single[..., second]
-        pairs = pairs + 2 * step[..., first] * step[..., second] * metric[:, None, first, second]
-        change, chosen = pairs.min(-1)
-        flips = places[first] | places[second]
-        return torch.where(change < 0, bits ^ flips[chosen], bits)
+            return torch.where(change < 0, bits ^ tables.places[chosen], bits)
+        cross = 2 * metric
+        cross.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        # the flip that goes best with each, and of those pairs the best
+        pairs = step[..., :, None] * step[..., None, :] * cross[:, None] + single[..., None, :]
+        change, second = pairs.min(-1)
+        change, first = (change + single).min(-1)
+        flips = tables.places[first] | tables.places[second.gather(-1, first[..., None])[..., 0]]
+        return torch.where(change < 0, bits ^ flips, bits)
 
 
-def _least(
-    features: torch.Tensor, table: torch.Tensor, constant: torch.Tensor | None = None
-) -> torch.Tensor:
+class _Tables:
+    """What a grid's searches look up, on one device.
+
+    Attributes:
+        grid: `points x columns`.
+        features: `features x points`, products of two columns, then columns times -2.
+        signs: `sign bits x columns of a unit`, plus and minus one.
+        point_signs: the same for the columns of one point.
+        sign_pairs: `sign bits of a point x pairs`, products of two signs, twice for two columns.
+        first, second: `(pairs,)`, the columns of each pair.
+        places: `(unit,)`, the bit of each column's sign.
+    """
+
+    def __init__(self, grid: torch.Tensor, unit: int) -> None:
+        device, width = grid.device, grid.shape[-1]
+        self.grid = grid
+        self.first, self.second = torch.triu_indices(width, width, device=device)
+        products = grid[:, self.first] * grid[:, self.second]
+        self.features = torch.cat([products, -2 * grid], -1).T.contiguous()
+        self.signs = _signs(unit).to(device)
+        self.point_signs = _signs(width).to(device)
+        twice = torch.where(self.first == self.second, 1.0, 2.0)
+        self.sign_pairs = self.point_signs[:, self.first] * self.point_signs[:, self.second] * twice
+        self.places = 1 << torch.arange(unit, device=device)
+
+
+def _signs(n: int) -> torch.Tensor:
+    """Returns the signs that each number's bits say, `2^n x n`."""
+    return 1.0 - 2.0 * read_bits(torch.arange(1 << n), [*range(n)], 1)
+
+
+def _rows(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Returns rows of a table, `(..., columns)`; faster than indexing."""
+    chosen: torch.Tensor = table.index_select(0, indices.reshape(-1))
+    return chosen.reshape(*indices.shape, table.shape[-1])
+
+
+def _optimum(pull: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """Returns levels of least cost if any number were a level, `experts x rows x unit`."""
+    scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-30
+    eye = torch.eye(metric.shape[-1], device=metric.device)
+    inverse: torch.Tensor = torch.linalg.inv(metric + 1e-6 * scale * eye)
+    return pull @ inverse
+
+
+def _least(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Returns for each row the column of the least product.
 
     Args:
         features: `(..., features)`.
         table: `features x columns`.
-        constant: `(columns,)`, added to every product.
     """
     flat = features.reshape(-1, features.shape[-1])
     limit = _COSTS if features.device.type == "cpu" else _COSTS_ON_DEVICE
     pieces = torch.split(flat, max(1, limit // table.shape[1]))
-    if constant is None:
-        constant = torch.zeros((), device=flat.device)
-    chosen = [torch.addmm(constant, piece, table).argmin(-1) for piece in pieces]
-    return torch.cat(chosen).view(features.shape[:-1])
+    return torch.cat([_argmin(piece @ table) for piece in pieces]).view(features.shape[:-1])
+
+
+def _argmin(costs: torch.Tensor) -> torch.Tensor:
+    """Returns the column of each row's minimum: torch finds minima faster than their places."""
+    runs = costs.view(len(costs), -1, _RUN)
+    run = runs.amin(-1).argmin(-1)
+    column = runs[torch.arange(len(costs), device=costs.device), run].argmin(-1)
+    return run * _RUN + column
 
 
 class _IQ2XXS(GridFormat):
@@ -314,12 +358,47 @@ class _Ternary(GridFormat):
 
     unit, index_bits = 8, 12
 
+    def __init__(self, fmt: Format) -> None:
+        super().__init__(fmt)
+        self._near: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
     def best(self, pull: torch.Tensor, metric: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Returns the best code."""
-        grid, *_ = self._tables(pull.device)
+        """Returns the best of the points near the unconstrained optimum, rounded to -1, 0, 1."""
+        grid = self._tables(pull.device).grid
         own = ((grid @ metric) * grid).sum(-1)
-        chosen = [_least(b, -2 * grid.T, c) for b, c in zip(pull, own, strict=True)]
-        return torch.stack(chosen).int()
+        indices, points = self._neighbours(pull.device)
+        optimum = _optimum(pull, metric)
+        places = 3 ** torch.arange(8, device=pull.device)
+        costs, chosen = [], []
+        for half in range(len(grid) // _POINTS):
+            shift = 0.0 if len(grid) == _POINTS else _SHIFT * (1 - 2 * half)
+            digits = (optimum - shift).round().clamp(-1, 1).long() + 1
+            pattern = (digits * places).sum(-1)
+            near = indices.index_select(0, pattern.view(-1)).view(*pattern.shape, -1)
+            levels = _rows(points, pattern).view(*near.shape, 8)
+            along = (levels * pull[..., None, :]).sum(-1) + shift * pull.sum(-1, keepdim=True)
+            near = near + half * _POINTS
+            cost = own.gather(1, near.flatten(1)).view_as(near) - 2 * along
+            least, place = cost.min(-1)
+            costs.append(least)
+            chosen.append(near.gather(-1, place[..., None])[..., 0])
+        if len(costs) == 1:
+            return chosen[0].int()
+        return torch.where(costs[0] <= costs[1], chosen[0], chosen[1]).int()
+
+    def _neighbours(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns for each of the 3^8 patterns of -1, 0 and 1 the indices of points near it.
+
+        Returns:
+            Indices `patterns x near` and the points, `patterns x 8 near`.
+        """
+        if device not in self._near:
+            patterns = torch.arange(3**8)[:, None] // 3 ** torch.arange(8) % 3 - 1.0
+            points = _grid(self.fmt.name)
+            distances = patterns.square().sum(-1)[:, None] - 2 * patterns @ points.T
+            near = (distances + points.square().sum(-1)).topk(_NEAR, largest=False).indices
+            self._near[device] = near.to(device), points[near].flatten(1).to(device)
+        return self._near[device]
 
 
 class _IQ1S(_Ternary):
