@@ -37,6 +37,15 @@ class VerifyError(AllocatorError):
     """A written checkpoint is not what its allocation says."""
 
 
+def reason(error: Exception) -> str:
+    """Returns why a file could not be read, without Python's names and numbers of errors."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    return first_line(error)
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message; without a message, the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from allocator.app.study_file import CalibrationSpec
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
-from allocator.errors import CalibrationError
+from allocator.errors import CalibrationError, reason
 from allocator.scoring.documents import (
     Document,
     every_third,
@@ -175,7 +175,7 @@ def _read_splits(path: Path, n: int) -> tuple[list[int], list[int]]:
         search, selection = list(data["search"]), list(data["selection"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(
-            f"{path}: needed JSON with lists search and selection ({error!r})"
+            f"{path}: needed JSON with lists search and selection ({reason(error)})"
         ) from None
     if not all(type(i) is int and 0 <= i < n for i in search + selection):
         raise CalibrationError(f"{path}: needed record indices from 0 to {n - 1}")

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
-from allocator.errors import CheckpointError, SpaceError, StudyError, first_line
+from allocator.errors import CheckpointError, SpaceError, StudyError, first_line, reason
 from allocator.files.atomic import accessing, locked, write_whole
 from allocator.files.checksums import seal, unseal
 
@@ -151,8 +151,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             record = msgspec.convert(unseal(path.read_bytes()), cls)
         except (OSError, ValueError, RecursionError) as error:
             raise SpaceError(
-                f"{path}: no allocation file ({error}); restore it from a copy, or search again (a "
-                "hand-made change is taken where the file has no line `checksum`)"
+                f"{path}: no allocation file ({reason(error)}); restore it from a copy, or "
+                "search again (a hand-made change is taken where the file has no line `checksum`)"
             ) from None
         if record.schema != 1:
             raise SpaceError(f"{path}: schema {record.schema}, needed 1; use a newer allocator")
@@ -250,7 +250,10 @@ def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise SpaceError(f"{path}: cannot be read as an allocation ({error})") from None
+        raise SpaceError(
+            f"{path}: cannot be read as an allocation ({reason(error)}); needed an allocation "
+            "file, e.g. STUDY/allocations/pick.json, or the allocation.json of a written directory"
+        ) from None
     if isinstance(data, dict) and "allocation" in data:
         record = AllocationRecord.read(path)
         return record.decision, record

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from allocator.errors import VerifyError
+from allocator.errors import VerifyError, reason
 from allocator.export.runtimes import RUNTIMES
 from allocator.files.checksums import unseal
 
@@ -59,8 +59,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             manifest._check()
         except (OSError, ValueError, RecursionError) as error:
             raise VerifyError(
-                f"{folder}: no readable manifest.json ({error}); needed a directory written by "
-                "`allocator materialize`: materialize it again"
+                f"{folder}: no readable manifest.json ({reason(error)}); needed a directory "
+                "written by `allocator materialize`: materialize it again"
             ) from None
         return manifest
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.checkpoint.tokenizer import Tokenizer
-from allocator.errors import CalibrationError
+from allocator.errors import CalibrationError, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                     raise CalibrationError(f"{path}:{number}: needed an object with ids or text")
                 yield record
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: cannot be read ({error})") from None
+        raise CalibrationError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def read_documents(path: Path, *, vocab_size: int) -> list[Document]:

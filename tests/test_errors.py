@@ -1,0 +1,49 @@
+"""Messages on files that cannot be read say why in words."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from allocator import api
+from allocator.app.calibration import Calibration
+from allocator.app.study_file import CalibrationSpec
+from allocator.decision.allocation_record import AllocationRecord
+from allocator.errors import AllocatorError, reason
+from allocator.export.manifest import Manifest
+from allocator.scoring.documents import Document
+
+
+class Splits(Calibration):
+    """Documents that need no file."""
+
+    def read(self, path: Path) -> list[Document]:
+        return [Document((1, n)) for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: api.diff(folder / "one.json", folder / "other.json"),
+        lambda folder: AllocationRecord.read(folder / "one.json"),
+        Manifest.read,
+        lambda folder: Splits(folder, CalibrationSpec("x", splits="y"), None).splits,
+    ],
+    ids=["diff", "record", "manifest", "splits"],
+)
+def test_a_missing_file_is_said_in_words(tmp_path, read):
+    with pytest.raises(AllocatorError, match=r"\(No such file or directory\)") as caught:
+        read(tmp_path)
+    assert "Errno" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_key_is_said_in_words(tmp_path):
+    (tmp_path / "y").write_text(json.dumps({"selection": [0]}))
+    with pytest.raises(AllocatorError, match=r"lists search and selection \(no 'search'\)"):
+        _ = Splits(tmp_path, CalibrationSpec("x", splits="y"), None).splits
+
+
+def test_an_error_without_words_keeps_its_name():
+    assert reason(RecursionError()) == "RecursionError"
+    assert reason(ValueError("first\nsecond")) == "first"
