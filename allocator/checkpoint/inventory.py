@@ -612,7 +612,7 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
-    family = family_of(config)
+    family = family_of(config, f"{path}/config.json")
     family.check(config, f"{path}/config.json")
     stored = _stored(path, opened)
     computed = tuple(place for name, place in stored.items() if family.is_computed(name))

@@ -29,8 +29,8 @@ def planned_inventory(config: Path | Config) -> Inventory:
             shapes are made of.
     """
     where, content = _read(config)
-    family = planned_family_of(content)
-    family.check(content, f"{where}/config.json")
+    family = planned_family_of(content, str(where))
+    family.check(content, str(where))
     layers = range(family.n_layers(content))
     tensors = {
         info.name: info
@@ -40,24 +40,25 @@ def planned_inventory(config: Path | Config) -> Inventory:
             *_nextn(family, content),
         )
     }
-    inventory = Inventory(where, content, family, tensors)
+    inventory = Inventory(where.parent, content, family, tensors)
     if not inventory.moe_layers:
         raise CheckpointError(
-            f"{where}/config.json: no layer routes to experts; needed a MoE model's config.json"
+            f"{where}: no layer routes to experts; needed a MoE model's config.json"
         )
     return inventory
 
 
 def _read(config: Path | Config) -> tuple[Path, Config]:
+    """The file, and its content."""
     if not isinstance(config, Path):
-        return Path("."), config
+        return Path("config.json"), config
     path = config / "config.json" if config.is_dir() else config
     if not path.is_file() or path.suffix in (".gguf", ".safetensors"):
         raise CheckpointError(no_directory(config))
     content = read_json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: needed an object, as in a checkpoint's config.json")
-    return path.parent, content
+    return path, content
 
 
 def _tensors(family: Family, config: Config, layer: int | None) -> Iterator[TensorInfo]:

@@ -44,23 +44,31 @@ def unregister_family(model_type: str) -> None:
     del _FAMILIES[model_type]
 
 
-def family_of(config: Config) -> Family:
+def family_of(config: Config, where: str = "config.json") -> Family:
     """Returns the family of a `config.json`.
+
+    Args:
+        config: its content.
+        where: the file, for messages.
 
     Raises:
         CheckpointError: if no checkpoint of its `model_type` is read.
     """
-    family = planned_family_of(config)
+    family = planned_family_of(config, where)
     if family.support is not Support.READ:
         raise CheckpointError(
-            f"config.json: model_type is {family.model_type!r}, whose sizes alone are known: "
+            f"{where}: model_type is {family.model_type!r}, whose sizes alone are known: "
             f"`allocator plan` works with it; {Support.READ}: {_names(Support.READ)}"
         )
     return family
 
 
-def planned_family_of(config: Config) -> Family:
+def planned_family_of(config: Config, where: str = "config.json") -> Family:
     """Returns the family of a `config.json`, also one that is planned only.
+
+    Args:
+        config: its content.
+        where: the file, for messages.
 
     Raises:
         CheckpointError: if its `model_type` is not registered.
@@ -71,13 +79,16 @@ def planned_family_of(config: Config) -> Family:
     for key, inner in () if read_inside else config.items():
         if _is_nested(config, family, inner):
             raise CheckpointError(
-                f"config.json: model_type is {model_type!r} with a language model of type "
+                f"{where}: model_type is {model_type!r} with a language model of type "
                 f"{inner.get('model_type')!r} inside of {key}: models of text and more are not "
                 "supported; save the language model alone, e.g. with transformers, and name that"
             )
     if family is None:
+        got = f"model_type {model_type!r} is not supported yet"
+        if "model_type" not in config:
+            got = "no model_type; needed the config.json of a MoE checkpoint"
         raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported yet; supported: "
+            f"{where}: {got}; supported: "
             f"{_names(Support.READ)}; planned (`allocator plan` only): "
             f"{', '.join(sorted(f.model_type for f in families(Support.PLANNED)))}"
         )

@@ -18,7 +18,7 @@ from allocator.decision.allocation_record import read_allocation
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.search_space import SearchSpace, bind
-from allocator.errors import AllocatorError, BudgetError, SpaceError
+from allocator.errors import AllocatorError, BudgetError, CheckpointError, SpaceError
 from allocator.formats import FORMATS
 from allocator.prediction.priors import ROLE_WEIGHTS, published, transferred
 from allocator.targets import GGUF
@@ -325,8 +325,31 @@ def test_the_verb(capsys, tmp_path):
     total, spare = (int(cell.replace(",", "")) for cell in row[-3:-1])
     assert total + spare == 80 << 20
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["first-3.json", "first-4.json"]
-    for wrong in (["--experts", "9"], ["--context", "8", "--kv-format", "q9"]):
+    longer = ["--context", "100000"]
+    for wrong in (["--experts", "9"], ["--context", "8", "--kv-format", "q9"], longer):
         assert main([*arguments, *wrong]) == 2
         error = capsys.readouterr().err
         assert error.startswith("allocator plan: ")
         assert error.count("\n") == 1
+
+
+def test_a_context_beyond_the_positions_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    positions = TINY["max_position_embeddings"]
+    api.plan(tmp_path, device=DeviceBudgetSpec(memory="1GiB", context=positions))
+    with pytest.raises(SpaceError, match=f"context {positions + 1}: .* {positions}; lower"):
+        api.plan(tmp_path, device=DeviceBudgetSpec(memory="1GiB", context=positions + 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"a": 1}, "mine.json: no model_type; needed the config.json of a MoE checkpoint"),
+        ({"model_type": None}, "mine.json: model_type None is not supported yet"),
+        ({"model_type": "qwen3_moe"}, "mine.json: num_experts_per_tok is None"),
+    ],
+)
+def test_a_refusal_names_the_file_that_was_given(tmp_path, content, said):
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said):
+        api.plan(tmp_path / "mine.json")
