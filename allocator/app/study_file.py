@@ -156,6 +156,8 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [parse_bytes(w) for w in self.weights]
 
 
+MOST_TRIALS = 2**31 - 1
+"""Most trials of a study: databases number trials with 32 bits."""
 MOST_CANDIDATES = 256
 """Most candidates in one pass: a started batch is completed, whatever the limit on trials."""
 
@@ -220,6 +222,16 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
         if any(n is not None and n < 1 for n in (*c.rungs, *counts, spec.trials)):
             raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
+        if spec.trials > MOST_TRIALS:
+            raise StudyError(
+                f"{path}: trials = {spec.trials}, needed at most {MOST_TRIALS:,}; --time and "
+                "--tokens limit a search, too"
+            )
+        if list(c.rungs) != sorted(set(c.rungs)):
+            raise StudyError(
+                f"{path}: [calibration] rungs = {list(c.rungs)}, needed rising numbers of "
+                f"documents, each once: {sorted(set(c.rungs))}"
+            )
         if spec.compare is not None:
             _check_compare(path, spec.compare)
         if spec.streamed is not None:

@@ -94,6 +94,10 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{path}: [experts] saliency {space.experts.saliency!r}, needed one of "
                 f"{', '.join(SALIENCIES)}"
             )
+        for name in ("minimum", "maximum"):
+            limit = getattr(space.experts, name)
+            if limit is not None and limit < 1:
+                raise SpaceError(f"{path}: [experts] {name} = {limit}, needed 1 or more per layer")
         for name in ("formats", "experts_used", "kv_format", "micro_batch"):
             if getattr(space, name) == []:
                 raise SpaceError(f"{path}: {name} is empty; name at least one, or leave it out")
