@@ -152,10 +152,12 @@ def plan(
 
     inventory = planned_inventory(Path(config))
 
-    from allocator.app.planning import first_paths, write_first
+    from allocator.app.planning import check_context, first_paths, write_first
     from allocator.app.planning import plan as _plan
     from allocator.prediction.priors import published
 
+    if device is not None and device.context is not None:
+        check_context(inventory, device.context)
     planned = _plan(inventory, prior=published(), **asked)
     if out is not None:
         first_paths(planned, Path(out))
@@ -261,6 +263,9 @@ def estimate(
     weights_budget: str | None = None,
     device: DeviceBudgetSpec | None = None,
     trials: int | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    storage: str | None = None,
     sampler: str | None = None,
     seed: int | None = None,
     **options: Unpack[StudyOptions],
@@ -280,9 +285,10 @@ def estimate(
         SearchRequest(
             study=Path(study),
             budget=BudgetSpec(file=budget, weights=weights_budget, device=device),
-            stop=StopRule(trials=trials),
+            stop=StopRule(trials=trials, seconds=seconds, tokens=tokens),
             sampler=sampler,
             seed=seed,
+            storage=storage,
             target=options.get("target"),
             resources=Resources.of(options),
         )
@@ -327,7 +333,15 @@ def front(
         ) from None
 
     from allocator.app.trial_table import write_front
+    from allocator.study.optuna_study import LOCK
 
+    asked = options.get("target")
+    searched = opened.user_attrs.get(LOCK, {}).get("target")
+    if asked is not None and asked != searched:
+        raise StudyError(
+            f"{study_folder.path}: its study was searched for target {searched!r}, asked for "
+            f"{asked!r}; leave the target out"
+        )
     return write_front(study_folder, opened)
 
 

@@ -134,19 +134,18 @@ def _search(args: argparse.Namespace) -> None:
         "weights_budget": args.weights_budget,
         "device": _device(args),
         "trials": args.trials,
+        "seconds": None if args.time is None else parse_seconds(args.time),
+        "tokens": args.tokens,
+        "storage": args.storage,
         "sampler": args.sampler,
         "seed": args.seed,
     }
-    seconds = None if args.time is None else parse_seconds(args.time)
     if args.dry_run:
         _print_estimate(api.estimate(args.study, **launch, **_options(args)))
         return
     result = api.search(
         args.study,
         **launch,
-        seconds=seconds,
-        tokens=args.tokens,
-        storage=args.storage,
         join=args.join,
         workers=args.workers,
         **_options(args),
@@ -208,7 +207,12 @@ def _print_estimate(e: Any) -> None:
     )
     ready = "ready" if e.profile_ready else f"about {e.profile_seconds:.0f} s"
     print(f"profile  {ready}")
-    print(f"total    about {e.total_seconds:.0f} s if every trial is scored in full")
+    until = {
+        "trials": "if every trial is scored in full",
+        "seconds": "with the profile, under the time limit",
+        "tokens": "with the profile, under the limit on tokens",
+    }
+    print(f"total    about {e.total_seconds:.0f} s {until[e.limit]}")
     _print_notes(e.notes)
 
 

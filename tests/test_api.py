@@ -168,6 +168,18 @@ def test_estimate_prices_every_pass(fresh, finished_study, options, tmp_path, mo
     looks = -(-8 // ROUND) * 6 * scored
     assert ready.total_seconds == 8 * scored + looks
     assert api.estimate(fresh, sampler="knapsack", **options).total_seconds == 8 * scored
+    assert (ready.limit, api.estimate(fresh, trials=2, **options).limit) == ("trials", "trials")
+
+    # other limits replace study.toml's trials; of several, the first that is reached counts
+    timed = api.estimate(fresh, seconds=50.0, **options)
+    assert (timed.limit, timed.total_seconds) == ("seconds", 50)
+    profiled = StudyFolder(fresh, **options).profiler.folder / "profile.json"
+    before = sum(json.loads(profiled.read_text())["forward_tokens"].values()) + scored  # original
+    picked = (3 + 2) * 4 * 32  # finalists, knapsack and original on the selection split
+    counted = api.estimate(fresh, tokens=before + picked + 7 * scored, **options)
+    assert (counted.limit, counted.total_seconds) == ("tokens", 7 * scored)
+    both = api.estimate(fresh, tokens=10**9, trials=8, sampler="knapsack", **options)
+    assert (both.limit, both.total_seconds) == ("trials", 8 * scored)
 
     cold = api.estimate(fresh, **(options | {"cache": tmp_path / "cold"}))
     folder = StudyFolder(finished_study, **options).profiler.folder
@@ -213,6 +225,15 @@ def test_front_is_the_non_dominated_trials(study, options):
     }
     assert table["bytes"].is_monotonic_increasing
     assert table["loss"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("target", ["onnx", "safetensors"])
+def test_the_front_of_another_target_is_refused(study, options, target):
+    before = state(study)
+    with pytest.raises(StudyError, match=f"searched for target 'gguf', asked for '{target}'"):
+        api.front(study, target=target, **options)
+    assert state(study) == before
+    assert len(api.front(study, target="gguf", **options))
 
 
 def test_front_without_a_study_is_refused(fresh, options):

@@ -6,13 +6,16 @@ an upper estimate (every trial scored in full, every format encoded anew).
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from allocator.app.request import SearchRequest
+from allocator.app.pick import check_tokens, pick_tokens
+from allocator.app.request import Launch, SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import codec_of
 from allocator.decision.budget import Budget
 from allocator.samplers.auto import ROUND
+from allocator.study.storages import check_storage
 from allocator.targets.device_memory import DeviceMemory
 
 _PRICE_WEIGHTS_PER_SECOND = 6e6
@@ -35,8 +38,9 @@ class SearchEstimate:
         seconds_per_full_trial: to score one allocation on the full search split.
         profile_ready: whether the profile exists already.
         profile_seconds: to build it, if not.
-        total_seconds: an upper estimate of the search: every trial scored in full, every gradient
-            step of `auto` at a new incumbent.
+        total_seconds: an upper estimate of profile and search: every trial scored in full, every
+            gradient step of `auto` at a new incumbent.
+        limit: which limit that search reaches first: `trials`, `seconds` or `tokens`.
         notes: what is left out, and what the runtime must be told.
     """
 
@@ -51,6 +55,7 @@ class SearchEstimate:
     profile_ready: bool
     profile_seconds: float
     total_seconds: float
+    limit: str
     notes: tuple[str, ...]
 
 
@@ -69,14 +74,20 @@ def estimate(request: SearchRequest) -> SearchEstimate:
     """
     study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
     launch = study_folder.launch(request)
+    check_storage(launch.storage, study_folder.path)
+    if study_folder.spec.calibration.report is not None:
+        _ = study_folder.calibration.report
+    if launch.stop.tokens is not None:
+        check_tokens(study_folder, launch.stop.tokens, "raise --tokens")
     budget, space = launch.budget, study_folder.unranked_space
     seconds = (
         _in_memory(study_folder) if study_folder.spec.streamed is None else _streamed(study_folder)
     )
     ready = (study_folder.profiler.folder / "profile.json").exists()
     profile_seconds = 0.0 if ready else seconds.profile
-    n_trials = request.stop.trials or study_folder.spec.trials
-    n_gradients = math.ceil(n_trials / ROUND) if launch.sampler == "auto" else 0
+    searching, limit = min(
+        (s, name) for name, s in _limits(study_folder, launch, seconds) if s is not None
+    )
     smallest, largest = (end.stored(space.layout) for end in (space.smallest, space.largest))
     ends = budget.memory(smallest), budget.memory(largest)
     (floor, ceiling), *beside = (
@@ -93,9 +104,24 @@ def estimate(request: SearchRequest) -> SearchEstimate:
         seconds_per_full_trial=seconds.trial,
         profile_ready=ready,
         profile_seconds=profile_seconds,
-        total_seconds=profile_seconds + seconds.trial * n_trials + n_gradients * seconds.gradient,
+        total_seconds=profile_seconds + searching,
+        limit=limit,
         notes=space.layout.notes,
     )
+
+
+def _limits(
+    study_folder: StudyFolder, launch: Launch, seconds: _Seconds
+) -> Iterator[tuple[str, float | None]]:
+    """Seconds of a search up to each of its limits, by name; None where it has none."""
+    stop, in_trials, in_tokens = launch.stop, None, None
+    if stop.trials is not None:
+        n_gradients = math.ceil(stop.trials / ROUND) if launch.sampler == "auto" else 0
+        in_trials = seconds.trial * stop.trials + n_gradients * seconds.gradient
+    if stop.tokens is not None:
+        searched = stop.tokens - study_folder.base_tokens - pick_tokens(study_folder)
+        in_tokens = seconds.trial / study_folder.scorers.trials.n_tokens * searched
+    yield from (("trials", in_trials), ("seconds", stop.seconds), ("tokens", in_tokens))
 
 
 def seconds_per_token(study_folder: StudyFolder, *, documents: int, threads: int) -> float:

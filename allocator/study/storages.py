@@ -43,6 +43,19 @@ def journal_path(spec: str | None, study_dir: Path) -> Path | None:
     )
 
 
+def check_storage(spec: str | None, study_dir: Path) -> None:
+    """Checks the form of a storage and the folder of a journal; opens and writes nothing.
+
+    Raises:
+        StudyError: if `open_storage` would refuse the spec as it stands.
+    """
+    path = journal_path(spec, study_dir)
+    if path is not None and not path.parent.is_dir():
+        raise StudyError(f"{path}: needed an existing folder, {path.parent} is none; create it")
+    if spec is not None and spec.startswith(_PROXY):
+        _proxy_address(spec)
+
+
 def open_storage(
     spec: str | None, study_dir: Path, *, answer_seconds: float = ANSWER_SECONDS
 ) -> BaseStorage:
@@ -108,13 +121,11 @@ def _open_database(url: str) -> BaseStorage:
 
 def _open_proxy(spec: str, answer_seconds: float) -> BaseStorage:
     """Optuna's proxy, once it answers."""
-    host, _, port = spec.removeprefix(_PROXY).rstrip("/").rpartition(":")
-    if not host or not re.fullmatch("[0-9]+", port) or int(port) > _MOST_PORT:
-        raise StudyError(f"storage {spec}: needed grpc://HOST:PORT, e.g. grpc://server:13000")
+    host, port = _proxy_address(spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            storage = GrpcStorageProxy(host=host, port=int(port))
+            storage = GrpcStorageProxy(host=host, port=port)
         storage.wait_server_ready(timeout=answer_seconds)
     except ImportError as error:
         raise StudyError(f"storage {spec}: {error}; pip install '.[grpc]'") from None
@@ -123,6 +134,14 @@ def _open_proxy(spec: str, answer_seconds: float) -> BaseStorage:
             f"storage {spec}: {error}; needed a machine where Optuna's run_grpc_proxy_server runs"
         ) from None
     return storage
+
+
+def _proxy_address(spec: str) -> tuple[str, int]:
+    """Host and port."""
+    host, _, port = spec.removeprefix(_PROXY).rstrip("/").rpartition(":")
+    if not host or not re.fullmatch("[0-9]+", port) or int(port) > _MOST_PORT:
+        raise StudyError(f"storage {spec}: needed grpc://HOST:PORT, e.g. grpc://server:13000")
+    return host, int(port)
 
 
 def _lost() -> tuple[type[Exception], ...]:

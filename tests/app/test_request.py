@@ -1,15 +1,17 @@
 """Numbers that a verb is asked with: one line for what no machine or sampler takes."""
 
 import re
+import shutil
 
 import pytest
 
 from allocator import api
 from allocator.app.request import SearchRequest
+from allocator.app.study_file import StudySpec
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.decision.budget import Budget
-from allocator.errors import AllocatorError
+from allocator.errors import AllocatorError, StudyError
 from allocator.samplers import SAMPLERS, check_seed
 from allocator.samplers.problem import Problem
 from allocator.study.stop_rule import StopRule
@@ -60,3 +62,53 @@ def test_a_request_out_of_range_is_refused_before_anything_is_measured(
 def test_a_dry_run_reads_the_time_limit(fresh_study, capsys):
     assert main(["search", str(fresh_study), "--dry-run", "--time", "soon"]) == 2
     assert "duration: got 'soon'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def study(fresh_study, tmp_path):
+    """A study folder of the test's own."""
+    return shutil.copytree(fresh_study, tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--storage", "memory"], "storage: got 'memory', needed journal:PATH"),
+        (["--storage", "journal:/nowhere/trials"], "needed an existing folder, /nowhere is none"),
+        (["--storage", "grpc://server"], "storage grpc://server: needed grpc://HOST:PORT"),
+        (["--tokens", "10"], "10 forward tokens; the profile, the original, one trial"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_its_search_would(study, study_cache, flags, said, capsys):
+    for dry in (["--dry-run"], []):
+        arguments = ["search", str(study), *dry, *flags, "--quiet", "--threads", "1"]
+        assert main([*arguments, "--cache", str(study_cache)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_report_split(study, study_cache):
+    (study / "report.jsonl").write_bytes((study / "documents.jsonl").read_bytes())
+    with pytest.raises(AllocatorError, match=r"report\.jsonl: shares a document with search"):
+        api.estimate(study, cache=study_cache, threads=1)
+    (study / "report.jsonl").unlink()
+    with pytest.raises(AllocatorError, match=r"report\.jsonl: cannot be read \(No such file"):
+        api.estimate(study, cache=study_cache, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("trials = 8", f"trials = {10**19}", "trials = 10000000000000000000, needed at most"),
+        ("trials = 8", f"trials = {2**31}", "trials = 2147483648, needed at most 2,147,483,647"),
+        ("[2, 4, 40]", "[4, 2]", r"rungs = \[4, 2\], needed rising .*: \[2, 4\]"),
+        ("[2, 4, 40]", "[2, 2, 4]", r"rungs = \[2, 2, 4\], needed rising .*: \[2, 4\]"),
+    ],
+)
+def test_numbers_of_study_toml_out_of_range_are_refused(study, old, new, said):
+    path = study / "study.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(StudyError, match=rf"study\.toml: .*{said}"):
+        StudySpec.read(study)
