@@ -8,9 +8,11 @@ import pytest
 from allocator import api
 from allocator.app.calibration import Calibration
 from allocator.app.study_file import CalibrationSpec
+from allocator.app.tables import front_table
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError, reason
 from allocator.export.manifest import Manifest
+from allocator.prediction.profile import Profile
 from allocator.scoring.documents import Document
 
 
@@ -28,8 +30,10 @@ class Splits(Calibration):
         lambda folder: AllocationRecord.read(folder / "one.json"),
         Manifest.read,
         lambda folder: Splits(folder, CalibrationSpec("x", splits="y"), None).splits,
+        front_table,
+        lambda folder: Profile.read(folder / "profile.json"),
     ],
-    ids=["diff", "record", "manifest", "splits"],
+    ids=["diff", "record", "manifest", "splits", "front", "profile"],
 )
 def test_a_missing_file_is_said_in_words(tmp_path, read):
     with pytest.raises(AllocatorError, match=r"\(No such file or directory\)") as caught:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
-from allocator.errors import StudyError
+from allocator.errors import StudyError, reason
 from allocator.files.checksums import unseal
 from allocator.formats import format_named
 
@@ -43,7 +43,7 @@ def front_table(folder: str | Path) -> pd.DataFrame:
         chosen = {row["trial"] for row in data["front"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StudyError(
-            f"{path}: no front ({error!r}); run `allocator search`, or write it again: "
+            f"{path}: no front ({reason(error)}); run `allocator search`, or write it again: "
             "`allocator front`"
         ) from None
     if schema != 1:

@@ -35,7 +35,7 @@ from allocator.checkpoint.refusals import (
     stored_as,
     unknown_tensor,
 )
-from allocator.errors import CheckpointError
+from allocator.errors import CheckpointError, reason
 from allocator.families import (
     SCALE_SUFFIX,
     Config,
@@ -387,13 +387,17 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; needed a checkpoint directory") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason(error)}); fetch the file again"
+        ) from None
     if data.startswith(LFS_POINTER):
         raise CheckpointError(f"{path}: {FETCH_LFS}")
     try:
         return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason(error)}); fetch the file again"
+        ) from None
 
 
 def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from allocator.errors import StudyError
+from allocator.errors import StudyError, reason
 
 T = TypeVar("T")
 
@@ -53,8 +53,8 @@ def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
-    except (OSError, ValueError, msgspec.ValidationError) as reason:
-        raise error(f"{path}: {reason}") from None
+    except (OSError, ValueError, msgspec.ValidationError) as why:
+        raise error(f"{path}: {reason(why)}") from None
 
 
 @contextmanager

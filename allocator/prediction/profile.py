@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from allocator.errors import StudyError
+from allocator.errors import StudyError, reason
 from allocator.files.checksums import unseal
 from allocator.targets import Group
 
@@ -84,7 +84,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.convert(plain, cls, strict=False)
         except (OSError, ValueError) as error:
             raise StudyError(
-                f"{path}: no profile ({error}); run `allocator profile` again"
+                f"{path}: no profile ({reason(error)}); run `allocator profile` again"
             ) from None
 
 
