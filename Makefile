@@ -22,12 +22,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# search, write both containers, verify each in its runtime, compare on held-out documents; then the
-# committed answer beside this one, and its checkpoints rebuilt to the recorded sha256
+# search, finish the pick, write both containers, verify each in its runtime, compare on held-out
+# documents; then the committed answer beside this one, its checkpoints rebuilt to the recorded sha256
 quickstart: install
 	mkdir -p $(RUN)/out
 	for name in $(QUESTION); do ln -sfnr $(STUDY)/$$name $(RUN)/$$name; done
 	$(BIN)/allocator search $(RUN)
+	$(BIN)/allocator finish $(RUN)/allocations/pick.json
 	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-gguf --container gguf --record
 	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-safetensors --container safetensors --record
 	$(BIN)/allocator verify $(RUN)/out/pick-gguf --study $(RUN)

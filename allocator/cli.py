@@ -285,6 +285,8 @@ def _finish(args: argparse.Namespace) -> None:
         after = result.after[split]
         share = f" ({after / before:.3f} of it)" if before else ""
         print(f"loss on the {split} split {before:.6f}, finished {after:.6f}{share}")
+    if result.after == result.before:
+        print("nothing gained on the selection split: the weights stay as they were")
     if result.recipe.stopped_steps is not None:
         print(f"tuning stopped after {result.recipe.stopped_steps} steps (--time)")
     print(f"finished weights: {result.artifact}\nrecord: {result.record}")

@@ -7,6 +7,7 @@ code path of MKL that all processors share.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from allocator import api
-from allocator.decision.allocation_record import AllocationRecord
+from allocator.decision.allocation_record import AllocationRecord, finished_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("optuna", "pandas", "torch", "transformers.models.qwen3_moe.modeling_qwen3_moe")
@@ -104,6 +105,20 @@ def test_the_other_processor_rounds_otherwise_and_its_answer_is_whole(project):
     assert set(committed) == set(run)
     assert any((committed[name] != run[name]).any() for name in run)
     assert max(abs(committed[name] / run[name] - 1).max() for name in run) < 1e-4
+
+
+def test_the_pick_is_finished_and_its_files_hold_the_finished_weights(project):
+    folder, _, done = project
+    run = folder / "studies" / "run"
+    record = AllocationRecord.read(run / "allocations/pick.json")
+    assert record.finished.after["selection"] <= record.finished.before["selection"]
+    assert (run / "allocations" / finished_name(record.weights_digest)).is_file()
+    for container in ("gguf", "safetensors"):
+        manifest = json.loads((run / "out" / f"pick-{container}" / "manifest.json").read_text())
+        assert manifest["weights"] == record.weights_digest
+        assert manifest["sha256"][manifest["file"]] == record.sha256[container]
+    rows = re.findall(r"^ *(\* pick(?:, unfinished)?) +[0-9]", done.stdout, re.MULTILINE)
+    assert sorted(rows) == ["* pick", "* pick, unfinished"]
 
 
 def test_one_line_compares_the_two_answers(project):

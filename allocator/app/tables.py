@@ -114,15 +114,20 @@ def _bits(cell: str) -> float:
 
 
 def records_table(records: Sequence[AllocationRecord]) -> pd.DataFrame:
-    """Returns bytes, bits, losses and retained experts of allocations, one column each."""
+    """Returns bytes, bits, losses and retained experts of allocations, one column each.
+
+    Losses of finished weights have rows of their own where a record names some.
+    """
     columns = {}
     for record in records:
         counts = record.decision.counts.values()
+        finished = {} if record.finished is None else record.finished.after
         columns[record.name] = (
             {"from a trial of kind": record.kind}
             | {f"{name} (bytes)": n for name, n in record.bytes.items()}
             | {"effective bits": round(record.effective_bits, 4)}
             | {f"KL on {s} (nats/token)": round(v, 5) for s, v in record.loss.items()}
+            | {f"KL on {s}, finished": round(v, 5) for s, v in finished.items()}
             | {"retained experts per layer": " ".join(map(str, counts))}
             | {"digest": record.digest[:12]}
         )
