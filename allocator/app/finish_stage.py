@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,12 @@ def finish_anew(study_folder: StudyFolder, record: AllocationRecord, path: Path)
     """
     assert record.finished is not None
     recipe = Recipe.of(record.finished.recipe, str(path))
+    if recipe.streamed != (study_folder.spec.streamed is not None):
+        raise StudyError(
+            f"{path}: its weights were finished {'' if recipe.streamed else 'not '}layer by layer: "
+            f"{'give' if recipe.streamed else 'remove'} study.toml's [streamed], or restore the "
+            "file of the finished weights"
+        )
     finisher = _finisher(study_folder, record.decision, record.importance, recipe, path, None)
     if finisher.inputs(recipe) != record.finished.inputs:
         raise StudyError(
@@ -167,30 +174,23 @@ def _finisher(
     until: float | None,
 ) -> Finisher:
     calibration = study_folder.calibration
-    search, scored = calibration.search, calibration.trial_documents
-    selection = calibration.selection_documents
-    scorers = study_folder.scorers
+    documents = calibration.search, calibration.trial_documents, calibration.selection_documents
 
     from allocator.export.tensors import EncodedTensors
     from allocator.finishing.finish import FinishDocuments, Finisher
-    from allocator.scoring.swap_model import SwapModel
-
-    def model() -> SwapModel:
-        swap = scorers.model
-        assert isinstance(swap, SwapModel)  # a streamed study was refused
-        return swap
 
     if importance is None:
         importance = study_folder.profile.importance
         encodings = study_folder.profiler.encodings
     else:
         encodings = study_folder.encodings.of(importance, beside=beside)
+    encoded_with = study_folder.scorers.encoded_with
     return Finisher(
         EncodedTensors(encodings, allocation),
         importance,
         recipe,
-        FinishDocuments(search, scored, selection),
-        model,
+        FinishDocuments(*documents),
+        partial(encoded_with, importance, beside=beside),
         study_folder.finished_folder,
         threads=study_folder.threads,
         progress=study_folder.progress,
@@ -206,12 +206,8 @@ class _Stage:
         self._folder = StudyFolder(
             request.study, target=request.target, **request.resources.options
         )
-        if self._folder.spec.streamed is not None:
-            raise StudyError(
-                f"{self._folder.path}: finishing needs the model in memory, study.toml has "
-                "[streamed]; leave the section out where memory suffices"
-            )
-        request.recipe.check()
+        streamed = self._folder.spec.streamed is not None
+        self._recipe = request.recipe.layer_by_layer if streamed else request.recipe
         given = request.allocation
         self._record = record_of(given) if given.is_file() else None
         self._path = self._record_path()
@@ -254,7 +250,7 @@ class _Stage:
         given = self._request.allocation
         beside = given if self._record is not None else None
         return _finisher(
-            self._folder, self._allocation, self._importance, self._request.recipe, beside, until
+            self._folder, self._allocation, self._importance, self._recipe, beside, until
         )
 
     def estimate(self, finisher: Finisher) -> FinishEstimate:

@@ -16,7 +16,6 @@ from allocator.finishing.codes import choose
 from allocator.finishing.finish import Finisher, Part, first_tokens
 from allocator.profiling.second_moments import moments_bytes
 from allocator.scoring.documents import Document
-from allocator.scoring.swap_model import device_of
 
 FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
@@ -108,7 +107,7 @@ def _seconds_per_weight(finisher: Finisher, part: Part) -> float:
     encoded = finisher.plain.encoded(part.group.name, part.number)
     width = part.group.shape[-1]
     rows = encoded.reshape(1, -1, encoded.shape[-1])[:, : max(1, _TIMED_WEIGHTS // width)]
-    data = torch.from_numpy(np.array(rows)).to(device_of(finisher.swap.model))
+    data = torch.from_numpy(np.array(rows)).to(finisher.device)
     weights = part.block_format.values(data)
     moments = torch.eye(width, device=weights.device)[None]
     began = time.perf_counter()

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from allocator.checkpoint.tensors import Floats, floats_of
+from allocator.checkpoint.tensors import Floats, floats_of, read_tensor
 from allocator.codecs import Bytes, codec_of, identity_of
 from allocator.codecs.blocks import BlockFormat
+from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import Finishing, finished_name
 from allocator.errors import CheckpointError
 from allocator.export.stored import StoredTensor
@@ -38,11 +39,17 @@ from allocator.finishing.recipe import CODES, Recipe, inputs_digest
 from allocator.finishing.tensors import FinishedTensors, rounded
 from allocator.finishing.tuning import TuningSettings, tune
 from allocator.formats import Format
-from allocator.profiling.second_moments import Smoothing, second_moments
+from allocator.profiling.second_moments import (
+    Smoothing,
+    second_moments,
+    second_moments_streamed,
+)
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, digest
 from allocator.scoring.scorer import Scorer, mean
-from allocator.scoring.swap_model import SwapModel
+from allocator.scoring.streamed_model import StreamedModel
+from allocator.scoring.streamed_scorer import AnyScorer
+from allocator.scoring.swap_model import SwapModel, device_of
 from allocator.targets import Group
 from allocator.targets.group_weights import group_weights
 from allocator.targets.layout import part_names
@@ -135,7 +142,8 @@ class Finisher:
         importance: digest of the importance vectors that they are encoded with.
         recipe: how.
         documents: what on.
-        swap: opens a model of the layout; called when something needs to be computed.
+        scorer: makes a scorer of documents, whose model encodes as `plain` does; called when
+            something needs to be computed.
         folder: of the cache, for what a resumed run takes up, and for the artifact.
         threads: batches that are scored at once.
         progress: shows bars.
@@ -148,7 +156,7 @@ class Finisher:
         importance: str,
         recipe: Recipe,
         documents: FinishDocuments,
-        swap: Callable[[], SwapModel],
+        scorer: Callable[[Sequence[Document]], AnyScorer],
         folder: Path,
         *,
         threads: int = 1,
@@ -161,7 +169,7 @@ class Finisher:
         self.recipe = recipe
         self.documents = documents
         self.folder = folder
-        self._open = swap
+        self._scorer = scorer
         self._threads = threads
         self._progress = progress
         self._until = until
@@ -183,9 +191,16 @@ class Finisher:
         )
 
     @cached_property
-    def swap(self) -> SwapModel:
+    def model(self) -> SwapModel | StreamedModel:
         """The model that candidates are put into."""
-        return self._open()
+        scorer = self._scorers["selection"]
+        return scorer.swap if isinstance(scorer, Scorer) else scorer.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        model = self.model
+        return device_of(model.model) if isinstance(model, SwapModel) else model.device
 
     def known(self) -> Artifact | None:
         """Returns what an earlier run with the same inputs gave; None if there is nothing."""
@@ -222,16 +237,15 @@ class Finisher:
         return self.folder / self.inputs(recipe)[:32]
 
     def _finish(self, run: Path) -> Artifact:
-        before = self._losses(self._as_stored(_PLAIN))
-        changed, recipe = self._chosen(), self.recipe
-        after = self._losses(self._as_stored(changed)) if changed.codes_of else before
-        if after["selection"] > before["selection"]:
-            changed, after = _PLAIN, before
-        if recipe.tunes:
-            tuned, recipe = self._tuned(changed, run)
-            losses = self._losses(self._as_stored(tuned))
+        changed, recipe = _PLAIN, self.recipe
+        before = after = self._losses(self.plain.allocation)
+        for stage in (self._chosen, self._tuned):
+            attempt, recipe = stage(changed, recipe, run)
+            if attempt is changed:
+                continue
+            losses = self._losses(FinishedTensors(self.plain, attempt).candidate)
             if losses["selection"] <= after["selection"]:
-                changed, after = tuned, losses
+                changed, after = attempt, losses
         description = Description(
             allocation=self.plain.allocation.digest,
             checkpoint=self.plain.layout.inventory.digest,
@@ -243,23 +257,12 @@ class Finisher:
         self.plain.layout.inventory.check_unchanged()
         return write_artifact(self.folder, description, changed.codes_of, changed.values_of)
 
-    def _as_stored(self, changed: "_Changed") -> Candidate:
-        return FinishedTensors(self.plain, changed).candidate
-
     @cached_property
-    def _scorers(self) -> dict[str, Scorer]:
+    def _scorers(self) -> dict[str, AnyScorer]:
         parts = {"search": self.documents.scored, "selection": self.documents.selection}
-        return {
-            name: Scorer(
-                self.swap,
-                documents,
-                threads=self._threads,
-                progress=f"loss on {name}" if self._progress else None,
-            )
-            for name, documents in parts.items()
-        }
+        return {split: self._scorer(documents) for split, documents in parts.items()}
 
-    def _losses(self, candidate: Candidate) -> dict[str, float]:
+    def _losses(self, candidate: Allocation | Candidate) -> dict[str, float]:
         """Proxy loss per split, nats per token."""
         return {
             split: mean(scorer.score(candidate).kl, scorer.documents)
@@ -268,16 +271,16 @@ class Finisher:
 
     # -- codes
 
-    def _chosen(self) -> "_Changed":
+    def _chosen(self, changed: "_Changed", recipe: Recipe, run: Path) -> tuple["_Changed", Recipe]:
         """Chooses the codes of every part, or reads those that an earlier run has chosen."""
-        if CODES not in self.recipe.parts:
-            return _PLAIN
-        folder = self._run_folder(self.recipe.codes_alone)
+        if CODES not in recipe.parts:
+            return changed, recipe
+        folder = self._run_folder(recipe.codes_alone)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "choosing"):
             codes = dict(self._codes(folder))
-        named = inputs_digest(self.recipe.codes_alone, inputs=folder.name)
-        return _Changed(codes, {}, named)
+        named = inputs_digest(recipe.codes_alone, inputs=folder.name)
+        return (_Changed(codes, {}, named) if codes else changed), recipe
 
     def missing(self) -> list[Part]:
         """Lists the parts whose codes no earlier run has chosen."""
@@ -301,7 +304,7 @@ class Finisher:
             initial=sum(p.n_weights for p in parts if p.name in known),
             desc="codes", unit="weight", unit_scale=True, disable=not self._progress,
         ) as bar:  # fmt: skip
-            for part, data in self._choose(missing):
+            for part, data in self._choose(missing, folder):
                 known[part.name] = data
                 save_arrays(_codes_path(folder, part), {"data": data}, folder.name)
                 bar.update(part.n_weights)
@@ -310,43 +313,72 @@ class Finisher:
             if not np.array_equal(data, self.plain.encoded(part.group.name, part.number)):
                 yield part.name, data
 
-    def _choose(self, missing: Mapping[str, list[Part]]) -> Iterator[tuple[Part, Bytes]]:
-        """Yields the codes of parts, group by group, one group's moments in memory at a time."""
+    def _choose(
+        self, missing: Mapping[str, list[Part]], folder: Path
+    ) -> Iterator[tuple[Part, Bytes]]:
+        """Yields the codes of parts, group by group, as second moments come."""
         if not missing:
             return
-        layout, allocation, recipe = self.plain.layout, self.plain.allocation, self.recipe
-        original = Candidate.original(layout)
-        self.swap.put(
-            replace(
-                original,
-                retained_experts=allocation.retained_experts,
-                experts_used=allocation.experts_used,
-            )
-        )
-        measured = second_moments(
-            self.swap,
-            first_tokens(self.documents.search, recipe.moments_tokens),
-            [layout.groups[name] for name in missing],
-            fisher=recipe.fisher,
-            smoothing=Smoothing(recipe.shrink_tokens, recipe.damping),
-            seed=recipe.seed,
-            progress=self._progress,
-        )
-        for group, moments in measured:
-            weights = group_weights(layout, group)
-            retained = group.experts(allocation.retained_experts)
+        retained_experts = self.plain.allocation.retained_experts
+        encoded: dict[str, Bytes] = {}  # of groups whose experts have not all come
+        for group, places, moments in self._moments(missing, folder):
+            retained = group.experts(retained_experts)
+            experts = [retained[place] for place in places]
+            if not places or places[0] == 0:
+                for part in missing[group.name]:
+                    encoded[part.name] = np.array(self.plain.encoded(group.name, part.number))
             for part in missing[group.name]:
-                mine = moments
-                if part.experts:
-                    mine = moments[[retained.index(e) for e in part.experts]]
-                chosen = weights[list(part.experts)] if part.experts else weights
-                yield part, self._choose_part(part, chosen, mine)
+                data = encoded[part.name]
+                if not group.role.is_expert:
+                    weights = group_weights(self.plain.layout, group)
+                    data[...] = self._chosen_codes(part, weights, data, moments)
+                    continue
+                mine = [i for i, expert in enumerate(experts) if expert in part.experts]
+                rows = [part.experts.index(experts[i]) for i in mine]
+                if rows:
+                    weights = self._experts(group, [experts[i] for i in mine])
+                    data[rows] = self._chosen_codes(part, weights, data[rows], moments[mine])
+            if not places or places[-1] == len(retained) - 1:
+                for part in missing[group.name]:
+                    yield part, encoded.pop(part.name)
 
-    def _choose_part(self, part: Part, weights: Floats, moments: torch.Tensor) -> Bytes:
-        encoded = self.plain.encoded(part.group.name, part.number)
+    def _experts(self, group: Group, experts: Sequence[int]) -> Floats:
+        """Weights of some experts, `(experts, out, in)`."""
+        inventory = self.plain.layout.inventory
+        return np.stack([read_tensor(inventory, group.sources[expert]) for expert in experts])
+
+    def _moments(
+        self, missing: Mapping[str, list[Part]], folder: Path
+    ) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
+        """Yields second moments of groups; of a routed projection, of retained experts by place."""
+        layout, allocation, recipe = self.plain.layout, self.plain.allocation, self.recipe
+        candidate = replace(
+            Candidate.original(layout),
+            retained_experts=allocation.retained_experts,
+            experts_used=allocation.experts_used,
+        )
+        documents = first_tokens(self.documents.search, recipe.moments_tokens)
+        groups = [layout.groups[name] for name in missing]
+        smoothing = Smoothing(recipe.shrink_tokens, recipe.damping)
+        if isinstance(self.model, StreamedModel):
+            yield from second_moments_streamed(
+                self.model, documents, groups, candidate,
+                smoothing=smoothing, scratch=folder, of=folder.name, progress=self._progress,
+            )  # fmt: skip
+            return
+        self.model.put(candidate)
+        measured = second_moments(
+            self.model, documents, groups,
+            fisher=recipe.fisher, smoothing=smoothing, seed=recipe.seed, progress=self._progress,
+        )  # fmt: skip
+        for group, moments in measured:
+            yield group, tuple(range(len(group.experts(allocation.retained_experts)))), moments
+
+    def _chosen_codes(
+        self, part: Part, weights: Floats, encoded: Bytes, moments: torch.Tensor
+    ) -> Bytes:
         apart = weights.ndim == 3
-        device = moments.device
-        values, data = (torch.from_numpy(np.array(x)).to(device) for x in (weights, encoded))
+        values, data = (torch.from_numpy(x).to(moments.device) for x in (weights, encoded))
         with torch.inference_mode():
             chosen = choose(
                 values if apart else values[None],
@@ -360,9 +392,12 @@ class Finisher:
 
     # -- tuning
 
-    def _tuned(self, changed: "_Changed", run: Path) -> tuple["_Changed", Recipe]:
+    def _tuned(self, changed: "_Changed", recipe: Recipe, run: Path) -> tuple["_Changed", Recipe]:
         """Tunes norms, routers and scales; the recipe says after which step a time limit struck."""
-        recipe = self.recipe
+        if not recipe.tunes:
+            return changed, recipe
+        model = self.model
+        assert isinstance(model, SwapModel)  # else the recipe tunes nothing
         settings = TuningSettings(
             tokens=recipe.tuning_tokens,
             rate=recipe.rate,
@@ -370,7 +405,7 @@ class Finisher:
             seed=recipe.seed,
         )
         tuned = tune(
-            self.swap,
+            model,
             FinishedTensors(self.plain, changed),
             self.documents.search,
             self.documents.selection,

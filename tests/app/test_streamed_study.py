@@ -178,3 +178,24 @@ def test_weights_that_do_not_fit_the_config_are_refused(
             file.write("\n[streamed]\n")
     with pytest.raises(CheckpointError, match=said):
         api.profile(folder, cache=tmp_path / "cache", threads=1)
+
+
+def test_weights_are_finished_layer_by_layer(study, tmp_path):
+    folder, options = study
+    pick = folder / "allocations" / "pick.json"
+    result = api.finish(folder, pick, tokens=256, out="low", **options)
+    streamed = api.finish(folder, "Q4_0", tokens=256, **options)
+    assert result.recipe == streamed.recipe
+    assert result.record == folder / "allocations/low.json"
+    assert streamed.recipe.parts == ("codes",)
+    assert streamed.after["selection"] < 0.95 * streamed.before["selection"]
+    written = api.materialize(folder, streamed.record, tmp_path / "out", **options)
+    found = api.verify(folder, written.folder, tolerance=10.0, **options)
+    assert found.loss == pytest.approx(streamed.after["search"], abs=1e-6)
+
+    path = streamed.record
+    in_memory(folder, options)
+    streamed.artifact.unlink()
+    shutil.rmtree(options["cache"] / "finish")
+    with pytest.raises(StudyError, match="layer by layer"):
+        api.reproduce(path, tmp_path / "again", **options)

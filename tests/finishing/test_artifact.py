@@ -137,7 +137,14 @@ def test_a_recipe_comes_back_and_a_wrong_one_is_refused():
     recipe = Recipe(rate=1e-3, parts=PARTS[:2], stopped_steps=4)
     plain = json.loads(json.dumps(recipe.to_json()))
     assert Recipe.of(plain, "pick.json") == recipe
-    for wrong in ({"tokens": 1}, {"parts": ["bias"]}, {"rounds": 0}, {"method": 0}, {"parts": []}):
+    for wrong in (
+        {"tokens": 1},
+        {"parts": ["bias"]},
+        {"rounds": 0},
+        {"method": 0},
+        {"streamed": True},
+        {"parts": []},
+    ):
         with pytest.raises(SpaceError, match=r"pick.json: recipe") as caught:
             Recipe.of({**plain, **wrong}, "pick.json")
         assert "\n" not in str(caught.value)
@@ -150,7 +157,7 @@ def test_every_input_names_another_result():
     others = {
         "moments_tokens": 1, "tuning_tokens": 1, "fisher": False, "damping": 0.5, "rounds": 3,
         "shrink_tokens": 1, "rate": 1.0, "seed": 1, "parts": PARTS[:1],
-        "stopped_steps": 5, "method": 2,
+        "stopped_steps": 5, "method": 2, "streamed": True,
     }  # fmt: skip
     assert set(others) == set(Recipe.__struct_fields__)
     for name, value in others.items():
