@@ -10,15 +10,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from safetensors import safe_open
 
 from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation_record import AllocationRecord, finished_name
 from allocator.errors import SpaceError, StudyError, VerifyError
+from allocator.export.manifest import file_digest
 from allocator.finishing import finish as stage
 from allocator.finishing.artifact import read_artifact
-from allocator.finishing.codes import choose
+from allocator.finishing.codes import Chosen, choose
 from allocator.finishing.recipe import CODES, PARTS
 from allocator.finishing.tuning import TuningSettings
 from allocator.targets.layout import part_names
@@ -225,6 +227,24 @@ def test_without_tuning_norms_and_routers_stay(base, fresh):
     with safe_open(result.artifact, framework="np") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"codes"}  # noqa: SIM118
     assert result.after["selection"] < result.before["selection"]
+
+
+def test_what_loses_more_on_the_selection_split_is_not_taken(fresh, monkeypatch, tmp_path):
+    study, options = fresh
+    path = study / "allocations/low.json"
+
+    def worse(weights, data, *_, **__):
+        return Chosen(torch.zeros_like(data), torch.zeros(len(data)), torch.zeros(len(data)))
+
+    monkeypatch.setattr(stage, "choose", worse)
+    result = api.finish(study, path, tokens=TOKENS, tuning=False, **options)
+    assert result.after == result.before
+    folders = [
+        api.materialize(study, path, tmp_path / name, unfinished=name == "plain", **options).folder
+        for name in ("finished", "plain")
+    ]
+    one, other = (file_digest(folder / "model.gguf") for folder in folders)
+    assert one == other
 
 
 def test_a_format_a_recipe_and_a_plain_allocation_get_records(fresh, tmp_path):

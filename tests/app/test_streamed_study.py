@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError, StudyError, VerifyError
+from allocator.finishing import finish
 from allocator.scoring import swap_model as model
 from allocator.study.trials import RESULT, allocation_of
 
@@ -180,7 +182,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
         api.profile(folder, cache=tmp_path / "cache", threads=1)
 
 
-def test_weights_are_finished_layer_by_layer(study, tmp_path):
+def test_weights_are_finished_layer_by_layer(study, tmp_path, monkeypatch):
     folder, options = study
     pick = folder / "allocations" / "pick.json"
     result = api.finish(folder, pick, tokens=256, out="low", **options)
@@ -192,6 +194,12 @@ def test_weights_are_finished_layer_by_layer(study, tmp_path):
     written = api.materialize(folder, streamed.record, tmp_path / "out", **options)
     found = api.verify(folder, written.folder, tolerance=10.0, **options)
     assert found.loss == pytest.approx(streamed.after["search"], abs=1e-6)
+
+    shutil.rmtree(options["cache"] / "finish")
+    by_expert = partial(finish.second_moments_streamed, memory_bytes=1)
+    monkeypatch.setattr(finish, "second_moments_streamed", by_expert)
+    again = api.finish(folder, "Q4_0", tokens=256, out="again", **options)
+    assert again.weights == streamed.weights
 
     path = streamed.record
     in_memory(folder, options)

@@ -6,7 +6,12 @@ from contextlib import suppress
 import msgspec
 import pytest
 
-from allocator.decision.allocation_record import AllocationRecord, changing, note_digests
+from allocator.decision.allocation_record import (
+    AllocationRecord,
+    Finishing,
+    changing,
+    note_digests,
+)
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
 
@@ -58,3 +63,32 @@ def test_no_flipped_bit_passes(tmp_path):
         path.write_bytes(data)
         with suppress(SpaceError):
             assert AllocationRecord.read(path) == RECORD
+
+
+FINISHING = Finishing(recipe={}, inputs="i", before={"search": 0.5}, after={"search": 0.25})
+
+
+def test_digests_of_written_files_stay_with_their_weights(tmp_path):
+    plain = msgspec.structs.replace(RECORD, sha256={"gguf": "plain"})
+    finished = plain.finished_with("a" * 64, FINISHING)
+    assert finished.sha256 == {}
+    assert finished.finished.unfinished_sha256 == {"gguf": "plain"}
+    assert (finished.losses, finished.loss) == ({"search": 0.25}, {"search": 0.5})
+    assert finished.unfinished == plain
+
+    path = tmp_path / "pick.json"
+    path.write_bytes(finished.to_bytes())
+    note_digests(path, finished, {"gguf": "finished"})
+    note_digests(path, finished, {"safetensors": "plain too"}, unfinished=True)
+    known = AllocationRecord.read(path)
+    assert known.sha256 == {"gguf": "finished"}
+    both = {"gguf": "plain", "safetensors": "plain too"}
+    assert known.unfinished.sha256 == both
+
+    again, other = (known.finished_with(letter * 64, FINISHING) for letter in "ab")
+    assert again == known
+    assert (other.sha256, other.unfinished.sha256) == ({}, both)
+    for changed in (other, plain):
+        path.write_bytes(changed.to_bytes())
+        with pytest.raises(StudyError, match="changed while"):
+            note_digests(path, finished, {"gguf": "0"})
