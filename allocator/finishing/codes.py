@@ -24,7 +24,7 @@ from allocator.codecs.blocks import BlockFormat, Fields, ScalarFormat
 
 _WINDOW = 256
 """Columns among which the gradient is kept up to date; a multiple of every block's columns."""
-_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 18, 1 << 27
+_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 20, 1 << 27
 """Weights whose codes are chosen at once, on a CPU and on other devices."""
 
 
@@ -49,7 +49,7 @@ def choose(
     block_format: BlockFormat,
     moments: torch.Tensor,
     *,
-    rounds: int = 2,
+    rounds: int = 1,
     ahead: bool = True,
 ) -> Chosen:
     """Chooses codes, sub-scales, minima and scales of encoded matrices.

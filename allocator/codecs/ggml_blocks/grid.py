@@ -39,8 +39,8 @@ _RUN = 64
 """Costs of a run, within which minima are searched first."""
 _SHIFT = 0.125
 """Of the levels of the IQ1 types."""
-_POINTS, _NEAR = 2048, 24
-"""Points of the IQ1 types, and how many near a pattern are tried."""
+_POINTS = 2048
+"""Points of the IQ1 types, without shifts."""
 
 
 @cache
@@ -354,7 +354,13 @@ class _IQ3S(GridFormat):
 
 
 class _Ternary(GridFormat):
-    """The IQ1 types: levels -1, 0 and 1 of a grid without signs, and a shift of 1/8 up or down."""
+    """The IQ1 types: levels -1, 0 and 1 of a grid without signs, and a shift of 1/8 up or down.
+
+    Attributes:
+        near: points near a pattern that are tried, with each shift that a code can say.
+    """
+
+    near = 24
 
     unit, index_bits = 8, 12
 
@@ -396,7 +402,7 @@ class _Ternary(GridFormat):
             patterns = torch.arange(3**8)[:, None] // 3 ** torch.arange(8) % 3 - 1.0
             points = _grid(self.fmt.name)
             distances = patterns.square().sum(-1)[:, None] - 2 * patterns @ points.T
-            near = (distances + points.square().sum(-1)).topk(_NEAR, largest=False).indices
+            near = (distances + points.square().sum(-1)).topk(self.near, largest=False).indices
             self._near[device] = near.to(device), points[near].flatten(1).to(device)
         return self._near[device]
 
@@ -422,7 +428,7 @@ class _IQ1S(_Ternary):
 
 
 class _IQ1M(_Ternary):
-    group = 16
+    group, near = 16, 12
     factors = 1.0 + 2 * torch.arange(8)
 
     @cached_property
