@@ -72,7 +72,7 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     factor = FORWARDS_OF_MOMENTS if recipe.fisher else 1
     seconds = {
         "second moments": seconds_per_token * moments * factor,
-        "codes": recipe.rounds * _choice_seconds(finisher, missing),
+        "codes": _choice_seconds(finisher, missing),
         "tuning": seconds_per_token * (FORWARDS_OF_STEP * tuning + checks),
         "scoring": seconds_per_token * scored * 4,
     }
@@ -112,7 +112,7 @@ def _seconds_per_weight(finisher: Finisher, part: Part) -> float:
     moments = torch.eye(width, device=weights.device)[None]
     began = time.perf_counter()
     with torch.inference_mode():
-        choose(weights, data, part.block_format, moments, rounds=1)
+        choose(weights, data, part.block_format, moments, rounds=finisher.recipe.rounds)
     return (time.perf_counter() - began) / weights.numel()
 
 

@@ -42,9 +42,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     moments_tokens: int = 65_536
     tuning_tokens: int = 61_440
     fisher: bool = True
-    damping: float = 0.01
-    shrink_tokens: int = 256
-    rounds: int = 2
+    damping: float = 0.05
+    shrink_tokens: int = 1024
+    rounds: int = 1
     rate: float | None = None
     seed: int = 0
     parts: tuple[str, ...] = PARTS
