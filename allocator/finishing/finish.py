@@ -255,7 +255,18 @@ class Finisher:
             tensors={},
         )
         self.plain.layout.inventory.check_unchanged()
-        return write_artifact(self.folder, description, changed.codes_of, changed.values_of)
+        numbers = {
+            part: (name, number)
+            for name in self.plain.layout.groups
+            for number, part in enumerate(self._names(name))
+        }
+        return write_artifact(
+            self.folder, description, changed.codes_of, changed.values_of,
+            plain=lambda part: self.plain.encoded(*numbers[part]),
+        )  # fmt: skip
+
+    def _names(self, group: str) -> tuple[str, ...]:
+        return part_names(group, self.plain.allocation.parts(self.plain.layout, group))
 
     @cached_property
     def _scorers(self) -> dict[str, AnyScorer]:
@@ -419,8 +430,7 @@ class Finisher:
             recipe = msgspec.structs.replace(recipe, stopped_steps=tuned.stopped)
         codes: dict[str, Bytes] = {}
         for name in self.plain.layout.groups:
-            stored = self.plain.allocation.parts(self.plain.layout, name)
-            for number, part in enumerate(part_names(name, stored)):
+            for number, part in enumerate(self._names(name)):
                 plain = self.plain.encoded(name, number)
                 data = tuned.tensors[part].data.reshape(plain.shape)
                 if not np.array_equal(data, plain):
@@ -462,7 +472,7 @@ class _Changed:
     values_of: Mapping[str, Floats]
     weights: str
 
-    def codes(self, name: str) -> Bytes | None:
+    def codes(self, name: str, plain: Callable[[], Bytes]) -> Bytes | None:
         """Returns bytes of a part, `(..., rows, bytes per row)`; None if they are the codec's."""
         return self.codes_of.get(name)
 

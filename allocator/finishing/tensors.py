@@ -6,7 +6,8 @@ everything else from the plain weights; a candidate made of it computes with exa
 values that a file gets, whichever container.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,8 +30,13 @@ class Changes(Protocol):
     def weights(self) -> str:
         """The digest of the finished weights."""
 
-    def codes(self, name: str) -> Bytes | None:
-        """Returns bytes of a part, `(..., rows, bytes per row)`; None if they are the codec's."""
+    def codes(self, name: str, plain: Callable[[], Bytes]) -> Bytes | None:
+        """Returns bytes of a part, `(..., rows, bytes per row)`; None if they are the codec's.
+
+        Args:
+            name: of the part.
+            plain: returns the codec's.
+        """
 
     def values(self, source: str) -> Floats | None:
         """Returns a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`, float32.
@@ -78,7 +84,7 @@ class FinishedTensors:
             CheckpointError: if the artifact is damaged.
         """
         stored_as = self._names[name][part]
-        data = self._changes.codes(stored_as)
+        data = self._changes.codes(stored_as, partial(self._plain.encoded, name, part))
         if data is None:
             return self._plain.encoded(name, part)
         _check_shape(stored_as, data.shape, self.shape(name, part))

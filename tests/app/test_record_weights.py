@@ -40,7 +40,15 @@ def pick(study, options, finish_by_hand):
         record.digest, record.checkpoint, record.importance, record.codec, finishing, {}
     )
     changes = finish_by_hand(encodings, record.decision)
-    artifact = write_artifact(path.parent, description, *changes)
+    formats = record.decision.format_of
+    experts = {
+        name: group.experts(record.decision.retained_experts) or None
+        for name, group in folder.layout.groups.items()
+    }
+    artifact = write_artifact(
+        path.parent, description, *changes,
+        lambda name: encodings.encoded(name, formats[name], experts[name]),
+    )  # fmt: skip
     path.write_bytes(record.finished_with(artifact.weights, finishing).to_bytes())
     scored = api.score(study, path, **options)
     assert abs(scored["loss"] - record.loss["search"]) > 1e-4

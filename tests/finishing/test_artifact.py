@@ -2,6 +2,8 @@
 
 import json
 import struct
+import zlib
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -31,23 +33,42 @@ def content(seed=0):
     return codes, values
 
 
+def plain(name):
+    """The codec's bytes."""
+    codes, _ = content()
+    return codes.get(name, codes["a"]) ^ np.uint8(name == "b")
+
+
+def write(folder, description, codes, values):
+    return write_artifact(folder, description, codes, values, plain)
+
+
+def codes_in(artifact, name):
+    return artifact.codes(name, partial(plain, name))
+
+
 @pytest.fixture
 def artifact(tmp_path):
-    return write_artifact(tmp_path, DESCRIPTION, *content())
+    return write(tmp_path, DESCRIPTION, *content())
 
 
 def test_it_comes_back_and_another_library_reads_it(artifact):
     codes, values = content()
     again = read_artifact(artifact.path, artifact.weights)
     assert artifact.path.name == f"finished-{artifact.weights[:12]}.safetensors"
-    plain = load_file(artifact.path)
-    for prefix, tensors, get in (("codes", codes, again.codes), ("values", values, again.values)):
-        for name, tensor in tensors.items():
-            for read in (get(name), plain[f"{prefix}.{name}"]):
-                assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
-                assert np.array_equal(read, tensor)
-    assert len(plain) == 4
-    assert again.codes("norm") is None
+    stored = load_file(artifact.path)
+    for name, tensor in codes.items():
+        changes = zlib.decompress(stored.pop(f"codes.{name}").tobytes())
+        again_from_library = np.frombuffer(changes, np.uint8).reshape(tensor.shape) ^ plain(name)
+        for one in (codes_in(again, name), codes_in(again, name), again_from_library):
+            assert one.shape == tensor.shape
+            assert np.array_equal(one, tensor)
+    for name, tensor in values.items():
+        for one in (again.values(name), stored.pop(f"values.{name}")):
+            assert (one.dtype, one.shape) == (tensor.dtype, tensor.shape)
+            assert np.array_equal(one, tensor)
+    assert not stored
+    assert codes_in(again, "norm") is None
     assert again.values("a") is None
     assert again.holds("b", codes["b"].reshape(-1)) is True
     assert again.holds("b", codes["b"] ^ 1) is False
@@ -59,15 +80,15 @@ def test_its_digest_is_of_the_weights_and_not_of_the_recipe(artifact, tmp_path):
     digests = {artifact.weights}
     other = msgspec.structs.replace(FINISHING, recipe=Recipe(seed=7).to_json(), after={})
     described = msgspec.structs.replace(DESCRIPTION, finishing=other)
-    assert write_artifact(tmp_path / "2", described, codes, values).weights in digests
+    assert write(tmp_path / "2", described, codes, values).weights in digests
     for changed in (
-        {**codes, "a": codes["a"] + 1}, {**codes, "c": codes["a"]}, {"b": codes["b"]}
+        {**codes, "a": codes["a"] + 1}, {**codes, "c": codes["a"] + 1}, {"b": codes["b"]}
     ):  # fmt: skip
-        digests.add(write_artifact(tmp_path / "2", DESCRIPTION, changed, values).weights)
-    digests.add(write_artifact(tmp_path / "2", DESCRIPTION, codes, {}).weights)
+        digests.add(write(tmp_path / "2", DESCRIPTION, changed, values).weights)
+    digests.add(write(tmp_path / "2", DESCRIPTION, codes, {}).weights)
     for name in ("allocation", "checkpoint", "importance"):
         described = msgspec.structs.replace(DESCRIPTION, **{name: "f" * 64})
-        digests.add(write_artifact(tmp_path / "2", described, codes, values).weights)
+        digests.add(write(tmp_path / "2", described, codes, values).weights)
     assert len(digests) == 8
 
 
@@ -81,7 +102,7 @@ def test_no_flipped_bit_passes(artifact):
         said = []
         try:
             again = read_artifact(artifact.path, artifact.weights)
-            read = [again.codes(n) for n in codes] + [again.values(n) for n in values]
+            read = [codes_in(again, n) for n in codes] + [again.values(n) for n in values]
         except CheckpointError as error:
             said = [str(error)]
         if said:
@@ -111,6 +132,10 @@ def test_a_truncated_or_foreign_file_is_refused(artifact, tmp_path):
         with pytest.raises(CheckpointError, match="no finished weights"):
             read_artifact(path, artifact.weights)
     artifact.path.write_bytes(whole)
+    again = read_artifact(artifact.path, artifact.weights)
+    for wrong in (lambda: plain("b") ^ 1, lambda: plain("b")[:1], lambda: np.tile(plain("b"), 2)):
+        with pytest.raises(CheckpointError, match=r"b comes to other bytes, .* x 1 made"):
+            again.codes("b", wrong)
     with pytest.raises(CheckpointError, match="it holds weights"):
         read_artifact(artifact.path, "f" * 64)
     with pytest.raises(CheckpointError, match="no finished weights"):
