@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:  # these load torch
     from allocator.finishing.artifact import Artifact
     from allocator.finishing.estimate import FinishEstimate
     from allocator.finishing.finish import Finisher
-
-_TIMED_DOCUMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -179,18 +177,20 @@ def _finisher(
     from allocator.export.tensors import EncodedTensors
     from allocator.finishing.finish import FinishDocuments, Finisher
 
+    scorers = study_folder.scorers
     if importance is None:
         importance = study_folder.profile.importance
         encodings = study_folder.profiler.encodings
-    else:
+        model = cache(lambda: scorers.model)
+    else:  # without the study's own calibration pass
         encodings = study_folder.encodings.of(importance, beside=beside)
-    encoded_with = study_folder.scorers.encoded_with
+        model = cache(lambda: scorers.model_with(encodings))
     return Finisher(
         EncodedTensors(encodings, allocation),
         importance,
         recipe,
         FinishDocuments(*documents),
-        partial(encoded_with, importance, beside=beside),
+        lambda chosen: scorers.on(chosen, model=model()),
         study_folder.finished_folder,
         threads=study_folder.threads,
         progress=study_folder.progress,
@@ -255,13 +255,18 @@ class _Stage:
 
     def estimate(self, finisher: Finisher) -> FinishEstimate:
         """Prices it."""
-        from allocator.app.estimate import seconds_per_token
         from allocator.finishing.estimate import estimate as _estimate
+        from allocator.finishing.estimate import seconds_per_token
 
         if finisher.known() is not None:
             return _estimate(finisher, 0.0)
-        per_token = seconds_per_token(
-            self._folder, documents=_TIMED_DOCUMENTS, threads=self._folder.threads
+        if not self._recipe.streamed:
+            return _estimate(finisher, seconds_per_token(finisher))
+
+        from allocator.app.estimate import seconds_per_token as streamed_seconds_per_token
+
+        per_token = streamed_seconds_per_token(
+            self._folder, documents=1, threads=self._folder.threads
         )
         return _estimate(finisher, per_token)
 

@@ -16,6 +16,7 @@ from allocator.finishing.codes import choose
 from allocator.finishing.finish import Finisher, Part, first_tokens
 from allocator.profiling.second_moments import moments_bytes
 from allocator.scoring.documents import Document
+from allocator.scoring.scorer import Scorer
 
 FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
@@ -24,6 +25,7 @@ FORWARDS_OF_STEP = 4
 N_CHECKS = 7
 """Times that tuning scores the selection documents."""
 _TIMED_WEIGHTS = 1 << 16
+_TIMED_DOCUMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class FinishEstimate:
     def total_seconds(self) -> float:
         """Seconds of everything."""
         return sum(self.seconds.values())
+
+
+def seconds_per_token(finisher: Finisher) -> float:
+    """Measures the seconds per token of a candidate's forward pass, with the model in memory."""
+    scorer = finisher.scorer(finisher.documents.selection[:_TIMED_DOCUMENTS])
+    assert isinstance(scorer, Scorer)
+    scorer.ensure_reference(scorer.n_documents)
+    began = time.perf_counter()
+    scorer.score_installed()
+    return (time.perf_counter() - began) / scorer.n_tokens
 
 
 def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:

@@ -169,7 +169,7 @@ class Finisher:
         self.recipe = recipe
         self.documents = documents
         self.folder = folder
-        self._scorer = scorer
+        self.scorer = scorer
         self._threads = threads
         self._progress = progress
         self._until = until
@@ -271,7 +271,7 @@ class Finisher:
     @cached_property
     def _scorers(self) -> dict[str, AnyScorer]:
         parts = {"search": self.documents.scored, "selection": self.documents.selection}
-        return {split: self._scorer(documents) for split, documents in parts.items()}
+        return {split: self.scorer(documents) for split, documents in parts.items()}
 
     def _losses(self, candidate: Allocation | Candidate) -> dict[str, float]:
         """Proxy loss per split, nats per token."""
