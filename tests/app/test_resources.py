@@ -7,7 +7,7 @@ import pytest
 from allocator import api
 from allocator.app.resources import Resources
 from allocator.app.study_folder import StudyFolder
-from allocator.errors import StudyError
+from allocator.errors import AllocatorError
 from allocator.study.stop_rule import StopRule
 
 VERBS = {
@@ -56,5 +56,5 @@ def test_a_stop_rule_counts_from_when_it_is_started():
     assert not started.is_late
     assert StopRule(seconds=0).started().is_late
     assert not StopRule().started().is_late
-    with pytest.raises(StudyError, match="0 trials"):
+    with pytest.raises(AllocatorError, match="trials 0: needed"):
         StopRule(trials=0).check()

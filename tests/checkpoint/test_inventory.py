@@ -449,7 +449,7 @@ def test_unreadable_config(tmp_path, make):
     ("changes", "match"),
     [
         ({"model_type": "llama"}, "model_type 'llama' is not supported yet; supported: deepseek"),
-        ({"model_type": None}, "model_type None is not supported yet"),
+        ({"model_type": None}, "no model_type; needed the config.json"),
         ({"num_experts": None}, "no num_experts or num_local_experts"),
         ({"num_experts": "four"}, "num_experts is 'four'"),
         ({"num_experts": 0}, "num_experts is 0"),

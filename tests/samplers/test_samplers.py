@@ -11,7 +11,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator.errors import StudyError
+from allocator.errors import AllocatorError
 from allocator.samplers import SAMPLERS, make_sampler
 from allocator.study.generations import Selection
 from allocator.study.optuna_private import trial_id
@@ -252,7 +252,7 @@ def test_another_seed_proposes_otherwise(formula, undisturbed, sampler):
     [("annealing", 0, "annealing.*auto, knapsack, random"), ("tpe", -1, "-1")],
 )
 def test_unknown_samplers_and_bad_seeds_are_refused(name, seed, what):
-    with pytest.raises(StudyError, match=what):
+    with pytest.raises(AllocatorError, match=what):
         make_sampler(name, None, seed=seed)
 
 
