@@ -199,7 +199,8 @@ class _Descent:
             columns,
             self._metric[:, local, local].contiguous(),
             self._gradient[..., local].contiguous(),
-            self._values[..., columns].contiguous(),
+            # moves write into it; of a single row `contiguous` would give no copy
+            self._values[..., columns].clone(memory_format=torch.contiguous_format),
         )
 
     def _put_back(self, part: "_Part") -> None:

@@ -46,18 +46,7 @@ def versions(values, choices):
     return copies
 
 
-_NOT_SETTLED = pytest.mark.xfail(
-    reason="groups of several to a block end up to 9 % above the best single change since their "
-    "codes are moved together: a known gap of the descent",
-    strict=False,
-)
-_ONE_GROUP = ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[n if n in _ONE_GROUP else pytest.param(n, marks=_NOT_SETTLED) for n in SCALARS],
-)
+@pytest.fixture(scope="module", params=SCALARS)
 def settled(request):
     """A block after rounds that changed nothing more, and its quadratic."""
     name = request.param
