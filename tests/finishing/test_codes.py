@@ -64,6 +64,16 @@ def test_with_a_diagonal_it_is_no_worse_than_ggml(name):
     assert (after <= exact(name, weights, data, moments)).all()
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_row_alone_ends_where_it_does_beside_others(name):
+    """Memory of a single row is laid out otherwise; sums differ by rounding alone."""
+    weights, data, moments = problem(name, experts=1, rows=2)
+    beside = choose(weights, data, FORMS[name], moments).data[:, :1]
+    alone = choose(weights[:, :1], data[:, :1], FORMS[name], moments).data
+    losses = [exact(name, weights[:, :1], row, moments) for row in (beside, alone)]
+    torch.testing.assert_close(*losses, rtol=0.01, atol=0)
+
+
 def every_code(name):
     """All codes of one unit, `(codes,)`: of a grid, points with all allowed signs."""
     form = FORMS[name]
