@@ -454,7 +454,7 @@ def finish(
         seed: of what is drawn; 0 by default.
         out: name of the record to write; by default the one that was given, or one in the study's
             `allocations` that is named for the file or the format.
-        on_estimate: called with what it takes, before anything is measured.
+        on_estimate: called with the estimate, before any weights are computed.
         options: as of `StudyOptions`.
 
     Raises:

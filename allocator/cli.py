@@ -237,8 +237,7 @@ def _explain(args: argparse.Namespace) -> None:
         up_bytes="+,.0f", up_loss="+.6f", down_bytes="+,.0f", down_loss="+.6f",
     )  # fmt: skip
     for split, before, after in table.attrs["losses"]:
-        share = f" ({after / before:.3f} of it)" if after is not None and before else ""
-        finished = "" if after is None else f", finished {after:.6f}{share}"
+        finished = "" if after is None else _finished_loss(before, after)
         print(f"loss on the {split} split {before:.6f} nats per token{finished}")
 
 
@@ -282,14 +281,19 @@ def _finish(args: argparse.Namespace) -> None:
         **_options(args),
     )
     for split, before in result.before.items():
-        after = result.after[split]
-        share = f" ({after / before:.3f} of it)" if before else ""
-        print(f"loss on the {split} split {before:.6f}, finished {after:.6f}{share}")
+        finished = _finished_loss(before, result.after[split])
+        print(f"loss on the {split} split {before:.6f}{finished}")
     if result.after == result.before:
         print("nothing gained on the selection split: the weights stay as they were")
     if result.recipe.stopped_steps is not None:
         print(f"tuning stopped after {result.recipe.stopped_steps} steps (--time)")
     print(f"finished weights: {result.artifact}\nrecord: {result.record}")
+
+
+def _finished_loss(before: float, after: float) -> str:
+    """A finished loss, and its share of the unfinished one, to append to that."""
+    share = f" ({after / before:.3f} of it)" if before else ""
+    return f", finished {after:.6f}{share}"
 
 
 def _print_finish_estimate(e: Any) -> None:
@@ -544,10 +548,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )
-    p.add_argument(
-        "--time",
-        help="time limit, e.g. 30min; replaces study.toml's trials",
-    )
+    p.add_argument("--time", help="time limit, e.g. 30min; replaces study.toml's trials")
     p.add_argument(
         "--tokens",
         type=_positive,

@@ -25,7 +25,7 @@ from allocator.app.record_weights import record_of
 from allocator.app.resources import Resources
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, changing
+from allocator.decision.allocation_record import AllocationRecord, changing, recorded_bytes
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
 from allocator.finishing.recipe import CODES, Recipe
@@ -213,7 +213,7 @@ class _Stage:
         self._path = self._record_path()
         _ = self._folder.calibration.splits
         self._allocation, self._importance = self._folder.read_encoded(given, base=request.base)
-        self._known = self._known_record()
+        self._check_known_record()
 
     def _record_path(self) -> Path:
         """Where the record is written.
@@ -230,20 +230,16 @@ class _Stage:
         folder = self._folder.path / "allocations" if self._record is None else given.parent
         return given if self._record is not None and out is None else folder / f"{name}.json"
 
-    def _known_record(self) -> AllocationRecord | None:
-        """The record that is there already.
-
-        Raises:
-            SpaceError: if it is of another allocation.
+    def _check_known_record(self) -> None:
+        """Raises:
+        SpaceError: if the record that is there already is of another allocation.
         """
         if not self._path.is_file():
-            return None
-        known = AllocationRecord.read(self._path)
-        if known.digest != self._allocation.digest:
+            return
+        if AllocationRecord.read(self._path).digest != self._allocation.digest:
             raise SpaceError(
                 f"{self._path}: holds another allocation; name another record with --out"
             )
-        return known
 
     def finisher(self, until: float | None) -> Finisher:
         """Makes what finishes it."""
@@ -321,12 +317,7 @@ class _Stage:
             checkpoint=of.checkpoint,
             importance=of.importance,
             codec=of.codec,
-            bytes={
-                "encoded": size.encoded,
-                "kept": size.full_precision,
-                "overhead": size.overhead,
-                "file": size.file,
-            },
+            bytes=recorded_bytes(size),
             effective_bits=size.encoded * 8 / self._folder.inventory.n_searched_weights,
             loss=of.finishing.before,
         )

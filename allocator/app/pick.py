@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import identity_of
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, changing
+from allocator.decision.allocation_record import AllocationRecord, changing, recorded_bytes
 from allocator.decision.budget import Budget
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
@@ -112,13 +112,8 @@ def _record(
         checkpoint=study_folder.inventory.digest,
         importance=study_folder.profile.importance,
         codec=identity_of(allocation.stored_formats),
-        bytes={
-            "budget": budget.nbytes,
-            "encoded": size.encoded,
-            "kept": size.full_precision,
-            "overhead": size.overhead,
-            "file": size.file,
-        }
+        bytes={"budget": budget.nbytes}
+        | recorded_bytes(size)
         | budget.by_name
         | ({} if memory is None else _prefixed("device", asdict(memory) | {"total": memory.total})),
         effective_bits=size.encoded * 8 / study_folder.inventory.n_searched_weights,

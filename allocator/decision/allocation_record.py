@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
+from allocator.decision.pricing import FileBytes
 from allocator.errors import CheckpointError, SpaceError, StudyError, first_line, reason
 from allocator.files.atomic import accessing, locked, write_whole
 from allocator.files.checksums import seal, unseal
@@ -167,6 +168,16 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_bytes(self) -> builtins.bytes:
         """Returns the record as JSON for a person to open, with its checksum."""
         return seal(self)
+
+
+def recorded_bytes(size: FileBytes) -> dict[str, int]:
+    """Returns a file's bytes by the names that records have for them."""
+    return {
+        "encoded": size.encoded,
+        "kept": size.full_precision,
+        "overhead": size.overhead,
+        "file": size.file,
+    }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 
 from allocator.finishing.codes import choose
 from allocator.finishing.finish import Finisher, Part, first_tokens
+from allocator.finishing.tuning import TuningSettings
 from allocator.profiling.second_moments import moments_bytes
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import Scorer
@@ -22,8 +23,8 @@ FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
 FORWARDS_OF_STEP = 4
 """Forward passes that a token of a tuning step costs: the original's, forward and backward."""
-N_CHECKS = 7
-"""Times that tuning scores the selection documents."""
+N_CHECKS = TuningSettings().checks + 1
+"""Times that tuning scores the selection documents: the start, and every check."""
 _TIMED_WEIGHTS = 1 << 16
 _TIMED_DOCUMENTS = 8
 
