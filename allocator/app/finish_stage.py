@@ -192,7 +192,6 @@ def _finisher(
         FinishDocuments(*documents),
         lambda chosen: scorers.on(chosen, model=model()),
         study_folder.finished_folder,
-        threads=study_folder.threads,
         progress=study_folder.progress,
         until=until,
     )

@@ -145,7 +145,6 @@ class Finisher:
         scorer: makes a scorer of documents, whose model encodes as `plain` does; called when
             something needs to be computed.
         folder: of the cache, for what a resumed run takes up, and for the artifact.
-        threads: batches that are scored at once.
         progress: shows bars.
         until: `time.monotonic()` at which tuning stops; None for no limit.
     """
@@ -159,7 +158,6 @@ class Finisher:
         scorer: Callable[[Sequence[Document]], AnyScorer],
         folder: Path,
         *,
-        threads: int = 1,
         progress: bool = False,
         until: float | None = None,
     ) -> None:
@@ -170,7 +168,6 @@ class Finisher:
         self.documents = documents
         self.folder = folder
         self.scorer = scorer
-        self._threads = threads
         self._progress = progress
         self._until = until
 
@@ -407,8 +404,8 @@ class Finisher:
         """Tunes norms, routers and scales; the recipe says after which step a time limit struck."""
         if not recipe.tunes:
             return changed, recipe
-        model = self.model
-        assert isinstance(model, SwapModel)  # else the recipe tunes nothing
+        selection = self._scorers["selection"]
+        assert isinstance(selection, Scorer)  # else the recipe tunes nothing
         settings = TuningSettings(
             tokens=recipe.tuning_tokens,
             rate=recipe.rate,
@@ -416,13 +413,11 @@ class Finisher:
             seed=recipe.seed,
         )
         tuned = tune(
-            model,
             FinishedTensors(self.plain, changed),
             self.documents.search,
-            self.documents.selection,
+            selection,
             settings,
             folder=run,
-            threads=self._threads,
             progress=self._progress,
             stop=self._stops,
         )

@@ -140,27 +140,24 @@ def steps_of(documents: Sequence[Document], settings: TuningSettings) -> list[li
 
 
 def tune(
-    swap: SwapModel,
     source: TensorSource,
     documents: Sequence[Document],
-    selection: Sequence[Document],
+    selection: Scorer,
     settings: TuningSettings | None = None,
     *,
     folder: Path | None = None,
-    threads: int = 1,
     progress: bool = False,
     stop: Callable[[int], bool] | None = None,
 ) -> Tuned:
     """Tunes scales, norms and routers; the model holds the result afterwards.
 
     Args:
-        swap: a model of the source's layout.
         source: the tensors to start from.
         documents: of the search split, for the steps.
-        selection: of the selection split, for the checks.
+        selection: scores the selection split, for the checks; its model, of the source's layout,
+            makes the steps too.
         settings: how; the defaults if None.
         folder: where the state is kept, for a run that resumes; nowhere if None.
-        threads: batches of the selection documents that are scored at once.
         progress: shows a bar over steps.
         stop: told the steps made so far, after each; says whether to stop there. What was stopped
             ends as a run that is told to stop after the same step, and resumes as one that was
@@ -172,12 +169,12 @@ def tune(
     """
     settings = settings or TuningSettings()
     steps = steps_of(documents, settings)
-    if not steps or not selection:
+    if not steps or not selection.documents:
         raise CalibrationError(
-            f"tuning: {len(documents)} search and {len(selection)} selection documents, "
+            f"tuning: {len(documents)} search and {selection.n_documents} selection documents, "
             f"{settings.tokens:,} tokens; needed one document of each, and its tokens"
         )
-    run = _Run(swap, source, documents, selection, settings, steps, folder, threads)
+    run = _Run(source, documents, selection, settings, steps, folder)
     run.resume()
     if stop is not None and 0 < run.state.step < len(steps) and stop(run.state.step):
         return run.stopped()
@@ -250,16 +247,15 @@ class _Run:
 
     def __init__(
         self,
-        swap: SwapModel,
         source: TensorSource,
         documents: Sequence[Document],
-        selection: Sequence[Document],
+        selection: Scorer,
         settings: TuningSettings,
         steps: list[list[int]],
         folder: Path | None,
-        threads: int,
     ) -> None:
-        self._swap = swap
+        self._scorer = selection
+        self._swap: SwapModel = selection.swap
         self._settings = settings
         self._changes = RelativeChanges(source, frozenset(settings.kinds))
         self.state = _State.zeros(self._changes.n)
@@ -269,7 +265,7 @@ class _Run:
             source.allocation.digest,
             start,
             digest(documents),
-            digest(selection),
+            digest(selection.documents),
             repr(sorted(asdict(settings).items())),
         ]
         self._digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
@@ -277,8 +273,8 @@ class _Run:
         self._steps = steps
         used = list(dict.fromkeys(i for step in steps for i in step))
         self._number = {i: number for number, i in enumerate(used)}
-        self._gradient = KlGradient(swap, [documents[i] for i in used], self._changes.parameters)
-        self._scorer = Scorer(swap, selection, layer_input_bytes=0, threads=threads)
+        used_documents = [documents[i] for i in used]
+        self._gradient = KlGradient(self._swap, used_documents, self._changes.parameters)
 
     def resume(self) -> None:
         """Takes up the state on disk, or scores the start."""

@@ -203,9 +203,8 @@ SETTINGS = TuningSettings(tokens=200, batch_tokens=40, checks=3, rate=0.01)
 
 
 def tuned(made, settings=SETTINGS, *, swap=None, folder=None):
-    return tune(
-        swap or made.swap, made.source, made.documents, made.selection, settings, folder=folder
-    )
+    selection = Scorer(swap or made.swap, made.selection)
+    return tune(made.source, made.documents, selection, settings, folder=folder)
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
@@ -341,7 +340,7 @@ def test_steps_use_each_document_once(make_documents):
 def test_no_documents_are_refused(case):
     made = case("qwen3_tied")
     with pytest.raises(CalibrationError, match="0 selection documents"):
-        tune(made.swap, made.source, made.documents, (), SETTINGS)
+        tune(made.source, made.documents, Scorer(made.swap, ()), SETTINGS)
     with pytest.raises(CalibrationError, match="5 tokens; needed"):
         tuned(made, TuningSettings(tokens=5))
 

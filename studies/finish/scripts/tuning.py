@@ -64,8 +64,8 @@ def main():
                     seed=options.seed,
                 )  # fmt: skip
                 since = time.process_time()
-                selection = study.calibration.selection[: options.selection]
-                done = tune(swap, source, study.calibration.search, selection, settings)
+                selection = Scorer(swap, study.calibration.selection[: options.selection])
+                done = tune(source, study.calibration.search, selection, settings)
                 seconds = time.process_time() - since
                 weights = StoredWeights(study.layout, allocation, done.tensors, done.digest)
                 after = report.score(weights.candidate).kl
