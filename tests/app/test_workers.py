@@ -174,13 +174,14 @@ def test_a_failing_worker_stops_the_search_with_its_line(search, trials, postgre
 
 def test_a_proxy_that_dies_stops_the_search_with_its_line(search, trials, grpc_server):
     spec, server = grpc_server
-    process = search("--trials", 5000, "--storage", spec)
-    wait_for(lambda: at_work(trials(spec)), process)
+    parent = search("--workers", 2, "--trials", 5000, "--storage", spec)
+    workers = wait_for(lambda: (w := at_work(trials(spec))) and len(w) == 2 and w, parent)
     server.kill()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2, out + err
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 2, out + err
     assert err.splitlines()[-1].startswith(f"allocator search: storage {spec}: ")
     assert "Traceback" not in err
+    wait_for(lambda: not any(map(is_alive, workers)), seconds=20)
 
 
 def test_a_lost_database_is_one_line_without_its_password(tmp_path):
