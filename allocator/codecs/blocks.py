@@ -225,11 +225,11 @@ def write_words(words: torch.Tensor, size: int) -> torch.Tensor:
 
 def read_bits(words: torch.Tensor, places: list[int], n_bits: int) -> torch.Tensor:
     """Cuts `n_bits` at each of `places` out of `(...)` words, `(..., places)` int64."""
-    shifts = torch.tensor(places, device=words.device)
+    shifts = torch.tensor(places).to(words.device)
     return words.long()[..., None] >> shifts & ((1 << n_bits) - 1)
 
 
 def join_bits(parts: torch.Tensor, places: list[int]) -> torch.Tensor:
     """Joins `(..., places)` integers to words `(...)` int64; the inverse of `read_bits`."""
-    shifts = torch.tensor(places, device=parts.device)
+    shifts = torch.tensor(places).to(parts.device)
     return (parts.long() << shifts).sum(-1)

@@ -25,7 +25,8 @@ FORWARDS_OF_STEP = 4
 """Forward passes that a token of a tuning step costs: the original's, forward and backward."""
 N_CHECKS = TuningSettings().checks + 1
 """Times that tuning scores the selection documents: the start, and every check."""
-_TIMED_WEIGHTS = 1 << 16
+_TIMED_WEIGHTS, _TIMED_WEIGHTS_ON_DEVICE = 1 << 16, 1 << 24
+"""Weights whose choice is timed, on a CPU and on devices, which so few would leave idle."""
 _TIMED_DOCUMENTS = 8
 
 
@@ -119,14 +120,17 @@ def _choice_seconds(finisher: Finisher, parts: Sequence[Part]) -> float:
 def _seconds_per_weight(finisher: Finisher, part: Part) -> float:
     encoded = finisher.plain.encoded(part.group.name, part.number)
     width = part.group.shape[-1]
-    rows = encoded.reshape(1, -1, encoded.shape[-1])[:, : max(1, _TIMED_WEIGHTS // width)]
+    timed = _TIMED_WEIGHTS if finisher.device.type == "cpu" else _TIMED_WEIGHTS_ON_DEVICE
+    rows = encoded.reshape(1, -1, encoded.shape[-1])[:, : max(1, timed // width)]
     data = torch.from_numpy(np.array(rows)).to(finisher.device)
     weights = part.block_format.values(data)
     moments = torch.eye(width, device=weights.device)[None]
     with torch.inference_mode():
-        choose(weights[:, :1], data[:, :1], part.block_format, moments, rounds=1)  # makes tables
+        first = choose(weights[:, :1], data[:, :1], part.block_format, moments)  # makes tables
+        first.after.cpu()  # waits for the device
         began = time.perf_counter()
-        choose(weights, data, part.block_format, moments, rounds=finisher.recipe.rounds)
+        chosen = choose(weights, data, part.block_format, moments, rounds=finisher.recipe.rounds)
+        chosen.after.cpu()
     return (time.perf_counter() - began) / weights.numel()
 
 

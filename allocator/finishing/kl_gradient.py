@@ -15,7 +15,13 @@ from allocator.errors import AllocatorError
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
 from allocator.scoring.scorer import Scorer
-from allocator.scoring.swap_model import SwapModel, device_of, free_memory, token_ids
+from allocator.scoring.swap_model import (
+    SwapModel,
+    device_of,
+    free_memory,
+    free_on_gpu,
+    token_ids,
+)
 from allocator.units import show_bytes
 
 T = TypeVar("T")
@@ -105,7 +111,7 @@ def _check_memory(swap: SwapModel, parameters: Sequence[Any]) -> None:
     """
     needed = 4 * sum(p.numel() for p in parameters)
     device = device_of(swap.model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    free = free_on_gpu(device) if device.type == "cuda" else free_memory()
     if needed > free:
         raise AllocatorError(
             f"{swap.inventory.path}: tuning needs {show_bytes(needed)} for gradients in float32, "

@@ -137,7 +137,8 @@ class _Scales:
     def gradient(self, model: _Model, changes: Floats) -> Floats:
         weights, gradients = model.of_group(self.group)
         if self.places is not None:
-            weights, gradients = weights[self.places], gradients[self.places]
+            places = torch.tensor(self.places).to(weights.device)
+            weights, gradients = weights[places], gradients[places]
         terms = [weights]
         if self.scales.shape[-1] == 2:
             first = codec_of(self.fmt).decode(self._encoded(changes, without_last=True), self.fmt)

@@ -1,5 +1,6 @@
 """The study of scale: its synthetic checkpoints, and one that does not fit under a memory limit."""
 
+import csv
 import json
 import os
 import re
@@ -95,6 +96,67 @@ def test_the_same_seed_gives_the_same_files_also_after_a_kill(build, tiny, tmp_p
     assert contents(tmp_path / "other") != contents(tiny / "fp8")
     with pytest.raises(SystemExit, match="other dimensions"):
         build(tmp_path / "other", **TINY)
+
+
+# -- the check of a GPU
+
+
+MOMENTS = [
+    f"second moments, {kind}, layers.1.{group}"
+    for kind in ("plain", "Fisher")
+    for group in ("attention.o", "experts.gate", "experts.down")
+]
+COMPARED = [
+    "losses", "losses, streamed", "gradient by changes", *MOMENTS, "codes, IQ2_XXS", "codes, Q4_K",
+]  # fmt: skip
+OVER = {
+    "plain forward": "cpu",
+    "loss": "cpu",
+    "codes, IQ2_XXS": "cpu",
+    "codes, Q4_K": "cpu",
+    "scoring a candidate, one projection changed": "plain forward",
+    "scoring a candidate, nothing changed": "plain forward",
+    "second moments, plain": "plain forward",
+    "second moments, Fisher": "plain forward",
+    "tuning step": "plain forward",
+    "streamed pass": "plain forward",
+    **{f"{name}: difference": "cpu" for name in COMPARED},
+    **{
+        f"peak memory, {stage}": "weights in float32"
+        for stage in ("plain", "scored", "moments", "step", "streamed", "codes")
+    },
+}
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return runpy.run_path(str(SCRIPTS / "gpu.py"))["main"]
+
+
+def test_the_gpu_check_on_the_cpu_differs_from_the_cpu_in_nothing(check, tmp_path):
+    assert check(["--device", "cpu", "--size", "tiny", "--csv", str(tmp_path / "gpu.csv")]) == 0
+    with open(tmp_path / "gpu.csv", newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    assert {what: row["versus"] for what, row in rows.items()} == OVER
+    plain = float(rows["plain forward"]["value"])
+    for what, row in rows.items():
+        value, ratio = float(row["value"]), float(row["ratio"])
+        assert row["device"] == "cpu"
+        if what.endswith("difference"):
+            assert (value, ratio) == (0, 0), what
+        else:
+            assert 0 < value < np.inf, what
+            assert 0 < ratio < np.inf, what
+        if row["versus"] == "plain forward":
+            assert ratio == pytest.approx(value / plain), what
+    assert float(rows["loss"]["ratio"]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_the_gpu_check_without_a_gpu_is_one_line(check, capsys):
+    assert check(["--device", "cuda"]) == 2
+    assert re.fullmatch(r"torch device 'cuda': [^\n]+\n", capsys.readouterr().err)
 
 
 # -- 2 GB under a limit of 1 GB

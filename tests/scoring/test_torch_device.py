@@ -6,8 +6,11 @@ raises as CUDA's does, and so does reading one from the host without a copy. Wha
 is how CUDA's kernels round, and how fast they are.
 """
 
+import csv
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +21,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import read_inventory
+from allocator.codecs import codec_of
+from allocator.codecs.blocks import Fields
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError
+from allocator.finishing.codes import choose
+from allocator.formats.ggml import FORMATS
 from allocator.profiling.curvature import measure
 from allocator.profiling.second_moments import second_moments, second_moments_streamed
 from allocator.profiling.statistics import collect, collect_streamed
@@ -36,6 +43,7 @@ torch.set_num_threads(1)
 NAME = "elsewhere"
 ATEN = torch.ops.aten
 CROSSING = (ATEN._to_copy, ATEN.copy_)
+OF_FLOATS = (ATEN.histc,)  # on the host; on CUDA of integers too
 BY_HOST_INDICES = (ATEN.index, ATEN.index_put_)  # CUDA takes those too
 
 
@@ -90,6 +98,8 @@ def run(op, *args, **kwargs):
         return held[id(x)] if id(x) in held else Elsewhere(x)
 
     args, kwargs = pytree.tree_unflatten([inside(x) for x in flat], spec)
+    if op.overloadpacket in OF_FLOATS:
+        args = (args[0].float(), *args[1:])
     to_host = op.overloadpacket is ATEN._to_copy and to is not None and to.type != NAME
     into_host = op.overloadpacket is ATEN.copy_ and not isinstance(tensors[0], Elsewhere)
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes has no views
@@ -225,6 +235,44 @@ def test_second_moments(layout, documents, encodings, tmp_path):
         h = expected[group.name][list(places)] if places else expected[group.name]
         tolerance = 1e-4 * float(h.abs().max())
         torch.testing.assert_close(there.cpu(), h, rtol=2e-3, atol=tolerance, msg=group.name)
+
+
+@pytest.mark.parametrize("name", ["IQ3_XXS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K", "IQ4_XS", "Q4_1"])
+def test_codes(name):
+    form = codec_of(FORMATS[name]).block_format(FORMATS[name])
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(2, 3, 256)).astype(np.float32)
+    x = rng.normal(size=(2, 512, 256)).astype(np.float32)
+    ints = {"dtype": torch.int32}
+    start = Fields(  # ggml takes seconds to build the tables of some formats
+        torch.full((2, 3, 256 // form.fmt.block, 1 + (form.minima is not None)), 0.1).half(),
+        torch.zeros(2, 3, 256 // form.group, **ints),
+        None if form.minima is None else torch.zeros(2, 3, 256 // form.group, **ints),
+        torch.zeros(2, 3, 256 // form.unit, **ints),
+    )
+    moments = torch.from_numpy(x.transpose(0, 2, 1) @ x)
+    given = torch.from_numpy(weights), form.pack(start), moments
+    with torch.inference_mode():
+        w, data, h = (tensor.to(NAME) for tensor in given)
+        there = choose(w, data, form, h)
+        here = choose(*given[:2], form, given[2])
+    assert {t.device.type for t in (there.data, there.before, there.after)} == {NAME}
+    torch.testing.assert_close(there.after.cpu(), here.after, rtol=1e-5, atol=0)
+    assert (there.data.cpu() == here.data).float().mean() > 0.99
+
+
+def test_the_gpu_check(monkeypatch, tmp_path):
+    """Every part of it runs on the device, the tuning step too, and gives what the host gives."""
+    scripts = Path(__file__).parents[2] / "studies/scale/scripts"
+    monkeypatch.syspath_prepend(scripts)
+    main = runpy.run_path(str(scripts / "gpu.py"))["main"]
+    assert main(["--device", NAME, "--size", "tiny", "--csv", str(tmp_path / "gpu.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").read_text().splitlines()))
+    there = {row["what"]: row for row in rows if row["device"] == NAME}
+    assert there.keys() == {row["what"] for row in rows if row["device"] == "cpu"}
+    differences = {what: float(r["ratio"]) for what, r in there.items() if "difference" in what}
+    assert len(differences) == 11
+    assert max(differences.values()) < 1e-4, differences
 
 
 def test_curvature_and_slope(layout, documents, encodings):
