@@ -560,10 +560,11 @@ def finish_by_hand():
     The codes are those of weights a little smaller, in every second group; the last norm and the
     routers are changed.
     """
+    import torch
+
     from allocator.checkpoint.tensors import read_tensor
     from allocator.codecs import codec_of
     from allocator.families import Role
-    from allocator.finishing.tensors import rounded
     from allocator.targets.group_weights import group_weights
     from allocator.targets.layout import part_names
 
@@ -589,7 +590,9 @@ def finish_by_hand():
             else:
                 continue
             dtype = layout.inventory.tensors[tensor.source].dtype
-            values[tensor.source] = rounded(tensor_values, dtype)
+            kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+            nearest = torch.from_numpy(tensor_values).to(kind)
+            values[tensor.source] = nearest.float().numpy()
         return codes, values
 
     return finish

@@ -23,8 +23,8 @@ FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
 FORWARDS_OF_STEP = 4
 """Forward passes that a token of a tuning step costs: the original's, forward and backward."""
-N_CHECKS = TuningSettings().checks + 1
-"""Times that tuning scores the selection documents: the start, and every check."""
+_TUNING = TuningSettings()
+_CAP_BYTES = 2 << 30  # of distributions that a scorer caches, and of second moments in a pass
 _TIMED_WEIGHTS, _TIMED_WEIGHTS_ON_DEVICE = 1 << 16, 1 << 24
 """Weights whose choice is timed, on a CPU and on devices, which so few would leave idle."""
 _TIMED_DOCUMENTS = 8
@@ -40,7 +40,8 @@ class FinishEstimate:
         weights: whose codes are still to be chosen.
         seconds: of second moments, codes, tuning and scoring.
         disk_bytes: that the cache and the file of finished weights take.
-        memory_bytes: beside what a search holds: second moments of the largest group, gradients.
+        memory_bytes: beside the model: distributions of the original, and second moments or
+            gradients.
         ready: an earlier run has done it all.
     """
 
@@ -81,27 +82,31 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     missing = finisher.missing()
     moments = _tokens(first_tokens(documents.search, recipe.moments_tokens)) if missing else 0
     tuning = min(recipe.tuning_tokens, _tokens(documents.search)) if recipe.tunes else 0
-    scored = _tokens(documents.scored) + _tokens(documents.selection)
-    checks = N_CHECKS * _tokens(documents.selection) if tuning else 0
+    checked = _tokens(documents.selection[: _TUNING.check_documents]) if tuning else 0
+    # the original once, and the weights before, after their codes, and after tuning
+    scored = 3 * _tokens(documents.scored) + (4 if tuning else 3) * _tokens(documents.selection)
     factor = FORWARDS_OF_MOMENTS if recipe.fisher else 1
     seconds = {
         "second moments": seconds_per_token * moments * factor,
         "codes": _choice_seconds(finisher, missing),
-        "tuning": seconds_per_token * (FORWARDS_OF_STEP * tuning + checks),
-        "scoring": seconds_per_token * scored * 4,
+        "tuning": seconds_per_token * (FORWARDS_OF_STEP * tuning + (_TUNING.checks + 1) * checked),
+        "scoring": seconds_per_token * scored,
     }
     encoded = sum(prod(finisher.plain.shape(p.group.name, p.number)) for p in missing)
-    widest = max(
-        (moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing), default=0
-    )
-    model = 4 * finisher.plain.layout.inventory.n_searched_weights
+    inventory = finisher.plain.layout.inventory
+    parts = (documents.scored, documents.selection)
+    distributions = [4 * inventory.dimensions.vocabulary * _tokens(part) for part in parts]
+    sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
+    gradients = 8 * inventory.n_searched_weights if tuning else 0  # of a pass, and their sum
+    memory = sum(min(nbytes, _CAP_BYTES) for nbytes in distributions)
+    memory += max(min(sums, _CAP_BYTES), gradients)
     return FinishEstimate(
         moments_tokens=moments,
         tuning_tokens=tuning,
         weights=sum(p.n_weights for p in missing),
         seconds=seconds,
         disk_bytes=2 * encoded,
-        memory_bytes=max(widest, 2 * model if tuning else 0),
+        memory_bytes=memory,
     )
 
 

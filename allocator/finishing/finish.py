@@ -36,7 +36,7 @@ from allocator.files.checksums import load_arrays, read_checked, save_arrays, wr
 from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
 from allocator.finishing.codes import choose
 from allocator.finishing.recipe import CODES, Recipe, inputs_digest
-from allocator.finishing.tensors import FinishedTensors, rounded
+from allocator.finishing.tensors import FinishedTensors
 from allocator.finishing.tuning import TuningSettings, tune
 from allocator.formats import Format
 from allocator.profiling.second_moments import (
@@ -55,6 +55,7 @@ from allocator.targets.group_weights import group_weights
 from allocator.targets.layout import part_names
 
 RESULT = "result.json"
+_SEARCH, _SELECTION = "search", "selection"
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Finisher:
     @cached_property
     def model(self) -> SwapModel | StreamedModel:
         """The model that candidates are put into."""
-        scorer = self._scorers["selection"]
+        scorer = self._scorers[_SELECTION]
         return scorer.swap if isinstance(scorer, Scorer) else scorer.model
 
     @property
@@ -198,6 +199,12 @@ class Finisher:
         """Where the model computes."""
         model = self.model
         return device_of(model.model) if isinstance(model, SwapModel) else model.device
+
+    @property
+    def threads(self) -> int:
+        """Passes of the model that run at once."""
+        scorer = self._scorers[_SELECTION]
+        return scorer.threads if isinstance(scorer, Scorer) else 1
 
     def known(self) -> Artifact | None:
         """Returns what an earlier run with the same inputs gave; None if there is nothing."""
@@ -235,14 +242,19 @@ class Finisher:
 
     def _finish(self, run: Path) -> Artifact:
         changed, recipe = _PLAIN, self.recipe
-        before = after = self._losses(self.plain.allocation)
+        before = {split: self._loss(split, self.plain.allocation) for split in self._scorers}
+        least = before[_SELECTION]
         for stage in (self._chosen, self._tuned):
             attempt, recipe = stage(changed, recipe, run)
             if attempt is changed:
                 continue
-            losses = self._losses(FinishedTensors(self.plain, attempt).candidate)
-            if losses["selection"] <= after["selection"]:
-                changed, after = attempt, losses
+            loss = self._loss(_SELECTION, FinishedTensors(self.plain, attempt).candidate)
+            if loss <= least:
+                changed, least = attempt, loss
+        after = before
+        if changed is not _PLAIN:
+            candidate = FinishedTensors(self.plain, changed).candidate
+            after = {_SEARCH: self._loss(_SEARCH, candidate), _SELECTION: least}
         description = Description(
             allocation=self.plain.allocation.digest,
             checkpoint=self.plain.layout.inventory.digest,
@@ -267,15 +279,13 @@ class Finisher:
 
     @cached_property
     def _scorers(self) -> dict[str, AnyScorer]:
-        parts = {"search": self.documents.scored, "selection": self.documents.selection}
+        parts = {_SEARCH: self.documents.scored, _SELECTION: self.documents.selection}
         return {split: self.scorer(documents) for split, documents in parts.items()}
 
-    def _losses(self, candidate: Allocation | Candidate) -> dict[str, float]:
-        """Proxy loss per split, nats per token."""
-        return {
-            split: mean(scorer.score(candidate).kl, scorer.documents)
-            for split, scorer in self._scorers.items()
-        }
+    def _loss(self, split: str, candidate: Allocation | Candidate) -> float:
+        """Proxy loss on a split, nats per token."""
+        scorer = self._scorers[split]
+        return mean(scorer.score(candidate).kl, scorer.documents)
 
     # -- codes
 
@@ -377,7 +387,8 @@ class Finisher:
         self.model.put(candidate)
         measured = second_moments(
             self.model, documents, groups,
-            fisher=recipe.fisher, smoothing=smoothing, seed=recipe.seed, progress=self._progress,
+            fisher=recipe.fisher, smoothing=smoothing, seed=recipe.seed,
+            threads=self.threads, progress=self._progress,
         )  # fmt: skip
         for group, moments in measured:
             yield group, tuple(range(len(group.experts(allocation.retained_experts)))), moments
@@ -404,7 +415,7 @@ class Finisher:
         """Tunes norms, routers and scales; the recipe says after which step a time limit struck."""
         if not recipe.tunes:
             return changed, recipe
-        selection = self._scorers["selection"]
+        selection = self._scorers[_SELECTION]
         assert isinstance(selection, Scorer)  # else the recipe tunes nothing
         settings = TuningSettings(
             tokens=recipe.tuning_tokens,
@@ -445,11 +456,9 @@ class Finisher:
             stored, before = tensors[tensor.source], self.plain.full_precision(tensor)
             assert stored.format is not None, tensor.source
             raw = np.ascontiguousarray(stored.data).reshape(-1).view(np.uint8)
-            exact = floats_of(raw, stored.format).reshape(before.shape)
-            # a file of either container holds these very values
-            nearest = rounded(exact, self.plain.layout.inventory.tensors[tensor.source].dtype)
-            if not np.array_equal(nearest, before):
-                values[tensor.source] = nearest
+            values_now = floats_of(raw, stored.format).reshape(before.shape)
+            if not np.array_equal(values_now, before):
+                values[tensor.source] = values_now
         return values
 
 

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from allocator.errors import AllocatorError
+from allocator.profiling.products import divergence
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
 from allocator.scoring.scorer import Scorer
+from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import (
     SwapModel,
     device_of,
@@ -36,19 +38,27 @@ class KlGradient:
         swap: the model.
         documents: whose numbers `at` takes.
         parameters: names of those whose gradients are wanted.
+        threads: passes that run at once, as many as memory allows; sums do not depend on it.
 
     Raises:
         AllocatorError: if the gradients do not fit into the memory that is free.
     """
 
     def __init__(
-        self, swap: SwapModel, documents: Sequence[Document], parameters: Collection[str]
+        self,
+        swap: SwapModel,
+        documents: Sequence[Document],
+        parameters: Collection[str],
+        *,
+        threads: int = 1,
     ) -> None:
         self._swap = swap
         self._documents = documents
         self._names = frozenset(parameters)
-        self._scorer = Scorer(swap, documents, cache_bytes=0, layer_input_bytes=0)
-        _check_memory(swap, self._parameters)
+        self._scorer = Scorer(swap, documents, cache_bytes=0, layer_input_bytes=0, threads=threads)
+        gradient_bytes = 4 * sum(p.numel() for p in self._parameters)
+        _check_memory(swap, 2 * gradient_bytes)
+        self._threads = affordable_threads(swap.model, threads, gradient_bytes)
         self._scorer.ensure_reference(len(documents))  # else the original would take the
         # candidate's place between a forward and its backward
 
@@ -69,22 +79,35 @@ class KlGradient:
         """
         documents = [self._documents[i] for i in chosen]
         n_tokens, total = sum(len(d.ids) for d in documents), 0.0
-        with self._differentiable() as model, torch.inference_mode(False), torch.enable_grad():
-            for batch in batches(documents, 0, len(documents), n_tokens=_PASS_TOKENS):
+        with self._differentiable() as (model, parameters):
+
+            @torch.inference_mode(False)
+            @torch.enable_grad()
+            def run(batch: list[int]) -> tuple[float, Sequence[torch.Tensor | None]]:
                 ids = token_ids(model, [documents[i] for i in batch])
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
                 log_probs = torch.log_softmax(model.lm_head(hidden), -1)
                 losses = [
-                    _kl(self._scorer.reference(chosen[i]), own)
+                    divergence(self._scorer.reference(chosen[i]), own)
                     for i, own in zip(batch, log_probs, strict=True)
                 ]
                 loss = torch.stack(losses).sum() / n_tokens
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                return float(loss.detach()), torch.autograd.grad(
+                    loss, parameters, allow_unused=True
+                )
+
+            passes = list(batches(documents, 0, len(documents), n_tokens=_PASS_TOKENS))
+            for loss, gradients in side_by_side(run, passes, self._threads):
+                total += loss
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None and parameter.grad is None:
+                        parameter.grad = gradient
+                    elif gradient is not None:
+                        parameter.grad += gradient
             return total, use()
 
     @contextmanager
-    def _differentiable(self) -> Iterator[Any]:
+    def _differentiable(self) -> Iterator[tuple[Any, list[Any]]]:
         model, layers = self._swap.model, self._swap.layout.layers
         for layer in layers:
             use_watcher(model, layer, lambda *_: None)
@@ -92,7 +115,7 @@ class KlGradient:
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            yield model
+            yield model, parameters
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -100,16 +123,12 @@ class KlGradient:
             use_sorted_experts(model, layers)
 
 
-def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    fixed = reference.clone()  # made in inference mode
-    return (fixed.exp() * (fixed - candidate)).sum()
+def _check_memory(swap: SwapModel, needed: int) -> None:
+    """Checks that the gradients of a pass, and their sum, fit into memory: `needed` bytes.
 
-
-def _check_memory(swap: SwapModel, parameters: Sequence[Any]) -> None:
-    """Raises:
-    AllocatorError: if the gradients are larger than the memory that the device has free.
+    Raises:
+        AllocatorError: if they are larger than what the device has free.
     """
-    needed = 4 * sum(p.numel() for p in parameters)
     device = device_of(swap.model)
     free = free_on_gpu(device) if device.type == "cuda" else free_memory()
     if needed > free:

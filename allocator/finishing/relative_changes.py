@@ -5,8 +5,8 @@ formats and sizes; and the loss's gradient by that vector, from the gradients of
 
 A change `r` of a block's scale `d` makes it `d (1 + r)`, rounded to float16. One of a value of a
 norm, or of a router's row, adds `r` times the root mean square of the norm, or of the row, rounded
-to the dtype in which the target stores the tensor. Invariant: a vector of zeros gives the very
-bytes that came in.
+to the checkpoint's dtype, so that a file of either container holds the very value. Invariant: a
+vector of zeros gives the very bytes that came in.
 
 Decoded weights are linear in the scales of their block, `w = sum of d_j A_j`, so the gradient by a
 relative change is the sum over the block of `G d_j A_j`, where `G` is the gradient of `w`. Rounding
@@ -160,6 +160,7 @@ class _Values:
         name: of the tensor in the checkpoint, and of the model's parameter.
         kind: norms or routers.
         dtype: in which the target stores it.
+        exact_in: the checkpoint's dtype, in which every value is exact.
         values: that came in, float32.
         units: root mean square of the norm or of each row, `(1,)` or `(retained, 1)`.
     """
@@ -167,6 +168,7 @@ class _Values:
     name: str
     kind: str
     dtype: str
+    exact_in: str
     values: torch.Tensor
     units: torch.Tensor
 
@@ -180,8 +182,8 @@ class _Values:
 
     def stored(self, changes: Floats) -> StoredTensor:
         moved = self.values + self.units * torch.from_numpy(changes).view(self.values.shape)
-        rounded = moved.to(_DTYPES[self.dtype])
-        return StoredTensor(rounded.view(torch.uint8).numpy(), self.dtype)
+        nearest = moved.to(_DTYPES[self.exact_in]).to(_DTYPES[self.dtype])
+        return StoredTensor(nearest.view(torch.uint8).numpy(), self.dtype)
 
     def gradient(self, model: _Model, changes: Floats) -> Floats:
         gradient: Floats = (model.gradient(self.name).cpu() * self.units).reshape(-1).numpy()
@@ -273,11 +275,13 @@ def _encoded(source: TensorSource) -> Iterator[_Scales | _Fixed]:
 
 
 def _full_precision(source: TensorSource) -> Iterator[_Values | _Fixed]:
-    for tensor in source.layout.full_precision:
+    layout = source.layout
+    for tensor in layout.full_precision:
         values = torch.from_numpy(np.array(source.full_precision(tensor), np.float32))
         kind = {Role.NORM: NORMS, Role.ROUTER: ROUTERS}.get(tensor.role)
         units = values.square().mean(-1, keepdim=True).sqrt()
-        known = _Values(tensor.source, kind or "", tensor.dtype, values, units)
+        exact_in = layout.inventory.tensors[tensor.source].dtype
+        known = _Values(tensor.source, kind or "", tensor.dtype, exact_in, values, units)
         if kind is None:
             yield _Fixed(tensor.source, known.stored(np.zeros(known.n, np.float32)))
         else:

@@ -163,7 +163,7 @@ def raw_of(values: Floats, dtype: str) -> Bytes:
     """Returns floats in a checkpoint's dtype, exactly: `(rows, bytes)`, or `(bytes,)`.
 
     Args:
-        values: `(rows, columns)` or `(rows,)`, exact in the dtype, see `rounded`.
+        values: `(rows, columns)` or `(rows,)`, exact in the dtype.
         dtype: `F32`, `F16` or `BF16`.
     """
     if dtype == "BF16":
@@ -173,20 +173,3 @@ def raw_of(values: Floats, dtype: str) -> Bytes:
     raw = np.ascontiguousarray(stored).view(np.uint8)
     assert np.array_equal(floats_of(raw.reshape(-1), dtype), values.reshape(-1))
     return raw.reshape(len(values), -1)
-
-
-def rounded(values: Floats, dtype: str) -> Floats:
-    """Returns the nearest floats of a checkpoint's dtype, ties to even, in the shape of `values`.
-
-    Args:
-        values: `(...,)`, finite.
-        dtype: `F32`, `F16` or `BF16`.
-    """
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
-        bits += 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))
-        nearest: Floats = (
-            ((bits >> np.uint64(16)) << np.uint64(16)).astype(np.uint32).view(np.float32)
-        )
-        return nearest
-    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)

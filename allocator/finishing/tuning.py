@@ -3,7 +3,7 @@
 In: the tensors of a file to write, search documents for the steps, selection documents for the
 checks. Out: the same tensors with other scales, norms and routers, and what they lose. Invariants:
 no tensor changes its format or size; every step computes with the weights that the runtime would
-decode from a file written then; the loss on the selection documents is never above the one before.
+decode from a file written then; the loss on the checked documents is never above the one before.
 
 Each step lowers KL(original || candidate) on a batch by Adam (Kingma & Ba, 2015) over the vector of
 `RelativeChanges`. Every few steps the selection documents are scored. A check above the least loss
@@ -51,7 +51,8 @@ class TuningSettings:
         tokens: of search documents, in whole documents; fewer if the documents have fewer.
         rate: relative change of a step; None derives it from the loss before.
         batch_tokens: search tokens of a step.
-        checks: times that the selection documents are scored.
+        checks: times that selection documents are scored.
+        check_documents: of the selection documents, so many; the first.
         epochs: times that a search document may be used.
         warm_up: share of the steps in which the rate rises.
         final_rate: share of the rate in the last step; the rate falls linearly.
@@ -62,7 +63,8 @@ class TuningSettings:
     tokens: int = 61_440
     rate: float | None = None
     batch_tokens: int = 2048
-    checks: int = 6
+    checks: int = 4
+    check_documents: int = 64
     epochs: int = 1
     warm_up: float = 0.1
     final_rate: float = 0.1
@@ -72,7 +74,7 @@ class TuningSettings:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What the selection documents lost after a step.
+    """What the checked documents lost after a step.
 
     Attributes:
         step: steps before it.
@@ -92,7 +94,7 @@ class Tuned:
     Attributes:
         tensors: all tensors of the file, by the layout's names.
         digest: of these.
-        before: loss on the selection documents, nats per token.
+        before: loss on the checked documents, nats per token.
         after: the same under these tensors.
         checks: in order.
         stopped: steps after which it was stopped; None if all steps were made.
@@ -255,6 +257,7 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self._scorer = selection
+        self._checked = selection.documents[: settings.check_documents]
         self._swap: SwapModel = selection.swap
         self._settings = settings
         self._changes = RelativeChanges(source, frozenset(settings.kinds))
@@ -265,7 +268,7 @@ class _Run:
             source.allocation.digest,
             start,
             digest(documents),
-            digest(selection.documents),
+            digest(self._checked),
             repr(sorted(asdict(settings).items())),
         ]
         self._digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
@@ -274,7 +277,9 @@ class _Run:
         used = list(dict.fromkeys(i for step in steps for i in step))
         self._number = {i: number for number, i in enumerate(used)}
         used_documents = [documents[i] for i in used]
-        self._gradient = KlGradient(self._swap, used_documents, self._changes.parameters)
+        self._gradient = KlGradient(
+            self._swap, used_documents, self._changes.parameters, threads=selection.threads
+        )
 
     def resume(self) -> None:
         """Takes up the state on disk, or scores the start."""
@@ -354,9 +359,9 @@ class _Run:
         self._swap.put(self._changes.weights(changes, named).candidate)
 
     def _score(self, changes: Floats) -> float:
-        self._scorer.ensure_reference(self._scorer.n_documents)
+        self._scorer.ensure_reference(len(self._checked))
         self._put(changes)
-        return mean(self._scorer.score_installed().kl, self._scorer.documents)
+        return mean(self._scorer.score_installed(0, len(self._checked)).kl, self._checked)
 
     def _save(self) -> None:
         if self._path is not None:

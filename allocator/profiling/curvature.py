@@ -22,7 +22,7 @@ costs `<slope, D>` beside the quadratic form: what `D` has in common with the er
 already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,17 @@ import torch
 
 from allocator.checkpoint.tensors import Floats, Ints
 from allocator.families import Role
-from allocator.profiling.products import Product, run_backward, watch_experts, watch_products
+from allocator.profiling.products import (
+    Calls,
+    Product,
+    divergence,
+    run_backward,
+    watch_experts,
+    watch_products,
+)
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import use_sorted_experts
+from allocator.scoring.side_by_side import affordable_threads
 from allocator.scoring.swap_model import SwapModel, view_of
 from allocator.targets import Group, Layout
 
@@ -80,13 +88,11 @@ class Curvature:
 
     Attributes:
         n_tokens: tokens it was measured on.
-        listening: gradients that arrive are taken in.
     """
 
     def __init__(self, layout: Layout, n_tokens: int) -> None:
         self._layout = layout
         self.n_tokens = n_tokens
-        self.listening = True
         self._products: dict[tuple[str, int], Product] = {}
         self._slopes: dict[str, torch.Tensor] = {}
         self._looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -96,9 +102,8 @@ class Curvature:
         return self._products.setdefault((name, expert), Product())
 
     def take(self, name: str, expert: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Adds inputs `(tokens, in)` and gradients `(tokens, out)` of a product, if listening."""
-        if self.listening:
-            self.product(name, expert).add(x, gradient)
+        """Adds inputs `(tokens, in)` and gradients `(tokens, out)` of a product."""
+        self.product(name, expert).add(x, gradient)
 
     def add_lookup(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds looked-up embedding rows, and the gradients of their values.
@@ -115,10 +120,15 @@ class Curvature:
         """Whether gradients were taken, so that `slope` and `tangent` answer."""
         return bool(self._slopes)
 
-    def take_slopes(self, parameters: dict[str, Any]) -> None:
-        """Takes the gradients of parameters, by name."""
-        gradients = ((name, parameter.grad) for name, parameter in parameters.items())
-        self._slopes = {name: gradient for name, gradient in gradients if gradient is not None}
+    def add_slopes(self, gradients: Mapping[str, torch.Tensor | None]) -> None:
+        """Adds gradients of the proxy loss by parameters, by name; None for one without any."""
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            if name in self._slopes:
+                self._slopes[name] += gradient
+            else:
+                self._slopes[name] = gradient
 
     def price_sample(self, group: Group, change: Floats, rows: Ints, expert: int = 0) -> float:
         """Prices a change of a group, or of one of its experts, from some rows: nats per token.
@@ -269,6 +279,7 @@ def measure(
     reference: Callable[[int], torch.Tensor] | None = None,
     seed: int = 0,
     batch_tokens: int = 1024,
+    threads: int = 1,
 ) -> Curvature:
     """Runs one forward and one or two backward passes over `documents` of what the model holds now.
 
@@ -279,41 +290,41 @@ def measure(
             without running the model; given, the slope of the proxy loss is measured too.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass.
+        threads: passes that run at once, as many as memory allows; sums do not depend on it.
     """
     layout, model = swap.layout, swap.model
     curvature = Curvature(layout, sum(len(d.ids) for d in documents))
+    calls = Calls()
+    take = calls.later(curvature.take)
     groups = [g for g in layout.groups.values() if not g.role.is_expert]
-    handles = watch_products(model, layout, groups, curvature.take)
+    handles = watch_products(model, layout, groups, take)
     for layer in layout.layers:
-        watch_experts(model, layer, curvature.take)
+        watch_experts(model, layer, take)
     parameters = dict(model.named_parameters()) if reference is not None else {}
 
-    def each(
-        batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, log_probs: torch.Tensor
-    ) -> None:
-        curvature.add_lookup(ids, gradient)
-        if reference is not None:
-            curvature.listening = False
-            loss: Any = sum(_kl(reference(i), own) for i, own in zip(batch, log_probs, strict=True))
-            loss.backward()
-            curvature.listening = True
+    def slopes(batch: list[int], log_probs: torch.Tensor) -> Any:
+        assert reference is not None
+        pairs = zip(batch, log_probs, strict=True)
+        loss: Any = sum(divergence(reference(i), own) for i, own in pairs)
+        return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
+    def each(batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, slopes: Any) -> None:
+        curvature.add_lookup(ids, gradient)
+        curvature.add_slopes(dict(zip(parameters, slopes or (), strict=True)))
+
+    gradient_bytes = sum(p.nbytes for p in parameters.values())
     try:
         model.requires_grad_(reference is not None)
         run_backward(
-            model, documents, each,
-            seed=seed, batch_tokens=batch_tokens, retain_graph=reference is not None,
+            model, documents, calls, each,
+            also=None if reference is None else slopes,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            threads=affordable_threads(model, threads, gradient_bytes),
         )  # fmt: skip
-        curvature.take_slopes(parameters)
     finally:
-        model.zero_grad()  # what was stopped must not be part of the next slope
         model.requires_grad_(False)
         for handle in handles:
             handle.remove()
         use_sorted_experts(model, layout.layers)
     return curvature
-
-
-def _kl(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    fixed = reference.clone()  # made in inference mode
-    return (fixed.exp() * (fixed - candidate)).sum()

@@ -49,12 +49,14 @@ class InMemoryProfiler(Profiler):
     def measure_statistics(self) -> Statistics:
         """Runs the original over the calibration documents."""
         documents = self.inputs.documents
-        return collect(self.model.model, self.layout, documents, progress=self.progress)
+        return collect(
+            self.model.model, self.layout, documents, threads=self.threads, progress=self.progress
+        )
 
     def measure_curvature(self) -> Losses:
         """Prices every offered format of every group, all its rows."""
         with self.model.original():
-            curvature = measure(self.model, self.inputs.curvature_documents)
+            curvature = measure(self.model, self.inputs.curvature_documents, threads=self.threads)
         n_formats = sum(len(g.offered()) for g in self.layout.groups.values())
         bar = tqdm(total=n_formats, desc="encoding", disable=not self.progress)
         prices: Losses = {}
@@ -105,8 +107,9 @@ class InMemoryProfiler(Profiler):
             scorer.ensure_reference(start + n)
             self.model.put_allocation(allocation)
             curvature = measure(
-                self.model, documents, reference=lambda i: scorer.reference(start + i)
-            )
+                self.model, documents,
+                reference=lambda i: scorer.reference(start + i), threads=self.threads,
+            )  # fmt: skip
             prices = self._price_around(allocation, curvature)
             self.files.write(name, prices)
         n_tokens = sum(len(d.ids) for d in documents)

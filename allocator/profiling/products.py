@@ -3,10 +3,13 @@
 In: a transformers model, the groups whose products are watched, documents. Out: calls with the
 inputs `x` of each product `y = W x` and the gradients `g` of its outputs, by token. Invariants: the
 gradients are of log p(drawn label), summed over the tokens of a batch; labels depend on the seed,
-the documents and `batch_tokens` alone, not on what is watched.
+the documents and `batch_tokens` alone, not on what is watched; calls come in the order of batches,
+however many of these run at once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ import torch
 from allocator.families import Role
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_watcher
+from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import token_ids
 from allocator.targets import Group, Layout
 
@@ -211,18 +215,19 @@ def watch_absorbed_queries(
     latent, heads = layout.inventory.dimensions.latent, layout.inventory.dimensions.heads
     assert latent is not None
     attention = model.model.layers[layer].self_attn
-    seen: dict[str, torch.Tensor] = {}
+    seen = threading.local()
 
     def on_query(module: Any, args: Any, output: Any) -> None:
         by_head = output.detach().reshape(-1, heads, output.shape[-1] // heads)
-        seen["queries"] = by_head[..., : latent.nope]
+        seen.queries = by_head[..., : latent.nope]
 
     def on_latents(module: Any, args: Any) -> None:
         rows = args[0].detach()  # documents x 1 x length x rank
-        seen["latents"] = rows.view(rows.shape[0], 1, -1, rows.shape[-1])
+        seen.latents = rows.view(rows.shape[0], 1, -1, rows.shape[-1])
 
     def on_attention(module: Any, args: Any, outputs: Any) -> None:
-        weights, queries, latents = outputs[1], seen.pop("queries"), seen.pop("latents")
+        weights, queries, latents = outputs[1], seen.queries, seen.latents
+        del seen.queries, seen.latents
         p = weights.detach()  # documents x heads x length x length
 
         def add(gradient: torch.Tensor) -> None:
@@ -247,66 +252,152 @@ def query_module(model: Any, layout: Layout, layer: int | None) -> Any:
     return attention.q_proj if latent is not None and latent.q_rank is None else attention.q_b_proj
 
 
-Each = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None]
+class Calls:
+    """Calls of hooks, kept by thread until the turn of the batch that they came from."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def later(self, take: Callable[..., None]) -> Callable[..., None]:
+        """Returns what hooks call in place of `take`; outside of `kept` it does nothing."""
+
+        def call(*args: Any) -> None:
+            calls = getattr(self._of_thread, "calls", None)
+            if calls is not None:
+                calls.append((take, args))
+
+        return call
+
+    @contextmanager
+    def kept(self) -> Iterator[list[tuple[Callable[..., None], tuple[Any, ...]]]]:
+        """Keeps the calls of this thread in a list."""
+        calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._of_thread.calls = calls
+        try:
+            yield calls
+        finally:
+            self._of_thread.calls = None
+
+
+Each = Callable[[list[int], torch.Tensor, torch.Tensor, Any], None]
 """Gets the indices of a batch's documents, their ids `(documents, length)`, the gradients of the
-values that the first layer differentiated got `(documents, length, hidden)`, and log-probabilities
-`(documents, length, vocabulary)`."""
+values that the first layer differentiated got `(documents, length, hidden)`, and what `also`
+returned."""
+Also = Callable[[list[int], torch.Tensor], Any]
+"""Gets the indices of a batch's documents, and log-probabilities `(documents, length, vocabulary)`
+that can be differentiated, by parameters too."""
 
 
 def run_backward(
     model: Any,
     documents: Sequence[Document],
+    calls: Calls,
     each: Each,
     *,
+    also: Also | None = None,
     seed: int,
     batch_tokens: int,
     first_layer: int = 0,
-    retain_graph: bool = False,
+    threads: int = 1,
 ) -> None:
     """Runs documents forwards, and backwards from log p(drawn label), batch by batch.
 
     Args:
         model: of transformers, whose experts are differentiable from `first_layer` on.
         documents: tokens to run.
-        each: called after the backward pass of each batch.
+        calls: of the hooks on products, which are made batch by batch, after the backward passes.
+        each: called after a batch's calls.
+        also: called within a batch's passes, from any thread, with no hook listening; needs 0 as
+            the first layer.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass.
         first_layer: the lowest layer that gradients go back through; the number of layers for that
             of the head alone.
-        retain_graph: `each` may differentiate the log-probabilities again, by parameters too;
-            needs 0 as the first layer.
+        threads: batches that run at once.
     """
-    generator = torch.Generator().manual_seed(seed)
-    leaves: list[torch.Tensor] = []
+    inner, of_thread = model.model, threading.local()
+    chosen = list(batches(documents, 0, len(documents), n_tokens=batch_tokens))
+    labels = _Labels(seed, len(chosen))
 
     def enter(module: Any, args: Any) -> Any:
-        leaves.append(args[0].detach().requires_grad_())
-        return (leaves[-1], *args[1:])
+        of_thread.entered = args[0].detach().requires_grad_()
+        return (of_thread.entered, *args[1:])
 
-    inner = model.model
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def run(number: int) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
+        ids = token_ids(model, [documents[i] for i in chosen[number]])
+        embedded = inner.embed_tokens(ids)
+        if also is None:
+            embedded = embedded.detach().clone().requires_grad_(not first_layer)
+        with calls.kept() as kept, labels.turn(number) as draw:
+            hidden = inner(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            log_probs = torch.log_softmax(model.lm_head(hidden), -1)
+            flat = log_probs.flatten(0, 1)
+            drawn_labels = draw(flat.detach().exp())
+            leaf = of_thread.entered if first_layer else embedded
+            (gradient,) = torch.autograd.grad(
+                flat.gather(1, drawn_labels).sum(), leaf, retain_graph=also is not None
+            )
+        result = None if also is None else also(chosen[number], log_probs)
+        return kept, ids, gradient, result
+
     handles = []
     if first_layer:
         entry = inner.norm if first_layer == len(inner.layers) else inner.layers[first_layer]
         handles.append(entry.register_forward_pre_hook(enter))
     try:
-        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
-            with torch.inference_mode(False), torch.enable_grad():
-                ids = token_ids(model, [documents[i] for i in batch])
-                embedded = inner.embed_tokens(ids)
-                if not retain_graph:
-                    embedded = embedded.detach().clone().requires_grad_(not first_layer)
-                hidden = inner(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                log_probs = torch.log_softmax(model.lm_head(hidden), -1)
-                flat = log_probs.flatten(0, 1)
-                labels = drawn(flat.detach().exp(), generator)
-                leaf = leaves.pop() if first_layer else embedded
-                (gradient,) = torch.autograd.grad(
-                    flat.gather(1, labels).sum(), leaf, retain_graph=retain_graph
-                )
-                each(batch, ids, gradient, log_probs)
+        passes = side_by_side(run, range(len(chosen)), affordable_threads(model, threads))
+        for batch, (kept, ids, gradient, result) in zip(chosen, passes, strict=True):
+            for take, args in kept:
+                take(*args)
+            each(batch, ids, gradient, result)
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Labels:
+    """Draws labels batch by batch from one generator, in order, from any thread.
+
+    Args:
+        seed: of the generator.
+        n: batches.
+    """
+
+    def __init__(self, seed: int, n: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = [threading.Event() for _ in range(n)]
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Gives what draws labels `(tokens, 1)` of a batch from probabilities `(tokens, vocab)`.
+
+        It waits for all batches before; a batch that ends without a draw lets the next one go on.
+        """
+
+        def draw(probabilities: torch.Tensor) -> torch.Tensor:
+            if number:
+                self._drawn[number - 1].wait()
+            labels = drawn(probabilities, self._generator)
+            self._drawn[number].set()
+            return labels
+
+        try:
+            yield draw
+        finally:
+            self._drawn[number].set()
+
+
+def divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Returns KL(original || candidate), summed over tokens, with its gradient by the candidate.
+
+    Args:
+        reference: the original's log-probabilities, `(tokens, vocabulary)`, made in inference mode.
+        candidate: the candidate's, in the same shape.
+    """
+    fixed = reference.clone()
+    return (fixed.exp() * (fixed - candidate)).sum()
 
 
 def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

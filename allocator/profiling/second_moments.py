@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from allocator.families import Role
 from allocator.profiling.products import (
+    Calls,
     Product,
     SecondMoment,
     product_name,
@@ -90,6 +91,7 @@ def second_moments(
     memory_bytes: float = 2 << 30,
     seed: int = 0,
     batch_tokens: int = 1024,
+    threads: int = 1,
     progress: bool = False,
 ) -> Iterator[tuple[Group, torch.Tensor]]:
     """Measures second moments in what a model holds now, which may not change meanwhile.
@@ -104,6 +106,7 @@ def second_moments(
             further passes over the documents, one group at least in each.
         seed: of the labels drawn from the model.
         batch_tokens: tokens per forward pass.
+        threads: passes with gradients that run at once; sums do not depend on it.
         progress: shows a bar over documents of all passes.
 
     Yields:
@@ -117,8 +120,10 @@ def second_moments(
     with bar:
         for chosen in passes:
             sums = _sums(swap.retained, chosen, fisher, swap.model)
-            run = _run_fisher if fisher else _run_plain
-            run(swap, documents, chosen, sums, seed, batch_tokens, bar)
+            if fisher:
+                _run_fisher(swap, documents, chosen, sums, seed, batch_tokens, threads, bar)
+            else:
+                _run_plain(swap, documents, chosen, sums, batch_tokens, bar)
             for group in chosen:
                 yield group, sums.pop(group.name).mean(group, smoothing)
 
@@ -306,7 +311,6 @@ def _run_plain(
     documents: Sequence[Document],
     groups: Sequence[Group],
     sums: dict[str, _Sums],
-    seed: int,
     batch_tokens: int,
     bar: Any,
 ) -> None:
@@ -361,24 +365,23 @@ def _run_fisher(
     sums: dict[str, _Sums],
     seed: int,
     batch_tokens: int,
+    threads: int,
     bar: Any,
 ) -> None:
-    model, layout = swap.model, swap.layout
-    take = _TakeFisher(layout, sums)
+    model, layout, calls = swap.model, swap.layout, Calls()
+    take = calls.later(_TakeFisher(layout, sums))
     matrices = [g for g in groups if not g.role.is_expert and g.role is not Role.K_B]
     handles = watch_products(model, layout, matrices, take)
     for group in groups:
         if group.role is Role.K_B:
             assert group.layer is not None
-            by_head = sums[group.name].by_head
+            by_head = calls.later(sums[group.name].by_head)
             handles += watch_absorbed_queries(model, layout, group.layer, by_head)
     for layer in layout.layers:
         watch_experts(model, layer, take)
     embedding = sums.get(str(Role.EMBEDDING))
 
-    def each(
-        batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, log_probs: torch.Tensor
-    ) -> None:
+    def each(batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, _: None) -> None:
         if isinstance(embedding, _RowSums):
             weights = embedding.rows[ids.flatten()]
             embedding.looked_up.add(weighted(gradient.flatten(0, -2), weights))
@@ -388,8 +391,8 @@ def _run_fisher(
     layers = [n_layers if g.layer is None else g.layer for g in groups]
     try:
         run_backward(
-            model, documents, each, seed=seed, batch_tokens=batch_tokens,
-            first_layer=0 if embedding else min(layers),
+            model, documents, calls, each, seed=seed, batch_tokens=batch_tokens,
+            first_layer=0 if embedding else min(layers), threads=threads,
         )  # fmt: skip
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ arXiv 2510.13999, eq. 9); `norm` leaves the gate out; `frequency` counts tokens;
 (the seed paper's code).
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,8 +27,9 @@ from allocator.families import Role
 from allocator.files.checksums import load_arrays, save_arrays
 from allocator.profiling.products import query_module
 from allocator.scoring.documents import Document, batches
-from allocator.scoring.experts import use_observer, use_sorted_experts
+from allocator.scoring.experts import Observer, use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.streamed_model import States, StreamedModel
 from allocator.scoring.swap_model import token_ids
 from allocator.targets import Group, Layout
@@ -72,6 +74,11 @@ class _MeanSquare:
         self.total = self.total + rows.double().square().sum(0)
         self.n += len(rows)
 
+    def merge(self, other: "_MeanSquare") -> None:
+        """Adds the sums of other tokens."""
+        self.total = self.total + other.total
+        self.n += other.n
+
     def mean(self) -> Floats:
         assert isinstance(self.total, torch.Tensor)
         return (self.total / self.n).float().cpu().numpy()
@@ -101,6 +108,12 @@ class _Experts:
         self.norms[e] += float(norms.sum())
         self.gates[e] += float(gates.double().sum())
         self.products[e] += float((norms * gates).sum())
+
+    def merge(self, other: "_Experts") -> None:
+        """Adds the sums of other tokens."""
+        for name, values in vars(other).items():
+            mine = getattr(self, name)
+            mine += values
 
     def saliency(self, method: str) -> list[float]:
         reached = np.maximum(self.counts, 1)
@@ -163,24 +176,19 @@ def _reader(model: Any, group: Group) -> Any:
     return model.get_submodule(group.sources[0].removesuffix(".weight"))
 
 
-def _watch(model: Any, layout: Layout, sums: dict[str, _MeanSquare]) -> list[Any]:
-    """Hooks that feed `sums` for every group that is no routed expert."""
-    groups = [g for g in layout.groups.values() if not g.role.is_expert and g.importance]
-    sums |= {group.name: _MeanSquare() for group in groups}
-
-    def take(name: str, x: torch.Tensor) -> None:
-        sums[name].add(x, layout.groups[name].role is Role.K_B)
-
-    return watch_inputs(model, layout, groups, take)
+def _sums_of(layout: Layout) -> dict[str, _MeanSquare]:
+    """Empty sums of every group that is no routed expert and has importance."""
+    groups = (g for g in layout.groups.values() if not g.role.is_expert and g.importance)
+    return {group.name: _MeanSquare() for group in groups}
 
 
-@torch.inference_mode()
 def collect(
     model: Any,
     layout: Layout,
     documents: Sequence[Document],
     *,
     batch_tokens: int = 4096,
+    threads: int = 1,
     progress: bool = False,
 ) -> Statistics:
     """Runs the original over `documents`.
@@ -190,21 +198,41 @@ def collect(
         layout: whose groups get importance.
         documents: tokens to run.
         batch_tokens: tokens per forward pass.
+        threads: passes that run at once; sums do not depend on it.
         progress: shows a bar.
     """
-    sums: dict[str, _MeanSquare] = {}
-    experts = _of_layers(layout)
-    handles = _watch(model, layout, sums)
-    for layer, layer_sums in experts.items():
-        use_observer(model, layer, layer_sums.observe)
+    sums, experts = _sums_of(layout), _of_layers(layout)
+    of_thread = threading.local()  # the sums of its batch
+    groups = [layout.groups[name] for name in sums]
+
+    def take(name: str, x: torch.Tensor) -> None:
+        of_thread.sums[name].add(x, layout.groups[name].role is Role.K_B)
+
+    def observer(layer: int) -> Observer:
+        return lambda *args: of_thread.experts[layer].observe(*args)
+
+    @torch.inference_mode()
+    def run(batch: list[int]) -> tuple[dict[str, _MeanSquare], dict[int, _Experts]]:
+        of_thread.sums, of_thread.experts = _sums_of(layout), _of_layers(layout)
+        ids = token_ids(model, [documents[i] for i in batch])
+        model(input_ids=ids, use_cache=False)
+        return of_thread.sums, of_thread.experts
+
+    handles = watch_inputs(model, layout, groups, take)
+    for layer in experts:
+        use_observer(model, layer, observer(layer))
+    chosen = list(batches(documents, 0, len(documents), n_tokens=batch_tokens))
+    bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
     try:
-        bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
-        for batch in batches(documents, 0, len(documents), n_tokens=batch_tokens):
-            ids = token_ids(model, [documents[i] for i in batch])
-            model(input_ids=ids, use_cache=False)
+        passes = side_by_side(run, chosen, affordable_threads(model, threads))
+        for batch, (of_batch, experts_of_batch) in zip(chosen, passes, strict=True):
+            for name, total in of_batch.items():
+                sums[name].merge(total)
+            for layer, layer_sums in experts_of_batch.items():
+                experts[layer].merge(layer_sums)
             bar.update(len(batch))
-        bar.close()
     finally:
+        bar.close()
         for handle in handles:
             handle.remove()
         use_sorted_experts(model, layout.layers)
@@ -233,12 +261,15 @@ def collect_streamed(
         progress: shows a bar over layers.
     """
     layout = streamed.layout
-    sums: dict[str, _MeanSquare] = {}
-    experts = _of_layers(layout)
+    sums, experts = _sums_of(layout), _of_layers(layout)
     n_layers = layout.inventory.n_layers
     checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
     states = streamed.begin(checkpoints.documents)
-    handles = _watch(streamed.model, layout, sums)
+
+    def take(name: str, x: torch.Tensor) -> None:
+        sums[name].add(x, layout.groups[name].role is Role.K_B)
+
+    handles = watch_inputs(streamed.model, layout, [layout.groups[name] for name in sums], take)
     try:
         layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
         first = _resume(checkpoints, states, layers_sums)

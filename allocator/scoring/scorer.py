@@ -10,7 +10,6 @@ too while they fit in `cache_bytes`; beyond that the head runs again for them.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -29,7 +28,8 @@ from allocator.scoring.layer_inputs import (
     LayerInputRecorder,
     without_layers_before,
 )
-from allocator.scoring.swap_model import SwapModel, device_of, token_ids
+from allocator.scoring.side_by_side import affordable_threads, side_by_side
+from allocator.scoring.swap_model import SwapModel, token_ids
 
 Array = npt.NDArray[np.float64]
 Row = tuple[float, float, float, float]
@@ -125,7 +125,7 @@ class Scorer(Documents):
         progress: str | None = None,
     ) -> None:
         super().__init__(documents)
-        self._threads = threads if device_of(swap.model).type == "cpu" else 1
+        self.threads = affordable_threads(swap.model, threads)
         self._progress = progress
         self.swap = swap
         self.batch_tokens = batch_tokens
@@ -179,7 +179,7 @@ class Scorer(Documents):
         self.ensure_reference(stop)
         chosen = list(self._batches(start, stop))
         with self._forward(chosen, record=not self._from_original) as passed:
-            losses = self._losses(self.swap.model, passed.states, chosen, self._threads)
+            losses = self._losses(self.swap.model, passed.states, chosen, self.threads)
         if not self._from_original:
             passed.offer(float(losses.kl.sum()))
         return losses
@@ -214,6 +214,7 @@ class Scorer(Documents):
     ) -> DocumentLosses:
         """Losses of a model whose last layer gives these states, by batch."""
 
+        @torch.inference_mode()  # it is a thread's own
         def work(batch: list[int]) -> list[Row]:
             pairs = zip(batch, states_of(batch), strict=True)
             return [self._compare(i, model.lm_head(states)) for i, states in pairs]
@@ -225,7 +226,7 @@ class Scorer(Documents):
             disable=self._progress is None,
             leave=False,
         ) as bar:
-            for document_rows in _mapped(work, batches, threads):
+            for document_rows in side_by_side(work, batches, threads):
                 rows += document_rows
                 bar.update(len(document_rows))
         return losses_of(rows)
@@ -263,7 +264,8 @@ class Scorer(Documents):
             missing = [b for b in self._all() if b[0] < stop and b[0] not in self._hidden]
 
             with self._forward(missing, record=self._from_original) as passed:
-                hidden = _mapped(lambda b: passed.states(b).clone(), missing, self._threads)
+                states_of = torch.inference_mode()(lambda b: passed.states(b).clone())
+                hidden = side_by_side(states_of, missing, self.threads)
                 for batch, states in zip(missing, hidden, strict=True):
                     self._hidden.update(zip(batch, states, strict=True))
             if self._from_original:
@@ -370,24 +372,6 @@ def compare(
 def losses_of(rows: Sequence[Row]) -> DocumentLosses:
     """Gathers what `compare` returned for each document."""
     return DocumentLosses(*np.array(rows, np.float64).reshape(-1, 4).T)
-
-
-def _mapped(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
-    """`work` of every item, in order; several at once, each on one core.
-
-    Batches side by side use cores better than one batch on all of them: most of a small model's
-    time goes to operations too short to split.
-    """
-
-    def quiet(item: T) -> R:
-        with torch.inference_mode():  # it is a thread's own
-            return work(item)
-
-    if threads == 1 or len(items) < 2:
-        yield from map(quiet, items)
-        return
-    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-        yield from pool.map(quiet, items)
 
 
 def _final_states(model: Any, documents: Sequence[Document]) -> torch.Tensor:
