@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -330,10 +330,10 @@ class StudyFolder:
 
         if isinstance(profiler, InMemoryProfiler):  # a gradient needs the model in memory, twice
             local_prices, scorer = profiler.local_prices, self.scorers.gradients
-            take = lru_cache(64)(
-                lambda allocation, part: local_prices(allocation, scorer, part=part)
+            gradient = GradientStep(
+                lambda allocation, part: local_prices(allocation, scorer, part=part),
+                profiler.gradient_tokens(scorer),
             )
-            gradient = GradientStep(take, profiler.gradient_tokens(scorer))
         problem = Problem(self.surrogate, launch.budget, gradient=gradient)
         return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from allocator.decision.parameters import ExpertsOf, Params, SettingOf, parse
 from allocator.decision.space import Space
-from allocator.prediction.surrogate import Surrogate
+from allocator.prediction.surrogate import Ints, Surrogate
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,7 +29,7 @@ _MISFIT = 0.01  # of a logarithmic loss, which no multipliers explain
 _STEPS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Observation:
     """A measured loss.
 
@@ -37,11 +37,13 @@ class Observation:
         params: complete.
         loss: nats per token.
         variance: of the loss's logarithm, without the misfit.
+        places: of the params, as of `Surrogate.places`; None where nobody worked them out.
     """
 
     params: Params
     loss: float
     variance: float
+    places: Ints | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +113,16 @@ def fit(surrogate: Surrogate, observations: Sequence[Observation]) -> Posterior:
     mean = np.zeros(len(names))
     jacobian = np.zeros((len(observations), len(names)))
     variance = np.array([o.variance + _MISFIT**2 for o in observations])
+    measured = [o.loss for o in observations]
+    places = np.array(
+        [surrogate.places(o.params) if o.places is None else o.places for o in observations]
+    )
     for _ in range(_STEPS if observations else 0):
         current = surrogate.multiplied(dict(zip(names, np.exp(mean).tolist(), strict=True)))
-        jacobian = np.array([current.shares(o.params) for o in observations])
-        predicted = [max(current.predict(o.params), 1e-12) for o in observations]
-        missing = np.array([log(o.loss / p) for o, p in zip(observations, predicted, strict=True)])
+        predicted, jacobian = current.predicted_and_shares(current.losses_at(places))
+        missing = np.array(
+            [log(m / max(p, 1e-12)) for m, p in zip(measured, predicted, strict=True)]
+        )
         mean = _gain(prior, jacobian, variance) @ (missing + jacobian @ mean)
     return Posterior(names, mean, prior, jacobian, variance)
 

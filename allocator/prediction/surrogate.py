@@ -20,7 +20,7 @@ Pruning a layer costs what was measured, piecewise linear between counts. The to
 experts are routed to the others, so errors of retained experts then count in proportion.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
@@ -43,6 +43,7 @@ from allocator.decision.space import Space
 from allocator.prediction.profile import Profile, bundle_of
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Prices = Mapping[str, Mapping[str, list[float]]]
 """Second-order loss by group and format: one value per routed expert, else one value."""
 
@@ -123,9 +124,7 @@ class Surrogate:
         """
         return _error_losses(self.space, moves, counts)
 
-    def local(
-        self, params: Params, tables: Sequence[Mapping[str, Floats]], *, share: float
-    ) -> "Surrogate":
+    def local(self, params: Params, moves: Mapping[str, Floats], *, share: float) -> "Surrogate":
         """Returns the change of loss from complete params: a mean of moves' and this surrogate's.
 
         Moves know how errors interact. But of hundreds of moves, each with its own noise, the least
@@ -135,16 +134,15 @@ class Surrogate:
 
         Args:
             params: where the change is zero.
-            tables: of moves from candidates near these params, as `table` returns them, by group
-                `counts x options`; their mean counts.
+            moves: from candidates near these params, by group `counts x options`: what `table`
+                returns, or the mean of several.
             share: weight of the moves.
         """
         routing_loss = max(self.routing_loss(self.losses(params)), 1e-12)
         counts = self.space.layer_counts(params)
         mixed = {}
         for group, rows in self.error_losses.items():
-            own = rows * self.error_weight(group, routing_loss)
-            moved = np.mean([t[group] for t in tables], axis=0)
+            own, moved = rows * self.error_weight(group, routing_loss), moves[group]
             column = self.space.formats[group].index(params[self.space.format_params[group]])
             at = self.row(params, group), column
             mixed[group] = share * (moved - moved[at]) + (1 - share) * (own - own[at])
@@ -172,14 +170,42 @@ class Surrogate:
 
         The losses are smooth losses by group, losses of counts by layer, and losses of settings.
         """
-        losses = []
+        return self._losses_alone[self.places(params)] * self._multiplier_values
+
+    def losses_at(self, places: Ints) -> Floats:
+        """Returns what `losses` does, of several params: `params x multiplied_names`.
+
+        Args:
+            places: of the params, as `places` returns them; `params x multiplied_names`.
+        """
+        return self._losses_alone[places] * self._multiplier_values
+
+    def places(self, params: Params) -> Ints:
+        """Returns where complete params stand among all losses, `(multiplied_names,)`.
+
+        Surrogates that were made from this one have the same places.
+        """
+        places, start = [], 0
         for group, names in self.space.formats.items():
+            rows = self.error_losses[group]
             column = names.index(params[self.space.format_params[group]])
-            losses.append(self.error_losses[group][self.row(params, group), column])
+            places.append(start + self.row(params, group) * len(names) + column)
+            start += rows.size
         for layer, of_counts in self.count_losses.items():
-            losses.append(of_counts[self._count_index(params, layer)])
-        losses += [of_values[params[name]] for name, of_values in self.setting_losses.items()]
-        return np.array(losses) * self._multiplier_values
+            places.append(start + self._count_index(params, layer))
+            start += len(of_counts)
+        for name, of_values in self.setting_losses.items():
+            places.append(start + list(of_values).index(params[name]))
+            start += len(of_values)
+        return np.array(places, dtype=np.int64)
+
+    @cached_property
+    def _losses_alone(self) -> Floats:
+        """All losses in a row, without multipliers: of groups, of counts, of settings."""
+        settings = [np.array(list(v.values()), dtype=float) for v in self.setting_losses.values()]
+        errors = [self.error_losses[g] for g in self.space.formats]
+        rows = [*errors, *self.count_losses.values(), *settings]
+        return np.concatenate([np.ravel(v) for v in rows])
 
     def predict(self, params: Params) -> float:
         """Returns the predicted loss of complete params."""
@@ -199,11 +225,21 @@ class Surrogate:
 
         The derivatives are by each multiplier's logarithm, at complete params.
         """
-        losses = self.losses(params)
-        routing_loss = max(self.routing_loss(losses), 1e-12)
-        total = float(losses.sum()) + routing_loss
-        weights = 1 + self.coupling_values / (2 * routing_loss)
-        return np.asarray(losses * weights / max(total, 1e-12))
+        _, shares = self.predicted_and_shares(self.losses(params)[None])
+        return np.asarray(shares[0])
+
+    def predicted_and_shares(self, losses: Floats) -> tuple[Floats, Floats]:
+        """Returns predicted losses, `(params,)`, and what `shares` does of each.
+
+        Args:
+            losses: `params x multiplied_names`, as `losses_at` returns them.
+        """
+        # a product of the whole matrix rounds otherwise
+        routing_losses = np.sqrt(np.array([self.coupling_values @ row for row in losses]))
+        sums, slopes = losses.sum(axis=1), np.maximum(routing_losses, 1e-12)
+        weights = 1 + self.coupling_values / (2 * slopes)[:, None]
+        totals = np.maximum(sums + slopes, 1e-12)
+        return sums + routing_losses, losses * weights / totals[:, None]
 
     def loss_at(self, params: Params) -> Loss:
         """Returns the losses of single values, under the routing loss of complete params."""

@@ -14,9 +14,8 @@ the study's trials and the seed alone, so a resumed study proposes what an undis
   are compared with the incumbent on the documents that both have seen.
 """
 
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from optuna.study import Study
@@ -24,17 +23,16 @@ from optuna.trial import FrozenTrial
 
 from allocator.decision.budget import Budget
 from allocator.decision.parameters import Params
-from allocator.errors import SpaceError
 from allocator.prediction.posterior import Observation, Posterior, fit
 from allocator.prediction.surrogate import Floats, Surrogate
 from allocator.samplers.knapsack import SolvingSampler
-from allocator.samplers.problem import GradientStep, Problem
+from allocator.samplers.lessons import Lessons
+from allocator.samplers.problem import Problem
 from allocator.study.optuna_private import set_system_attr
 from allocator.study.trials import (
     GRADIENT_TOKENS,
     LOSSES,
     PROPOSAL,
-    allocation_of,
     best_complete,
     not_abandoned,
 )
@@ -51,8 +49,8 @@ INCUMBENT = "auto:incumbent"
 """System attribute of a trial that begins a round: `PROPOSAL` of the incumbent then, where the
 round's gradient step is taken."""
 
-_Slopes = tuple[Params, list[Mapping[str, Floats]]]
-"""The incumbent, and what each gradient step says of every switch from there."""
+_Slopes = tuple[Params, Mapping[str, Floats], int]
+"""The incumbent, what gradient steps say of every switch from there in the mean, and how many."""
 
 
 class AutoSampler(SolvingSampler):
@@ -62,7 +60,7 @@ class AutoSampler(SolvingSampler):
         surrogate: predicted losses.
         budget: the hard limit.
         seed: of this trial.
-        gradient: None where no gradient is to be had.
+        lessons: of the surrogate, shared by the samplers of a study; new ones by default.
     """
 
     at_the_cap = 0.95
@@ -73,10 +71,11 @@ class AutoSampler(SolvingSampler):
         budget: Budget,
         *,
         seed: int,
-        gradient: GradientStep | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
         super().__init__(surrogate, budget, seed=seed)
-        self._gradient = gradient
+        self._lessons = lessons or Lessons(surrogate, None)
+        self._gradient = self._lessons.gradient
         self._place = 0  # in the round
         self._curved = surrogate  # with the curvature at the incumbent
         self._posterior: Posterior | None = None
@@ -86,7 +85,7 @@ class AutoSampler(SolvingSampler):
     @classmethod
     def of(cls, problem: Problem, seed: int) -> Self:
         """Makes the sampler of one trial."""
-        return cls(problem.surrogate, problem.budget, seed=seed, gradient=problem.gradient)
+        return cls(problem.surrogate, problem.budget, seed=seed, lessons=problem.lessons)
 
     def next_tokens(self, study: Study, n: int) -> int:
         """Returns the forward tokens of the gradient steps that the next `n` proposals take."""
@@ -106,20 +105,14 @@ class AutoSampler(SolvingSampler):
             number = None if incumbent is None else incumbent.system_attrs.get(PROPOSAL)
             set_system_attr(study, trial, INCUMBENT, number)
         if incumbents := self._incumbents(done):
-            assert self._gradient is not None
-            began = time.perf_counter()
-            steps = [
-                self._gradient.take(allocation_of(t), part) for part, t in enumerate(incumbents)
-            ]
-            self.gradient_seconds = time.perf_counter() - began
+            scored = [self._lessons.scored(t) for t in incumbents]
+            before = self._lessons.gradient_seconds
+            steps = [self._lessons.step(s.allocation, part) for part, s in enumerate(scored)]
+            self._curved = self._lessons.curved(scored[-1].allocation, len(scored) - 1)
+            self.gradient_seconds = self._lessons.gradient_seconds - before
             if not self._place:
                 set_system_attr(study, trial, GRADIENT_TOKENS, steps[-1].forward_tokens)
-            self._curved = self._surrogate.with_curvature_at(steps[-1].curvature)
-            tables: list[Mapping[str, Floats]] = [
-                self._surrogate.table(step.moves, allocation_of(t).counts)
-                for t, step in zip(incumbents, steps, strict=True)
-            ]
-            self._slopes = self._params(incumbents[-1]), tables
+            self._slopes = scored[-1].params, self._lessons.mean_moves(steps), len(steps)
         self._posterior = fit(self._curved, list(self._observations(done)))
 
     def _aim(self, target: Budget) -> None:
@@ -132,9 +125,9 @@ class AutoSampler(SolvingSampler):
         multipliers = self._posterior.draw(self._rng, scale=scale)
         surrogate = self._curved.multiplied(multipliers)
         if self._slopes is not None and self._is_near:
-            params, tables = self._slopes
-            share = min(factor * len(tables) / (len(tables) + NOISY_STEPS), 1.0)
-            surrogate = surrogate.local(params, tables, share=share)
+            params, moves, n_steps = self._slopes
+            share = min(factor * n_steps / (n_steps + NOISY_STEPS), 1.0)
+            surrogate = surrogate.local(params, moves, share=share)
         return surrogate, multipliers
 
     def _incumbents(self, done: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -146,45 +139,41 @@ class AutoSampler(SolvingSampler):
         if self._gradient is None:
             return []
         begins = range(len(done) - _own(done), len(done) + 1, ROUND)
-        incumbents = [_best_then(done, begin) for begin in begins]
-        return [t for t in incumbents if t is not None and self._params(t)]
-
-    def _params(self, trial: FrozenTrial) -> Params:
-        """Complete params of what a trial scored; none if the space does not hold it."""
-        try:
-            return self._space.complete(self._space.params(allocation_of(trial)))
-        except SpaceError:
-            return {}  # a first trial that keeps other experts
+        proposals = {t.system_attrs[PROPOSAL]: t for t in done if PROPOSAL in t.system_attrs}
+        incumbents = [_best_then(done, begin, proposals) for begin in begins]
+        return [t for t in incumbents if t is not None and self._lessons.scored(t).params]
 
     def _observations(self, done: list[FrozenTrial]) -> Iterator[Observation]:
         incumbent = best_complete(done)
         if incumbent is None:
             return
+        rivals = np.array(incumbent.user_attrs[LOSSES])
         for trial in done:
-            losses: Any = np.array(trial.user_attrs.get(LOSSES, ()))
+            losses = np.array(trial.user_attrs.get(LOSSES, ()))
             if not len(losses) or not np.isfinite(losses).all():
                 continue
-            if not (params := self._params(trial)):
+            scored = self._lessons.scored(trial)
+            if not scored.params:
                 continue
-            rival = np.array(incumbent.user_attrs[LOSSES])[: len(losses)]
+            rival = rivals[: len(losses)]
             if min(losses.mean(), rival.mean()) <= 0:
                 continue  # lossless within rounding: no ratio
             ratio = float(losses.mean() / rival.mean())
             spread = losses / losses.mean() - rival / rival.mean()
             yield Observation(
-                params,
+                scored.params,
                 max(ratio * float(incumbent.values[0]), 1e-9),
                 float(spread.var() / len(losses)),
+                scored.places,
             )
 
 
-def _best_then(done: list[FrozenTrial], begin: int) -> FrozenTrial | None:
-    """The incumbent when the trial at this place was asked for."""
+def _best_then(
+    done: list[FrozenTrial], begin: int, proposals: Mapping[int, FrozenTrial]
+) -> FrozenTrial | None:
+    """The incumbent when the trial at this place was asked for; `proposals` are by number."""
     if begin < len(done) and INCUMBENT in done[begin].system_attrs:
-        number = done[begin].system_attrs[INCUMBENT]
-        if number is None:
-            return None
-        return next((t for t in done if t.system_attrs.get(PROPOSAL) == number), None)
+        return proposals.get(done[begin].system_attrs[INCUMBENT])
     return best_complete(done[:begin])
 
 

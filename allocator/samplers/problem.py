@@ -1,24 +1,13 @@
 """The problem that a sampler solves: predicted losses, a hard limit, and where a gradient fits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from allocator.decision.allocation import Allocation
 from allocator.decision.budget import Budget
-from allocator.prediction.surrogate import LocalPrices, Surrogate
+from allocator.prediction.surrogate import Surrogate
+from allocator.samplers.lessons import GradientStep, Lessons
 
-
-@dataclass(frozen=True)
-class GradientStep:
-    """A gradient at an allocation, which prices every change from there.
-
-    Attributes:
-        take: an allocation, and which part of the documents to use, to the prices there.
-        forward_tokens: what one step takes.
-    """
-
-    take: Callable[[Allocation, int], LocalPrices]
-    forward_tokens: int
+__all__ = ["GradientStep", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +25,8 @@ class Problem:
     budget: Budget
     gradient: GradientStep | None = None
     population: int = 20
+
+    @cached_property
+    def lessons(self) -> Lessons:
+        """What trials and gradient steps teach, worked out once for all samplers of the study."""
+        return Lessons(self.surrogate, self.gradient)

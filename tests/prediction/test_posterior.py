@@ -175,3 +175,36 @@ def test_losses_of_what_is_predicted_lossless_teach_nothing(linear):
     posterior = fit(linear, [Observation(params, 1e-9, 0.0)])
     assert (posterior.mean == 0).all()
     assert all(np.isfinite(v) for v in posterior.draw(np.random.default_rng(0)).values())
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+def test_all_observations_at_once_are_as_one_after_the_other(surrogates, target):
+    """Gauss-Newton steps that predict every observation by itself end in the same mean."""
+    plain = surrogates[target]
+    space, names = plain.space, plain.multiplied_names
+    rng = np.random.default_rng(6)
+    chosen = [at_random(space, rng) for _ in range(12)]
+    seen = [Observation(p, float(np.exp(rng.normal())) * plain.predict(p), 0.01) for p in chosen]
+    placed = [replace(o, places=plain.places(o.params)) for o in seen]
+    prior, mean = covariance(space, names), np.zeros(len(names))
+    for _ in range(4):
+        current = plain.multiplied(dict(zip(names, np.exp(mean), strict=True)))
+        slopes = np.array([slopes_of(current, o.params) for o in seen])
+        missing = np.log([o.loss / current.predict(o.params) for o in seen])
+        among = slopes @ prior @ slopes.T + (0.01 + MISFIT) * np.eye(len(seen))
+        mean = prior @ slopes.T @ np.linalg.solve(among, missing + slopes @ mean)
+    np.testing.assert_allclose(fit(plain, seen).mean, mean, atol=1e-6)
+    assert np.array_equal(fit(plain, seen).mean, fit(plain, placed).mean)
+
+
+def slopes_of(surrogate, params):
+    """Derivatives of the logarithmic prediction by logarithmic multipliers, by differences."""
+    slopes = []
+    for name in surrogate.multiplied_names:
+        ends = [
+            surrogate.multiplied(
+                {**surrogate.multipliers, name: surrogate.multipliers.get(name, 1.0) * factor}
+            ).predict(params) for factor in (np.exp(-1e-4), np.exp(1e-4))
+        ]  # fmt: skip
+        slopes.append(np.log(ends[1] / ends[0]) / 2e-4)
+    return slopes

@@ -262,8 +262,7 @@ def moves_from(profile, space, params, rng):
 
 def near_of(surrogate, params, moves, share):
     held = surrogate.space.allocation(params).counts
-    tables = [surrogate.table(moves, held), surrogate.table(moves, held)]
-    return surrogate.local(params, tables, share=share)
+    return surrogate.local(params, surrogate.table(moves, held), share=share)
 
 
 @pytest.mark.parametrize("target", TARGETS)
