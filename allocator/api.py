@@ -432,6 +432,7 @@ def finish(
     tuning: bool = True,
     seed: int | None = None,
     out: str | None = None,
+    resolve: bool = False,
     on_estimate: Callable[[FinishEstimate], None] | None = None,
     **options: Unpack[StudyOptions],
 ) -> FinishResult:
@@ -454,6 +455,9 @@ def finish(
         seed: of what is drawn; 0 by default.
         out: name of the record to write; by default the one that was given, or one in the study's
             `allocations` that is named for the file or the format.
+        resolve: finishes another allocation, that of least predicted loss after finishing under
+            the limits of the given one; it becomes a record of its own, `<name>-resolved`. Builds
+            the study's profile where there is none.
         on_estimate: called with the estimate, before any weights are computed.
         options: as of `StudyOptions`.
 
@@ -466,7 +470,7 @@ def finish(
     return _finish(
         _finish_request(
             study, allocation, base=base, tokens=tokens, seconds=seconds, tuning=tuning, seed=seed,
-            out=out, **options,
+            out=out, resolve=resolve, **options,
         ),
         on_estimate,
     )  # fmt: skip
@@ -504,6 +508,7 @@ def _finish_request(
     tuning: bool,
     seed: int | None,
     out: str | None,
+    resolve: bool = False,
     **options: Unpack[StudyOptions],
 ) -> FinishRequest:
     from allocator.app.finish_stage import FinishRequest, recipe_of
@@ -518,6 +523,7 @@ def _finish_request(
         out=out,
         target=options.get("target"),
         resources=Resources.of(options),
+        resolve=resolve,
     )
 
 

@@ -270,6 +270,8 @@ def _finish(args: argparse.Namespace) -> None:
     }
     if args.dry_run:
         e = api.estimate_finish(args.study, args.allocation, **asked, **_options(args))
+        if args.resolve:
+            print("of the given allocation; --resolve measures, and finishes another one")
         _print_finish_estimate(e)
         return
     result = api.finish(
@@ -277,9 +279,13 @@ def _finish(args: argparse.Namespace) -> None:
         args.allocation,
         **asked,
         seconds=None if args.time is None else parse_seconds(args.time),
+        resolve=args.resolve,
         on_estimate=_print_finish_estimate,
         **_options(args),
     )
+    if (resolved := result.resolved) is not None:
+        given = "" if resolved.given is None else f", {resolved.given:.6f} before"
+        print(f"solved again: predicted loss, finished, {resolved.predicted:.6f}{given}")
     for split, before in result.before.items():
         finished = _finished_loss(before, result.after[split])
         print(f"loss on the {split} split {before:.6f}{finished}")
@@ -602,6 +608,12 @@ def _parser() -> argparse.ArgumentParser:
     _study_option(p)
     p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
     p.add_argument("--no-tuning", action="store_true", help="choose codes anew, and tune nothing")
+    p.add_argument(
+        "--resolve",
+        action="store_true",
+        help="solve the study again for finished weights, under the limits of the allocation, and "
+        "finish that one (record NAME-resolved)",
+    )
     p.add_argument(
         "--tokens",
         type=_positive,

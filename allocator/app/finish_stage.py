@@ -31,6 +31,8 @@ from allocator.files.atomic import write_whole
 from allocator.finishing.recipe import CODES, Recipe
 
 if TYPE_CHECKING:  # these load torch
+    from allocator.app.resolve import Resolved
+    from allocator.codecs.encodings import Encodings
     from allocator.finishing.artifact import Artifact
     from allocator.finishing.estimate import FinishEstimate
     from allocator.finishing.finish import Finisher
@@ -49,6 +51,8 @@ class FinishRequest:
         out: name of the record; by default that of the file or the format.
         target: name of the target; None for study.toml's.
         resources: what may be used of the machine.
+        resolve: finishes another allocation in its place: that of least predicted loss after
+            finishing, under the same limits.
     """
 
     study: Path
@@ -59,6 +63,7 @@ class FinishRequest:
     out: str | None = None
     target: str | None = None
     resources: Resources = field(default_factory=Resources)
+    resolve: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class FinishResult:
         after: the same of the finished ones.
         recipe: that made them.
         weights: digest of the finished weights.
+        resolved: what was predicted where the study was solved again; None where it was not.
     """
 
     record: Path
@@ -80,6 +86,7 @@ class FinishResult:
     after: dict[str, float]
     recipe: Recipe
     weights: str
+    resolved: Resolved | None = None
 
 
 def recipe_of(*, tokens: int | None = None, tuning: bool = True, seed: int | None = None) -> Recipe:
@@ -118,6 +125,8 @@ def finish(
     """
     until = None if request.seconds is None else time.monotonic() + request.seconds
     stage = _Stage(request)
+    if request.resolve:
+        stage.resolve()
     finisher = stage.finisher(until)
     if on_estimate is not None:
         on_estimate(stage.estimate(finisher))
@@ -178,12 +187,11 @@ def _finisher(
     from allocator.finishing.finish import FinishDocuments, Finisher
 
     scorers = study_folder.scorers
+    encodings = _encodings(study_folder, importance, beside)
     if importance is None:
         importance = study_folder.profile.importance
-        encodings = study_folder.profiler.encodings
         model = cache(lambda: scorers.model)
     else:  # without the study's own calibration pass
-        encodings = study_folder.encodings.of(importance, beside=beside)
         model = cache(lambda: scorers.model_with(encodings))
     return Finisher(
         EncodedTensors(encodings, allocation),
@@ -195,6 +203,13 @@ def _finisher(
         progress=study_folder.progress,
         until=until,
     )
+
+
+def _encodings(study_folder: StudyFolder, importance: str | None, beside: Path | None) -> Encodings:
+    """Encoded weights by the digest of their importance vectors; None for the study's own."""
+    if importance is None:
+        return study_folder.profiler.encodings
+    return study_folder.encodings.of(importance, beside=beside)
 
 
 class _Stage:
@@ -209,9 +224,28 @@ class _Stage:
         self._recipe = request.recipe.layer_by_layer if streamed else request.recipe
         given = request.allocation
         self._record = record_of(given) if given.is_file() else None
+        self._beside = None if self._record is None else given
+        self._resolved: Resolved | None = None
         self._path = self._record_path()
         _ = self._folder.calibration.splits
         self._allocation, self._importance = self._folder.read_encoded(given, base=request.base)
+        if not request.resolve:
+            self._check_known_record()
+        elif streamed:
+            raise StudyError(
+                f"{self._folder.path}: --resolve needs the model in memory; finish without it, or "
+                "remove study.toml's [streamed]"
+            )
+
+    def resolve(self) -> None:
+        """Puts the allocation of least predicted loss after finishing in the given one's place."""
+        from allocator.app.resolve import budget_of, resolve
+
+        given = self._allocation
+        budget = budget_of(self._folder, given, self._record)
+        encodings = _encodings(self._folder, self._importance, self._beside)
+        self._resolved = resolve(self._folder, given, budget, self.finisher(None), encodings)
+        self._allocation, self._record = self._resolved.allocation, None
         self._check_known_record()
 
     def _record_path(self) -> Path:
@@ -226,7 +260,11 @@ class _Stage:
             raise SpaceError(
                 f"--out {name!r}: needed a file name of letters, digits, dots, '-' and '_'"
             )
+        if self._request.resolve and out is None:
+            name += "-resolved"
         folder = self._folder.path / "allocations" if self._record is None else given.parent
+        if self._request.resolve:
+            return folder / f"{name}.json"
         return given if self._record is not None and out is None else folder / f"{name}.json"
 
     def _check_known_record(self) -> None:
@@ -242,10 +280,8 @@ class _Stage:
 
     def finisher(self, until: float | None) -> Finisher:
         """Makes what finishes it."""
-        given = self._request.allocation
-        beside = given if self._record is not None else None
         return _finisher(
-            self._folder, self._allocation, self._importance, self._recipe, beside, until
+            self._folder, self._allocation, self._importance, self._recipe, self._beside, until
         )
 
     def estimate(self, finisher: Finisher) -> FinishEstimate:
@@ -275,7 +311,7 @@ class _Stage:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_name(artifact.path.name)
         _link(artifact.path, beside)
-        if self._record is None:
+        if self._beside is None:
             self._write_importance(of.importance)
         with changing(self._path):
             now = AllocationRecord.read(self._path) if self._path.is_file() else None
@@ -295,6 +331,7 @@ class _Stage:
             after=of.finishing.after,
             recipe=Recipe.of(of.finishing.recipe, str(beside)),
             weights=artifact.weights,
+            resolved=self._resolved,
         )
 
     def _write_importance(self, importance: str) -> None:
@@ -316,13 +353,15 @@ class _Stage:
             checkpoint=of.checkpoint,
             importance=of.importance,
             codec=of.codec,
-            bytes=recorded_bytes(size),
+            bytes=(self._resolved.budget.by_name if self._resolved else {}) | recorded_bytes(size),
             effective_bits=size.encoded * 8 / self._folder.inventory.n_searched_weights,
             loss=of.finishing.before,
         )
 
     @property
     def _kind(self) -> str:
+        if self._resolved is not None:
+            return "resolved"
         given = self._request.allocation
         return str(given) if is_named(given) else "file"
 

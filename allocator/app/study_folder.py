@@ -323,19 +323,23 @@ class StudyFolder:
             launch: of this folder.
             on_trial: called with a trial's id before anything is proposed for it.
         """
-        gradient: GradientStep | None = None
+        gradient = self.gradient_step()
+        problem = Problem(self.surrogate, launch.budget, gradient=gradient)
+        return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
+
+    def gradient_step(self) -> GradientStep | None:
+        """Returns how a gradient is taken; None where the model does not fit in memory twice."""
         profiler = self.profiler
 
         from allocator.profiling.in_memory_profiler import InMemoryProfiler
 
-        if isinstance(profiler, InMemoryProfiler):  # a gradient needs the model in memory, twice
-            local_prices, scorer = profiler.local_prices, self.scorers.gradients
-            gradient = GradientStep(
-                lambda allocation, part: local_prices(allocation, scorer, part=part),
-                profiler.gradient_tokens(scorer),
-            )
-        problem = Problem(self.surrogate, launch.budget, gradient=gradient)
-        return make_sampler(launch.sampler, problem, seed=launch.seed, on_trial=on_trial)
+        if not isinstance(profiler, InMemoryProfiler):
+            return None
+        local_prices, scorer = profiler.local_prices, self.scorers.gradients
+        return GradientStep(
+            lambda allocation, part: local_prices(allocation, scorer, part=part),
+            profiler.gradient_tokens(scorer),
+        )
 
     def study_name(self, storage: str | None) -> str:
         """Returns the study's name in its storage; in one of several studies, the folder's name.

@@ -50,7 +50,7 @@ from allocator.scoring.scorer import Scorer, mean
 from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.streamed_scorer import AnyScorer
 from allocator.scoring.swap_model import SwapModel, device_of
-from allocator.targets import Group
+from allocator.targets import Group, Layout
 from allocator.targets.group_weights import group_weights
 from allocator.targets.layout import part_names
 
@@ -122,6 +122,15 @@ class Part:
         return int(np.prod(rows))
 
 
+def original_with(allocation: Allocation, layout: Layout) -> Candidate:
+    """Returns the original with an allocation's retained experts, which moments are measured in."""
+    return replace(
+        Candidate.original(layout),
+        retained_experts=allocation.retained_experts,
+        experts_used=allocation.experts_used,
+    )
+
+
 def parts_of(source: TensorSource) -> list[Part]:
     """Lists the parts of an allocation whose codes can be chosen anew, in file order."""
     parts = []
@@ -169,7 +178,7 @@ class Finisher:
         self.documents = documents
         self.folder = folder
         self.scorer = scorer
-        self._progress = progress
+        self.progress = progress
         self._until = until
 
     @cached_property
@@ -320,7 +329,7 @@ class Finisher:
         with tqdm(
             total=sum(p.n_weights for p in parts),
             initial=sum(p.n_weights for p in parts if p.name in known),
-            desc="codes", unit="weight", unit_scale=True, disable=not self._progress,
+            desc="codes", unit="weight", unit_scale=True, disable=not self.progress,
         ) as bar:  # fmt: skip
             for part, data in self._choose(missing, folder):
                 known[part.name] = data
@@ -370,25 +379,21 @@ class Finisher:
     ) -> Iterator[tuple[Group, tuple[int, ...], torch.Tensor]]:
         """Yields second moments of groups; of a routed projection, of retained experts by place."""
         layout, allocation, recipe = self.plain.layout, self.plain.allocation, self.recipe
-        candidate = replace(
-            Candidate.original(layout),
-            retained_experts=allocation.retained_experts,
-            experts_used=allocation.experts_used,
-        )
+        candidate = original_with(allocation, layout)
         documents = first_tokens(self.documents.search, recipe.moments_tokens)
         groups = [layout.groups[name] for name in missing]
         smoothing = Smoothing(recipe.shrink_tokens, recipe.damping)
         if isinstance(self.model, StreamedModel):
             yield from second_moments_streamed(
                 self.model, documents, groups, candidate,
-                smoothing=smoothing, scratch=folder, of=folder.name, progress=self._progress,
+                smoothing=smoothing, scratch=folder, of=folder.name, progress=self.progress,
             )  # fmt: skip
             return
         self.model.put(candidate)
         measured = second_moments(
             self.model, documents, groups,
             fisher=recipe.fisher, smoothing=smoothing, seed=recipe.seed,
-            threads=self.threads, progress=self._progress,
+            threads=self.threads, progress=self.progress,
         )  # fmt: skip
         for group, moments in measured:
             yield group, tuple(range(len(group.experts(allocation.retained_experts)))), moments
@@ -429,7 +434,7 @@ class Finisher:
             selection,
             settings,
             folder=run,
-            progress=self._progress,
+            progress=self.progress,
             stop=self._stops,
         )
         if tuned.stopped is not None:

@@ -100,6 +100,17 @@ class Surrogate:
         """Returns this surrogate with other multipliers."""
         return replace(self, multipliers=dict(multipliers))
 
+    def scaled(self, factors: Mapping[str, Floats]) -> "Surrogate":
+        """Returns this surrogate with each group's errors costing a share of what they did.
+
+        Losses of pruning and of settings stay.
+
+        Args:
+            factors: of losses by group, `(options,)`; 1 for groups that are not named.
+        """
+        scaled = {g: rows * factors.get(g, 1.0) for g, rows in self.error_losses.items()}
+        return replace(self, error_losses=scaled)
+
     def with_curvature_at(self, prices: Prices) -> "Surrogate":
         """Returns this surrogate with the geometric mean of its curvature and a candidate's.
 

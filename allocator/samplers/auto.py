@@ -14,16 +14,15 @@ the study's trials and the seed alone, so a resumed study proposes what an undis
   are compared with the incumbent on the documents that both have seen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Self
 
-import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from allocator.decision.budget import Budget
 from allocator.decision.parameters import Params
-from allocator.prediction.posterior import Observation, Posterior, fit
+from allocator.prediction.posterior import Posterior, fit
 from allocator.prediction.surrogate import Floats, Surrogate
 from allocator.samplers.knapsack import SolvingSampler
 from allocator.samplers.lessons import Lessons
@@ -31,7 +30,6 @@ from allocator.samplers.problem import Problem
 from allocator.study.optuna_private import set_system_attr
 from allocator.study.trials import (
     GRADIENT_TOKENS,
-    LOSSES,
     PROPOSAL,
     best_complete,
     not_abandoned,
@@ -113,7 +111,7 @@ class AutoSampler(SolvingSampler):
             if not self._place:
                 set_system_attr(study, trial, GRADIENT_TOKENS, steps[-1].forward_tokens)
             self._slopes = scored[-1].params, self._lessons.mean_moves(steps), len(steps)
-        self._posterior = fit(self._curved, list(self._observations(done)))
+        self._posterior = fit(self._curved, list(self._lessons.observations(done)))
 
     def _aim(self, target: Budget) -> None:
         self._is_near = target.nbytes == self._budget.nbytes
@@ -142,30 +140,6 @@ class AutoSampler(SolvingSampler):
         proposals = {t.system_attrs[PROPOSAL]: t for t in done if PROPOSAL in t.system_attrs}
         incumbents = [_best_then(done, begin, proposals) for begin in begins]
         return [t for t in incumbents if t is not None and self._lessons.scored(t).params]
-
-    def _observations(self, done: list[FrozenTrial]) -> Iterator[Observation]:
-        incumbent = best_complete(done)
-        if incumbent is None:
-            return
-        rivals = np.array(incumbent.user_attrs[LOSSES])
-        for trial in done:
-            losses = np.array(trial.user_attrs.get(LOSSES, ()))
-            if not len(losses) or not np.isfinite(losses).all():
-                continue
-            scored = self._lessons.scored(trial)
-            if not scored.params:
-                continue
-            rival = rivals[: len(losses)]
-            if min(losses.mean(), rival.mean()) <= 0:
-                continue  # lossless within rounding: no ratio
-            ratio = float(losses.mean() / rival.mean())
-            spread = losses / losses.mean() - rival / rival.mean()
-            yield Observation(
-                scored.params,
-                max(ratio * float(incumbent.values[0]), 1e-9),
-                float(spread.var() / len(losses)),
-                scored.places,
-            )
 
 
 def _best_then(

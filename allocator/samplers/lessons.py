@@ -6,7 +6,7 @@ same with a memory as without one; and its seconds do not grow with the number o
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -17,8 +17,9 @@ from optuna.trial import FrozenTrial
 from allocator.decision.allocation import Allocation
 from allocator.decision.parameters import Params
 from allocator.errors import SpaceError
+from allocator.prediction.posterior import Observation
 from allocator.prediction.surrogate import Floats, Ints, LocalPrices, Surrogate
-from allocator.study.trials import allocation_of
+from allocator.study.trials import LOSSES, allocation_of, best_complete
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,28 @@ class Lessons:
             groups = self._surrogate.error_losses
             self._mean = key, {g: np.mean([s.moves[g] for s in key], axis=0) for g in groups}
         return self._mean[1]
+
+    def observations(self, done: Sequence[FrozenTrial]) -> Iterator[Observation]:
+        """Yields what trials measured, by comparison with the best on the documents of both."""
+        incumbent = best_complete(done)
+        if incumbent is None:
+            return
+        rivals = np.array(incumbent.user_attrs[LOSSES])
+        for trial in done:
+            losses = np.array(trial.user_attrs.get(LOSSES, ()))
+            if not len(losses) or not np.isfinite(losses).all():
+                continue
+            scored = self.scored(trial)
+            if not scored.params:
+                continue
+            rival = rivals[: len(losses)]
+            if min(losses.mean(), rival.mean()) <= 0:
+                continue  # lossless within rounding: no ratio
+            ratio = float(losses.mean() / rival.mean())
+            spread = losses / losses.mean() - rival / rival.mean()
+            yield Observation(
+                scored.params,
+                max(ratio * float(incumbent.values[0]), 1e-9),
+                float(spread.var() / len(losses)),
+                scored.places,
+            )
