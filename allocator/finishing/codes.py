@@ -26,6 +26,8 @@ _WINDOW = 256
 """Columns among which the gradient is kept up to date; a multiple of every block's columns."""
 _WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 20, 1 << 27
 """Weights whose codes are chosen at once, on a CPU and on other devices."""
+_VALUES = 1 << 24
+"""Of a matrix that is changed in place, those that are copied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,20 @@ def choose(
     chosen = torch.empty_like(data)
     before = torch.zeros(len(data), dtype=torch.float64, device=data.device)
     after = torch.zeros_like(before)
-    for experts, rows in _pieces(weights):
-        descent = _Descent(
-            weights[experts, rows], data[experts, rows], block_format, moments[experts]
-        )
-        before[experts] += descent.losses.double().sum(-1)
-        if ahead:
-            descent.look_ahead()
-        for _ in range(rounds):
-            descent.round()
-        after[experts] += descent.losses.double().sum(-1)
-        chosen[experts, rows] = descent.data
+    n_experts, n_rows = _at_once(weights)
+    for experts in _slices(len(weights), n_experts):
+        h = moments[experts]
+        free = compensated(h, block_format.unit) if ahead else None
+        for rows in _slices(weights.shape[1], n_rows):
+            descent = _Descent(weights[experts, rows], data[experts, rows], block_format, h)
+            before[experts] += descent.losses.double().sum(-1)
+            if free is not None:
+                descent.look_ahead(free)
+            for _ in range(rounds):
+                descent.round()
+            after[experts] += descent.losses.double().sum(-1)
+            chosen[experts, rows] = descent.data
+        del free  # not in memory beside the next experts'
     return Chosen(chosen, before, after)
 
 
@@ -85,13 +90,21 @@ def quadratic(weights: torch.Tensor, values: torch.Tensor, moments: torch.Tensor
     Args:
         weights: `experts x rows x in`.
         values: decoded weights, in the same shape.
-        moments: `experts x in x in`.
+        moments: `experts x in x in`, symmetric; half of each is read.
 
     Returns:
         `experts x rows`.
     """
     error = weights - values
-    return ((error @ moments) * error).sum(-1)
+    losses = torch.zeros_like(error[..., 0])
+    for columns in _slices(error.shape[-1], _WINDOW):
+        own = error[..., columns]
+        product = own @ moments[:, columns, columns]
+        if columns.start:
+            before = slice(0, columns.start)
+            product += 2 * (error[..., before] @ moments[:, before, columns])
+        losses += (product * own).sum(-1)
+    return losses
 
 
 def compensated(moments: torch.Tensor, unit: int) -> torch.Tensor:
@@ -109,24 +122,44 @@ def compensated(moments: torch.Tensor, unit: int) -> torch.Tensor:
         `experts x in x in`: `R` times its diagonal blocks transposed, zeros below these blocks;
         all zeros, which moves nothing, where the moments are not positive.
     """
-    root, info = torch.linalg.cholesky_ex(moments.flip(-2, -1))
-    root = torch.where((info == 0)[:, None, None], root, 0.0).flip(-2, -1)
-    experts, width, _ = root.shape
-    columns = root.view(experts, width, width // unit, unit)
-    blocks = root.view(experts, width // unit, unit, width // unit, unit)
-    diagonal = blocks.diagonal(dim1=1, dim2=3)  # experts x unit x unit x units
-    return torch.einsum("ewub,ecbu->ewuc", columns, diagonal).reshape(root.shape)
+    # one copy of the moments, changed in place: that of a wide matrix takes more than a gigabyte
+    columns = moments.flip(-2, -1)
+    experts, width, _ = columns.shape
+    root, info = columns.mT, torch.empty(experts, dtype=torch.int32, device=columns.device)
+    torch.linalg.cholesky_ex(root, out=(root, info))
+    columns.masked_fill_((info != 0)[:, None, None], 0.0)
+    for matrix in columns:
+        _reverse(matrix.view(-1))  # its rows are the columns of R now
+        blocks = matrix.view(width // unit, unit, width // unit, unit).diagonal(dim1=0, dim2=2)
+        diagonal = blocks.permute(2, 1, 0).clone()
+        units = matrix.view(width // unit, unit, width)
+        for some in _slices(len(units), max(1, _VALUES // (unit * width))):
+            units[some] = diagonal[some] @ units[some]
+    return columns.mT
 
 
-def _pieces(weights: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields experts and rows whose codes are chosen at once."""
-    experts, rows, width = weights.shape
+def _reverse(values: torch.Tensor) -> None:
+    """Reverses the order of `(n,)` values in place."""
+    n = len(values)
+    for first in _slices(n // 2, _VALUES):
+        last = slice(n - first.stop, n - first.start)
+        moved = values[first].flip(0)
+        values[first] = values[last].flip(0)
+        values[last] = moved
+
+
+def _at_once(weights: torch.Tensor) -> tuple[int, int]:
+    """Returns experts and rows whose codes are chosen at once."""
+    _, rows, width = weights.shape
     limit = _WEIGHTS if weights.device.type == "cpu" else _WEIGHTS_ON_DEVICE
     n_rows = min(rows, max(1, limit // width))
-    n_experts = max(1, limit // (width * n_rows))
-    for expert in range(0, experts, n_experts):
-        for row in range(0, rows, n_rows):
-            yield slice(expert, expert + n_experts), slice(row, row + n_rows)
+    return max(1, limit // (width * n_rows)), n_rows
+
+
+def _slices(n: int, step: int) -> Iterator[slice]:
+    """Yields slices of `step` that cover `n`."""
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 class _Descent:
@@ -148,9 +181,13 @@ class _Descent:
         self._shifts = None if form.shifts is None else form.shifts.to(device)
         self._minima = None if form.minima is None else form.minima.to(device)
 
-    def look_ahead(self) -> None:
-        """Chooses codes as if the codes of all later columns were free; keeps rows that fell."""
-        self._pass(compensated(self._moments, self._form.unit), codes_only=True)
+    def look_ahead(self, moments: torch.Tensor) -> None:
+        """Chooses codes as if the codes of all later columns were free; keeps rows that fell.
+
+        Args:
+            moments: as `compensated` returns them.
+        """
+        self._pass(moments, codes_only=True)
 
     def round(self) -> None:
         """Goes over all columns once; rows whose quadratic did not fall stay as they were."""
@@ -162,8 +199,8 @@ class _Descent:
         self._levels = self._form.levels(self._fields.codes).flatten(-2)
         self._values = self._form.values(self.data)
         width = self._weights.shape[-1]
-        for start in range(0, width, _WINDOW):
-            self._window(slice(start, min(start + _WINDOW, width)), moments, codes_only)
+        for window in _slices(width, _WINDOW):
+            self._window(window, moments, codes_only)
         data = self._form.pack(self._fields)
         losses = quadratic(self._weights, self._form.values(data), self._moments)
         falls = losses < self.losses
@@ -173,9 +210,11 @@ class _Descent:
     def _window(self, window: slice, moments: torch.Tensor, codes_only: bool) -> None:
         """Chooses all fields of a window of columns."""
         form, block = self._form, self._form.fmt.block
-        error = self._weights - self._values
+        # below the diagonal blocks compensated moments are zeros
+        rows = slice(0, window.stop) if codes_only else slice(None)
+        error = self._weights[..., rows] - self._values[..., rows]
         self._start = window.start
-        self._gradient = error @ moments[:, :, window]
+        self._gradient = error @ moments[:, rows, window]
         self._metric = moments[:, window, window]
         for first in range(window.start, window.stop, block):
             for start in range(first, first + block, form.group):

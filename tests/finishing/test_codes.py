@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from allocator.codecs.ggml import GGML
+from allocator.finishing import codes
 from allocator.finishing.codes import choose, compensated
 from allocator.formats.ggml import FORMATS
 
@@ -138,9 +139,11 @@ def test_what_is_fixed_by_zeros_of_the_moments_does_not_matter():
     torch.testing.assert_close(unit, costs.min(-1).values, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("n_values", [5, 1 << 24])
 @pytest.mark.parametrize("unit", [1, 4])
-def test_columns_behind_compensate_as_well_as_they_can(unit):
+def test_columns_behind_compensate_as_well_as_they_can(unit, n_values, monkeypatch):
     """What a step costs, against the least quadratic over all errors of the columns behind."""
+    monkeypatch.setattr(codes, "_VALUES", n_values)  # that are copied at a time
     rng = np.random.default_rng(0)
     root = rng.normal(size=(16, 8))
     moments = root.T @ root
@@ -159,6 +162,30 @@ def test_columns_behind_compensate_as_well_as_they_can(unit):
         costs = step @ matrix @ step - 2 * step @ (error @ matrix)
         change = least(error - step, stop) - least(error, stop)
         np.testing.assert_allclose(costs, change, rtol=1e-8)
+
+
+def test_a_wide_matrix_is_factored_once_for_all_its_rows(monkeypatch):
+    weights, data, moments = problem("Q4_K")
+    whole = choose(weights, data, FORMS["Q4_K"], moments)
+    factored = []
+
+    def watched(h, unit):
+        factored.append(h.shape)
+        return compensated(h, unit)
+
+    monkeypatch.setattr(codes, "compensated", watched)
+    monkeypatch.setattr(codes, "_WEIGHTS", 2 * 512)  # two rows of six at once
+    parted = choose(weights, data, FORMS["Q4_K"], moments)
+    assert factored == [(1, 512, 512)] * 2
+    torch.testing.assert_close(parted.after, whole.after, rtol=1e-5, atol=0)
+
+
+def test_moments_that_are_not_positive_compensate_nothing():
+    _, _, moments = problem("Q4_K")
+    moments[1] = -moments[1]
+    matrix = compensated(moments, 4)
+    assert matrix[0].any()
+    assert not matrix[1].any()
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if name != "Q2_K"])
