@@ -15,11 +15,13 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import msgspec
 import numpy as np
@@ -176,37 +178,47 @@ def write_artifact(
             that differ from the checkpoint's.
         plain: returns a part's bytes as the codec encodes it, in the shape of `codes`.
     """
-    digests, stored = {}, {}
-    for name in sorted(values):  # first, where the header's padding aligns them
-        stored[_VALUES + name] = np.ascontiguousarray(values[name])
-        digests[_VALUES + name] = _digest(values[name])
-    for name in sorted(codes):
-        digests[_CODES + name] = _digest(codes[name])
-        changes = np.ascontiguousarray(codes[name] ^ plain(name))
-        stored[_CODES + name] = np.frombuffer(zlib.compress(changes.data), np.uint8)
-    rows, end = {}, 0
-    for name, data in stored.items():
-        rows[name] = {
-            "dtype": _DTYPES[data.dtype.name],
-            "shape": data.shape,
-            "data_offsets": [end, end := end + data.nbytes],
-        }
-    description = msgspec.structs.replace(description, tensors=digests)
-    sealed = {_KEY: seal_line(description, _OF).decode()}
-    path = folder / finished_name(description.weights)
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(_header({"__metadata__": sealed, **rows}))
-            for data in stored.values():
-                file.write(data.data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    digests: dict[str, str] = {}
+    rows: dict[str, object] = {}
+    with TemporaryFile(dir=folder) as body:  # the header in front of it says its lengths
+        for name, digest, data in _stored(codes, values, plain):
+            begin = body.tell()
+            body.write(data.data)
+            digests[name] = digest
+            rows[name] = {
+                "dtype": _DTYPES[data.dtype.name],
+                "shape": data.shape,
+                "data_offsets": [begin, body.tell()],
+            }
+        description = msgspec.structs.replace(description, tensors=digests)
+        sealed = {_KEY: seal_line(description, _OF).decode()}
+        path = folder / finished_name(description.weights)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as file:
+                file.write(_header({"__metadata__": sealed, **rows}))
+                body.seek(0)
+                shutil.copyfileobj(body, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return read_artifact(path, description.weights)
+
+
+def _stored(
+    codes: Mapping[str, Bytes], values: Mapping[str, Floats], plain: Callable[[str], Bytes]
+) -> Iterator[tuple[str, str, Bytes | Floats]]:
+    """Yields names in the file, digests, and what the file has: one tensor in memory at a time."""
+    for name in sorted(values):  # first, where the header's padding aligns them
+        yield _VALUES + name, _digest(values[name]), np.ascontiguousarray(values[name])
+    for name in sorted(codes):
+        data = codes[name]
+        changes = np.ascontiguousarray(data ^ plain(name))
+        deflated = np.frombuffer(zlib.compress(changes.data), np.uint8)
+        yield _CODES + name, _digest(data), deflated
 
 
 def _header(table: Mapping[str, object]) -> bytes:

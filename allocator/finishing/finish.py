@@ -13,6 +13,7 @@ that runs with other settings of tuning share them.
 """
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +56,10 @@ from allocator.targets.group_weights import group_weights
 from allocator.targets.layout import part_names
 
 RESULT = "result.json"
+_WEIGHTS = 1 << 27
+"""Weights of a projection's experts that are in memory at once, in float32; one expert at least."""
+_RECENT = 6
+"""Parts whose codes are in memory: a layer's projections in two formats each, expert by expert."""
 _SEARCH, _SELECTION = "search", "selection"
 
 
@@ -305,7 +310,7 @@ class Finisher:
         folder = self._run_folder(recipe.codes_alone)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "choosing"):
-            codes = dict(self._codes(folder))
+            codes = self._codes(folder)
         named = inputs_digest(recipe.codes_alone, inputs=folder.name)
         return (_Changed(codes, {}, named) if codes else changed), recipe
 
@@ -316,29 +321,30 @@ class Finisher:
         folder = self._run_folder(self.recipe.codes_alone)
         return [p for p in parts_of(self.plain) if not _codes_path(folder, p).exists()]
 
-    def _codes(self, folder: Path) -> Iterator[tuple[str, Bytes]]:
+    def _codes(self, folder: Path) -> "_ChosenCodes":
+        """Chooses the codes that the folder lacks; returns those that differ from the codec's."""
         missing: dict[str, list[Part]] = {}
-        known: dict[str, Bytes] = {}
+        known: dict[str, bool] = {}  # whether its codes differ
         parts = parts_of(self.plain)
         for part in parts:
             arrays = load_arrays(_codes_path(folder, part), folder.name)
             if arrays is None:
                 missing.setdefault(part.group.name, []).append(part)
             else:
-                known[part.name] = arrays["data"]
+                known[part.name] = self._differs(part, arrays["data"])
         with tqdm(
             total=sum(p.n_weights for p in parts),
             initial=sum(p.n_weights for p in parts if p.name in known),
             desc="codes", unit="weight", unit_scale=True, disable=not self.progress,
         ) as bar:  # fmt: skip
             for part, data in self._choose(missing, folder):
-                known[part.name] = data
+                known[part.name] = self._differs(part, data)
                 save_arrays(_codes_path(folder, part), {"data": data}, folder.name)
                 bar.update(part.n_weights)
-        for part in parts:
-            data = known[part.name]
-            if not np.array_equal(data, self.plain.encoded(part.group.name, part.number)):
-                yield part.name, data
+        return _ChosenCodes({p.name: _codes_path(folder, p) for p in parts if known[p.name]})
+
+    def _differs(self, part: Part, data: Bytes) -> bool:
+        return not np.array_equal(data, self.plain.encoded(part.group.name, part.number))
 
     def _choose(
         self, missing: Mapping[str, list[Part]], folder: Path
@@ -361,10 +367,13 @@ class Finisher:
                     data[...] = self._chosen_codes(part, weights, data, moments)
                     continue
                 mine = [i for i, expert in enumerate(experts) if expert in part.experts]
-                rows = [part.experts.index(experts[i]) for i in mine]
-                if rows:
-                    weights = self._experts(group, [experts[i] for i in mine])
-                    data[rows] = self._chosen_codes(part, weights, data[rows], moments[mine])
+                n_at_once = max(1, _WEIGHTS // int(np.prod(group.shape[1:])))
+                for first in range(0, len(mine), n_at_once):
+                    some = mine[first : first + n_at_once]
+                    rows = [part.experts.index(experts[i]) for i in some]
+                    weights = self._experts(group, [experts[i] for i in some])
+                    h = moments[torch.tensor(some).to(moments.device)]
+                    data[rows] = self._chosen_codes(part, weights, data[rows], h)
             if not places or places[-1] == len(retained) - 1:
                 for part in missing[group.name]:
                     yield part, encoded.pop(part.name)
@@ -372,7 +381,10 @@ class Finisher:
     def _experts(self, group: Group, experts: Sequence[int]) -> Floats:
         """Weights of some experts, `(experts, out, in)`."""
         inventory = self.plain.layout.inventory
-        return np.stack([read_tensor(inventory, group.sources[expert]) for expert in experts])
+        weights = np.empty((len(experts), *group.shape[1:]), np.float32)
+        for place, expert in enumerate(experts):
+            weights[place] = read_tensor(inventory, group.sources[expert])
+        return weights
 
     def _moments(
         self, missing: Mapping[str, list[Part]], folder: Path
@@ -465,6 +477,38 @@ class Finisher:
             if not np.array_equal(values_now, before):
                 values[tensor.source] = values_now
         return values
+
+
+class _ChosenCodes(Mapping[str, Bytes]):
+    """Codes by part, `(..., rows, bytes per row)`, on disk; in memory are those used last.
+
+    Args:
+        paths: of the files, by part, in one folder.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+        self._recent: OrderedDict[str, Bytes] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Bytes:
+        path = self._paths[name]
+        if name not in self._recent:
+            arrays = load_arrays(path, path.parent.name)
+            if arrays is None:
+                raise CheckpointError(f"{path}: damaged or removed meanwhile; finish again")
+            data = arrays["data"]
+            data.flags.writeable = False
+            self._recent[name] = data
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(name)
+        return self._recent[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,22 @@ def test_a_killed_run_resumes_to_equal_bytes(base, fresh, monkeypatch, where, af
     assert result.weights == base[2].weights
 
 
+def test_memory_for_one_expert_and_one_part_gives_the_same(base, fresh, monkeypatch):
+    study, options = fresh
+    experts = []
+
+    def counted(weights, *args, **keywords):
+        experts.append(len(weights))
+        return choose(weights, *args, **keywords)
+
+    monkeypatch.setattr(stage, "choose", counted)
+    monkeypatch.setattr(stage, "_WEIGHTS", 1)
+    monkeypatch.setattr(stage, "_RECENT", 1)
+    result = api.finish(study, study / "allocations/low.json", tokens=TOKENS, **options)
+    assert set(experts) == {1}
+    assert result.weights == base[2].weights
+
+
 def test_two_processes_at_once_give_one_result(base, fresh):
     study, options = fresh
     words = ["codes", 10**6, study, options["cache"], TOKENS]
