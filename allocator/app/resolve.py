@@ -31,7 +31,7 @@ from allocator.decision.space import Space
 from allocator.errors import AllocatorError, SpaceError
 from allocator.formats import format_named
 from allocator.prediction.posterior import fit
-from allocator.prediction.solver import solve
+from allocator.prediction.solver import STARTS, solve
 from allocator.prediction.surrogate import Floats, Surrogate
 from allocator.samplers.auto import NOISY_STEPS
 from allocator.samplers.lessons import Lessons, Step
@@ -120,7 +120,7 @@ def resolve(
     finished = taught.scaled(of_options)
     params = _params(space, allocation)
     if params is None:
-        solved = solve(finished, budget)
+        solved = solve(finished, budget, starts=STARTS)
         given, predicted = None, finished.predict(solved)
     else:
         given = finished.predict(params)

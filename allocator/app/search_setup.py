@@ -18,6 +18,9 @@ from allocator.study.search import Search
 N_KNAPSACK = 3
 """Unperturbed knapsack solutions among the first trials: at the cap, and below it."""
 
+PRUNING_FACTORS = (0.5, 0.25)
+"""Prices of pruning, over the measured ones, of further solutions among the first trials."""
+
 
 def prepare(
     study_folder: StudyFolder,
@@ -26,6 +29,7 @@ def prepare(
     *,
     baselines: Sequence[tuple[str, Allocation]] | None = None,
     n_knapsack: int = N_KNAPSACK,
+    pruning_factors: Sequence[float] = PRUNING_FACTORS,
     leases: Leases | None = None,
 ) -> Search:
     """Sets up a search, ready to `step` or `run`; builds the profile where there is none.
@@ -36,6 +40,7 @@ def prepare(
         study: opened.
         baselines: among the first trials; uniform formats and role mixes by default.
         n_knapsack: knapsack solutions among the first trials.
+        pruning_factors: as of `first_trials`.
         leases: of this worker; None where no other search can be on the study.
     """
     if baselines is None:
@@ -48,7 +53,13 @@ def prepare(
         budget=budget,
         scorer=study_folder.scorers.trials,
         race=Race(study_folder.spec.calibration.rungs),
-        queue=first_trials(surrogate, budget, baselines, n_knapsack=n_knapsack),
+        queue=first_trials(
+            surrogate,
+            budget,
+            baselines,
+            n_knapsack=n_knapsack,
+            pruning_factors=pruning_factors,
+        ),
         base_tokens=study_folder.base_tokens,
         leases=leases,
     )

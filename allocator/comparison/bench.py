@@ -221,7 +221,9 @@ class Bench:
         launch = _launch(run)
         lock = self.study_folder.lock(launch)
         study = open_study(open_storage(None, folder), "study", lock)
-        return prepare(self.study_folder, launch, study, baselines=(), n_knapsack=1)
+        return prepare(
+            self.study_folder, launch, study, baselines=(), n_knapsack=1, pruning_factors=()
+        )
 
     def _lock(self, run: Run) -> dict[str, Any]:
         """The inputs of a run: those of its search, and where it picks and is reported."""

@@ -53,8 +53,9 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: of the file.
-        kind: of the trial that it comes from: `knapsack`, `proposal`, or a baseline's name;
-            `resolved` where a study was solved again for finished weights.
+        kind: of the trial that it comes from: `knapsack`, `pruned` (the knapsack under a lower
+            price of pruning), `proposal`, or a baseline's name; `resolved` where a study was
+            solved again for finished weights.
         allocation: the decision.
         digest: of the decision.
         checkpoint: digest of the source checkpoint.

@@ -8,7 +8,7 @@ every count is a knapsack of plain classes (`knapsack`); with a count per layer,
 classes (`nested_knapsack`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -34,37 +34,51 @@ _PRICE_TOLERANCE = 0.01
 _PRICED_STATES = 2000  # of a knapsack whose losses are nearly linear in bytes: few suffice
 
 
-def solve(surrogate: Surrogate, budget: Budget) -> Params:
+ONE_START = (0.5,)
+STARTS = (0.5, 0.1, 0.02)
+"""Routing losses from which `solve` begins, over that of the smallest allocation."""
+
+
+def solve(surrogate: Surrogate, budget: Budget, *, starts: Sequence[float] = ONE_START) -> Params:
     """Returns the complete params of least predicted loss within the budget.
 
     `sqrt(n)` is the least value of `n / (2 s) + s / 2` over s, so the optimum is also that of a sum
     of independent losses at the right `s`. Solving for one `s` exactly, then taking the routing
     loss of the solution as the next `s`, never raises the predicted loss. The rounds end where the
-    loss stays.
+    loss stays. They may end in a local optimum: under a large routing loss errors look cheap beside
+    pruning, under a small one dear. Several starts find the best of these.
+
+    Args:
+        surrogate: predicted losses.
+        budget: the limit.
+        starts: routing losses to begin from, over that of the smallest allocation.
 
     Raises:
         BudgetError: if no choice fits.
     """
-    space = surrogate.space
+    space, costs = surrogate.space, Costs(surrogate.space, budget)
     best: tuple[float, Params] | None = None
-    for solution in rounds(surrogate, Costs(space, budget)):
-        if solution is None:
-            check_budget(space, budget)
-            return space.complete(space.params(space.smallest))
-        if best is None or solution[0] < best[0]:
-            best = solution
+    for start in starts:
+        for solution in rounds(surrogate, costs, start=start):
+            if solution is None:
+                check_budget(space, budget)
+                return space.complete(space.params(space.smallest))
+            if best is None or solution[0] < best[0]:
+                best = solution
     assert best is not None
     return best[1]
 
 
-def rounds(surrogate: Surrogate, costs: Costs) -> Iterator[tuple[float, Params] | None]:
-    """Yields the predicted loss and the params of every round of `solve`.
+def rounds(
+    surrogate: Surrogate, costs: Costs, *, start: float = ONE_START[0]
+) -> Iterator[tuple[float, Params] | None]:
+    """Yields the predicted loss and the params of every round of `solve` from one start.
 
     The last round lowers the predicted loss no further. None, and no more, where no choice fits.
     """
     space = surrogate.space
     smallest = space.complete(space.params(space.smallest))
-    routing_loss = surrogate.routing_loss(surrogate.losses(smallest)) / 2
+    routing_loss = surrogate.routing_loss(surrogate.losses(smallest)) * start
     least = inf
     for _ in range(_ROUNDS):
         params = solve_under(surrogate, costs, max(routing_loss, 1e-12))

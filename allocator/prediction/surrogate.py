@@ -111,6 +111,10 @@ class Surrogate:
         scaled = {g: rows * factors.get(g, 1.0) for g, rows in self.error_losses.items()}
         return replace(self, error_losses=scaled)
 
+    def with_pruning(self, factor: float) -> "Surrogate":
+        """Returns this surrogate with the losses of pruning, in all layers, times a factor."""
+        return replace(self, count_losses={x: v * factor for x, v in self.count_losses.items()})
+
     def with_curvature_at(self, prices: Prices) -> "Surrogate":
         """Returns this surrogate with the geometric mean of its curvature and a candidate's.
 

@@ -1,4 +1,4 @@
-"""What a study begins with: the knapsack's solutions, then what people do without a search.
+"""What a study begins with: solutions of the knapsack, then what people do without a search.
 
 In: a solved surrogate, a budget, baselines. Out: allocations of the space within the cap, and which
 of them a study still lacks. Invariant: none is there twice, and the order does not depend on
@@ -18,7 +18,7 @@ from allocator.decision.costs import Costs
 from allocator.decision.parameters import Params
 from allocator.decision.space import Space
 from allocator.errors import SpaceError, StudyError
-from allocator.prediction.solver import solve
+from allocator.prediction.solver import STARTS, solve
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.trials import Key, key_of, not_abandoned
 
@@ -37,14 +37,21 @@ def first_trials(
     baselines: Sequence[tuple[str, Allocation]],
     *,
     n_knapsack: int,
+    pruning_factors: Sequence[float] = (),
 ) -> list[Queued]:
     """Returns the unperturbed knapsack solutions, at the cap first, then the baselines that fit.
+
+    What pruning costs was measured layer by layer, in the original; what pruning all layers costs
+    beside other errors may differ by a factor. So the solution at the cap is followed by those
+    under other prices of pruning, where these prune otherwise. They take no forward pass to make,
+    and once scored they teach a sampler the factor.
 
     Args:
         surrogate: solved.
         budget: the cap.
         baselines: names and allocations; those outside the space or over the cap are left out.
         n_knapsack: solutions, at byte targets spread between floor and cap.
+        pruning_factors: of the losses of pruning, one more solution at the cap for each.
     """
     space = surrogate.space
     costs = Costs(space, budget)
@@ -55,7 +62,12 @@ def first_trials(
 
     for i in range(n_knapsack):
         target = costs.budget_at(1 - i / max(1, n_knapsack))
-        add("knapsack", space.allocation(solve(surrogate, target)))
+        add("knapsack", space.allocation(solve(surrogate, target, starts=STARTS)))
+        for factor in pruning_factors if i == 0 else ():
+            add(
+                "pruned",
+                space.allocation(solve(surrogate.with_pruning(factor), budget, starts=STARTS)),
+            )
     for name, allocation in baselines:
         if _is_in(space, allocation) and costs.fits(_complete(space, allocation)):
             add(name, allocation)

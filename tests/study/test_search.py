@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
 from allocator.decision.budget import Budget
+from allocator.decision.costs import Costs
 from allocator.errors import StudyError
-from allocator.prediction.solver import solve
+from allocator.prediction.solver import STARTS, solve, solve_under
 from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import SAMPLERS
 from allocator.study.generations import Selection
@@ -652,7 +653,7 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
     sizes = [q.allocation.used(space.layout, budget) for q in queue]
     assert max(sizes) <= budget.nbytes
     assert sizes[:n_knapsack] == sorted(sizes[:n_knapsack], reverse=True)
-    assert queue[0].allocation == space.allocation(solve(search.surrogate, budget))
+    assert queue[0].allocation == space.allocation(solve(search.surrogate, budget, starts=STARTS))
     assert len({q.allocation.digest for q in queue}) == len(queue)
     fitting = [
         name
@@ -668,6 +669,60 @@ def test_first_trials_are_knapsack_solutions_then_baselines_that_fit(formula, ta
         if a.used(space.layout, budget) + slack > budget.nbytes
         or a.digest in {q.allocation.digest for q in queue}
     }  # fmt: skip
+
+
+def pruning_at(search, scale):
+    """Its surrogate, pruning at a scale of what experts lose in their smallest formats."""
+    space = search.space
+    losses = {
+        x: scale * sum(search.surrogate.error_losses[g].max() for g in space.expert_groups[x])
+        * (1 - np.array(space.counts) / space.counts[-1]) ** 1.5
+        for x in space.layout.layers
+    }  # fmt: skip
+    return replace(search.surrogate, count_losses=losses)
+
+
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+@pytest.mark.parametrize("truth", [1.0, 0.5, 0.25])
+def test_where_pruning_costs_less_than_measured_a_first_trial_says_so(formula, target, truth):
+    """Losses are those of the surrogate, pruning at a share of what it thinks."""
+    search = formula.search(InMemoryStorage(), "random", target=target, share=0.25)
+    space, budget, surrogate = search.space, search.budget, pruning_at(search, 2.0)
+    queue = first_trials(surrogate, budget, [], n_knapsack=2, pruning_factors=(0.5, 0.25))
+    kinds = [q.kind for q in queue]
+    assert kinds[:2] == ["knapsack", "pruned"]
+    assert kinds[-1] == "knapsack"
+    assert all(q.allocation.fits(space.layout, budget) for q in queue)
+    retained = [sum(q.allocation.counts.values()) for q in queue if q.kind == "pruned"]
+    assert retained == sorted(retained, reverse=True)
+    assert sum(queue[0].allocation.counts.values()) > retained[-1]
+    real = surrogate.multiplied({f"experts.{x}": truth for x in space.layout.layers})
+    measured = [real.predict(space.complete(space.params(q.allocation))) for q in queue]
+    assert min(measured) == pytest.approx(real.predict(solve(real, budget, starts=STARTS)))
+    if truth == 0.25:
+        assert min(measured) < 0.95 * measured[0]
+
+
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0])
+def test_several_starts_end_in_the_best_of_many(formula, target, scale):
+    """Against the best solution under any routing loss; one start may end in a worse one."""
+    search = formula.search(InMemoryStorage(), "random", target=target, share=0.25)
+    surrogate, costs = pruning_at(search, scale), Costs(search.space, search.budget)
+    many = [solve_under(surrogate, costs, s) for s in np.geomspace(1e-5, 1, 40)]
+    least = min(surrogate.predict(p) for p in many)
+    solved = solve(surrogate, search.budget, starts=STARTS)
+    assert surrogate.predict(solved) == pytest.approx(least)
+    one = surrogate.predict(solve(surrogate, search.budget))
+    assert one >= least * (1 - 1e-12)
+    if (target, scale) == ("safetensors", 1.0):
+        assert one > 1.05 * least
+
+
+def test_prices_under_which_nothing_else_is_pruned_add_no_trial(formula):
+    search = formula.search(InMemoryStorage(), "random", share=1.0)
+    queue = first_trials(search.surrogate, search.budget, [], n_knapsack=1, pruning_factors=(0.5,))
+    assert [q.kind for q in queue] == ["knapsack"]
 
 
 def test_baselines_that_the_space_cannot_hold_are_left_out(formula):
