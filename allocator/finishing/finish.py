@@ -8,8 +8,8 @@ selection documents is never above the one before; a run that was killed resumes
 same bytes as one that was not; of two processes with the same inputs one works, the other waits.
 
 Folder of a run, named by the digest of its inputs: `codes-*`, one file per group or part of one,
-written whole; the state of tuning; `result.json`. Codes lie in a folder of their own inputs, so
-that runs with other settings of tuning share them.
+written whole; `before.json`, the losses before; the state of tuning; `result.json`. Codes lie in a
+folder of their own inputs, so that runs with other settings of tuning share them.
 """
 
 import time
@@ -55,7 +55,7 @@ from allocator.targets import Group, Layout
 from allocator.targets.group_weights import group_weights
 from allocator.targets.layout import part_names
 
-RESULT = "result.json"
+BEFORE, RESULT = "before.json", "result.json"
 _WEIGHTS = 1 << 27
 """Weights of a projection's experts that are in memory at once, in float32; one expert at least."""
 _RECENT = 6
@@ -98,6 +98,12 @@ class _Result(msgspec.Struct, forbid_unknown_fields=True):
     """`result.json`."""
 
     weights: str
+
+
+class _Before(msgspec.Struct, forbid_unknown_fields=True):
+    """`before.json`: proxy loss per split of the plain weights, nats per token."""
+
+    losses: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -254,9 +260,19 @@ class Finisher:
     def _run_folder(self, recipe: Recipe) -> Path:
         return self.folder / self.inputs(recipe)[:32]
 
+    def _before(self, run: Path) -> dict[str, float]:
+        """Proxy loss per split of the plain weights; a resumed run reads them."""
+        known = read_checked(run / BEFORE, _Before, run.name)
+        if known is None:
+            known = _Before(
+                {split: self._loss(split, self.plain.allocation) for split in self._scorers}
+            )
+            write_checked(run / BEFORE, known, run.name)
+        return known.losses
+
     def _finish(self, run: Path) -> Artifact:
         changed, recipe = _PLAIN, self.recipe
-        before = {split: self._loss(split, self.plain.allocation) for split in self._scorers}
+        before = self._before(run)
         least = before[_SELECTION]
         for stage in (self._chosen, self._tuned):
             attempt, recipe = stage(changed, recipe, run)
@@ -363,20 +379,23 @@ class Finisher:
             for part in missing[group.name]:
                 data = encoded[part.name]
                 if not group.role.is_expert:
-                    weights = group_weights(self.plain.layout, group)
-                    data[...] = self._chosen_codes(part, weights, data, moments)
+                    own = group_weights(self.plain.layout, group)
+                    data[...] = self._chosen_codes(part, own, data, moments)
+                    del own
                     continue
                 mine = [i for i, expert in enumerate(experts) if expert in part.experts]
                 n_at_once = max(1, _WEIGHTS // int(np.prod(group.shape[1:])))
                 for first in range(0, len(mine), n_at_once):
                     some = mine[first : first + n_at_once]
                     rows = [part.experts.index(experts[i]) for i in some]
-                    weights = self._experts(group, [experts[i] for i in some])
+                    own = self._experts(group, [experts[i] for i in some])
                     h = moments[torch.tensor(some).to(moments.device)]
-                    data[rows] = self._chosen_codes(part, weights, data[rows], h)
+                    data[rows] = self._chosen_codes(part, own, data[rows], h)
+                    del own, h  # not in memory beside the next ones
             if not places or places[-1] == len(retained) - 1:
                 for part in missing[group.name]:
                     yield part, encoded.pop(part.name)
+            del moments
 
     def _experts(self, group: Group, experts: Sequence[int]) -> Floats:
         """Weights of some experts, `(experts, out, in)`."""

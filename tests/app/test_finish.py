@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from allocator import api
 from allocator.app.study_folder import StudyFolder
+from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord, finished_name
 from allocator.errors import SpaceError, StudyError, VerifyError
 from allocator.export.manifest import file_digest
@@ -189,7 +190,15 @@ def test_a_killed_run_resumes_to_equal_bytes(base, fresh, monkeypatch, where, af
         return choose(*args, **keywords)
 
     monkeypatch.setattr(stage, "choose", counted)
+    score, scored = stage.Finisher._loss, []
+
+    def noted(self, split, candidate):
+        scored.append(candidate)
+        return score(self, split, candidate)
+
+    monkeypatch.setattr(stage.Finisher, "_loss", noted)
     result = api.finish(study, path, tokens=TOKENS, **options)
+    assert not any(isinstance(candidate, Allocation) for candidate in scored)  # the losses before
     n_parts = len(list((options["cache"] / "finish").glob("*/codes-*")))
     assert len(chosen) == (n_parts - after if where == "codes" else 0)
     assert result.weights == base[2].weights
