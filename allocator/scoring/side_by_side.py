@@ -22,7 +22,7 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], threads: int) -> It
     """Yields `work` of every item, in order; `threads` run at once, and one more result waits.
 
     An item begins only after all before it have begun. Inference mode and gradients are a thread's
-    own: `work` has to set them.
+    own: `work` has to set them. Meanwhile torch's operations in the caller's thread have one core.
 
     Args:
         work: called from any thread.
@@ -33,6 +33,8 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], threads: int) -> It
         yield from map(work, items)
         return
     running: deque[Future[R]] = deque()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the caller's operations too, which would fight for the cores
     with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             for item in items:
@@ -42,6 +44,7 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], threads: int) -> It
             while running:
                 yield running.popleft().result()
         finally:
+            torch.set_num_threads(before)
             for future in running:
                 future.cancel()
 
