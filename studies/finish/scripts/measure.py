@@ -1,17 +1,22 @@
 """Held-out KL of finished allocations over that of the same allocations unfinished.
 
     python studies/finish/scripts/measure.py STUDY RECORD [RECORD ...] [--text FILE] [--part all]
-        [--csv summary.csv] [--model reference] [--cache DIR] [--threads N]
+        [--between MIX MIX] [--csv summary.csv] [--model reference] [--cache DIR] [--threads N]
 
 Each RECORD names finished weights (`allocator finish`). Unfinished and finished weights are scored by one
 model in this run, on 48 report documents of the study and, with --text, on 48 windows of a text file that
 nothing was calibrated on. Prints and appends rows: model, target, bits, split, part, ratio, and its 95 %
 paired bootstrap interval over documents.
+
+With --between, two finished mixes of fewer and of more bytes, further rows hold the finished record against
+what lies between these at its bytes, log loss linear in encoded bytes: `over mixes` unfinished, `over
+finished mixes` finished. Their column `unfinished` is the mixes' loss.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from allocator.app.record_weights import record_of, source_of
@@ -22,8 +27,8 @@ from allocator.scoring.documents import interleaved
 N_DOCUMENTS = 48
 
 
-def rows_of(study_folder, scorers, path, *, model, part):
-    """Scores one record, unfinished and finished, on every split."""
+def losses_of(study_folder, scorers, path):
+    """Scores one record: it, and its losses per document, unfinished and finished, by split."""
     record = record_of(path)
     if record is None or record.finished is None:
         raise SystemExit(f"{path}: names no finished weights; run `allocator finish` first")
@@ -32,23 +37,41 @@ def rows_of(study_folder, scorers, path, *, model, part):
         source_of(study_folder, r, beside=path, encodings=encodings)
         for r in (record.unfinished, record)
     ]
-    for split, scorer in scorers.items():
-        before, after = (scorer.score(source.candidate).kl for source in sources)
-        low, high = interval(after, before)
-        yield {
-            "model": model,
-            "target": record.decision.target,
-            "bits": round(record.effective_bits, 3),
-            "allocation": path.stem,
-            "split": split,
-            "part": part,
-            "unfinished": before.mean(),
-            "finished": after.mean(),
-            "ratio": after.mean() / before.mean(),
-            "low": low,
-            "high": high,
-            "documents": len(before),
-        }
+    losses = {
+        split: tuple(scorer.score(source.candidate).kl for source in sources)
+        for split, scorer in scorers.items()
+    }
+    return record, losses
+
+
+def row(record, path, split, part, model, before, after, low, high):
+    """A row of the table; `before` and `after` are means."""
+    return {
+        "model": model,
+        "target": record.decision.target,
+        "bits": round(record.effective_bits, 3),
+        "allocation": path.stem,
+        "split": split,
+        "part": part,
+        "unfinished": before,
+        "finished": after,
+        "ratio": after / before,
+        "low": low,
+        "high": high,
+        "documents": N_DOCUMENTS,
+    }
+
+
+def between(smaller, larger, share):
+    """The loss between two mixes, `(..., documents)` to `(...)`: the mean logs' weighted mean."""
+    return np.exp((1 - share) * np.log(smaller.mean(-1)) + share * np.log(larger.mean(-1)))
+
+
+def against(after, smaller, larger, share, n=2000):
+    """The mixes' loss at its bytes, and the paired bootstrap interval of `after` over that."""
+    chosen = np.random.default_rng(0).integers(0, len(after), (n, len(after)))
+    ratios = after[chosen].mean(-1) / between(smaller[chosen], larger[chosen], share)
+    return float(between(smaller, larger, share)), *np.quantile(ratios, [0.025, 0.975])
 
 
 def main():
@@ -57,6 +80,7 @@ def main():
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--part", default="all", help="what was finished, for the column")
+    parser.add_argument("--between", type=Path, nargs=2, help="two finished mixes")
     parser.add_argument("--model", default="reference", help="for the column")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--cache", type=Path)
@@ -73,10 +97,31 @@ def main():
     )
     model = study_folder.scorers.model_with(encodings)
     scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
+    mixes = [losses_of(study_folder, scorers, path) for path in args.between or ()]
     rows = []
     for path in args.records:
-        rows += rows_of(study_folder, scorers, path, model=args.model, part=args.part)
-        print(pd.DataFrame(rows[-len(scorers) :]).to_string(index=False, float_format="%.4f"))
+        record, losses = losses_of(study_folder, scorers, path)
+        for split, (before, after) in losses.items():
+            of = (record, path, split)
+            low, high = interval(after, before)
+            rows.append(row(*of, args.part, args.model, before.mean(), after.mean(), low, high))
+            if not mixes:
+                continue
+            (smaller, of_smaller), (larger, of_larger) = mixes
+            sizes = [r.bytes["encoded"] for r in (smaller, record, larger)]
+            share = (sizes[1] - sizes[0]) / (sizes[2] - sizes[0])
+            if not 0 <= share <= 1:
+                raise SystemExit(f"{path}: {sizes[1]:,} B is not between the mixes' {sizes}")
+            for finished, part in enumerate(("over mixes", "over finished mixes")):
+                pair = of_smaller[split][finished], of_larger[split][finished]
+                loss, low, high = against(after, *pair, share)
+                rows.append(row(*of, part, args.model, loss, after.mean(), low, high))
+        print(
+            pd.DataFrame(rows)
+            .query(f"allocation == {path.stem!r}")
+            .to_string(index=False, float_format="%.4f"),
+            flush=True,
+        )
     if args.csv is not None:
         known = pd.read_csv(args.csv) if args.csv.is_file() else pd.DataFrame()
         pd.concat([known, pd.DataFrame(rows)]).to_csv(args.csv, index=False, float_format="%.6g")
