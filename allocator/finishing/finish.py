@@ -35,7 +35,7 @@ from allocator.export.tensors import TensorSource
 from allocator.files.atomic import locked
 from allocator.files.checksums import load_arrays, read_checked, save_arrays, write_checked
 from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
-from allocator.finishing.codes import choose
+from allocator.finishing.codes import choose, with_gain
 from allocator.finishing.recipe import CODES, Recipe, inputs_digest
 from allocator.finishing.tensors import FinishedTensors
 from allocator.finishing.tuning import TuningSettings, tune
@@ -434,15 +434,14 @@ class Finisher:
     ) -> Bytes:
         apart = weights.ndim == 3
         values, data = (torch.from_numpy(x).to(moments.device) for x in (weights, encoded))
+        matrices = values if apart else values[None]
+        h, form = moments if apart else moments[None], part.block_format
         with torch.inference_mode():
             chosen = choose(
-                values if apart else values[None],
-                data if apart else data[None],
-                part.block_format,
-                moments if apart else moments[None],
-                rounds=self.recipe.rounds,
+                matrices, data if apart else data[None], form, h, rounds=self.recipe.rounds
             )
-        finished: Bytes = chosen.data.reshape(data.shape).cpu().numpy()
+            scaled = with_gain(matrices, chosen.data, form, h, self.recipe.gain)
+        finished: Bytes = scaled.reshape(data.shape).cpu().numpy()
         return finished
 
     # -- tuning

@@ -30,6 +30,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         damping: share of a moment's mean diagonal that is added to the diagonal.
         shrink_tokens: tokens that a layer's mean moment counts as in every expert's own.
         rounds: of coordinate descent over codes, sub-scales and scales.
+        gain: share of the gain that rounding takes from a row which its scales give back.
         rate: relative change of a tuning step; None derives it from the loss before.
         seed: of the labels that are drawn for the squared gradients.
         parts: what is changed, of `PARTS`.
@@ -45,6 +46,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     damping: float = 0.05
     shrink_tokens: int = 1024
     rounds: int = 1
+    gain: float = 0.75
     rate: float | None = None
     seed: int = 0
     parts: tuple[str, ...] = PARTS
@@ -81,6 +83,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, least in (("moments_tokens", 1), ("tuning_tokens", 0), ("rounds", 1)):
             if (value := getattr(self, name)) < least:
                 raise SpaceError(f"{name} {value}: needed {least} or more")
+        if not 0 <= self.gain <= 1:
+            raise SpaceError(f"gain {self.gain}: needed 0 to 1")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise SpaceError(f"parts {', '.join(self.parts)}: needed some of {', '.join(PARTS)}")
         if self.streamed and (self.fisher or self.tunes):
