@@ -253,16 +253,21 @@ def query_module(model: Any, layout: Layout, layer: int | None) -> Any:
 
 
 class Calls:
-    """Calls of hooks, kept by thread until the turn of the batch that they came from."""
+    """Calls of hooks, kept by thread until the turn of the batch that they came from.
+
+    Autograd goes back through a GPU's operations in a thread of its own. One batch runs at a time
+    then, and calls from a thread that ran no batch are that one's.
+    """
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
+        self._running: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
 
     def later(self, take: Callable[..., None]) -> Callable[..., None]:
         """Returns what hooks call in place of `take`; outside of `kept` it does nothing."""
 
         def call(*args: Any) -> None:
-            calls = getattr(self._of_thread, "calls", None)
+            calls = getattr(self._of_thread, "calls", self._running)
             if calls is not None:
                 calls.append((take, args))
 
@@ -272,11 +277,11 @@ class Calls:
     def kept(self) -> Iterator[list[tuple[Callable[..., None], tuple[Any, ...]]]]:
         """Keeps the calls of this thread in a list."""
         calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        self._of_thread.calls = calls
+        self._of_thread.calls = self._running = calls
         try:
             yield calls
         finally:
-            self._of_thread.calls = None
+            self._of_thread.calls = self._running = None
 
 
 Each = Callable[[list[int], torch.Tensor, torch.Tensor, Any], None]
