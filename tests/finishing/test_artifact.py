@@ -164,6 +164,8 @@ def test_a_recipe_comes_back_and_a_wrong_one_is_refused():
         {"tokens": 1},
         {"parts": ["bias"]},
         {"rounds": 0},
+        {"gain": -0.1},
+        {"gain": 1.1},
         {"method": 0},
         {"streamed": True},
         {"parts": []},

@@ -8,7 +8,7 @@ import torch
 
 from allocator.codecs.ggml import GGML
 from allocator.finishing import codes
-from allocator.finishing.codes import choose, compensated
+from allocator.finishing.codes import choose, compensated, with_gain
 from allocator.formats.ggml import FORMATS
 
 FORMS = {name: GGML.block_format(fmt) for name, fmt in FORMATS.items()}
@@ -43,6 +43,34 @@ def test_the_quadratic_is_that_of_what_ggml_decodes(name):
     torch.testing.assert_close(chosen.before, before, rtol=1e-4, atol=0)
     torch.testing.assert_close(chosen.after, after, rtol=1e-4, atol=0)
     assert (after < 0.85 * before).all()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_rows_get_back_the_gain_that_rounding_took(name, share):
+    weights, data, moments = problem(name)
+    chosen = choose(weights, data, FORMS[name], moments).data
+    scaled = with_gain(weights, chosen, FORMS[name], moments, share)
+
+    def gains(encoded):
+        q = GGML.decode(encoded.numpy(), FORMATS[name]).astype(np.float64)
+        w, h = weights.numpy().astype(np.float64), moments.numpy().astype(np.float64)
+        along = w @ h
+        return (along * q).sum(-1) / (along * w).sum(-1)
+
+    before, after = gains(chosen), gains(scaled)
+    assert before.mean() < 1 + 1e-4  # the quadratic shrinks rows, unless they are nearly exact
+    np.testing.assert_allclose(after, before * (1 + share * (1 / before - 1)), rtol=1e-3)
+    if share == 0:
+        assert torch.equal(scaled, chosen)
+
+
+def test_rows_that_point_elsewhere_stay():
+    weights, data, moments = problem("Q4_K")
+    data = torch.from_numpy(GGML.encode(-weights.numpy(), FORMATS["Q4_K"], None))
+    assert torch.equal(with_gain(weights, data, FORMS["Q4_K"], moments, 1.0), data)
+    zeros = torch.zeros_like(weights)
+    assert torch.equal(with_gain(zeros, data, FORMS["Q4_K"], moments, 1.0), data)
 
 
 @pytest.mark.parametrize("name", KNOWN)
