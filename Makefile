@@ -28,7 +28,7 @@ quickstart: install
 	mkdir -p $(RUN)/out
 	for name in $(QUESTION); do ln -sfnr $(STUDY)/$$name $(RUN)/$$name; done
 	$(BIN)/allocator search $(RUN)
-	$(BIN)/allocator finish $(RUN)/allocations/pick.json
+	$(BIN)/allocator finish $(RUN)/allocations/pick.json --tokens 24576
 	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-gguf --container gguf --record
 	$(BIN)/allocator materialize $(RUN)/allocations/pick.json $(RUN)/out/pick-safetensors --container safetensors --record
 	$(BIN)/allocator verify $(RUN)/out/pick-gguf --study $(RUN)

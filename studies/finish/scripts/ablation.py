@@ -1,7 +1,7 @@
 """Finish an allocation by a recipe that the command line does not offer, for the ablation.
 
     python studies/finish/scripts/ablation.py STUDY RECORD OUT [--parts codes,norms] [--plain]
-        [--moments N] [--tuning N] [--seed N] [--target T] [--cache DIR] [--threads N]
+        [--gain SHARE] [--moments N] [--tuning N] [--seed N] [--target T] [--cache DIR] [--threads N]
 
 Writes the record OUT.json beside RECORD, which `measure.py` scores.
 """
@@ -23,6 +23,7 @@ def main():
     parser.add_argument("out")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--plain", action="store_true", help="without Fisher weights")
+    parser.add_argument("--gain", type=float, default=Recipe().gain)
     parser.add_argument("--moments", type=int)
     parser.add_argument("--tuning", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -30,7 +31,8 @@ def main():
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    changes = {"parts": tuple(args.parts.split(",")), "fisher": not args.plain, "seed": args.seed}
+    changes = {"parts": tuple(args.parts.split(",")), "fisher": not args.plain}
+    changes |= {"seed": args.seed, "gain": args.gain}
     if args.moments is not None:
         changes["moments_tokens"] = args.moments
     if args.tuning is not None or args.parts == "codes":
