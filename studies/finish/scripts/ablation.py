@@ -1,7 +1,7 @@
 """Finish an allocation by a recipe that the command line does not offer, for the ablation.
 
     python studies/finish/scripts/ablation.py STUDY RECORD OUT [--parts codes,norms] [--plain]
-        [--gain SHARE] [--moments N] [--tuning N] [--seed N] [--target T] [--cache DIR] [--threads N]
+        [--gain SHARE] [--rate R] [--moments N] [--tuning N] [--seed N] [--target T] [--cache DIR] [--threads N]
 
 Writes the record OUT.json beside RECORD, which `measure.py` scores.
 """
@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--plain", action="store_true", help="without Fisher weights")
     parser.add_argument("--gain", type=float, default=Recipe().gain)
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--moments", type=int)
     parser.add_argument("--tuning", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     changes = {"parts": tuple(args.parts.split(",")), "fisher": not args.plain}
-    changes |= {"seed": args.seed, "gain": args.gain}
+    changes |= {"seed": args.seed, "gain": args.gain, "rate": args.rate}
     if args.moments is not None:
         changes["moments_tokens"] = args.moments
     if args.tuning is not None or args.parts == "codes":
