@@ -39,7 +39,7 @@ STATE_NAME = "tuning.safetensors"
 _SAVE_STEPS = 4
 _MEAN_DECAY, _SQUARE_DECAY, _EPSILON = 0.9, 0.999, 1e-12  # Adam's beta1, beta2, epsilon
 _MOST = 0.75  # change: no scale changes its sign, and none is lost
-_RATE_OF_LOSS = 0.016  # 5e-3 at a loss of .11 (studies/finish/NOTES.md)
+_RATE_OF_LOSS = 0.006  # 1.5e-3 at a loss of .067 (studies/finish/NOTES.md)
 _LARGEST_RATE = 0.02
 
 
