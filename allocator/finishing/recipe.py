@@ -17,7 +17,7 @@ from allocator.errors import SpaceError
 CODES, SCALES, NORMS, ROUTERS = "codes", "scales", "norms", "routers"
 PARTS = (CODES, SCALES, NORMS, ROUTERS)
 """What finishing may change."""
-METHOD = 1
+METHOD = 2
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
