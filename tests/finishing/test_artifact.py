@@ -182,7 +182,7 @@ def test_every_input_names_another_result():
     others = {
         "moments_tokens": 1, "tuning_tokens": 1, "fisher": False, "damping": 0.5, "rounds": 3,
         "shrink_tokens": 1, "rate": 1.0, "seed": 1, "parts": PARTS[:1],
-        "stopped_steps": 5, "method": 3, "streamed": True,
+        "stopped_steps": 5, "gain": 0.5, "method": 3, "streamed": True,
     }  # fmt: skip
     assert set(others) == set(Recipe.__struct_fields__)
     for name, value in others.items():
