@@ -74,7 +74,7 @@ def test_less_loss_at_the_same_bytes(base, tmp_path):
     plain = tmp_path / "plain.json"
     plain.write_bytes(record.unfinished.to_bytes())
     assert api.score(study, plain, **options)["loss"] == record.finished.before["search"]
-    assert record.finished.after["selection"] < 0.9 * record.loss["selection"]
+    assert record.finished.after["selection"] < 0.95 * record.loss["selection"]  # in one step
     finished = api.materialize(study, result.record, tmp_path / "finished", **options)
     plain = api.materialize(study, result.record, tmp_path / "plain", unfinished=True, **options)
     assert finished.manifest.file_bytes == plain.manifest.file_bytes
