@@ -85,7 +85,8 @@ def _measure(finisher: Finisher, encodings: Encodings) -> Iterator[tuple[str, fl
     def moments(chosen: Sequence[Document], damping: float) -> Iterator[tuple[Group, torch.Tensor]]:
         return second_moments(
             model, chosen, groups, fisher=recipe.fisher, seed=recipe.seed, memory_bytes=1 << 30,
-            smoothing=Smoothing(recipe.shrink_tokens, damping), progress=finisher.progress,
+            smoothing=Smoothing(recipe.shrink_tokens, damping),
+            threads=finisher.threads, progress=finisher.progress,
         )  # fmt: skip
 
     chosen_by = moments(documents[::2], recipe.damping)
