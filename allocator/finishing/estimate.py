@@ -15,16 +15,15 @@ import torch
 from allocator.finishing.codes import choose
 from allocator.finishing.finish import Finisher, Part, first_tokens
 from allocator.finishing.tuning import TuningSettings
-from allocator.profiling.second_moments import moments_bytes
+from allocator.profiling.second_moments import PASS_BYTES, moments_bytes
 from allocator.scoring.documents import Document
-from allocator.scoring.scorer import Scorer
+from allocator.scoring.scorer import CACHE_BYTES, Scorer
 
 FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
 FORWARDS_OF_STEP = 4
 """Forward passes that a token of a tuning step costs: the original's, forward and backward."""
 _TUNING = TuningSettings()
-_CAP_BYTES = 2 << 30  # of distributions that a scorer caches, and of second moments in a pass
 _TIMED_WEIGHTS, _TIMED_WEIGHTS_ON_DEVICE = 1 << 16, 1 << 24
 """Weights whose choice is timed, on a CPU and on devices, which so few would leave idle."""
 _TIMED_DOCUMENTS = 8
@@ -98,8 +97,8 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     distributions = [4 * inventory.dimensions.vocabulary * _tokens(part) for part in parts]
     sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
     gradients = 8 * inventory.n_searched_weights if tuning else 0  # of a pass, and their sum
-    memory = sum(min(nbytes, _CAP_BYTES) for nbytes in distributions)
-    memory += max(min(sums, _CAP_BYTES), gradients)
+    memory = sum(min(nbytes, CACHE_BYTES) for nbytes in distributions)
+    memory += max(min(sums, PASS_BYTES), gradients)
     return FinishEstimate(
         moments_tokens=moments,
         tuning_tokens=tuning,

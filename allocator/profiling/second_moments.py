@@ -62,6 +62,8 @@ from allocator.targets import Group, Layout
 _FEW = 256
 """Tokens that are gathered before a product adds them to a sum: enough for a fast product."""
 
+PASS_BYTES = 2 << 30
+"""Of the sums of one pass with the model in memory, unless the caller says otherwise."""
 _PER_HEAD = (Role.K_B, Role.V_B)
 
 
@@ -88,7 +90,7 @@ def second_moments(
     *,
     fisher: bool = True,
     smoothing: Smoothing = DEFAULT_SMOOTHING,
-    memory_bytes: float = 2 << 30,
+    memory_bytes: float = PASS_BYTES,
     seed: int = 0,
     batch_tokens: int = 1024,
     threads: int = 1,

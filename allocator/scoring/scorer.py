@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,8 @@ from allocator.scoring.swap_model import SwapModel, token_ids
 
 Array = npt.NDArray[np.float64]
 Row = tuple[float, float, float, float]
-T = TypeVar("T")
-R = TypeVar("R")
+CACHE_BYTES = 2 << 30
+"""Of the original's log-probabilities that a scorer keeps, unless it is told otherwise."""
 _ROWS = 32  # of logits, compared at a time: they stay in the processor's cache
 
 
@@ -110,6 +110,9 @@ class Scorer(Documents):
         threads: batches that run at once, each on one core; results do not depend on it. A GPU
             runs them one by one.
         progress: shows a bar with this text over documents.
+
+    Attributes:
+        threads: batches that do run at once.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class Scorer(Documents):
         documents: Sequence[Document],
         *,
         batch_tokens: int = 2048,
-        cache_bytes: int = 2 << 30,
+        cache_bytes: int = CACHE_BYTES,
         layer_input_bytes: float = 256 << 20,
         from_original: bool = False,
         threads: int = 1,
