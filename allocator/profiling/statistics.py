@@ -176,6 +176,17 @@ def _reader(model: Any, group: Group) -> Any:
     return model.get_submodule(group.sources[0].removesuffix(".weight"))
 
 
+def _watch(
+    model: Any, layout: Layout, current: Callable[[], Mapping[str, _MeanSquare]]
+) -> list[Any]:
+    """Hooks that feed the current sums of every group that has some."""
+
+    def take(name: str, x: torch.Tensor) -> None:
+        current()[name].add(x, layout.groups[name].role is Role.K_B)
+
+    return watch_inputs(model, layout, [layout.groups[name] for name in _sums_of(layout)], take)
+
+
 def _sums_of(layout: Layout) -> dict[str, _MeanSquare]:
     """Empty sums of every group that is no routed expert and has importance."""
     groups = (g for g in layout.groups.values() if not g.role.is_expert and g.importance)
@@ -203,10 +214,6 @@ def collect(
     """
     sums, experts = _sums_of(layout), _of_layers(layout)
     of_thread = threading.local()  # the sums of its batch
-    groups = [layout.groups[name] for name in sums]
-
-    def take(name: str, x: torch.Tensor) -> None:
-        of_thread.sums[name].add(x, layout.groups[name].role is Role.K_B)
 
     def observer(layer: int) -> Observer:
         return lambda *args: of_thread.experts[layer].observe(*args)
@@ -218,7 +225,7 @@ def collect(
         model(input_ids=ids, use_cache=False)
         return of_thread.sums, of_thread.experts
 
-    handles = watch_inputs(model, layout, groups, take)
+    handles = _watch(model, layout, lambda: of_thread.sums)
     for layer in experts:
         use_observer(model, layer, observer(layer))
     chosen = list(batches(documents, 0, len(documents), n_tokens=batch_tokens))
@@ -265,11 +272,7 @@ def collect_streamed(
     n_layers = layout.inventory.n_layers
     checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
     states = streamed.begin(checkpoints.documents)
-
-    def take(name: str, x: torch.Tensor) -> None:
-        sums[name].add(x, layout.groups[name].role is Role.K_B)
-
-    handles = watch_inputs(streamed.model, layout, [layout.groups[name] for name in sums], take)
+    handles = _watch(streamed.model, layout, lambda: sums)
     try:
         layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
         first = _resume(checkpoints, states, layers_sums)
