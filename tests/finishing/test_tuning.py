@@ -153,7 +153,7 @@ def test_no_change_gives_the_bytes_that_came_in(case):
         np.testing.assert_array_equal(stored, made.source.full_precision(tensor).reshape(-1))
 
 
-def test_norms_and_routers_are_rounded_to_the_targets_dtype(case):
+def test_norms_and_routers_are_rounded_to_the_checkpoints_dtype(case):
     made = case("qwen3", "safetensors")  # BF16
     changes = RelativeChanges(made.source, frozenset({NORMS, ROUTERS}))
     vector = np.full(changes.n, 0.01, np.float32)
