@@ -107,10 +107,10 @@ def mend_journal(path: Path) -> str | None:
         StudyError: if the line before a torn one is no record either, the file is no journal, or
             it cannot be read or written.
     """
-    with accessing(path):
-        if not path.exists() or not (end := path.stat().st_size):
-            return None
+    with accessing(path), suppress(FileNotFoundError):
         with path.open("r+b") as file:
+            if not (end := path.stat().st_size):
+                return None
             start = _line_start(file, end)
             tail = _read(file, start, end)
             if not _is_record(tail):
@@ -119,7 +119,8 @@ def mend_journal(path: Path) -> str | None:
             if tail.endswith(b"\n"):
                 return None
             _write_at(file, end, b"\n")
-    return f"{path}: the last record lacked its newline (a search was killed); completed it"
+        return f"{path}: the last record lacked its newline (a search was killed); completed it"
+    return None
 
 
 def _line_start(file: BinaryIO, end: int) -> int:
@@ -220,10 +221,7 @@ class _MendingLock(JournalLink):
         except FileNotFoundError:
             same = self._file is None  # not made yet
         if not same:
-            raise StudyError(
-                f"{self._path}: removed or replaced while a search was using it; stop all searches "
-                "of this study, put the file in its place, and run the same command again"
-            )
+            raise _removed(self._path)
 
     def acquire(self) -> bool:
         with accessing(self._path):
@@ -288,13 +286,15 @@ class _CheckedFile(JournalFileBackend):
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Raises:
-        StudyError: at a record that is none, or is not as it was written.
+        StudyError: at a record that is none, or is not as it was written; if the journal is gone.
         """
         self._journal_lock.check_file()
         try:
             for log in super().read_logs(log_number_from):
                 _check_record(log)
                 yield log
+        except FileNotFoundError:  # since it was checked
+            raise _removed(self._path) from None
         except (ValueError, RecursionError) as error:
             raise _damaged(self._path, first_line(error)) from None
 
@@ -333,6 +333,13 @@ def open_journal(path: Path, *, grace_seconds: int = GRACE_SECONDS) -> BaseStora
             raise
         except Exception as error:  # a replay fails in whatever way a damaged record makes it
             raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _removed(path: Path) -> StudyError:
+    return StudyError(
+        f"{path}: removed or replaced while a search was using it; stop all searches of this study, "
+        "put the file in its place, and run the same command again"
+    )
 
 
 def _damaged(path: Path, why: str) -> StudyError:

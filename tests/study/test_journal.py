@@ -178,6 +178,21 @@ def test_a_journal_that_goes_during_a_search_is_one_line(ours, path, how, use):
         add(optuna.load_study(study_name="s", storage=open_storage(None, path.parent)), 1)
 
 
+@pytest.mark.parametrize("use", ["read", "write"])
+def test_a_journal_deleted_right_after_it_was_checked_is_refused(ours, path, monkeypatch, use):
+    real = os.stat
+
+    def deleting(name, *args, **kwargs):
+        result = real(name, *args, **kwargs)
+        if str(name) == str(path):
+            path.unlink(missing_ok=True)
+        return result
+
+    monkeypatch.setattr(os, "stat", deleting)
+    with pytest.raises(StudyError, match=r"journal: removed or replaced while a search"):
+        len(ours.trials) if use == "read" else add(ours, 1)
+
+
 def test_a_link_that_somebody_removed_is_no_error(ours, path, monkeypatch):
     """Removed between the append's begin and its end, every time."""
     lock, real = path.with_name("journal.lock"), os.fsync
