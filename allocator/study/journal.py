@@ -337,8 +337,8 @@ def open_journal(path: Path, *, grace_seconds: int = GRACE_SECONDS) -> BaseStora
 
 def _removed(path: Path) -> StudyError:
     return StudyError(
-        f"{path}: removed or replaced while a search was using it; stop all searches of this study, "
-        "put the file in its place, and run the same command again"
+        f"{path}: removed or replaced while a search was using it; stop all searches of this "
+        "study, put the file in its place, and run the same command again"
     )
 
 
