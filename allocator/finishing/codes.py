@@ -29,8 +29,11 @@ from allocator.codecs.blocks import BlockFormat, Fields, ScalarFormat
 
 _WINDOW = 256
 """Columns among which the gradient is kept up to date; a multiple of every block's columns."""
-_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 20, 1 << 27
+_WEIGHTS, _WEIGHTS_ON_DEVICE = 1 << 21, 1 << 27
 """Weights whose codes are chosen at once, on a CPU and on other devices."""
+_ROWS = 512
+"""Rows of wide matrices, of which so many are chosen at once anyway: a column's operations are too
+small else."""
 _VALUES = 1 << 24
 """Of a matrix that is changed in place, those that are copied at a time."""
 
@@ -189,7 +192,7 @@ def _at_once(weights: torch.Tensor) -> tuple[int, int]:
     """Returns experts and rows whose codes are chosen at once."""
     _, rows, width = weights.shape
     limit = _WEIGHTS if weights.device.type == "cpu" else _WEIGHTS_ON_DEVICE
-    n_rows = min(rows, max(1, limit // width))
+    n_rows = min(rows, max(_ROWS, limit // width))
     return max(1, limit // (width * n_rows)), n_rows
 
 

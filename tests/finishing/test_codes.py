@@ -202,7 +202,8 @@ def test_a_wide_matrix_is_factored_once_for_all_its_rows(monkeypatch):
         return compensated(h, unit)
 
     monkeypatch.setattr(codes, "compensated", watched)
-    monkeypatch.setattr(codes, "_WEIGHTS", 2 * 512)  # two rows of six at once
+    monkeypatch.setattr(codes, "_WEIGHTS", 512)
+    monkeypatch.setattr(codes, "_ROWS", 2)  # of six at once
     parted = choose(weights, data, FORMS["Q4_K"], moments)
     assert factored == [(1, 512, 512)] * 2
     torch.testing.assert_close(parted.after, whole.after, rtol=1e-5, atol=0)
