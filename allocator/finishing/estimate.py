@@ -18,6 +18,7 @@ from allocator.finishing.tuning import TuningSettings
 from allocator.profiling.second_moments import PASS_BYTES, moments_bytes
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import CACHE_BYTES, Scorer
+from allocator.scoring.side_by_side import affordable_threads
 
 FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
@@ -96,7 +97,7 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     parts = (documents.scored, documents.selection)
     distributions = [4 * inventory.dimensions.vocabulary * _tokens(part) for part in parts]
     sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
-    gradients = 8 * inventory.n_searched_weights if tuning else 0  # of a pass, and their sum
+    gradients = _gradient_bytes(finisher) if tuning else 0
     memory = sum(min(nbytes, CACHE_BYTES) for nbytes in distributions)
     memory += max(min(sums, PASS_BYTES), gradients)
     return FinishEstimate(
@@ -107,6 +108,13 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
         disk_bytes=2 * encoded,
         memory_bytes=memory,
     )
+
+
+def _gradient_bytes(finisher: Finisher) -> int:
+    """Gradients of the passes that run at once, of one that waits for its turn, and their sum."""
+    each = 4 * finisher.plain.layout.inventory.n_searched_weights
+    threads = affordable_threads(finisher.model.model, finisher.threads, each)
+    return each * (threads + 2 if threads > 1 else 2)
 
 
 def _choice_seconds(finisher: Finisher, parts: Sequence[Part]) -> float:

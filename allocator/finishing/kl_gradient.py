@@ -17,13 +17,7 @@ from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
-from allocator.scoring.swap_model import (
-    SwapModel,
-    device_of,
-    free_memory,
-    free_on_gpu,
-    token_ids,
-)
+from allocator.scoring.swap_model import SwapModel, device_of, free_on, token_ids
 from allocator.units import show_bytes
 
 T = TypeVar("T")
@@ -129,8 +123,7 @@ def _check_memory(swap: SwapModel, needed: int) -> None:
     Raises:
         AllocatorError: if they are larger than what the device has free.
     """
-    device = device_of(swap.model)
-    free = free_on_gpu(device) if device.type == "cuda" else free_memory()
+    free = free_on(device_of(swap.model))
     if needed > free:
         raise AllocatorError(
             f"{swap.inventory.path}: tuning needs {show_bytes(needed)} for gradients in float32, "

@@ -336,8 +336,7 @@ def _check_memory(inventory: Inventory, device: str) -> None:
     """
     tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
     needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
-    on_gpu = torch.device(device).type == "cuda"
-    free = free_on_gpu(torch.device(device)) if on_gpu else free_memory()
+    free = free_on(torch.device(device))
     if needed > free:
         raise CheckpointError(
             f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
@@ -345,8 +344,10 @@ def _check_memory(inventory: Inventory, device: str) -> None:
         )
 
 
-def free_on_gpu(device: torch.device) -> float:
-    """Returns the bytes of a GPU's memory that are free, torch's own unused ones included."""
+def free_on(device: torch.device) -> float:
+    """Returns the bytes of a device's memory that are free, torch's own unused ones included."""
+    if device.type != "cuda":
+        return free_memory()
     free: int = torch.cuda.mem_get_info(device)[0]
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -191,7 +191,7 @@ def test_gradients_are_nowhere_afterwards(case):
 def test_gradients_that_do_not_fit_are_refused_in_one_line(case, monkeypatch):
     made = case("deepseek")
     changes = RelativeChanges(made.source)
-    monkeypatch.setattr(kl_gradient, "free_memory", lambda: 1000)
+    monkeypatch.setattr(kl_gradient, "free_on", lambda _: 1000)
     with pytest.raises(AllocatorError, match=r"1,000 B of memory are free; finish without") as e:
         KlGradient(made.swap, made.documents, changes.parameters)
     assert "\n" not in str(e.value)
