@@ -139,7 +139,9 @@ def test_workers_go_on_when_one_is_killed(search, trials, fresh):
     assert not owners & {parent.pid}  # which only watched
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_workers_end_with_their_parent(search, trials, fresh, study_cache, how):
     parent = search("--workers", 2, "--trials", 5000)
     workers = wait_for(lambda: (w := at_work(trials(None))) and len(w) == 2 and w, parent)
@@ -172,6 +174,7 @@ def test_a_failing_worker_stops_the_search_with_its_line(search, trials, postgre
     wait_for(lambda: not any(map(is_alive, workers)), seconds=20)
 
 
+@pytest.mark.slow
 def test_a_proxy_that_dies_stops_the_search_with_its_line(search, trials, grpc_server):
     spec, server = grpc_server
     parent = search("--workers", 2, "--trials", 5000, "--storage", spec)

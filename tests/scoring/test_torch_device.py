@@ -261,6 +261,7 @@ def test_codes(name):
     assert (there.data.cpu() == here.data).float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_gpu_check(monkeypatch, tmp_path):
     """Every part of it runs on the device, the tuning step too, and gives what the host gives."""
     scripts = Path(__file__).parents[2] / "studies/scale/scripts"
@@ -297,7 +298,7 @@ def test_curvature_and_slope(layout, documents, encodings):
         np.testing.assert_allclose(there[name], values, rtol=2e-3, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_study_from_profile_to_verify(checkpoints, write_study, tmp_path, streamed, monkeypatch):
     folder = write_study(tmp_path / "study", checkpoints["qwen3"])
     if streamed:

@@ -598,7 +598,7 @@ def begin(*processes):
         process.stdin.flush()
 
 
-@pytest.mark.parametrize("sampler", ["random", "knapsack"])
+@pytest.mark.parametrize("sampler", [pytest.param("random", marks=pytest.mark.slow), "knapsack"])
 @pytest.mark.parametrize("kind", STORAGES)
 def test_killed_in_mid_scoring_its_trial_is_made_by_the_others(
     shared, opened, formula, python, tmp_path, kind, sampler

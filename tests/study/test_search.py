@@ -785,7 +785,7 @@ class Spent:
         return LocalPrices(prices, prices, LOOK_TOKENS)
 
 
-@pytest.mark.parametrize("side_by_side", [1, 3, 7])
+@pytest.mark.parametrize("side_by_side", [1, pytest.param(3, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("rungs", [(), (3, 6)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_run_spends_more_tokens_than_it_was_given(formula, sampler, rungs, side_by_side):
