@@ -2,16 +2,20 @@
 
     nohup python studies/scale/scripts/finish.py --out DIR > finish.log &
 
-The FP8 checkpoint of `run.py` (2.30 GB). One allocation: every layer retains 2 of 16 experts and uses
-both; codes are chosen anew in the groups of `CHOSEN`, so that it takes minutes; all other groups are
-BF16, which has no codes. Stages, each in processes of its own:
+The FP8 checkpoint of `run.py` (2.30 GB). Two allocations. In the small one every layer retains 2 of 16
+experts and uses both; codes are chosen anew in the groups of `CHOSEN`, so that it takes minutes; all
+other groups are BF16, which has no codes. The whole one retains all 16 and uses 8, routed experts in
+Q2_K, all else in Q4_K. Stages, each in processes of its own:
 
 - `prepare`: statistics, and the plain weights encoded;
 - `undisturbed`: finished without a stop;
 - `killed`: the same in an empty folder, killed with -9 when a third and two thirds of its groups are
   done and the next is being chosen, then run to its end; both files of finished weights must be equal;
 - `matrices`: codes of some rows of each width of matrix, in the second moments of its inputs, and
-  from the seconds of these what the whole of both checkpoints would take.
+  from the seconds of these what the whole of both checkpoints would take;
+- `whole`, with --whole: the whole allocation, killed as above;
+- `rechosen`: the codes of one group of each layer removed, those being chosen at the kills among
+  them, and chosen again without a stop; the same file and losses must come of it.
 
 A finished stage is in `finish.json` and is not run again. `--small` is a trial of minutes, whose
 results go to DIR.
@@ -26,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from build_checkpoint import config_of, tensors_of
@@ -59,22 +64,25 @@ def study_of(out):
     return StudyFolder(out / "study-fp8", cache=out / "cache", threads=1)
 
 
-def allocation_of(layout):
+def allocation_of(layout, *, whole):
     from allocator.decision.allocation import Allocation
     from allocator.formats import fallback
 
-    formats = dict.fromkeys(layout.groups, "BF16")
-    for name, fmt in CHOSEN.items():
-        formats[name] = fallback(fmt, layout.groups[name].shape).name
+    if whole:
+        formats = {n: "Q2_K" if g.role.is_expert else "Q4_K" for n, g in layout.groups.items()}
+        retained, used = layout.inventory.n_experts, layout.inventory.experts_used
+    else:
+        formats = dict.fromkeys(layout.groups, "BF16") | CHOSEN
+        retained = used = RETAINED
     return Allocation.of(
         target="gguf",
-        retained=dict.fromkeys(layout.layers, tuple(range(RETAINED))),
-        formats=formats,
-        experts_used=RETAINED,
+        retained=dict.fromkeys(layout.layers, tuple(range(retained))),
+        formats={n: fallback(f, layout.groups[n].shape).name for n, f in formats.items()},
+        experts_used=used,
     )
 
 
-def finisher_of(out):
+def finisher_of(out, *, whole=False):
     from allocator.export.tensors import EncodedTensors
     from allocator.finishing.finish import FinishDocuments, Finisher
     from allocator.finishing.recipe import Recipe
@@ -84,7 +92,7 @@ def finisher_of(out):
     profiler, texts = study_folder.profiler, study_folder.calibration
     scorers = study_folder.scorers
     return Finisher(
-        EncodedTensors(profiler.encodings, allocation_of(study_folder.layout)),
+        EncodedTensors(profiler.encodings, allocation_of(study_folder.layout, whole=whole)),
         importance_digest(profiler.statistics.importance),
         Recipe().layer_by_layer,
         FinishDocuments(texts.search, texts.trial_documents, texts.selection_documents),
@@ -93,20 +101,22 @@ def finisher_of(out):
     )
 
 
-def prepare(out):
-    source = finisher_of(out).plain
+def prepare(out, *, whole=False):
+    from allocator.finishing.finish import parts_of
+
+    source = finisher_of(out, whole=whole).plain
     n = sum(
         source.encoded(name, part).size
         for name in source.layout.groups
         for part in range(len(source.allocation.parts(source.layout, name)))
     )
-    return {"encoded_bytes": n}
+    return {"encoded_bytes": n, "groups": len(parts_of(source))}
 
 
-def finish(out):
+def finish(out, *, whole=False):
     from allocator.finishing.finish import parts_of
 
-    finisher = finisher_of(out)
+    finisher = finisher_of(out, whole=whole)
     artifact = finisher.finish()
     of = artifact.description.finishing
     return {
@@ -196,7 +206,13 @@ def projected(rows, dimensions):
     return {"weights": weights, "hours of one core": round(seconds / 3600, 2)}
 
 
-STAGES = {"prepare": prepare, "finish": finish, "matrices": matrices}
+STAGES = {
+    "prepare": prepare,
+    "finish": finish,
+    "matrices": matrices,
+    "prepare whole": partial(prepare, whole=True),
+    "whole": partial(finish, whole=True),
+}
 
 
 def stage(out, name):
@@ -250,11 +266,11 @@ class Child:
         }
 
 
-def run_killed(given, finished, n_groups):
+def run_killed(given, finished, n_groups, name):
     """Kills two processes while they choose codes, then lets a third one end."""
     killed = []
     for share in (1 / 3, 2 / 3):
-        child = Child(given, "finish")
+        child = Child(given, name)
         while child.look() and len(list(finished.glob("*/codes-*"))) < share * n_groups:
             pass
         for _ in range(25):  # into the next group
@@ -264,7 +280,16 @@ def run_killed(given, finished, n_groups):
         row = child.kill()
         killed.append(row | {"groups done": len(list(finished.glob("*/codes-*")))})
         print("killed", killed[-1], flush=True)
-    return Child(given, "finish").result() | {"killed": killed}
+    return Child(given, name).result() | {"killed": killed}
+
+
+def run_rechosen(given, finished, n_groups):
+    """Removes some groups' codes and the run's end, and runs it again without a stop."""
+    chosen = sorted(finished.glob("*/codes-*"), key=lambda path: path.stat().st_mtime_ns)
+    removed = [chosen[round(share * n_groups)] for share in (0, 1 / 3, 2 / 3)] + [chosen[-1]]
+    for path in [*removed, *finished.glob("*/result.json")]:
+        path.unlink()
+    return Child(given, "whole").result() | {"removed": [path.stem for path in removed]}
 
 
 def main():
@@ -273,6 +298,7 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="the whole allocation alone: an hour")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     out = given.out.resolve() / "small-finish" if given.small else given.out.resolve()
@@ -290,6 +316,8 @@ def main():
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(time.strftime("%H:%M:%S"), name, json.dumps(found), flush=True)
 
+    if given.whole:
+        return whole(given, finished, results, note)
     if "prepare" not in results:
         note("prepare", Child(given, "prepare").result())
     if "undisturbed" not in results:
@@ -301,8 +329,26 @@ def main():
         rows = results["matrices"]["result"]
         note("projected", {kind: projected(rows, KINDS[kind]) for kind in KINDS})
     if "killed" not in results:
-        note("killed", run_killed(given, finished, len(CHOSEN)))
-    same = results["killed"]["result"] == results["undisturbed"]["result"]  # losses too
+        note("killed", run_killed(given, finished, len(CHOSEN), "finish"))
+    report(results, "undisturbed", "killed")
+
+
+def whole(given, finished, results, note):
+    """The stages of the whole allocation."""
+    if "prepare whole" not in results:
+        shutil.rmtree(finished, ignore_errors=True)  # of the small one
+        note("prepare whole", Child(given, "prepare whole").result())
+    n_groups = results["prepare whole"]["result"]["groups"]
+    if "whole" not in results:
+        note("whole", run_killed(given, finished, n_groups, "whole"))
+    if "rechosen" not in results:
+        note("rechosen", run_rechosen(given, finished, n_groups))
+    report(results, "whole", "rechosen")
+
+
+def report(results, one, other):
+    """Prints whether two runs gave the same, and the most memory of all stages."""
+    same = results[one]["result"] == results[other]["result"]  # losses too
     peak = max(row["VmHWM"] for row in results.values() if "VmHWM" in row)
     holds = "holds" if peak < MOST_RESIDENT else "MISSES"
     print(f"equal weights, codes and losses: {'holds' if same else 'MISSES'}")

@@ -1,0 +1,139 @@
+"""Score every mix that a skilled person would write, for the hull that records are held against.
+
+    python studies/finish/scripts/hull.py STUDY RECORD [RECORD ...] [--text FILE] [--pruned]
+        [--csv hull.csv] [--over over.csv] [--cache DIR] [--target T] [--threads N]
+
+Mixes of .6 to 1.6 times the bytes of some record, encoded with the first record's importance vectors, are
+scored on 8 report documents; those that are at most 5 % above the lower hull of log loss over bytes there
+again on 48 report documents and, with --text, on 48 windows of a text file that nothing was calibrated on.
+With --pruned also mixes whose layers retain fewer experts, which no other tool writes. Prints and writes
+the points (--csv), and each record unfinished over the hull at its bytes (--over), by split.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from allocator.app.record_weights import record_of, source_of
+from allocator.app.study_folder import StudyFolder
+from allocator.decision.baselines import baselines
+from allocator.decision.front import Point, baseline_loss, lower_hull
+from allocator.errors import BudgetError
+from allocator.scoring.documents import interleaved
+
+N_DOCUMENTS, N_SCREENED = 48, 8
+NEAR = 1.05
+
+
+def mixes_near(study_folder, sizes, pruned):
+    """Mixes by name, with their encoded bytes."""
+    layout, inventory = study_folder.layout, study_folder.inventory
+    if pruned:
+        rankings = study_folder.space.rankings
+    else:
+        rankings = {layer: tuple(range(inventory.n_experts)) for layer in layout.layers}
+    known = dict(baselines(layout, rankings, pruned=pruned, skilled=True))
+    counted = {name: (a, a.nbytes(layout).encoded) for name, a in known.items()}
+    return {
+        name: (allocation, nbytes)
+        for name, (allocation, nbytes) in counted.items()
+        if any(0.6 * size < nbytes < 1.6 * size for size in sizes)
+    }
+
+
+def hull_at(points, nbytes):
+    """The hull's loss; infinite outside of it, where every point is kept."""
+    try:
+        return baseline_loss(points, nbytes)
+    except BudgetError:
+        return float("inf")
+
+
+def held_against(own, mixes, nbytes, n=1000):
+    """The hull's loss, and the paired bootstrap interval of `own`, `(documents,)`, over it."""
+    rng = np.random.default_rng(0)
+
+    def hull_of(documents):
+        return hull_at([Point(p.name, p.nbytes, kl[documents].mean()) for p, kl in mixes], nbytes)
+
+    chosen = rng.integers(0, len(own), (n, len(own)))
+    ratios = [own[documents].mean() / hull_of(documents) for documents in chosen]
+    return hull_of(np.arange(len(own))), *np.quantile(ratios, [0.025, 0.975])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("records", type=Path, nargs="+")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--pruned", action="store_true")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--over", type=Path)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--target")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    options = {"cache": args.cache, "threads": args.threads, "target": args.target}
+    study_folder = StudyFolder(args.study, **{k: v for k, v in options.items() if v is not None})
+    layout = study_folder.layout
+    splits = {"report": study_folder.calibration.report[:N_DOCUMENTS]}
+    if args.text is not None:
+        splits["text"] = interleaved(study_folder.calibration.read(args.text))[:N_DOCUMENTS]
+    records = {path: record_of(path).unfinished for path in args.records}
+    first = args.records[0]
+    encodings = study_folder.encodings.of(records[first].importance, beside=first)
+    model = study_folder.scorers.model_with(encodings)
+    scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
+
+    near = mixes_near(study_folder, [r.bytes["encoded"] for r in records.values()], args.pruned)
+    rough = [
+        Point(name, n, float(scorers["report"].score(a, 0, N_SCREENED).kl.mean()))
+        for name, (a, n) in near.items()
+    ]
+    print(f"{len(rough)} mixes screened", flush=True)
+    on_hull = {point.name for point in lower_hull(rough)}
+    kept = [p for p in rough if p.name in on_hull or p.loss <= NEAR * hull_at(rough, p.nbytes)]
+    kl = {p.name: {s: x.score(near[p.name][0]).kl for s, x in scorers.items()} for p in kept}
+    rows = [
+        {
+            "target": layout.target,
+            "mix": p.name,
+            "bytes": p.nbytes,
+            "bits": round(p.nbytes * 8 / study_folder.inventory.n_searched_weights, 3),
+            **{split: kl[p.name][split].mean() for split in splits},
+        }
+        for p in sorted(kept, key=lambda p: -p.nbytes)
+    ]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.4f"), flush=True)
+    over = []
+    for path, record in records.items():
+        source = source_of(study_folder, record, beside=path, encodings=encodings)
+        for split, scorer in scorers.items():
+            own, size = scorer.score(source.candidate).kl, record.bytes["encoded"]
+            mixes = [(p, kl[p.name][split]) for p in kept]
+            loss, low, high = held_against(own, mixes, size)
+            over.append(
+                {
+                    "target": layout.target,
+                    "bits": round(record.effective_bits, 3),
+                    "allocation": path.stem,
+                    "split": split,
+                    "pruned": args.pruned,
+                    "hull": loss,
+                    "unfinished": own.mean(),
+                    "ratio": own.mean() / loss,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    print(pd.DataFrame(over).to_string(index=False, float_format="%.4f"), flush=True)
+    for path, new in ((args.csv, rows), (args.over, over)):
+        if path is not None:
+            known = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+            pd.concat([known, pd.DataFrame(new)]).to_csv(path, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()
