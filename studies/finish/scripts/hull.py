@@ -1,16 +1,18 @@
 """Score every mix that a skilled person would write, for the hull that records are held against.
 
     python studies/finish/scripts/hull.py STUDY RECORD [RECORD ...] [--text FILE] [--pruned]
-        [--csv hull.csv] [--over over.csv] [--cache DIR] [--target T] [--threads N]
+        [--within .6 1.6] [--csv hull.csv] [--over over.csv] [--cache DIR] [--target T] [--threads N]
 
-Mixes of .6 to 1.6 times the bytes of some record, encoded with the first record's importance vectors, are
+Mixes whose bytes are within these shares of some record's, encoded with the first record's importance, are
 scored on 8 report documents; those that are at most 5 % above the lower hull of log loss over bytes there
 again on 48 report documents and, with --text, on 48 windows of a text file that nothing was calibrated on.
 With --pruned also mixes whose layers retain fewer experts, which no other tool writes. Prints and writes
-the points (--csv), and each record unfinished over the hull at its bytes (--over), by split.
+the points (--csv), and each record over the hull at its bytes (--over), by split, finished too if it names
+finished weights.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ N_DOCUMENTS, N_SCREENED = 48, 8
 NEAR = 1.05
 
 
-def mixes_near(study_folder, sizes, pruned):
+def mixes_near(study_folder, sizes, pruned, within):
     """Mixes by name, with their encoded bytes."""
     layout, inventory = study_folder.layout, study_folder.inventory
     if pruned:
@@ -39,7 +41,7 @@ def mixes_near(study_folder, sizes, pruned):
     return {
         name: (allocation, nbytes)
         for name, (allocation, nbytes) in counted.items()
-        if any(0.6 * size < nbytes < 1.6 * size for size in sizes)
+        if any(within[0] * size < nbytes < within[1] * size for size in sizes)
     }
 
 
@@ -69,6 +71,7 @@ def main():
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--pruned", action="store_true")
+    parser.add_argument("--within", type=float, nargs=2, default=(0.6, 1.6))
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--over", type=Path)
     parser.add_argument("--cache", type=Path)
@@ -81,13 +84,14 @@ def main():
     splits = {"report": study_folder.calibration.report[:N_DOCUMENTS]}
     if args.text is not None:
         splits["text"] = interleaved(study_folder.calibration.read(args.text))[:N_DOCUMENTS]
-    records = {path: record_of(path).unfinished for path in args.records}
+    records = {path: record_of(path) for path in args.records}
     first = args.records[0]
     encodings = study_folder.encodings.of(records[first].importance, beside=first)
     model = study_folder.scorers.model_with(encodings)
     scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
 
-    near = mixes_near(study_folder, [r.bytes["encoded"] for r in records.values()], args.pruned)
+    sizes = [r.bytes["encoded"] for r in records.values()]
+    near = mixes_near(study_folder, sizes, args.pruned, args.within)
     rough = [
         Point(name, n, float(scorers["report"].score(a, 0, N_SCREENED).kl.mean()))
         for name, (a, n) in near.items()
@@ -109,11 +113,14 @@ def main():
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.4f"), flush=True)
     over = []
     for path, record in records.items():
-        source = source_of(study_folder, record, beside=path, encodings=encodings)
-        for split, scorer in scorers.items():
-            own, size = scorer.score(source.candidate).kl, record.bytes["encoded"]
+        named = {"unfinished": record.unfinished} | (
+            {"finished": record} if record.finished else {}
+        )
+        for (part, one), (split, scorer) in product(named.items(), scorers.items()):
+            source = source_of(study_folder, one, beside=path, encodings=encodings)
+            own = scorer.score(source.candidate).kl
             mixes = [(p, kl[p.name][split]) for p in kept]
-            loss, low, high = held_against(own, mixes, size)
+            loss, low, high = held_against(own, mixes, record.bytes["encoded"])
             over.append(
                 {
                     "target": layout.target,
@@ -121,8 +128,9 @@ def main():
                     "allocation": path.stem,
                     "split": split,
                     "pruned": args.pruned,
+                    "part": part,
                     "hull": loss,
-                    "unfinished": own.mean(),
+                    "loss": own.mean(),
                     "ratio": own.mean() / loss,
                     "low": low,
                     "high": high,
