@@ -133,33 +133,28 @@ class LayerInputRecorder(threading.local):
     """What entered the layers of a model in this thread's last forward pass.
 
     Attributes:
-        states: by layer, `(documents, length, hidden)`; a forward pass begins by emptying it.
+        states: by layer from the first recorded one on, `(documents, length, hidden)`; a forward
+            pass begins by emptying it.
     """
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
 
     @contextmanager
-    def recording(self, model: Any) -> Iterator[None]:
-        """Records while the block runs; forward passes may run in several threads."""
+    def recording(self, model: Any, first: int = 0) -> Iterator[None]:
+        """Records while the block runs; forward passes may run in several threads.
+
+        Args:
+            model: of transformers.
+            first: the layer to begin with.
+        """
 
         def record(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             self.states.append(args[0].clone())
 
-        handles = [layer.register_forward_pre_hook(record) for layer in model.model.layers]
+        handles = [layer.register_forward_pre_hook(record) for layer in model.model.layers[first:]]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def without_layers_before(model: Any, layer: int) -> Iterator[None]:
-    """Runs the block on a model without the layers before `layer`, given what enters it."""
-    whole = model.model.layers
-    model.model.layers = whole[layer:]
-    try:
-        yield
-    finally:
-        model.model.layers = whole

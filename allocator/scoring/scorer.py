@@ -22,11 +22,11 @@ from tqdm import tqdm
 from allocator.decision.allocation import Allocation
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
+from allocator.scoring.layer_arguments import LaterStart
 from allocator.scoring.layer_inputs import (
     LayerDecisions,
     LayerInputCache,
     LayerInputRecorder,
-    without_layers_before,
 )
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import SwapModel, token_ids
@@ -204,8 +204,9 @@ class Scorer(Documents):
         """Forward passes of what the model holds; `record` what enters its layers."""
         before = self._decisions.before(self.swap.candidate)
         passed = _ForwardPasses(self.swap.model, self.documents, self._layer_inputs, chosen, before)
-        recording = passed.recorder.recording(self.swap.model) if record else nullcontext()
-        with without_layers_before(self.swap.model, passed.first), recording:
+        model, first = self.swap.model, passed.first
+        recording = passed.recorder.recording(model, first) if record else nullcontext()
+        with passed.start.at(model, first), recording:
             yield passed
 
     def _losses(
@@ -309,6 +310,7 @@ class _ForwardPasses:
 
     Attributes:
         first: that layer; before it the model is what the cache knows.
+        start: where it begins.
         recorder: of what entered its layers.
     """
 
@@ -324,7 +326,7 @@ class _ForwardPasses:
         self._span, self._before = tuple(map(tuple, chosen)), before
         self.first = cache.first(self._span, before)
         self._begin = cache.inputs(self._span, self.first) if self.first else {}
-        self.recorder = LayerInputRecorder()
+        self.start, self.recorder = LaterStart(), LayerInputRecorder()
         self._entered: dict[int, dict[tuple[int, ...], torch.Tensor]] = {
             layer: {} for layer in range(self.first, len(before))
         }
@@ -332,11 +334,8 @@ class _ForwardPasses:
     def states(self, batch: list[int]) -> torch.Tensor:
         """Computes the last layer's output `(documents, length, hidden)`; from any thread."""
         self.recorder.states = []
-        if self.first:
-            given = {"inputs_embeds": self._begin[tuple(batch)]}
-        else:
-            given = {"input_ids": token_ids(self._model, [self._documents[i] for i in batch])}
-        output: torch.Tensor = self._model.model(**given, use_cache=False).last_hidden_state
+        self.start.state = self._begin.get(tuple(batch))
+        output = _final_states(self._model, [self._documents[i] for i in batch])
         for layer, entered in enumerate(self.recorder.states, self.first):
             self._entered[layer][tuple(batch)] = entered
         return output

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from allocator.families import Role
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
+from allocator.scoring.layer_arguments import LayerArguments
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
 from allocator.scoring.layer_inputs import LayerDecisions
 from allocator.scoring.swap_model import (
@@ -97,6 +97,7 @@ class StreamedModel:
         self._keys_values: dict[str, KeysValues | None] = {}
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
+        self._arguments = LayerArguments(self.model)
         self._taken: list[Routed] = []
         for layer in layout.layers:
             moe_block(self.model, layer).experts.forward = self._take
@@ -246,14 +247,7 @@ class StreamedModel:
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Runs a layer on `(documents, length, hidden)`, its routed experts giving zero."""
-        inner = self.model.model
-        whole, norm = inner.layers, inner.norm
-        inner.layers, inner.norm = whole[layer : layer + 1], nn.Identity()
-        try:
-            output: torch.Tensor = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        finally:
-            inner.layers, inner.norm = whole, norm
-        return output
+        return self._arguments.run(layer, hidden, self._kept_as)
 
     def taken(self) -> list[Routed]:
         """Returns what `forward` asked routed experts for since the last call, by batch."""

@@ -65,9 +65,9 @@ class Counter:
         self.n_layers = len(model.model.layers)
         self.forward = self.backward = 0
         for layer in model.model.layers:
-            layer.register_forward_hook(self.count)
+            layer.mlp.register_forward_hook(self.count)  # a layer that is skipped runs none
 
-    def count(self, layer, args, output):
+    def count(self, mlp, args, output):
         n_tokens = output.shape[0] * output.shape[1]
         self.forward += n_tokens
         if output.requires_grad:

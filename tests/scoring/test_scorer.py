@@ -194,7 +194,7 @@ def layers_run(swap, scorer, chosen, *span):
     """Losses of a candidate, and how many documents every layer ran."""
     ran = {}
     handles = [
-        block.register_forward_pre_hook(
+        block.input_layernorm.register_forward_pre_hook(  # a layer that is skipped runs none
             lambda _, args, layer=layer: ran.update({layer: ran.get(layer, 0) + len(args[0])})
         )
         for layer, block in enumerate(swap.model.model.layers)
