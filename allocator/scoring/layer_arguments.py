@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 _CACHE_BYTES = 64 << 20
 """Of recorded arguments, mostly masks: `documents x length x length` each."""
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 """What a layer is called with after its hidden states."""
 Key = tuple[int, int, Any]
 """Documents, length, and the cache that the arguments name."""
@@ -86,7 +86,7 @@ def record_arguments(model: Any, embedded: torch.Tensor) -> tuple[torch.Tensor, 
     recorded: list[Arguments] = []
 
     def recorder(usual: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(hidden: torch.Tensor, *args: object, **kwargs: object) -> Any:
             if threading.get_ident() != caller:
                 return usual(hidden, *args, **kwargs)
             entered.append(hidden)
