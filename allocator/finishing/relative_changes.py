@@ -26,7 +26,7 @@ from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
 from allocator.families import Role
 from allocator.formats import Format
-from allocator.scoring.swap_model import SwapModel, parameter_name, view_of
+from allocator.scoring.swap_model import SwapModel, expert_form, parameter_name, view_of
 from allocator.targets import Group, Layout
 from allocator.targets.layout import part_names
 
@@ -78,7 +78,7 @@ class _Model:
 
     def __init__(self, swap: SwapModel) -> None:
         self._parameters: dict[str, Any] = dict(swap.model.named_parameters())
-        self._dimensions = swap.inventory.dimensions
+        self._swap = swap
 
     def gradient(self, name: str) -> torch.Tensor:
         """Returns the gradient of a parameter in its shape `(...)`; zeros where none arrived."""
@@ -93,8 +93,10 @@ class _Model:
 
     def of_group(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns a group's values and their gradients, `(..., rows, in_features)` both."""
-        values = view_of(self.value, self._dimensions, group)
-        return values, view_of(self.gradient, self._dimensions, group)
+        dimensions = self._swap.inventory.dimensions
+        form = expert_form(self._swap.model, group.layer)
+        values = view_of(self.value, dimensions, group, form)
+        return values, view_of(self.gradient, dimensions, group, form)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ already.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ from allocator.profiling.products import (
     watch_products,
 )
 from allocator.scoring.documents import Document
-from allocator.scoring.experts import use_sorted_experts
+from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.side_by_side import affordable_threads
-from allocator.scoring.swap_model import SwapModel, view_of
+from allocator.scoring.swap_model import SwapModel, expert_form, view_of
 from allocator.targets import Group, Layout
 
 FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
@@ -86,12 +87,23 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> list[float]:
 class Curvature:
     """Prices changes of weights around what `measure` saw.
 
+    Args:
+        layout: the groups.
+        n_tokens: of the documents.
+        forms: by MoE layer, how parameters whose slopes are taken hold its routed experts.
+
     Attributes:
         n_tokens: tokens it was measured on.
     """
 
-    def __init__(self, layout: Layout, n_tokens: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        n_tokens: int,
+        forms: Mapping[int | None, ExpertForm] = MappingProxyType({}),
+    ) -> None:
         self._layout = layout
+        self._forms = forms
         self.n_tokens = n_tokens
         self._products: dict[tuple[str, int], Product] = {}
         self._slopes: dict[str, torch.Tensor] = {}
@@ -203,7 +215,7 @@ class Curvature:
             experts: that the model retained when this was measured, in order.
         """
         values = torch.from_numpy(np.ascontiguousarray(current))
-        slope = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
+        slope = self._slope_of(group)
         values, apart = values.to(slope.device), len(experts) or 1
         linear = slope - self._times(group, values, experts)
         shape = (apart, -1, values.shape[-1])
@@ -238,10 +250,16 @@ class Curvature:
             group: of the layout.
             change: new less current weights, in the shape of the model's, `(..., out, in)`.
         """
-        slopes = view_of(self._slopes.__getitem__, self._layout.inventory.dimensions, group)
+        slopes = self._slope_of(group)
         products = slopes * torch.from_numpy(np.ascontiguousarray(change)).to(slopes.device)
         values = products.flatten(1).sum(1) if group.role.is_expert else products.sum()[None]
         return [float(v) / self.n_tokens for v in values]
+
+    def _slope_of(self, group: Group) -> torch.Tensor:
+        """The gradient of the proxy loss by a group, in the group's shape."""
+        dimensions = self._layout.inventory.dimensions
+        form = self._forms.get(group.layer, ExpertForm())
+        return view_of(self._slopes.__getitem__, dimensions, group, form)
 
     def _half(self, group: Group, values: torch.Tensor, heads: torch.Tensor | None = None) -> float:
         """`k_b` and `v_b` are rows of `kv_b`; `k_b` is stored transposed.
@@ -293,7 +311,9 @@ def measure(
         threads: passes that run at once, as many as memory allows; sums do not depend on it.
     """
     layout, model = swap.layout, swap.model
-    curvature = Curvature(layout, sum(len(d.ids) for d in documents))
+    n_tokens = sum(len(d.ids) for d in documents)
+    forms: dict[int | None, ExpertForm] = {i: expert_form(model, i) for i in layout.layers}
+    curvature = Curvature(layout, n_tokens, forms)
     calls = Calls()
     take = calls.later(curvature.take)
     groups = [g for g in layout.groups.values() if not g.role.is_expert]

@@ -16,9 +16,9 @@ import torch
 
 from allocator.families import Role
 from allocator.scoring.documents import Document, batches
-from allocator.scoring.experts import use_watcher
+from allocator.scoring.experts import ExpertForm, use_watcher
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
-from allocator.scoring.swap_model import token_ids
+from allocator.scoring.swap_model import moe_block, token_ids
 from allocator.targets import Group, Layout
 
 Take = Callable[[str, int, torch.Tensor, torch.Tensor], None]
@@ -173,6 +173,9 @@ def _on_output(take: Take, name: str) -> Callable[..., None]:
 
 def watch_experts(model: Any, layer: int, take: Take) -> None:
     """Lets one layer's experts run differentiably, watched; `use_sorted_experts` ends it."""
+    form = ExpertForm.of(moe_block(model, layer).experts)
+    roles = (Role.EXPERT_GATE, Role.EXPERT_UP) if form.gated else (Role.EXPERT_UP,)
+    names = [f"layers.{layer}.{role}" for role in roles]
 
     def watch(expert: int, kind: str, x: torch.Tensor, output: Any) -> None:
         x = x.detach()
@@ -184,9 +187,8 @@ def watch_experts(model: Any, layer: int, take: Take) -> None:
             return
 
         def both(gradient: torch.Tensor) -> None:
-            of_gate, of_up = gradient.chunk(2, -1)
-            take(f"layers.{layer}.{Role.EXPERT_GATE}", expert, x, of_gate)
-            take(f"layers.{layer}.{Role.EXPERT_UP}", expert, x, of_up)
+            for name, of_half in zip(names, form.halves(gradient), strict=True):
+                take(name, expert, x, of_half)
 
         output.register_hook(both)
 

@@ -53,9 +53,9 @@ from allocator.profiling.products import (
 from allocator.profiling.statistics import watch_inputs
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
-from allocator.scoring.experts import use_observer, use_sorted_experts
+from allocator.scoring.experts import ExpertCode, use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
-from allocator.scoring.streamed_model import Routed, Routing, States, StreamedModel
+from allocator.scoring.streamed_model import Biases, Routed, Routing, States, StreamedModel
 from allocator.scoring.swap_model import SwapModel, device_of, moe_block, parameter_of, token_ids
 from allocator.targets import Group, Layout
 
@@ -555,8 +555,8 @@ class _Stream:
         experts = [group for group in groups if group.role.is_expert]
         if not experts:
             return
-        routed = self._forward(layer, [], {}, states)
-        routing = Routing(routed, self.candidate.retained_experts[layer])
+        routed, biases = self._forward(layer, [], {}, states)
+        routing = Routing(routed, self.candidate.retained_experts[layer], biases)
         for downs in (False, True):
             chosen = [g for g in experts if (g.role is Role.EXPERT_DOWN) is downs]
             if chosen:
@@ -579,8 +579,11 @@ class _Stream:
     @torch.no_grad()
     def _forward(
         self, layer: int, groups: Sequence[Group], sums: Mapping[str, _Sums], states: States
-    ) -> list[Routed]:
-        """Runs a layer but its routed experts, watched; returns what these were asked for."""
+    ) -> tuple[list[Routed], Biases]:
+        """Runs a layer but its routed experts, watched; returns what these were asked for.
+
+        Their biases are returned too.
+        """
         streamed = self.streamed
         handles = _watch_plain(streamed.model, streamed.layout, groups, sums)
         try:
@@ -590,8 +593,9 @@ class _Stream:
         finally:
             for handle in handles:
                 handle.remove()
+        biases = streamed.biases(layer)
         streamed.leave(layer)
-        return streamed.taken()
+        return streamed.taken(), biases
 
     def _experts(
         self, layer: int, groups: Sequence[Group], routing: Routing
@@ -644,8 +648,8 @@ class _Stream:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields experts that tokens reached, and what their matrix multiplies, `(tokens, in)`."""
         streamed = self.streamed
-        groups = streamed.projections(layer)[:2] if is_down else []
-        act = moe_block(streamed.model, layer).experts.act_fn
+        groups = streamed.projections(layer)[:-1] if is_down else []
+        code = ExpertCode(moe_block(streamed.model, layer).experts)
         reached = [expert for expert in experts if expert in routing.reached]
         if not reached:
             return
@@ -653,6 +657,7 @@ class _Stream:
             _, tokens = routing.places(expert)
             x = routing.inputs[tokens]
             if is_down:
-                gate, up = (streamed.expert(self.candidate, group, expert) for group in groups)
-                x = act(x @ gate.T).mul_(x @ up.T)
+                matrices = [streamed.expert(self.candidate, group, expert) for group in groups]
+                products = routing.products(expert, x, matrices, code.form)
+                x = code.inner_of_halves(products)
             yield expert, x

@@ -24,6 +24,7 @@ from allocator.families import Role
 from allocator.profiling.curvature import Curvature
 from allocator.profiling.products import drawn, product_name, watch_products
 from allocator.scoring.documents import Document
+from allocator.scoring.experts import ExpertCode
 from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
 from allocator.scoring.streamed_model import Routing, States, StreamedModel
 from allocator.scoring.swap_model import moe_block
@@ -172,27 +173,32 @@ class _Pass:
         for hidden in before:
             streamed.forward(layer, hidden)
         routed = streamed.taken()
-        routing = Routing(routed, range(streamed.inventory.n_experts))
+        retained, biases = range(streamed.inventory.n_experts), streamed.biases(layer)
+        routing = Routing(routed, retained, biases)
         groups = streamed.projections(layer)
-        act = moe_block(streamed.model, layer).experts.act_fn
+        code = ExpertCode(moe_block(streamed.model, layer).experts)
         output = torch.cat([g.flatten(0, 1) for g in gradients])
         of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
         for expert in streamed.weights.in_turn(
             sorted(routing.reached), groups, [streamed.original]
         ):
-            gate, up, down = (streamed.expert(streamed.original, g, expert) for g in groups)
+            *matrices, down = (streamed.expert(streamed.original, g, expert) for g in groups)
             places, tokens = routing.places(expert)
             x = routing.inputs[tokens]
-            before_act, factor = (x @ gate.T).requires_grad_(), (x @ up.T).requires_grad_()
+            products = routing.products(expert, x, matrices, code.form)
+            products = [product.requires_grad_() for product in products]
             with torch.enable_grad():
-                inner = act(before_act) * factor
+                inner = code.inner_of_halves(products)
             mine = output[tokens]
-            of_gates[places] = (mine * (inner.detach() @ down.T)).sum(-1)
+            outputs = routing.outputs(expert, inner.detach(), down)
+            of_gates[places] = (mine * outputs).sum(-1)
             mine = mine * routing.gates[places, None]
-            of_gate, of_up = torch.autograd.grad(inner, (before_act, factor), mine @ down)
-            of_inputs.index_add_(0, tokens, of_gate @ gate + of_up @ up)
+            of_products = torch.autograd.grad(inner, products, mine @ down)
+            back = [g @ matrix for g, matrix in zip(of_products, matrices, strict=True)]
+            of_inputs.index_add_(0, tokens, sum(back[1:], back[0]))
+            multiplied = (*(x for _ in matrices), inner.detach())
             for group, values, gradient in zip(
-                groups, (x, x, inner.detach()), (of_gate, of_up, mine), strict=True
+                groups, multiplied, (*of_products, mine), strict=True
             ):
                 curvature.product(group.name, expert).add(values, gradient)
                 self.take(group, expert, curvature)

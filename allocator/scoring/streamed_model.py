@@ -17,7 +17,6 @@ reaches is neither read nor encoded.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ import torch
 from allocator.families import Role
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
-from allocator.scoring.experts import Observer
+from allocator.scoring.experts import ExpertCode, ExpertForm, Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.scoring.layer_arguments import LayerArguments
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
@@ -49,6 +48,11 @@ Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
 
 
+Biases = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the retained experts' first products and of their `down`, `(retained, out)` each, if any."""
+NO_BIASES: Biases = (None, None)
+
+
 @dataclass(eq=False)
 class States:
     """Hidden states that some candidates have in common so far.
@@ -58,12 +62,14 @@ class States:
         members: whose they are.
         hidden: by batch, `(documents, length, hidden)`.
         routed: by batch, while a layer runs.
+        biases: of its experts meanwhile.
     """
 
     candidate: Candidate
     members: list[int]
     hidden: list[torch.Tensor]
     routed: list[Routed] = field(default_factory=list)
+    biases: Biases = NO_BIASES
 
 
 class StreamedModel:
@@ -213,7 +219,7 @@ class StreamedModel:
             self.install(layer, state.candidate)
             for i, hidden in enumerate(state.hidden):
                 state.hidden[i] = self.forward(layer, hidden)
-            state.routed = self.taken()
+            state.routed, state.biases = self.taken(), self.biases(layer)
         self.leave(layer)
         if layer in self.layout.layers:
             self._run_experts(layer, states, observe)
@@ -261,11 +267,12 @@ class StreamedModel:
     def _run_experts(self, layer: int, states: Sequence[States], observe: Observer | None) -> None:
         """Adds what the routed experts give, expert by expert."""
         groups = self.projections(layer)
-        act = moe_block(self.model, layer).experts.act_fn
+        code = ExpertCode(moe_block(self.model, layer).experts)
         routings = []
         for state in states:
-            routings.append(Routing(state.routed, state.candidate.retained_experts[layer]))
-            state.routed = []
+            retained = state.candidate.retained_experts[layer]
+            routings.append(Routing(state.routed, retained, state.biases))
+            state.routed, state.biases = [], NO_BIASES
         reached = sorted({e for routing in routings for e in routing.reached})
         candidates = [state.candidate for state in states]
         for expert in self.weights.in_turn(reached, groups, candidates):
@@ -273,11 +280,12 @@ class StreamedModel:
             for i, candidate in enumerate(candidates):
                 if expert in routings[i].reached:
                     formats = tuple(self.weights.format_of(candidate, g, expert) for g in groups)
-                    own = candidate.weights_digest if any(formats) else ""
+                    digests = any(formats) or routings[i].biased
+                    own = candidate.weights_digest if digests else ""
                     alike.setdefault((*formats, own), []).append(i)
             for members in alike.values():
                 weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
-                add_expert([routings[i] for i in members], expert, weights, act, observe)
+                add_expert([routings[i] for i in members], expert, weights, code, observe)
         for state, routing in zip(states, routings, strict=True):
             routing.add_to(state.hidden)
 
@@ -285,14 +293,21 @@ class StreamedModel:
         """Returns a routed expert's matrix, `(out, in)`, of a projection, on the torch device."""
         return torch.from_numpy(self.weights.of(candidate, group, expert)).to(self.device)
 
+    def biases(self, layer: int) -> Biases:
+        """Returns the biases of a layer's routed experts, as `install` has put them in."""
+        if layer not in self.layout.layers:
+            return NO_BIASES
+        experts = moe_block(self.model, layer).experts
+        return ExpertForm.of(experts).biases(experts)
+
     def groups(self, layer: int | None) -> list[Group]:
         """Returns the groups of a layer; of none: embedding and head."""
         return self._groups[layer]
 
     def projections(self, layer: int) -> list[Group]:
-        """Returns the groups gate, up and down of a layer's routed experts."""
+        """Returns the groups gate, up and down of a layer's routed experts; no gate if none is."""
         by_role = {g.role: g for g in self._groups[layer]}
-        return [by_role[role] for role in _PROJECTIONS]
+        return [by_role[role] for role in _PROJECTIONS if role in by_role]
 
 
 class Routing:
@@ -301,17 +316,23 @@ class Routing:
     Args:
         routed: by batch.
         retained: the experts that routers chose among, in order.
+        biases: of these experts.
 
     Attributes:
         inputs: of all tokens, `(tokens, hidden)`.
         gates: of all choices, `(tokens * k,)`.
         reached: experts that some token chose.
+        biased: whether experts have biases.
     """
 
-    def __init__(self, routed: Sequence[Routed], retained: Sequence[int]) -> None:
+    def __init__(
+        self, routed: Sequence[Routed], retained: Sequence[int], biases: Biases = NO_BIASES
+    ) -> None:
         self.inputs, index, gates = (torch.cat(each) for each in zip(*routed, strict=True))
         self.gates = gates.reshape(-1)
         self._k = index.shape[-1]
+        self._retained, self._biases = tuple(retained), biases
+        self.biased = biases[1] is not None
         self._order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=len(retained)).tolist()
         ends = np.cumsum(counts).tolist()
@@ -327,6 +348,37 @@ class Routing:
         places = self._order[self.reached[expert]]
         return places, places // self._k
 
+    def products(
+        self, expert: int, x: torch.Tensor, matrices: Sequence[torch.Tensor], form: ExpertForm
+    ) -> list[torch.Tensor]:
+        """Returns products of gate and up, or of up alone, `(n, width)` each, biases added.
+
+        Args:
+            expert: whose matrices these are.
+            x: inputs `(n, hidden)`.
+            matrices: gate and up, or up alone, `(width, hidden)` each.
+            form: which of the biases are gate's.
+        """
+        products = [x @ matrix.T for matrix in matrices]
+        if (stacked := self._biases[0]) is not None:
+            halves = form.halves(stacked[self._retained.index(expert)])
+            for product, bias in zip(products, halves, strict=True):
+                product += bias
+        return products
+
+    def outputs(self, expert: int, inner: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """Returns an expert's outputs `(n, hidden)`, bias added, before their gates.
+
+        Args:
+            expert: whose matrix this is.
+            inner: what the matrix multiplies, `(n, width)`.
+            down: `(hidden, width)`.
+        """
+        outputs = inner @ down.T
+        if (stacked := self._biases[1]) is not None:
+            outputs += stacked[self._retained.index(expert)]
+        return outputs
+
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
         """Adds values `(chosen, hidden)` to what the routed experts give to these tokens."""
         self._sum.index_add_(0, tokens, values)
@@ -341,25 +393,25 @@ def add_expert(
     routings: Sequence[Routing],
     expert: int,
     weights: Sequence[torch.Tensor],
-    act: Any,
+    code: ExpertCode,
     observe: Observer | None,
 ) -> None:
     """Adds what one expert gives to its tokens in several computations, times their gates.
 
     Args:
-        routings: that reach the expert.
+        routings: that reach the expert; its biases are those of all.
         expert: its index.
-        weights: gate, up and down, `(out, in)` each.
-        act: the architecture's activation.
+        weights: gate, up and down, or up and down, `(out, in)` each.
+        code: the architecture's experts.
         observe: sees the expert; None for nobody.
     """
-    gate, up, down = weights
+    *matrices, down = weights
     places = [routing.places(expert) for routing in routings]
     chosen = list(zip(routings, places, strict=True))
     x = torch.cat([routing.inputs[tokens] for routing, (_, tokens) in chosen])
     gates = torch.cat([routing.gates[place] for routing, (place, _) in chosen])
-    inner = act(x @ gate.T).mul_(x @ up.T)
-    outputs = inner @ down.T
+    inner = code.inner_of_halves(routings[0].products(expert, x, matrices, code.form))
+    outputs = routings[0].outputs(expert, inner, down)
     if observe is not None:
         observe(expert, x, inner, outputs, gates)
     outputs.mul_(gates[:, None])

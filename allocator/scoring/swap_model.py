@@ -25,7 +25,7 @@ from allocator.families.config import plain_skeleton
 from allocator.formats import parts
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
 from allocator.scoring.documents import Document
-from allocator.scoring.experts import use_sorted_experts
+from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
@@ -110,7 +110,8 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
     resize_router(model, layer, n_experts)
     experts = moe_block(model, layer).experts
     experts.num_experts = n_experts
-    _resize(experts, ("gate_up_proj", "down_proj"), n_experts, device_of(model))
+    names = tuple(name for name, _ in experts.named_parameters(recurse=False))
+    _resize(experts, names, n_experts, device_of(model))
 
 
 def resize_router(model: Any, layer: int, n_experts: int) -> None:
@@ -175,7 +176,16 @@ def destination(model: Any, dimensions: Dimensions, group: Group) -> torch.Tenso
     Returns:
         `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
     """
-    return view_of(lambda name: parameter_of(model, name), dimensions, group)
+    return view_of(
+        lambda name: parameter_of(model, name), dimensions, group, expert_form(model, group.layer)
+    )
+
+
+def expert_form(model: Any, layer: int | None) -> ExpertForm:
+    """Returns how a layer's routed experts are stored; the usual form of layers without any."""
+    if layer is None or not hasattr(block := moe_block(model, layer), "experts"):
+        return ExpertForm()
+    return ExpertForm.of(block.experts)
 
 
 def parameter_name(group: Group) -> str:
@@ -187,17 +197,29 @@ def parameter_name(group: Group) -> str:
 
 
 def view_of(
-    tensor_of: Callable[[str], torch.Tensor], dimensions: Dimensions, group: Group
+    tensor_of: Callable[[str], torch.Tensor],
+    dimensions: Dimensions,
+    group: Group,
+    form: ExpertForm,
 ) -> torch.Tensor:
     """Returns a view of a group in a parameter, or in another tensor of the parameter's shape.
+
+    Args:
+        tensor_of: by the parameter's name.
+        dimensions: the checkpoint's.
+        group: whose values are wanted.
+        form: of the routed experts of the group's layer.
 
     Returns:
         `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
     """
     weight = tensor_of(parameter_name(group))
-    if group.role in (Role.EXPERT_GATE, Role.EXPERT_UP):
-        half = weight.shape[1] // 2
-        return weight[:, :half] if group.role is Role.EXPERT_GATE else weight[:, half:]
+    if group.role.is_expert:
+        matrices = form.matrices(weight)
+        if group.role is Role.EXPERT_DOWN:
+            return matrices
+        by_output = form.halves(matrices.transpose(1, 2))
+        return by_output[0 if group.role is Role.EXPERT_GATE else -1].transpose(1, 2)
     if group.role in (Role.K_B, Role.V_B):
         assert dimensions.latent is not None, group.name
         nope = dimensions.latent.nope
@@ -303,7 +325,10 @@ def check_names(model: Any, layout: Layout) -> None:
             )
     for group in layout.groups.values():
         try:
-            view = view_of(lambda name: _existing(model, name), layout.inventory.dimensions, group)
+            view = view_of(
+                lambda name: _existing(model, name), layout.inventory.dimensions, group,
+                expert_form(model, group.layer),
+            )  # fmt: skip
             shape = tuple(view.shape)
         except RuntimeError:  # of another size altogether
             shape = tuple(_existing(model, group.sources[0]).shape)

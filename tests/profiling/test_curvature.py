@@ -93,10 +93,10 @@ def test_differentiable_experts_are_the_routed_ones(case, name, n_tokens, k, cho
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     reached = sorted(set(index.flatten().tolist()))
     assert [(e, kind) for e, kind, _, _ in seen] == [
-        (e, kind) for e in reached for kind in ("gate_up", "down")
+        (e, kind) for e in reached for kind in ("first", "down")
     ]
     for e, kind, x, y in seen:
-        weight = (experts.gate_up_proj if kind == "gate_up" else experts.down_proj)[e]
+        weight = (experts.gate_up_proj if kind == "first" else experts.down_proj)[e]
         assert len(x) == int((index == e).sum())
         torch.testing.assert_close(y, x @ weight.T)
 

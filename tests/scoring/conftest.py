@@ -75,6 +75,7 @@ TINY = {
         "logit_scale": 0.25,
     },
     "mixtral": {"num_local_experts": 8},
+    "deepseek_v4": {"n_routed_experts": 8, "swiglu_limit": 1.0},
 }
 
 
