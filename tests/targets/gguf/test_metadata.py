@@ -440,7 +440,8 @@ def test_pre_tokenizer_of_deepseek_is_known_as_its_released_json_has_it(copied):
     [
         (lambda raw: raw["model"].update(type="Unigram"), TargetError),
         (lambda raw: raw["model"].update(byte_fallback=True), TargetError),
-        (lambda raw: raw["model"].update(ignore_merges=True), TargetError),
+        (lambda raw: raw["model"].update(ignore_merges=True, merges=[]), TargetError),
+        (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), TargetError),
         (lambda raw: raw.update(normalizer={"type": "Lowercase"}), TargetError),
         (lambda raw: raw.update(pre_tokenizer=_split("my own")), TargetError),
         (lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}), TargetError),
