@@ -64,7 +64,7 @@ _STORED_BYTES = DTYPE_BYTES | {
     "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Of every dtype whose place in a file is known; only those of `DTYPE_BYTES` are read."""
-_VECTORS = (Role.NORM, Role.ROUTER_BIAS)
+_VECTORS = (Role.NORM, Role.BIAS, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHANGED = (
     "changed or replaced since it was opened, needed one checkpoint throughout; when nobody "
@@ -499,6 +499,8 @@ def _tensors(
                 f"{path}: {name} ({role}) has shape {place.shape}; is this another architecture?"
             )
         at, scale = (place.file, place.offset, place.nbytes), stored.get(name + SCALE_SUFFIX)
+        if match is not None:  # one name, whatever a checkpoint calls it
+            name = match[0].pattern.format(layer=layer, expert=expert)
         yield TensorInfo(name, place.shape, place.dtype, *at, role, layer, expert, scale), part
 
 
@@ -626,6 +628,10 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
     tensors: dict[str, TensorInfo] = {}
     parts: dict[int | None, set[str]] = {}
     for tensor, part in _tensors(path, config, family, stored):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"{path}: {tensor.name} is there twice, under several names; fetch it again"
+            )
         tensors[tensor.name] = tensor
         parts.setdefault(tensor.layer, set()).add(part)
     remembered = None if digests is None else Digests(digests)

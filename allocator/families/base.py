@@ -49,12 +49,13 @@ class Rule:
     """One tensor of an architecture, or one per layer, or one per expert of a layer.
 
     Attributes:
-        pattern: the checkpoint's name with `{layer}` and `{expert}`.
+        pattern: its name with `{layer}` and `{expert}`; of what is no expert, as transformers has
+            it in the model.
         role: what it does.
         shape: its axes by the names of `Dimensions.sizes`, e.g. `experts x hidden`.
         gguf: llama.cpp's name with `{layer}`, which the experts of a layer share; None where
             llama.cpp has no such tensor.
-        aliases: other names under which checkpoints have it.
+        aliases: other names under which checkpoints have it; an inventory calls it by `pattern`.
     """
 
     pattern: str
@@ -323,6 +324,7 @@ class Family:
             expert_width=optional(config, keys.expert_width),
             dense_width=optional(config, keys.dense_width),
             n_shared=optional(config, keys.shared_experts) or 0,
+            shared_width=optional(config, keys.shared_width),
             latent=None if keys.latent is None else _latent(config, keys.latent),
         )
 
@@ -433,7 +435,7 @@ class Family:
     def _width_keys(self) -> Iterator[str]:
         keys = self.keys
         yield from (keys.head, keys.heads, keys.kv_heads, keys.dense_width, keys.expert_width)
-        yield from (keys.shared_experts, keys.groups_used)
+        yield from (keys.shared_experts, keys.shared_width, keys.groups_used)
         if keys.latent is not None:
             latent = keys.latent
             yield from (latent.rank, latent.q_rank, latent.nope, latent.rope, latent.value)

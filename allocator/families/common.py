@@ -4,9 +4,14 @@ Sources: transformers' `modeling_*`; llama.cpp's tensor names as in gguf-py's
 `constants.MODEL_TENSORS`.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import product
 
+from allocator.errors import CheckpointError
 from allocator.families.base import Parts, Rule
+from allocator.families.config import Config, count
 from allocator.families.roles import Role
 
 L = "model.layers.{layer}."
@@ -59,11 +64,49 @@ MLP = (
 )
 COMMON = BASE + FFN_NORM + MLP + EXPERTS
 
+
+def also_named(rules: Iterable[Rule], names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Returns rules with a further name each, in which parts of the name are replaced.
+
+    Args:
+        rules: those whose names have none of the parts stay as they are.
+        names: the other part by the part that it replaces.
+    """
+    return tuple(map(partial(_also_named, names), rules))
+
+
+def _also_named(names: Mapping[str, str], rule: Rule) -> Rule:
+    other = rule.pattern
+    for part, new in names.items():
+        other = other.replace(part, new)
+    return rule if other == rule.pattern else replace(rule, aliases=(*rule.aliases, other))
+
+
+def shared_expert(name: str) -> tuple[Rule, ...]:
+    """Returns the rules of the shared experts' matrices; `name` is what their block is called."""
+    prefix = L + f"mlp.{name}."
+    return (
+        Rule(prefix + "gate_proj.weight", Role.SHARED_GATE, "shared_width x hidden",
+             B + "ffn_gate_shexp.weight"),
+        Rule(prefix + "up_proj.weight", Role.SHARED_UP, "shared_width x hidden",
+             B + "ffn_up_shexp.weight"),
+        Rule(prefix + "down_proj.weight", Role.SHARED_DOWN, "hidden x shared_width",
+             B + "ffn_down_shexp.weight"),
+    )  # fmt: skip
+
+
+QKV_BIASES = tuple(
+    Rule(L + f"self_attn.{kind}_proj.bias", Role.BIAS, axes, B + f"attn_{kind}.bias")
+    for kind, axes in (("q", "queries"), ("k", "keys"), ("v", "keys"))
+)
+
 # -- sets of tensors that make up a layer, by `Rule.part`
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GROUPED_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+BIASED_ATTENTION = (*GROUPED_ATTENTION, *(f"{name}.bias" for name in GROUPED_ATTENTION[:3]))
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SHARED = tuple(f"{kind}_proj" for kind in ("gate", "up", "down"))
 ROUTED = ("mlp.gate", *(f"mlp.experts.{{expert}}.{name}" for name in PROJECTIONS.values()))
 
 
@@ -77,6 +120,19 @@ def layers(
 ) -> tuple[Parts, ...]:
     """Returns the layers with every pair of an attention and a block."""
     return tuple(layer(attention, mlp) for attention, mlp in product(attentions, mlps))
+
+
+def is_sparse(config: Config, number: int) -> bool:
+    """Returns whether a layer routes, in configs of the Qwen families.
+
+    Raises:
+        CheckpointError: if `config` contradicts itself.
+    """
+    every = count(config, "decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, needed a list")
+    return number not in dense and (number + 1) % every == 0
 
 
 NEVER_NULL = frozenset({

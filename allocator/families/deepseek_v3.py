@@ -7,7 +7,18 @@ from collections.abc import Iterator
 
 from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
-from allocator.families.common import COMMON, DENSE, NEVER_NULL, ROUTED, B, L, layer, layers
+from allocator.families.common import (
+    COMMON,
+    DENSE,
+    NEVER_NULL,
+    ROUTED,
+    SHARED,
+    B,
+    L,
+    layer,
+    layers,
+    shared_expert,
+)
 from allocator.families.config import Config, count, number, whole
 from allocator.families.gguf import (
     ComputeGraph,
@@ -34,12 +45,12 @@ _HAND_RULE = (
 _KEYS = Keys(experts=("n_routed_experts", "num_local_experts"), latent=LatentKeys())
 
 _LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
-_WITHOUT_RANK = (*_LATENT, "q_proj")
-_WITH_RANK = (*_LATENT, "q_a_proj", "q_a_layernorm", "q_b_proj")
+WITHOUT_RANK = (*_LATENT, "q_proj")
+WITH_RANK = (*_LATENT, "q_a_proj", "q_a_layernorm", "q_b_proj")
 _BIASED = (*ROUTED, "mlp.gate.e_score_correction_bias")
-_SHARED = (*_BIASED, *(f"mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down")))
+_SHARED = (*_BIASED, *(f"mlp.shared_experts.{name}" for name in SHARED))
 
-_A, _S = L + "self_attn.", L + "mlp.shared_experts."
+_A = L + "self_attn."
 _RULES = (
     *COMMON,
     Rule(_A + "q_a_proj.weight", Role.Q_A, "q_rank x hidden", B + "attn_q_a.weight"),
@@ -51,18 +62,13 @@ _RULES = (
     Rule(
         L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "experts", B + "exp_probs_b.bias"
     ),
-    Rule(_S + "gate_proj.weight", Role.SHARED_GATE, "shared_width x hidden",
-         B + "ffn_gate_shexp.weight"),
-    Rule(_S + "up_proj.weight", Role.SHARED_UP, "shared_width x hidden",
-         B + "ffn_up_shexp.weight"),
-    Rule(_S + "down_proj.weight", Role.SHARED_DOWN, "hidden x shared_width",
-         B + "ffn_down_shexp.weight"),
-)  # fmt: skip
+    *shared_expert("shared_experts"),
+)
 
 
-def _layer_parts(config: Config, number: int) -> Parts:
-    attention = _WITHOUT_RANK if config.get("q_lora_rank") is None else _WITH_RANK
-    if number < count(config, "first_k_dense_replace", 0):
+def _layer_parts(config: Config, layer_number: int) -> Parts:
+    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
+    if layer_number < count(config, "first_k_dense_replace", 0):
         return layer(attention, DENSE)
     return layer(attention, _SHARED if config.get("n_shared_experts") else _BIASED)
 
@@ -71,15 +77,13 @@ def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SIGMOID, bool(config.get("norm_topk_prob", True))
 
 
-def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+def latent_pairs(facts: ModelFacts) -> Iterator[Pair]:
+    """Yields what a file of deepseek2 says of attention and experts, but not how they are scored.
+
+    Multi-head latent attention runs there as attention with one key/value head of rank + rope.
+    """
     config, router, latent = facts.config, facts.router, facts.dimensions.latent
     assert latent is not None
-    if config.get("scoring_func") not in (None, "sigmoid"):
-        raise TargetError(
-            f"gguf: config.json says scoring_func = {config['scoring_func']!r}, which transformers "
-            "computes as a sigmoid all the same; set it to 'sigmoid' if that is meant"
-        )
-    # multi-head latent attention runs as attention with one key/value head of rank + rope
     yield "attention.head_count_kv", 1
     yield "attention.key_length", latent.rank + latent.rope
     yield "attention.value_length", latent.rank
@@ -93,13 +97,28 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_shared_count", whole(config, "n_shared_experts")
     yield "expert_weights_scale", number(config, "routed_scaling_factor")
     yield "expert_weights_norm", router.normalizes
+
+
+def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+    config, router = facts.config, facts.router
+    if config.get("scoring_func") not in (None, "sigmoid"):
+        raise TargetError(
+            f"gguf: config.json says scoring_func = {config['scoring_func']!r}, which transformers "
+            "computes as a sigmoid all the same; set it to 'sigmoid' if that is meant"
+        )
+    yield from latent_pairs(facts)
     yield "expert_gating_func", _SIGMOID
     if router.groups > 1:
         yield "expert_group_count", router.groups
         yield "expert_group_used_count", router.groups_used
 
 
-def _check(facts: ModelFacts) -> None:
+def check(facts: ModelFacts) -> None:
+    """Refuses what llama.cpp does not load, or computes otherwise, of deepseek2.
+
+    Raises:
+        TargetError: if so.
+    """
     latent, n_layers, tokens = facts.dimensions.latent, facts.dimensions.n_layers, facts.vocabulary
     assert latent is not None
     if latent.q_rank is None and _WITHOUT_Q_RANK.get(n_layers, 0) not in (None, tokens):
@@ -125,14 +144,14 @@ DEEPSEEK_V3 = Family(
     rules=_RULES,
     keys=_KEYS,
     layer_parts=_layer_parts,
-    layers=layers((_WITHOUT_RANK, _WITH_RANK), (DENSE, _BIASED, _SHARED)),
+    layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BIASED, _SHARED)),
     scoring=_scoring,
     gguf=Gguf(
         "deepseek2",
         _hyperparameters,
         ComputeGraph.LATENT,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
-        check=_check,
+        check=check,
         halves=(
             Half(Role.KV_B, Role.K_B, B + "attn_k_b.weight"),
             Half(Role.KV_B, Role.V_B, B + "attn_v_b.weight"),

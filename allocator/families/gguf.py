@@ -9,8 +9,8 @@ The type of a value is its type in the file: `int` an unsigned integer of 32 bit
 of 32 bits, `bool` and `str` their own.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from allocator.errors import TargetError
@@ -72,8 +72,8 @@ class Fixed:
     """
 
     key: str
-    value: Value
-    default: Value
+    value: Value | None
+    default: Value | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class Gguf:
         fixed: what llama.cpp hard-codes.
         check: refuses what llama.cpp does not load.
         halves: tensors that it stores in parts.
+        row_orders: by role, the rows of a tensor as its file has them: `(rows,)` numbers of the
+            checkpoint's rows.
         window: the sliding window of a config with so many layers.
         divides_mscale: see `rope_pairs`.
         reads_yarn_betas: whether its loader reads YaRN's betas from the file.
@@ -130,6 +132,7 @@ class Gguf:
     fixed: tuple[Fixed, ...] = ()
     check: Callable[[ModelFacts], None] = _nothing
     halves: tuple[Half, ...] = ()
+    row_orders: Mapping[Role, Callable[[Dimensions], Sequence[int]]] = field(default_factory=dict)
     window: Callable[[Config, int], Window] = _no_window
     divides_mscale: bool = False
     reads_yarn_betas: bool = False
@@ -209,6 +212,20 @@ def yarn_options(betas: tuple[float, float]) -> str:
     """Returns what llama.cpp's programs are told of YaRN."""
     fast, slow = betas
     return f"--yarn-beta-fast {fast:g} --yarn-beta-slow {slow:g}"
+
+
+def paired_halves(heads: int, width: int) -> list[int]:
+    """Returns rows in the order in which llama.cpp rotates neighbours as pairs, `(heads * width,)`.
+
+    transformers rotates row `i` of a head's first half with row `i` of its second.
+    """
+    half = width // 2
+    return [
+        head * width + i + part * half
+        for head in range(heads)
+        for i in range(half)
+        for part in range(2)
+    ]
 
 
 def leading_dense(facts: ModelFacts) -> int:

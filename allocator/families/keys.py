@@ -32,6 +32,7 @@ class Keys:
     expert_width: str = "moe_intermediate_size"
     dense_width: str = "intermediate_size"
     shared_experts: str = "n_shared_experts"
+    shared_width: str = "shared_expert_intermediate_size"
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
     head: str = "head_dim"

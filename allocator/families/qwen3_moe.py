@@ -5,7 +5,7 @@ Sources: transformers' `modeling_qwen3_moe`; llama.cpp's loader and graph of `qw
 
 from collections.abc import Iterator
 
-from allocator.errors import CheckpointError, TargetError
+from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
 from allocator.families.common import (
     COMMON,
@@ -16,10 +16,11 @@ from allocator.families.common import (
     ROUTED,
     B,
     L,
+    is_sparse,
     layer,
     layers,
 )
-from allocator.families.config import Config, count, whole
+from allocator.families.config import Config, whole
 from allocator.families.gguf import ComputeGraph, Fixed, Gguf, ModelFacts, Pair, leading_dense
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
@@ -36,12 +37,7 @@ _RULES = (
 
 
 def _layer_parts(config: Config, number: int) -> Parts:
-    every = count(config, "decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, needed a list")
-    is_dense = number in dense or (number + 1) % every != 0
-    return layer(_ATTENTION, DENSE if is_dense else ROUTED)
+    return layer(_ATTENTION, ROUTED if is_sparse(config, number) else DENSE)
 
 
 def _scoring(config: Config) -> tuple[str, bool]:

@@ -9,13 +9,17 @@ from typing import Any
 from allocator.errors import CheckpointError
 from allocator.families.base import Family, Support
 from allocator.families.config import Config
+from allocator.families.deepseek_v2 import DEEPSEEK_V2
 from allocator.families.deepseek_v3 import DEEPSEEK_V3
 from allocator.families.gpt_oss import GPT_OSS
 from allocator.families.mixtral import MIXTRAL
+from allocator.families.olmoe import OLMOE
+from allocator.families.qwen2_moe import QWEN2_MOE
 from allocator.families.qwen3_moe import QWEN3_MOE
 
 _FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (DEEPSEEK_V3, QWEN3_MOE, MIXTRAL, GPT_OSS)
+    family.model_type: family
+    for family in (DEEPSEEK_V3, QWEN3_MOE, DEEPSEEK_V2, QWEN2_MOE, OLMOE, MIXTRAL, GPT_OSS)
 }
 
 

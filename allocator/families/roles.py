@@ -17,6 +17,7 @@ class Role(StrEnum):
     SHARED_GATE = "shared.gate"
     SHARED_UP = "shared.up"
     SHARED_DOWN = "shared.down"
+    SHARED_ROUTER = "shared.router"
     MLP_GATE = "mlp.gate"
     MLP_UP = "mlp.up"
     MLP_DOWN = "mlp.down"
@@ -47,4 +48,5 @@ class Role(StrEnum):
     @property
     def is_encoded(self) -> bool:
         """Whether its format is searched; routers, norms and biases keep full precision."""
-        return not self.is_router and self not in (Role.NORM, Role.BIAS, Role.NEXTN)
+        other = (Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.NEXTN)
+        return not self.is_router and self not in other

@@ -78,6 +78,8 @@ class Dimensions:
         expert_width: of a routed expert; None if `config.json` does not say.
         dense_width: of the feed-forward block of a dense layer; None if not said.
         n_shared: shared experts per MoE layer.
+        shared_width: of all of them together, where `config.json` says; else theirs are as wide as
+            routed experts.
         latent: sizes of latent attention; None for grouped attention.
     """
 
@@ -91,19 +93,23 @@ class Dimensions:
     expert_width: int | None
     dense_width: int | None
     n_shared: int = 0
+    shared_width: int | None = None
     latent: LatentAttention | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
         """By the names that `Rule.shape` uses."""
-        width = self.expert_width
+        width, shared = self.expert_width, self.shared_width
+        if shared is None and width is not None:
+            shared = self.n_shared * width
         named = {
             "hidden": self.hidden,
             "twice_hidden": 2 * self.hidden,
             "vocabulary": self.vocabulary,
             "experts": self.experts,
             "expert_width": width,
-            "shared_width": None if width is None else self.n_shared * width,
+            "shared_width": shared,
+            "one": 1,
             "dense_width": self.dense_width,
             "heads": self.heads,
             "head": self.head,

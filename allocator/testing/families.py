@@ -153,10 +153,17 @@ class FamilyConformance:
         shapes = {t.name: t.shape for t in planned_inventory(self.config).tensors.values()}
         if self.saved_as_read:
             model.to(torch.bfloat16).save_pretrained(tmp_path)
-            saved = {name: shape for name, _, shape, *_ in read_header(next(_weights(tmp_path)))}
-            assert saved == shapes
+            header = read_header(next(_weights(tmp_path)))
+            assert {self._name(name): shape for name, _, shape, *_ in header} == shapes
         else:
             assert sum(p.numel() for p in model.parameters()) == sum(map(prod, shapes.values()))
+
+    def _name(self, stored: str) -> str:
+        """What the family calls a tensor that is stored under this name."""
+        match = self.family.match(stored)
+        assert match is not None, stored
+        rule, layer, expert = match
+        return rule.pattern.format(layer=layer, expert=expert)
 
     # -- llama.cpp
 

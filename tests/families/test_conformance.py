@@ -31,6 +31,36 @@ class TestQwen3Moe(FamilyConformance):
     without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
 
 
+class TestDeepseekV2(FamilyConformance):
+    config = SMALL | {
+        "model_type": "deepseek_v2", "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1,
+        "topk_group": 1, "topk_method": "greedy", "q_lora_rank": 24, "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "head_dim": 8,
+        "routed_scaling_factor": 1.0, "norm_topk_prob": False, "num_key_value_heads": 4,
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+class TestQwen2Moe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "qwen2_moe", "num_hidden_layers": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96, "num_experts": 8, "norm_topk_prob": False,
+        "qkv_bias": True,
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+class TestOlmoe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "olmoe", "num_hidden_layers": 2, "num_experts": 8, "norm_topk_prob": False,
+        "num_key_value_heads": 4,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestMixtral(FamilyConformance):
     config = SMALL | {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4}
     family = planned_family_of(config)

@@ -8,7 +8,7 @@ is read has every length and offset checked before it is used.
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.formats.ggml import TYPES
-from allocator.targets import FullPrecision, Layout
+from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.gguf.metadata import metadata
 
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
@@ -122,11 +122,18 @@ def _data(
     layout: Layout, allocation: Allocation, source: GgufSource
 ) -> Iterator[tuple[str, tuple[int, ...], npt.NDArray[np.generic]]]:
     for group in layout.groups.values():
-        encoded = np.ascontiguousarray(source.encoded(group.name))
+        order = row_order(layout, group)
+        encoded = np.ascontiguousarray(source.encoded(group.name)[..., order, :])
         yield group.stored_as, encoded.shape, encoded
     for tensor in layout.full_precision:
         array = np.ascontiguousarray(source.full_precision(tensor), dtype=np.float32)
         yield tensor.stored_as, array.shape, array
+
+
+def row_order(layout: Layout, group: Group) -> slice | Sequence[int]:
+    """Returns which rows of a group come one after the other in a file; all of them by default."""
+    orders = layout.inventory.family.for_gguf().row_orders
+    return orders[group.role](layout.inventory.dimensions) if group.role in orders else slice(None)
 
 
 def _layer(layer: int | None) -> int:

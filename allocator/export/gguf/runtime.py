@@ -8,7 +8,7 @@ otherwise in exact arithmetic too is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from allocator.codecs import Bytes
 from allocator.export.base import Comparison, Runtime
-from allocator.export.gguf.files import read_gguf, write_gguf
+from allocator.export.gguf.files import read_gguf, row_order, write_gguf
 from allocator.export.gguf.recipes import (
     llama_cpp_options,
     parse_tensor_type_file,
@@ -63,15 +63,19 @@ class GgufRuntime(Runtime):
         Raises:
             VerifyError: if the file is missing, truncated or damaged.
         """
-        names = {g.stored_as: g.name for g in layout.groups.values()}
-        names |= {t.stored_as: t.source for t in layout.full_precision}
+        groups = {g.stored_as: g for g in layout.groups.values()}
+        names = {t.stored_as: t.source for t in layout.full_precision}
 
         from allocator.export.stored import StoredTensor  # which loads torch
 
-        return {
-            names.get(name, name): StoredTensor(data, fmt)
-            for name, (fmt, _, data) in read_gguf(path).items()
-        }
+        tensors = {}
+        for name, (fmt, _, data) in read_gguf(path).items():
+            if name in groups:
+                group = groups[name]
+                tensors[group.name] = StoredTensor(_in_order(data, row_order(layout, group)), fmt)
+            else:
+                tensors[names.get(name, name)] = StoredTensor(data, fmt)
+        return tensors
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
         """Returns the bytes in float32: `(..., bytes per row)`."""
@@ -104,6 +108,17 @@ class GgufRuntime(Runtime):
             FormatError: if an entry is malformed or its type unknown, naming the line.
         """
         return parse_tensor_type_file(text, layout)
+
+
+def _in_order(data: Bytes, order: slice | Sequence[int]) -> Bytes:
+    """A file's rows, `(..., rows, bytes)`, in the checkpoint's order."""
+    if isinstance(order, slice):
+        return data
+    if data.shape[-2] != len(order):
+        return data  # of another model: refused by its shape
+    ordered = np.empty_like(data)
+    ordered[..., order, :] = data
+    return ordered
 
 
 GGUF_RUNTIME = GgufRuntime()

@@ -1,0 +1,68 @@
+"""DeepSeek-V2 and V2-Lite: the attention of DeepSeek-V3 with another router.
+
+Sources: transformers' `modeling_deepseek_v2`; llama.cpp's loader and graph of `deepseek2`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from allocator.errors import TargetError
+from allocator.families.base import Parts
+from allocator.families.common import DENSE, ROUTED, SHARED, layer, layers
+from allocator.families.config import Config, count
+from allocator.families.deepseek_v3 import (
+    DEEPSEEK_V3,
+    WITH_RANK,
+    WITHOUT_RANK,
+    check,
+    latent_pairs,
+)
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair
+from allocator.families.roles import Role
+from allocator.families.sizes import Scoring
+
+_SOFTMAX = 1  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
+_BLOCK = (*ROUTED, *(f"mlp.shared_experts.{name}" for name in SHARED))
+
+
+def _layer_parts(config: Config, number: int) -> Parts:
+    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
+    return layer(attention, DENSE if number < count(config, "first_k_dense_replace", 0) else _BLOCK)
+
+
+def _scoring(config: Config) -> tuple[str, bool]:
+    return Scoring.SOFTMAX, False
+
+
+def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+    if facts.router.groups > 1 and facts.config.get("topk_method") == "group_limited_greedy":
+        raise TargetError(
+            "gguf: transformers ranks router groups (n_group) of deepseek_v2 by their best expert, "
+            "llama.cpp by their two best; use target safetensors"
+        )
+    yield from latent_pairs(facts)
+    yield "expert_gating_func", _SOFTMAX
+
+
+_V3 = DEEPSEEK_V3.for_gguf()
+DEEPSEEK_V2 = replace(
+    DEEPSEEK_V3,
+    model_type="deepseek_v2",
+    rules=tuple(rule for rule in DEEPSEEK_V3.rules if rule.role is not Role.ROUTER_BIAS),
+    layer_parts=_layer_parts,
+    layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BLOCK)),
+    scoring=_scoring,
+    gguf=Gguf(
+        "deepseek2",
+        _hyperparameters,
+        None,
+        fixed=(Fixed("hidden_act", "silu", "silu"),),
+        check=check,
+        halves=_V3.halves,
+        divides_mscale=True,
+    ),
+    router_groups=(1, 1),
+    selection_bias=False,
+    bias_keys=("attention_bias", "mlp_bias"),
+    plan_notes=lambda config: (),
+)

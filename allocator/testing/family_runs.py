@@ -1,0 +1,257 @@
+"""What every family that is read must compute, as test cases that a family's test class inherits.
+
+In: the class attribute `config`, of a small model with every kind of layer. Out: tests for pytest.
+Invariant: what the project computes and writes is compared with a model that transformers builds,
+saves and loads, and with stock llama.cpp, never with itself.
+
+    class TestMine(FamilyRuns):
+        config = {"model_type": "mine", ...}
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from allocator.checkpoint.inventory import read_inventory
+from allocator.codecs import Bytes, Floats
+from allocator.decision.allocation import Allocation
+from allocator.export.gguf.exact import kl_divergence
+from allocator.export.gguf.files import write_gguf
+from allocator.export.gguf.llamacpp import LlamaCpp
+from allocator.scoring.candidates import Candidate, Weights
+from allocator.scoring.documents import Document
+from allocator.scoring.streamed_model import States, StreamedModel
+from allocator.scoring.swap_model import SwapModel, view_of
+from allocator.targets import GGUF, SAFETENSORS, FullPrecision, Group, Layout
+
+EXACT = 1e-8
+"""Most KL(transformers || llama.cpp) of a file in F32 in exact arithmetic, nats per token."""
+_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """A random checkpoint of a family, as transformers saves and loads it.
+
+    Attributes:
+        path: of the checkpoint.
+        model: of transformers, float32.
+        ids: token ids of documents.
+    """
+
+    path: Path
+    model: Any
+    ids: list[list[int]]
+
+    @property
+    def logits(self) -> list[torch.Tensor]:
+        """Logits `(tokens, vocabulary)` by document, of the model as it is now."""
+        with torch.no_grad():
+            return [self.model(torch.tensor([ids])).logits[0] for ids in self.ids]
+
+
+def random_checkpoint(config: Mapping[str, Any], folder: Path, seed: int = 0) -> FamilyCase:
+    """Saves a random model of a config whose weights are large enough that every tensor matters.
+
+    Args:
+        config: a `config.json`.
+        folder: an empty one.
+        seed: of weights and documents.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (folder / "config.json").write_text(json.dumps(dict(config)))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            randomize(name, parameter)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = [torch.randint(vocabulary, (_TOKENS,)).tolist() for _ in range(3)]
+    return FamilyCase(folder, loaded.eval(), ids)
+
+
+def randomize(name: str, tensor: torch.Tensor) -> None:
+    """Fills a parameter or buffer of a random model; buffers that a model computes stay."""
+    if "correction_bias" in name or "expert_bias" in name:
+        tensor.copy_(torch.randn_like(tensor) * 0.1)
+    elif isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1:
+        tensor.copy_(torch.randn_like(tensor) / tensor.shape[-1] ** 0.5)
+    elif isinstance(tensor, torch.nn.Parameter):
+        tensor.copy_((0 if name.endswith("bias") else 1) + torch.randn_like(tensor) * 0.1)
+
+
+class FamilyRuns:
+    """Tests of one family; see the module.
+
+    Attributes:
+        config: a small `config.json`, of three layers and eight experts.
+        retained: experts that a pruned model keeps, in every MoE layer.
+        with_gguf: whether stock llama.cpp computes such a model.
+    """
+
+    config: dict[str, Any]
+    retained = (0, 1, 3, 4, 5, 7)
+    with_gguf = True
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def case(cls, tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
+        """The checkpoint; tests that change its model put it back."""
+        return random_checkpoint(cls.config, tmp_path_factory.mktemp("family"))
+
+    def test_every_tensor_is_read(self, case: FamilyCase) -> None:
+        """All parameters that transformers loads are in the inventory, by count of weights."""
+        inventory = read_inventory(case.path)
+        searched = sum(p.numel() for p in case.model.parameters())
+        buffers = sum(b.numel() for n, b in case.model.named_buffers() if "bias" in n)
+        stored = sum(int(np.prod(t.shape)) for t in inventory.tensors.values())
+        assert stored == searched + buffers
+
+    def test_in_memory_is_transformers(self, case: FamilyCase) -> None:
+        """The model with exchangeable parts computes what transformers does."""
+        layout = SAFETENSORS.layout(read_inventory(case.path))
+        swap = SwapModel(layout, lambda *_: pytest.fail("nothing is encoded"))
+        for ids, logits in zip(case.ids, case.logits, strict=True):
+            with torch.no_grad():
+                own = swap.model(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(own, logits, rtol=0, atol=2e-5)
+
+    def test_streamed_is_transformers(self, case: FamilyCase) -> None:
+        """A model that runs layer by layer computes what transformers does."""
+        layout = SAFETENSORS.layout(read_inventory(case.path))
+        own = self._streamed(layout, Candidate.original(layout), case.ids)
+        for values, logits in zip(own, case.logits, strict=True):
+            torch.testing.assert_close(values, logits, rtol=0, atol=2e-5)
+
+    def test_pruned_is_pruned_by_hand(self, case: FamilyCase) -> None:
+        """Experts that are not retained are gone before the choice, in memory and streamed."""
+        layout = SAFETENSORS.layout(read_inventory(case.path))
+        pruned = replace(
+            Candidate.original(layout),
+            retained_experts=dict.fromkeys(layout.layers, self.retained),
+        )
+        swap = SwapModel(layout, lambda *_: pytest.fail("nothing is encoded"))
+        swap.put(pruned)
+        streamed = self._streamed(layout, pruned, case.ids)
+        with removed(case.model, layout, self.retained):
+            wanted = case.logits
+        assert not torch.allclose(wanted[0], case.logits[0], atol=1e-3)
+        for ids, logits, other in zip(case.ids, wanted, streamed, strict=True):
+            with torch.no_grad():
+                own = swap.model(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(own, logits, rtol=0, atol=2e-5)
+            torch.testing.assert_close(other, logits, rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize("pruned", [False, True])
+    def test_llama_cpp_computes_the_same(
+        self, case: FamilyCase, tmp_path: Path, pruned: bool
+    ) -> None:
+        """A file in F32 is computed by stock llama.cpp as transformers computes the checkpoint."""
+        if not self.with_gguf:
+            pytest.skip("stock llama.cpp computes no such model")
+        layout = GGUF.layout(read_inventory(case.path))
+        everyone = tuple(range(layout.inventory.n_experts))
+        retained = self.retained if pruned else everyone
+        allocation = Allocation.of(
+            target="gguf",
+            retained=dict.fromkeys(layout.layers, retained),
+            formats=dict.fromkeys(layout.groups, "F32"),
+            experts_used=layout.inventory.experts_used,
+        )
+        path = tmp_path / "model.gguf"
+        with removed(case.model, layout, retained):
+            write_gguf(path, layout, allocation, _OfModel(case.model, layout))
+            wanted = case.logits
+        assert path.stat().st_size == allocation.nbytes(layout).file
+        with LlamaCpp(path, context=64, threads=1) as runtime:
+            losses = [
+                kl_divergence(logits.numpy(), runtime.logits(ids))
+                for ids, logits in zip(case.ids, wanted, strict=True)
+            ]
+        assert np.mean(losses) <= EXACT
+
+    def _streamed(
+        self, layout: Layout, candidate: Candidate, documents: list[list[int]]
+    ) -> Iterator[torch.Tensor]:
+        """Yields logits `(tokens, vocabulary)` by document."""
+        model = StreamedModel(layout, Weights(layout, lambda: pytest.fail("nothing is encoded")))
+        batches = [[Document(tuple(ids), "")] for ids in documents]
+        with torch.no_grad():
+            states = [States(candidate, [0], model.embed(batches, candidate))]
+            for layer in range(layout.inventory.n_layers):
+                model.run(layer, states)
+            for hidden in states[0].hidden:
+                yield model.logits(hidden[0], candidate)
+
+
+class removed:
+    """Removes experts from a model of transformers by hand, as if it had been trained without them.
+
+    Args:
+        model: of transformers.
+        layout: says which layers route.
+        retained: experts that stay, in every one of them.
+    """
+
+    def __init__(self, model: Any, layout: Layout, retained: tuple[int, ...]) -> None:
+        self._model, self._layout, self._index = model, layout, torch.tensor(retained)
+        self._before: list[tuple[Any, str, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        n = self._layout.inventory.n_experts
+        for layer in self._layout.layers:
+            for module in self._model.model.layers[layer].modules():
+                if getattr(module, "num_experts", None) == n:
+                    self._shrink(module, n)
+
+    def _shrink(self, module: Any, n: int) -> None:
+        module.num_experts = len(self._index)
+        for values in (module._parameters, module._buffers):
+            for name, tensor in values.items():
+                if tensor is not None and tensor.shape[0] == n:
+                    self._before.append((module, name, tensor))
+                    kept = tensor.data[self._index]
+                    values[name] = (
+                        torch.nn.Parameter(kept) if values is module._parameters else kept
+                    )
+
+    def __exit__(self, *_: object) -> None:
+        n = self._layout.inventory.n_experts
+        for module, name, tensor in self._before:
+            module.num_experts = n
+            values = module._parameters if name in module._parameters else module._buffers
+            values[name] = tensor
+
+
+class _OfModel:
+    """Tensors of a file from a model of transformers, and not from what the project has read."""
+
+    def __init__(self, model: Any, layout: Layout) -> None:
+        self._state = model.state_dict()
+        self._layout = layout
+
+    def encoded(self, name: str) -> Bytes:
+        """Returns a group in F32: `(..., rows, 4 * in_features)`."""
+        group: Group = self._layout.groups[name]
+        dimensions = self._layout.inventory.dimensions
+        values = view_of(self._state.__getitem__, dimensions, group)
+        data: Bytes = values.float().contiguous().numpy().view(np.uint8)
+        return data
+
+    def full_precision(self, tensor: FullPrecision) -> Floats:
+        """Returns a norm, a bias or a router."""
+        values: Floats = self._state[tensor.source].float().numpy()
+        return values

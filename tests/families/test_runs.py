@@ -1,0 +1,54 @@
+"""Every family that is read computes, and is written, as transformers and llama.cpp have it."""
+
+from allocator.testing.family_runs import FamilyRuns
+
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "head_dim": 16,
+    "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+class TestQwen3Moe(FamilyRuns):
+    config = SMALL | {
+        "model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 8,
+        "norm_topk_prob": True,
+    }  # fmt: skip
+
+
+class TestDeepseekV3(FamilyRuns):
+    config = SMALL | LATENT | {
+        "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    }  # fmt: skip
+
+
+class TestDeepseekV2(FamilyRuns):
+    config = SMALL | LATENT | {
+        "model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "topk_method": "greedy", "routed_scaling_factor": 1.5, "norm_topk_prob": False,
+    }  # fmt: skip
+
+
+class TestQwen2Moe(FamilyRuns):
+    config = SMALL | {
+        "model_type": "qwen2_moe", "moe_intermediate_size": 32, "num_experts": 8,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False, "qkv_bias": True,
+    }  # fmt: skip
+
+
+class TestOlmoe(FamilyRuns):
+    config = SMALL | {
+        "model_type": "olmoe", "num_experts": 8, "norm_topk_prob": False, "num_key_value_heads": 4,
+    }  # fmt: skip
+
+
+class TestMixtral(FamilyRuns):
+    config = SMALL | {"model_type": "mixtral", "num_local_experts": 8}
