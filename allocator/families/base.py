@@ -148,6 +148,9 @@ class Family:
         ignored: expressions for names that are left out: other parts of the model.
         computed: expressions for names of buffers that a model computes itself.
         text_key: key of the language model's own config, in a model of text and more.
+        prefixes: beginnings of names that checkpoints may have in place of those of the rules, and
+            which these are.
+        built_as: transformers' name of the architecture, where a config calls it otherwise.
         layer_prefix: what names of a layer's tensors begin with.
         n_nextn_layers: multi-token-prediction layers where `config.json` does not say.
         nextn: tensors of such a layer, beside those of other layers.
@@ -178,6 +181,8 @@ class Family:
         r"(inv_freq|original_inv_freq|cos_cached|sin_cached)",
     )
     text_key: str | None = None
+    prefixes: tuple[tuple[str, str], ...] = ()
+    built_as: str | None = None
     layer_prefix: str = "model.layers.{layer}."
     n_nextn_layers: int = 0
     nextn: tuple[tuple[str, str], ...] = _NEXTN
@@ -204,8 +209,16 @@ class Family:
         """Tensors that llama.cpp stores in parts, by the role of the part."""
         return {} if self.gguf is None else {half.role: half for half in self.gguf.halves}
 
+    def plain_name(self, name: str) -> str:
+        """Returns a tensor's name as the rules begin it."""
+        for prefix, plain in self.prefixes:
+            if name.startswith(prefix):
+                return plain + name.removeprefix(prefix)
+        return name
+
     def match(self, name: str) -> tuple[Rule, int | None, int | None] | None:
         """Returns the rule, layer and expert of a tensor name; None if no rule knows the name."""
+        name = self.plain_name(name)
         for rule in self.rules:
             if match := rule.match(name):
                 numbers = match.groupdict()
@@ -219,6 +232,7 @@ class Family:
 
     def match_stack(self, name: str) -> tuple[Stack, int] | None:
         """Returns the stack of a tensor name, and its layer; None if the name is no stack's."""
+        name = self.plain_name(name)
         for stack in self.stacks:
             if match := stack.expression.fullmatch(name):
                 return stack, int(match["layer"])
@@ -238,7 +252,7 @@ class Family:
 
     def foreign_layer(self, name: str) -> int | None:
         """Returns the layer of a tensor that no rule knows (multi-token prediction has its own)."""
-        match = expression(self.layer_prefix).match(name)
+        match = expression(self.layer_prefix).match(self.plain_name(name))
         return None if match is None else int(match["layer"])
 
     def source_name(self, role: Role, layer: int | None) -> str:
@@ -272,6 +286,18 @@ class Family:
         if not isinstance(inner, Mapping):
             return config
         return {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
+
+    def settings(self, config: Config) -> tuple[str, Config] | None:
+        """Returns what transformers builds the model from, where that is not the whole config.
+
+        Returns:
+            Its name of the architecture, and the language model's settings.
+        """
+        inner = self.text_config(config)
+        if inner is config and self.built_as is None:
+            return None
+        named = self.built_as or inner.get("model_type", self.model_type)
+        return named, {k: v for k, v in inner.items() if k not in ("model_type", "auto_map")}
 
     def n_experts_key(self, config: Config) -> str:
         """Returns the key under which `config` says how many routed experts a layer has.

@@ -12,6 +12,7 @@ from allocator.families.config import Config
 from allocator.families.deepseek_v2 import DEEPSEEK_V2
 from allocator.families.deepseek_v3 import DEEPSEEK_V3
 from allocator.families.gpt_oss import GPT_OSS
+from allocator.families.kimi_k2 import KIMI_K2
 from allocator.families.mixtral import MIXTRAL
 from allocator.families.olmoe import OLMOE
 from allocator.families.qwen2_moe import QWEN2_MOE
@@ -19,7 +20,16 @@ from allocator.families.qwen3_moe import QWEN3_MOE
 
 _FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (DEEPSEEK_V3, QWEN3_MOE, DEEPSEEK_V2, QWEN2_MOE, OLMOE, MIXTRAL, GPT_OSS)
+    for family in (
+        DEEPSEEK_V3,
+        QWEN3_MOE,
+        KIMI_K2,
+        DEEPSEEK_V2,
+        QWEN2_MOE,
+        OLMOE,
+        MIXTRAL,
+        GPT_OSS,
+    )
 }
 
 

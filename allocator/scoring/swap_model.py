@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.inventory import Inventory, read_json
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
-from allocator.families import Dimensions, Role
+from allocator.families import Dimensions, Role, family_of
 from allocator.families.config import plain_skeleton
 from allocator.formats import parts
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
@@ -49,7 +49,11 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        stored = read_json(path / "config.json")
+        if (settings := family_of(stored).settings(stored)) is None:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(settings[0], **settings[1])
         plain_skeleton(config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(

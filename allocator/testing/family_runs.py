@@ -100,17 +100,24 @@ class FamilyRuns:
         config: a small `config.json`, of three layers and eight experts.
         retained: experts that a pruned model keeps, in every MoE layer.
         with_gguf: whether stock llama.cpp computes such a model.
+        renamed: `model_type` of the checkpoint's config, where transformers does not know it.
     """
 
     config: dict[str, Any]
     retained = (0, 1, 3, 4, 5, 7)
     with_gguf = True
+    renamed: str | None = None
 
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, tmp_path_factory: pytest.TempPathFactory) -> FamilyCase:
         """The checkpoint; tests that change its model put it back."""
-        return random_checkpoint(cls.config, tmp_path_factory.mktemp("family"))
+        case = random_checkpoint(cls.config, tmp_path_factory.mktemp("family"))
+        if cls.renamed is not None:
+            path = case.path / "config.json"
+            own = {"model_type": cls.renamed, "auto_map": {"AutoConfig": "configuration.Own"}}
+            path.write_text(json.dumps(json.loads(path.read_text()) | own))
+        return case
 
     def test_every_tensor_is_read(self, case: FamilyCase) -> None:
         """All parameters that transformers loads are in the inventory, by count of weights."""

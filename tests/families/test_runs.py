@@ -29,6 +29,10 @@ class TestDeepseekV3(FamilyRuns):
     }  # fmt: skip
 
 
+class TestKimiK2(TestDeepseekV3):
+    renamed = "kimi_k2"
+
+
 class TestDeepseekV2(FamilyRuns):
     config = SMALL | LATENT | {
         "model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
