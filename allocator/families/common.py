@@ -95,6 +95,18 @@ def shared_expert(name: str) -> tuple[Rule, ...]:
     )  # fmt: skip
 
 
+SELECTION_BIAS = Rule(
+    L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "experts", B + "exp_probs_b.bias"
+)
+HEAD_NORMS = tuple(
+    Rule(L + f"self_attn.{kind}_norm.weight", Role.NORM, "head", B + f"attn_{kind}_norm.weight")
+    for kind in ("q", "k")
+)
+WIDE_NORMS = tuple(
+    Rule(L + f"self_attn.{kind}_norm.weight", Role.NORM, axes, B + f"attn_{kind}_norm.weight")
+    for kind, axes in (("q", "queries"), ("k", "keys"))
+)
+"""Norms over the queries, and keys, of all heads together."""
 QKV_BIASES = tuple(
     Rule(L + f"self_attn.{kind}_proj.bias", Role.BIAS, axes, B + f"attn_{kind}.bias")
     for kind, axes in (("q", "queries"), ("k", "keys"), ("v", "keys"))
@@ -107,7 +119,11 @@ GROUPED_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BIASED_ATTENTION = (*GROUPED_ATTENTION, *(f"{name}.bias" for name in GROUPED_ATTENTION[:3]))
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 SHARED = tuple(f"{kind}_proj" for kind in ("gate", "up", "down"))
+NORMED_ATTENTION = (*GROUPED_ATTENTION, "q_norm", "k_norm")
 ROUTED = ("mlp.gate", *(f"mlp.experts.{{expert}}.{name}" for name in PROJECTIONS.values()))
+
+BIASED_ROUTED = (*ROUTED, "mlp.gate.e_score_correction_bias")
+WITH_SHARED = (*BIASED_ROUTED, *(f"mlp.shared_experts.{name}" for name in SHARED))
 
 
 def layer(attention: tuple[str, ...], mlp: tuple[str, ...]) -> Parts:
@@ -120,6 +136,22 @@ def layers(
 ) -> tuple[Parts, ...]:
     """Returns the layers with every pair of an attention and a block."""
     return tuple(layer(attention, mlp) for attention, mlp in product(attentions, mlps))
+
+
+def dense_then_routed(attention: tuple[str, ...], config: Config, number: int) -> Parts:
+    """Returns a layer of a model whose first layers are dense, as DeepSeek-V3's.
+
+    Raises:
+        CheckpointError: if `config` contradicts itself.
+    """
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list) and len(kinds) > number:
+        is_dense = kinds[number] == "dense"
+    else:
+        is_dense = number < count(config, "first_k_dense_replace", 0)
+    if is_dense:
+        return layer(attention, DENSE)
+    return layer(attention, WITH_SHARED if config.get("n_shared_experts") else BIASED_ROUTED)
 
 
 def is_sparse(config: Config, number: int) -> bool:

@@ -17,11 +17,10 @@ from allocator.families.deepseek_v3 import (
     check,
     latent_pairs,
 )
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair
+from allocator.families.gguf import SOFTMAX, Fixed, Gguf, ModelFacts, Pair
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
-_SOFTMAX = 1  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
 _BLOCK = (*ROUTED, *(f"mlp.shared_experts.{name}" for name in SHARED))
 
 
@@ -41,7 +40,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
             "llama.cpp by their two best; use target safetensors"
         )
     yield from latent_pairs(facts)
-    yield "expert_gating_func", _SOFTMAX
+    yield "expert_gating_func", SOFTMAX
 
 
 _V3 = DEEPSEEK_V3.for_gguf()

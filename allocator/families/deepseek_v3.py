@@ -8,32 +8,33 @@ from collections.abc import Iterator
 from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
 from allocator.families.common import (
+    BIASED_ROUTED,
     COMMON,
     DENSE,
     NEVER_NULL,
-    ROUTED,
-    SHARED,
+    SELECTION_BIAS,
+    WITH_SHARED,
     B,
     L,
-    layer,
+    dense_then_routed,
     layers,
     shared_expert,
 )
-from allocator.families.config import Config, count, number, whole
+from allocator.families.config import Config
 from allocator.families.gguf import (
+    SIGMOID,
     ComputeGraph,
     Fixed,
     Gguf,
     Half,
     ModelFacts,
     Pair,
-    leading_dense,
+    scaled_router_pairs,
 )
 from allocator.families.keys import Keys, LatentKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
-_SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _WITHOUT_Q_RANK = {26: None, 27: None, 48: 128_256}
 """Layers, and rows of the embedding, by which llama.cpp tells deepseek2 models without q_lora_rank
 apart from the others; None: any."""
@@ -47,8 +48,6 @@ _KEYS = Keys(experts=("n_routed_experts", "num_local_experts"), latent=LatentKey
 _LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 WITHOUT_RANK = (*_LATENT, "q_proj")
 WITH_RANK = (*_LATENT, "q_a_proj", "q_a_layernorm", "q_b_proj")
-_BIASED = (*ROUTED, "mlp.gate.e_score_correction_bias")
-_SHARED = (*_BIASED, *(f"mlp.shared_experts.{name}" for name in SHARED))
 
 _A = L + "self_attn."
 _RULES = (
@@ -59,18 +58,14 @@ _RULES = (
     Rule(_A + "kv_a_proj_with_mqa.weight", Role.KV_A, "row x hidden", B + "attn_kv_a_mqa.weight"),
     Rule(_A + "kv_a_layernorm.weight", Role.NORM, "rank", B + "attn_kv_a_norm.weight"),
     Rule(_A + "kv_b_proj.weight", Role.KV_B, "keys_values x rank", B + "attn_kv_b.weight"),
-    Rule(
-        L + "mlp.gate.e_score_correction_bias", Role.ROUTER_BIAS, "experts", B + "exp_probs_b.bias"
-    ),
+    SELECTION_BIAS,
     *shared_expert("shared_experts"),
 )
 
 
-def _layer_parts(config: Config, layer_number: int) -> Parts:
+def _layer_parts(config: Config, layer: int) -> Parts:
     attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
-    if layer_number < count(config, "first_k_dense_replace", 0):
-        return layer(attention, DENSE)
-    return layer(attention, _SHARED if config.get("n_shared_experts") else _BIASED)
+    return dense_then_routed(attention, config, layer)
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
@@ -82,7 +77,7 @@ def latent_pairs(facts: ModelFacts) -> Iterator[Pair]:
 
     Multi-head latent attention runs there as attention with one key/value head of rank + rope.
     """
-    config, router, latent = facts.config, facts.router, facts.dimensions.latent
+    latent = facts.dimensions.latent
     assert latent is not None
     yield "attention.head_count_kv", 1
     yield "attention.key_length", latent.rank + latent.rope
@@ -93,10 +88,7 @@ def latent_pairs(facts: ModelFacts) -> Iterator[Pair]:
     if latent.q_rank is not None:
         yield "attention.q_lora_rank", latent.q_rank
     yield "rope.dimension_count", latent.rope
-    yield "leading_dense_block_count", leading_dense(facts)
-    yield "expert_shared_count", whole(config, "n_shared_experts")
-    yield "expert_weights_scale", number(config, "routed_scaling_factor")
-    yield "expert_weights_norm", router.normalizes
+    yield from scaled_router_pairs(facts)
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
@@ -107,7 +99,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
             "computes as a sigmoid all the same; set it to 'sigmoid' if that is meant"
         )
     yield from latent_pairs(facts)
-    yield "expert_gating_func", _SIGMOID
+    yield "expert_gating_func", SIGMOID
     if router.groups > 1:
         yield "expert_group_count", router.groups
         yield "expert_group_used_count", router.groups_used
@@ -144,7 +136,7 @@ DEEPSEEK_V3 = Family(
     rules=_RULES,
     keys=_KEYS,
     layer_parts=_layer_parts,
-    layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BIASED, _SHARED)),
+    layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, BIASED_ROUTED, WITH_SHARED)),
     scoring=_scoring,
     gguf=Gguf(
         "deepseek2",

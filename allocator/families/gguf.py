@@ -17,7 +17,7 @@ from allocator.errors import TargetError
 from allocator.families.config import Config, number, whole
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
-from allocator.families.rope import rope_pairs, yarn_betas
+from allocator.families.rope import rope_pairs, rotated_width, yarn_betas
 from allocator.families.sizes import Dimensions, Router
 
 Value = bool | int | float | str
@@ -226,6 +226,34 @@ def paired_halves(heads: int, width: int) -> list[int]:
         for i in range(half)
         for part in range(2)
     ]
+
+
+SIGMOID = 2
+"""llama.cpp's `LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID`."""
+SOFTMAX = 1
+"""llama.cpp's `LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX`."""
+
+
+def grouped_pairs(facts: ModelFacts, *, rotated: float = 1.0) -> Iterator[Pair]:
+    """Yields what a file says of attention whose heads share keys and values, and of rotation.
+
+    Args:
+        facts: of the checkpoint.
+        rotated: share of a head that is rotated where `config.json` does not say.
+    """
+    head = facts.dimensions.head
+    yield "attention.head_count_kv", facts.dimensions.kv_heads
+    yield "attention.key_length", head
+    yield "attention.value_length", head
+    yield "rope.dimension_count", rotated_width(facts.config, head, rotated)
+
+
+def scaled_router_pairs(facts: ModelFacts) -> Iterator[Pair]:
+    """Yields what a file says of a router like DeepSeek-V3's and of experts beside it."""
+    yield "leading_dense_block_count", leading_dense(facts)
+    yield "expert_shared_count", whole(facts.config, facts.keys.shared_experts)
+    yield "expert_weights_scale", number(facts.config, facts.keys.scale)
+    yield "expert_weights_norm", facts.router.normalizes
 
 
 def leading_dense(facts: ModelFacts) -> int:

@@ -6,35 +6,32 @@ Sources: transformers' `modeling_olmoe`; llama.cpp's loader and graph of `olmoe`
 from collections.abc import Iterator
 
 from allocator.errors import TargetError
-from allocator.families.base import Family, Parts, Rule
+from allocator.families.base import Family, Parts
 from allocator.families.common import (
     BASE,
     EXPERTS,
     FFN_NORM,
-    GROUPED_ATTENTION,
     KEYS_VALUES,
     MLP,
     NEVER_NULL,
+    NORMED_ATTENTION,
     ROUTED,
-    B,
-    L,
+    WIDE_NORMS,
     layer,
 )
 from allocator.families.config import Config
 from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair
 from allocator.families.keys import Keys
-from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
-_LAYER = layer((*GROUPED_ATTENTION, "q_norm", "k_norm"), ROUTED)
+_LAYER = layer(NORMED_ATTENTION, ROUTED)
 _RULES = (
     *BASE,
     *FFN_NORM,
     *KEYS_VALUES,
     MLP[0],
     *EXPERTS,
-    Rule(L + "self_attn.q_norm.weight", Role.NORM, "queries", B + "attn_q_norm.weight"),
-    Rule(L + "self_attn.k_norm.weight", Role.NORM, "keys", B + "attn_k_norm.weight"),
+    *WIDE_NORMS,
 )
 
 

@@ -6,16 +6,15 @@ Sources: transformers' `modeling_qwen3_moe`; llama.cpp's loader and graph of `qw
 from collections.abc import Iterator
 
 from allocator.errors import TargetError
-from allocator.families.base import Family, Parts, Rule
+from allocator.families.base import Family, Parts
 from allocator.families.common import (
     COMMON,
     DENSE,
-    GROUPED_ATTENTION,
+    HEAD_NORMS,
     KEYS_VALUES,
     NEVER_NULL,
+    NORMED_ATTENTION,
     ROUTED,
-    B,
-    L,
     is_sparse,
     layer,
     layers,
@@ -23,21 +22,18 @@ from allocator.families.common import (
 from allocator.families.config import Config, whole
 from allocator.families.gguf import ComputeGraph, Fixed, Gguf, ModelFacts, Pair, leading_dense
 from allocator.families.keys import Keys
-from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
-_ATTENTION = (*GROUPED_ATTENTION, "q_norm", "k_norm")
 _KEYS = Keys(experts=("num_experts", "num_local_experts"))
 _RULES = (
     *COMMON,
     *KEYS_VALUES,
-    Rule(L + "self_attn.q_norm.weight", Role.NORM, "head", B + "attn_q_norm.weight"),
-    Rule(L + "self_attn.k_norm.weight", Role.NORM, "head", B + "attn_k_norm.weight"),
+    *HEAD_NORMS,
 )
 
 
 def _layer_parts(config: Config, number: int) -> Parts:
-    return layer(_ATTENTION, ROUTED if is_sparse(config, number) else DENSE)
+    return layer(NORMED_ATTENTION, ROUTED if is_sparse(config, number) else DENSE)
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
@@ -62,7 +58,7 @@ QWEN3_MOE = Family(
     rules=_RULES,
     keys=_KEYS,
     layer_parts=_layer_parts,
-    layers=layers((_ATTENTION,), (DENSE, ROUTED)),
+    layers=layers((NORMED_ATTENTION,), (DENSE, ROUTED)),
     scoring=_scoring,
     gguf=Gguf(
         "qwen3moe",

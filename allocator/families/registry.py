@@ -11,8 +11,12 @@ from allocator.families.base import Family, Support
 from allocator.families.config import Config
 from allocator.families.deepseek_v2 import DEEPSEEK_V2
 from allocator.families.deepseek_v3 import DEEPSEEK_V3
+from allocator.families.dots1 import DOTS1
+from allocator.families.glm4_moe import GLM4_MOE
+from allocator.families.glm4_moe_lite import GLM4_MOE_LITE
 from allocator.families.gpt_oss import GPT_OSS
 from allocator.families.kimi_k2 import KIMI_K2
+from allocator.families.minimax_m2 import MINIMAX_M2
 from allocator.families.mixtral import MIXTRAL
 from allocator.families.olmoe import OLMOE
 from allocator.families.qwen2_moe import QWEN2_MOE
@@ -28,6 +32,10 @@ _FAMILIES: dict[str, Family] = {
         QWEN2_MOE,
         OLMOE,
         MIXTRAL,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        MINIMAX_M2,
+        DOTS1,
         GPT_OSS,
     )
 }

@@ -39,6 +39,22 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     return rope
 
 
+def rotated_width(config: Config, head: int, share: float = 1.0) -> int:
+    """Returns how much of a head is rotated.
+
+    Args:
+        config: of the language model.
+        head: width of a head.
+        share: that is rotated where `config` does not say.
+    """
+    if config.get("rotary_dim") is not None:
+        return whole(config, "rotary_dim")
+    rope = rope_parameters(config)
+    if rope["partial_rotary_factor"] is not None:
+        share = number(rope, "partial_rotary_factor")
+    return int(head * share)
+
+
 def yarn_betas(config: Config) -> tuple[float, float] | None:
     """Returns YaRN's `beta_fast` and `beta_slow`; None where llama.cpp's own are right."""
     rope = rope_parameters(config)

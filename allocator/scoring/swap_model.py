@@ -31,6 +31,9 @@ from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
+_SELECTION_BIAS = "e_score_correction_bias"
+"""Transformers' name of a buffer of the router, or of the block, with a value per expert."""
+
 
 def skeleton(path: Path, device: str = "cpu") -> Any:
     """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
@@ -120,9 +123,10 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
 
 def resize_router(model: Any, layer: int, n_experts: int) -> None:
     """Gives a layer's router room for `n_experts`; its values are undefined then."""
-    gate = moe_block(model, layer).gate
-    gate.num_experts = n_experts
-    _resize(gate, ("weight", "e_score_correction_bias"), n_experts, device_of(model))
+    block = moe_block(model, layer)
+    block.gate.num_experts = n_experts
+    _resize(block.gate, ("weight", _SELECTION_BIAS), n_experts, device_of(model))
+    _resize(block, (_SELECTION_BIAS,), n_experts, device_of(model))
 
 
 def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.device) -> None:
@@ -319,8 +323,11 @@ def check_names(model: Any, layout: Layout) -> None:
             )
         # the checkpoint has them one by one, as the inventory has seen
         stored |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
-        if hasattr(block.gate, "e_score_correction_bias"):
-            wanted.append(f"{prefix}.gate.e_score_correction_bias")
+        wanted += [
+            f"{name}.{_SELECTION_BIAS}"
+            for name, module in ((prefix, block), (f"{prefix}.gate", block.gate))
+            if hasattr(module, _SELECTION_BIAS)
+        ]
     for name in wanted:
         if name not in stored:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed_model import States, StreamedModel
-from allocator.scoring.swap_model import SwapModel, view_of
+from allocator.scoring.swap_model import SwapModel, expert_form, view_of
 from allocator.targets import GGUF, SAFETENSORS, FullPrecision, Group, Layout
 
 EXACT = 1e-8
@@ -221,14 +221,15 @@ class removed:
         n = self._layout.inventory.n_experts
         for layer in self._layout.layers:
             for module in self._model.model.layers[layer].modules():
-                if getattr(module, "num_experts", None) == n:
-                    self._shrink(module, n)
+                self._shrink(module, n)
 
     def _shrink(self, module: Any, n: int) -> None:
-        module.num_experts = len(self._index)
+        of_experts = getattr(module, "num_experts", None) == n
+        if of_experts:
+            module.num_experts = len(self._index)
         for values in (module._parameters, module._buffers):
             for name, tensor in values.items():
-                if tensor is not None and tensor.shape[0] == n:
+                if of_experts or "correction_bias" in name:
                     self._before.append((module, name, tensor))
                     kept = tensor.data[self._index]
                     values[name] = (
@@ -238,7 +239,8 @@ class removed:
     def __exit__(self, *_: object) -> None:
         n = self._layout.inventory.n_experts
         for module, name, tensor in self._before:
-            module.num_experts = n
+            if hasattr(module, "num_experts"):
+                module.num_experts = n
             values = module._parameters if name in module._parameters else module._buffers
             values[name] = tensor
 
@@ -247,14 +249,15 @@ class _OfModel:
     """Tensors of a file from a model of transformers, and not from what the project has read."""
 
     def __init__(self, model: Any, layout: Layout) -> None:
-        self._state = model.state_dict()
+        self._model, self._state = model, model.state_dict()
         self._layout = layout
 
     def encoded(self, name: str) -> Bytes:
         """Returns a group in F32: `(..., rows, 4 * in_features)`."""
         group: Group = self._layout.groups[name]
         dimensions = self._layout.inventory.dimensions
-        values = view_of(self._state.__getitem__, dimensions, group)
+        form = expert_form(self._model, group.layer)
+        values = view_of(self._state.__getitem__, dimensions, group, form)
         data: Bytes = values.float().contiguous().numpy().view(np.uint8)
         return data
 

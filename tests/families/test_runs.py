@@ -56,3 +56,37 @@ class TestOlmoe(FamilyRuns):
 
 class TestMixtral(FamilyRuns):
     config = SMALL | {"model_type": "mixtral", "num_local_experts": 8}
+
+
+class TestGlm4Moe(FamilyRuns):
+    config = SMALL | {
+        "model_type": "glm4_moe", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": True, "attention_bias": True,
+        "use_qk_norm": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+
+
+class TestGlm4MoeLite(FamilyRuns):
+    config = SMALL | LATENT | {
+        "model_type": "glm4_moe_lite", "moe_intermediate_size": 32, "n_routed_experts": 8,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+        "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+
+
+class TestMinimaxM2(FamilyRuns):
+    config = SMALL | {
+        "model_type": "minimax_m2", "num_local_experts": 8, "rotary_dim": 8,
+        "scoring_func": "sigmoid",
+    }  # fmt: skip
+
+
+class TestDots1(FamilyRuns):
+    config = SMALL | {
+        "model_type": "dots1", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True, "num_key_value_heads": 4,
+        "sliding_window": None,
+    }  # fmt: skip

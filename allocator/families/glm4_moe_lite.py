@@ -1,0 +1,28 @@
+"""GLM-4.7-Flash: DeepSeek-V3's architecture, whose config names its layers otherwise.
+
+Sources: transformers' `modeling_glm4_moe_lite`; llama.cpp's loader and graph of `deepseek2`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from allocator.families.base import Parts
+from allocator.families.common import dense_then_routed
+from allocator.families.config import Config
+from allocator.families.deepseek_v3 import DEEPSEEK_V3, WITH_RANK, WITHOUT_RANK
+
+
+def _layer_parts(config: Config, layer: int) -> Parts:
+    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
+    defaults: Mapping[str, Any] = {"first_k_dense_replace": 1}
+    return dense_then_routed(attention, {**defaults, **config}, layer)
+
+
+GLM4_MOE_LITE = replace(
+    DEEPSEEK_V3,
+    model_type="glm4_moe_lite",
+    layer_parts=_layer_parts,
+    router_groups=(1, 1),
+    plan_notes=lambda config: (),
+)
