@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -666,6 +667,14 @@ def finished_study(fresh_study, study_cache, tmp_path_factory):
     shutil.copytree(fresh_study, folder)
     api.search(folder, cache=study_cache, threads=1)
     return folder
+
+
+# -- drawn inputs: how slowly they are drawn says how busy the machine is
+
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 # -- processes that do not import torch once more
