@@ -66,6 +66,54 @@ class TestMixtral(FamilyConformance):
     family = planned_family_of(config)
 
 
+class TestGlm4Moe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "glm4_moe", "num_hidden_layers": 2, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
+        "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
+        "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
+class TestGlm4MoeLite(FamilyConformance):
+    config = SMALL | {
+        "model_type": "glm4_moe_lite", "num_hidden_layers": 2, "moe_intermediate_size": 32,
+        "mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 8, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "head_dim": 8,
+        "routed_scaling_factor": 1.8, "num_nextn_predict_layers": 0, "norm_topk_prob": True,
+        "num_key_value_heads": 4,
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
+class TestMinimaxM2(FamilyConformance):
+    config = SMALL | {
+        "model_type": "minimax_m2", "num_hidden_layers": 2, "num_local_experts": 8,
+        "rotary_dim": 8,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
+class TestDots1(FamilyConformance):
+    config = SMALL | {
+        "model_type": "dots1", "num_hidden_layers": 2, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "num_key_value_heads": 4, "sliding_window": None,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
+class TestKimiK2(TestDeepseekV3):
+    config = TestDeepseekV3.config | {"model_type": "kimi_k2"}
+    family = planned_family_of(config)
+    in_transformers = False
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4,

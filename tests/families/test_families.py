@@ -66,7 +66,7 @@ def test_planned_families_are_for_planning_alone():
             CheckpointError, match="sizes alone are known: `allocator plan` works with it"
         ):
             family_of(config)
-    with pytest.raises(CheckpointError, match=r"mixtral; planned .*: gpt_oss"):
+    with pytest.raises(CheckpointError, match=r"supported: .*; planned .*: gpt_oss"):
         planned_family_of({"model_type": "llama"})
 
 
