@@ -30,7 +30,7 @@ Groups that are more than one matrix times one input:
   identity.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertCode, use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
-from allocator.scoring.streamed_model import Biases, Routed, Routing, States, StreamedModel
+from allocator.scoring.split_layers import Routed
+from allocator.scoring.streamed_model import NO_BIASES, Biases, Routing, States, StreamedModel
 from allocator.scoring.swap_model import SwapModel, device_of, moe_block, parameter_of, token_ids
 from allocator.targets import Group, Layout
 
@@ -335,11 +336,20 @@ def _run_plain(
 
 
 def _watch_plain(
-    model: Any, layout: Layout, groups: Sequence[Group], sums: Mapping[str, _Sums]
+    model: Any,
+    layout: Layout,
+    groups: Sequence[Group],
+    sums: Mapping[str, _Sums],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> list[Any]:
-    """Hooks that feed the sums of groups that are no routed experts, each input once."""
+    """Hooks that feed the sums of groups that are no routed experts, each input once.
+
+    Inputs are taken while they are `wanted`.
+    """
 
     def take(name: str, x: torch.Tensor) -> None:
+        if not wanted():
+            return
         if layout.groups[name].role is Role.K_B:
             sums[name].by_head(x)
         else:
@@ -585,11 +595,19 @@ class _Stream:
         Their biases are returned too.
         """
         streamed = self.streamed
-        handles = _watch_plain(streamed.model, streamed.layout, groups, sums)
+        handles = _watch_plain(
+            streamed.model, streamed.layout, groups, sums, lambda: not streamed.asking
+        )
         try:
             streamed.install(layer, self.candidate)
+            if groups and not streamed.adds(layer, states.hidden[0]):  # some may follow the experts
+                streamed.run(layer, [States(self.candidate, [0], list(states.hidden))])
+                return [], NO_BIASES
             for hidden in states.hidden:
-                streamed.forward(layer, hidden)
+                if groups:
+                    streamed.forward(layer, hidden)
+                else:
+                    streamed.ask(layer, hidden)
         finally:
             for handle in handles:
                 handle.remove()

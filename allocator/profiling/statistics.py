@@ -272,7 +272,8 @@ def collect_streamed(
     n_layers = layout.inventory.n_layers
     checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
     states = streamed.begin(checkpoints.documents)
-    handles = _watch(streamed.model, layout, lambda: sums)
+    unwanted = _sums_of(layout)  # of products that are computed again
+    handles = _watch(streamed.model, layout, lambda: unwanted if streamed.asking else sums)
     try:
         layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
         first = _resume(checkpoints, states, layers_sums)

@@ -6,11 +6,12 @@ reached, a `Curvature` that prices it at the moment it is known. Invariant: what
 twice: forwards, when the states before each go to disk (tokens x hidden a layer), and backwards,
 when the gradients there do. So a killed pass resumes at the layer it reached.
 
-Backwards, a layer runs in the two steps in which it runs forwards (see `streamed_model`), the other
-way round. The gradient of its output is that of its routed experts' sum. So first expert by expert:
-gradients of inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own
-module runs again with gradients on, and the gradients of its output and of what its routed experts
-were asked for go through it together.
+Backwards, a layer runs in the steps in which it runs forwards (see `streamed_model`), the other way
+round. First the gradient of its routed experts' sum: where the layer adds the sum, it is that of
+its output; else the layer's own module runs with the sum. Then expert by expert: gradients of
+inputs and gates, over all tokens. Then the rest, batch by batch: the layer's own module runs again
+with gradients on, and the gradients of its output and of what its routed experts were asked for go
+through it together.
 """
 
 from collections.abc import Callable, Sequence
@@ -141,8 +142,9 @@ class _Pass:
         streamed = self.streamed
         streamed.install(layer, streamed.original)
         asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        sums: Sequence[torch.Tensor | None] = [None] * len(before)
         if layer in streamed.layout.layers:
-            asked = self._experts(layer, before, gradients)
+            asked, sums = self._experts(layer, before, gradients)
         groups = [g for g in streamed.groups(layer) if not g.role.is_expert]
         handles = watch_products(streamed.model, streamed.layout, groups, self.curvature.take)
         inputs: Batches = []
@@ -150,7 +152,7 @@ class _Pass:
             for i, (hidden, gradient) in enumerate(zip(before, gradients, strict=True)):
                 leaf = hidden.requires_grad_()
                 with torch.enable_grad():
-                    outputs, through = [streamed.forward(layer, leaf)], [gradient]
+                    outputs, through = [streamed.forward(layer, leaf, sums[i])], [gradient]
                     for x, _, gates in streamed.taken():
                         outputs += [x, gates]
                         through += asked[i]
@@ -167,17 +169,29 @@ class _Pass:
 
     def _experts(
         self, layer: int, before: Batches, gradients: Batches
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Gradients of what the routed experts were asked for: by batch, of inputs and gates."""
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Sequence[torch.Tensor | None]]:
+        """Gradients of what the routed experts were asked for: by batch, of inputs and gates.
+
+        The second result are the sums that the layer needs to run, by batch.
+        """
         streamed, curvature = self.streamed, self.curvature
+        adds = streamed.adds(layer, before[0])
         for hidden in before:
-            streamed.forward(layer, hidden)
-        routed = streamed.taken()
-        retained, biases = range(streamed.inventory.n_experts), streamed.biases(layer)
-        routing = Routing(routed, retained, biases)
+            streamed.ask(layer, hidden)
+        routed, biases = streamed.taken(), streamed.biases(layer)
+        sums: Sequence[torch.Tensor | None] = [None] * len(before)
+        if adds:
+            routing = Routing(routed, range(streamed.inventory.n_experts), biases)
+            output = torch.cat([g.flatten(0, 1) for g in gradients])
+        else:
+            state = States(streamed.original, [0], before, routed, biases)
+            (routing,) = streamed.run_experts(layer, [state])
+            sums = routing.sums()
+            output = torch.cat(
+                [self._of_sum(layer, *each) for each in zip(before, sums, gradients, strict=True)]
+            )
         groups = streamed.projections(layer)
         code = ExpertCode(moe_block(streamed.model, layer).experts)
-        output = torch.cat([g.flatten(0, 1) for g in gradients])
         of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
         for expert in streamed.weights.in_turn(
             sorted(routing.reached), groups, [streamed.original]
@@ -205,11 +219,21 @@ class _Pass:
                 curvature.drop(group.name, expert)
         sizes = [len(x) for x, _, _ in routed]
         k = routed[0][1].shape[-1]
-        return list(
-            zip(
-                torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True
-            )
+        asked = zip(
+            torch.split(of_inputs, sizes), torch.split(of_gates.view(-1, k), sizes), strict=True
         )
+        return list(asked), sums
+
+    def _of_sum(
+        self, layer: int, hidden: torch.Tensor, experts_sum: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of a batch's sum of experts, `(tokens, hidden)`."""
+        leaf = experts_sum.clone().requires_grad_()
+        with torch.enable_grad():
+            output = self.streamed.forward(layer, hidden, leaf)
+        self.streamed.taken()
+        (of_sum,) = torch.autograd.grad(output, leaf, gradient)
+        return of_sum
 
     def embedding(self, chosen: Sequence[Sequence[Document]], gradients: Batches) -> None:
         """Takes the embedding, from the gradients of the first layer's input by batch."""

@@ -6,12 +6,12 @@ of a layer is read from the checkpoint at most once, however many candidates the
 are hidden states (tokens x hidden of every different computation, twice while experts run), one
 layer without its routed experts, and two routed experts (one is read ahead).
 
-A MoE block is a sum: what its routed experts give is added to the rest of its layer. So a layer
-runs in two steps. First everything else, batch by batch, as the architecture's own module computes
-it, routed experts giving zero; their inputs and gates are recorded. Then expert by expert, over all
-tokens of all candidates: its original weights are read once, encoded in whatever formats the
-candidates lack, and each candidate adds what its own decoded weights give. An expert that no token
-reaches is neither read nor encoded.
+A layer runs in steps (see `split_layers`). First everything but its routed experts, batch by batch,
+as the architecture's own module computes it; the experts' inputs and gates are recorded. Then
+expert by expert, over all tokens of all candidates: its original weights are read once, encoded in
+whatever formats the candidates lack, and each candidate adds what its own decoded weights give. An
+expert that no token reaches is neither read nor encoded. Where more than an addition follows the
+experts, the layer runs once more, given their sum.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,9 @@ from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertCode, ExpertForm, Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
-from allocator.scoring.layer_arguments import LayerArguments
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
 from allocator.scoring.layer_inputs import LayerDecisions
+from allocator.scoring.split_layers import Routed, SplitLayers
 from allocator.scoring.swap_model import (
     check_names,
     empty,
@@ -36,6 +36,7 @@ from allocator.scoring.swap_model import (
     install_full_precision,
     moe_block,
     place,
+    resize_biases,
     resize_router,
     set_experts_used,
     skeleton,
@@ -43,9 +44,6 @@ from allocator.scoring.swap_model import (
 from allocator.targets import FullPrecision, Group, Layout, target_named
 
 _PROJECTIONS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
-
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
 
 
 Biases = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -103,10 +101,8 @@ class StreamedModel:
         self._keys_values: dict[str, KeysValues | None] = {}
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
-        self._arguments = LayerArguments(self.model)
-        self._taken: list[Routed] = []
-        for layer in layout.layers:
-            moe_block(self.model, layer).experts.forward = self._take
+        experts = {layer: moe_block(self.model, layer).experts for layer in layout.layers}
+        self._split = SplitLayers(self.model, experts)
         self._groups: dict[int | None, list[Group]] = {}
         for group in layout.groups.values():
             self._groups.setdefault(group.layer, []).append(group)
@@ -215,14 +211,36 @@ class StreamedModel:
 
     def run(self, layer: int, states: Sequence[States], *, observe: Observer | None = None) -> None:
         """Runs one layer, in place; `observe` sees its routed experts."""
+        adds = True
         for state in states:
             self.install(layer, state.candidate)
+            adds = self.adds(layer, state.hidden[0])
             for i, hidden in enumerate(state.hidden):
-                state.hidden[i] = self.forward(layer, hidden)
+                if adds:
+                    state.hidden[i] = self.forward(layer, hidden)
+                else:
+                    self.ask(layer, hidden)
             state.routed, state.biases = self.taken(), self.biases(layer)
-        self.leave(layer)
+        if adds:
+            self.leave(layer)
         if layer in self.layout.layers:
-            self._run_experts(layer, states, observe)
+            for state, routing in zip(
+                states, self.run_experts(layer, states, observe), strict=True
+            ):
+                if adds:
+                    routing.add_to(state.hidden)
+                else:
+                    self._run_on(layer, state, routing, again=len(states) > 1)
+        if not adds:
+            self.leave(layer)
+
+    def _run_on(self, layer: int, state: States, routing: "Routing", *, again: bool) -> None:
+        """Runs a layer with the sum of its routed experts; `again` where it holds another state."""
+        if again:
+            self.install(layer, state.candidate)
+        for i, (hidden, experts_sum) in enumerate(zip(state.hidden, routing.sums(), strict=True)):
+            state.hidden[i] = self.forward(layer, hidden, experts_sum)
+        self.taken()
 
     def leave(self, layer: int) -> None:
         """Frees the memory of a layer."""
@@ -239,6 +257,7 @@ class StreamedModel:
         retained = candidate.retained_experts.get(layer)
         if retained is not None:
             resize_router(self.model, layer, len(retained))
+            resize_biases(self.model, layer, len(retained))
             set_experts_used(self.model, (layer,), candidate.experts_used)
         for group in self._groups[layer]:
             if not group.role.is_expert:
@@ -251,21 +270,48 @@ class StreamedModel:
             values = self.weights.full_precision(candidate, tensor)
             install_full_precision(self.model, tensor, values)
 
-    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Runs a layer on `(documents, length, hidden)`, its routed experts giving zero."""
-        return self._arguments.run(layer, hidden, self._kept_as)
+    def forward(
+        self, layer: int, hidden: torch.Tensor, experts_sum: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs a layer on `(documents, length, hidden)`.
+
+        Args:
+            layer: an installed one.
+            hidden: what enters it.
+            experts_sum: what its routed experts give, `(tokens, hidden)`; zero by default.
+        """
+        return self._split.run(layer, hidden, experts_sum, self._kept_as)
+
+    def ask(self, layer: int, hidden: torch.Tensor) -> None:
+        """Runs a layer on `(documents, length, hidden)` up to its routed experts."""
+        self._split.ask(layer, hidden, self._kept_as)
+
+    def adds(self, layer: int, hidden: torch.Tensor) -> bool:
+        """Returns whether an installed layer adds the sum of its routed experts to its output.
+
+        Args:
+            layer: an installed one.
+            hidden: some states that enter it, `(documents, length, hidden)`.
+        """
+        return self._split.adds(layer, hidden, self._kept_as)
+
+    @property
+    def asking(self) -> bool:
+        """Whether the running layer's products are no business of hooks, see `SplitLayers`."""
+        return self._split.asking
 
     def taken(self) -> list[Routed]:
-        """Returns what `forward` asked routed experts for since the last call, by batch."""
-        routed, self._taken = self._taken, []
-        return routed
+        """Returns what routed experts were asked for since the last call, by batch."""
+        return self._split.taken()
 
-    def _take(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        self._taken.append((hidden, index, gates))
-        return torch.zeros_like(hidden)
+    def run_experts(
+        self, layer: int, states: Sequence[States], observe: Observer | None = None
+    ) -> list["Routing"]:
+        """Runs the routed experts of a layer, expert by expert, on what states ask for.
 
-    def _run_experts(self, layer: int, states: Sequence[States], observe: Observer | None) -> None:
-        """Adds what the routed experts give, expert by expert."""
+        Returns:
+            What they give, one per state; the states ask for nothing then.
+        """
         groups = self.projections(layer)
         code = ExpertCode(moe_block(self.model, layer).experts)
         routings = []
@@ -286,8 +332,7 @@ class StreamedModel:
             for members in alike.values():
                 weights = [self.expert(candidates[members[0]], g, expert) for g in groups]
                 add_expert([routings[i] for i in members], expert, weights, code, observe)
-        for state, routing in zip(states, routings, strict=True):
-            routing.add_to(state.hidden)
+        return routings
 
     def expert(self, candidate: Candidate, group: Group, expert: int) -> torch.Tensor:
         """Returns a routed expert's matrix, `(out, in)`, of a projection, on the torch device."""
@@ -341,6 +386,7 @@ class Routing:
             for expert, count, end in zip(retained, counts, ends, strict=True)
             if count
         }
+        self._sizes = [len(each) for each, *_ in routed]
         self._sum = torch.zeros_like(self.inputs)
 
     def places(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,6 +428,10 @@ class Routing:
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
         """Adds values `(chosen, hidden)` to what the routed experts give to these tokens."""
         self._sum.index_add_(0, tokens, values)
+
+    def sums(self) -> Sequence[torch.Tensor]:
+        """Returns what the routed experts give, `(tokens, hidden)` by batch."""
+        return torch.split(self._sum, self._sizes)
 
     def add_to(self, batches: Sequence[torch.Tensor]) -> None:
         """Adds the sum to a layer's outputs, `(documents, length, hidden)` by batch."""

@@ -129,6 +129,15 @@ def resize_router(model: Any, layer: int, n_experts: int) -> None:
     _resize(block, (_SELECTION_BIAS,), n_experts, device_of(model))
 
 
+def resize_biases(model: Any, layer: int, n_experts: int) -> None:
+    """Gives the biases of a layer's experts room for `n_experts`; they are undefined then."""
+    experts = moe_block(model, layer).experts
+    form = ExpertForm.of(experts)
+    if form.biased:
+        names = (f"{form.first}_bias", "down_proj_bias")
+        _resize(experts, names, n_experts, device_of(model))
+
+
 def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.device) -> None:
     for name in names:
         old = getattr(module, name, None)
