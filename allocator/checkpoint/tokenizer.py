@@ -98,6 +98,14 @@ class Tokenizer:
                 by_role[role] = number
         return by_role
 
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Added tokens that end a reply: eos, then those that generation_config.json lists."""
+        file = self.path / "generation_config.json"
+        listed = (read_json(file) if file.is_file() else {}).get("eos_token_id")
+        ids = [self.special_ids.get("eos"), *(listed if isinstance(listed, list) else [])]
+        return tuple(dict.fromkeys(n for n in ids if type(n) is int and n in self.added))
+
     def adds(self, role: str) -> bool:
         """Returns whether it puts bos before, or eos after, a text by itself."""
         if role not in self.special_ids:

@@ -365,9 +365,13 @@ class LlamaCpp:
             generated.append(token)
             at += len(pending)
             pending = [token]
-            if self._lib.llama_vocab_is_eog(self._vocab, token):
+            if self.ends_reply(token):
                 break
         return generated
+
+    def ends_reply(self, token: int) -> bool:
+        """Returns whether llama.cpp stops generating at a token."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str, *, markup: bool = False) -> list[int]:
         """Returns the tokens of a text, bos and eos added if the file says so.

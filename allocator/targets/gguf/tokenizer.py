@@ -76,7 +76,8 @@ def _pairs(source: Tokenizer, n_vocab: int) -> Iterator[Field]:
     merges = _merges(source)
     if merges and not (pieces and pieces.model == "llama"):
         yield array_field("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
-    for role, number in source.special_ids.items():
+    ends = dict(zip(("eot", "eom"), _other_ends(source), strict=False))
+    for role, number in (source.special_ids | ends).items():
         yield uint_field(f"tokenizer.ggml.{_ID_NAMES.get(role, role)}_token_id", number)
     yield bool_field("tokenizer.ggml.add_bos_token", source.adds("bos"))
     yield bool_field("tokenizer.ggml.add_eos_token", source.adds("eos"))
@@ -146,8 +147,9 @@ def _tokens(
     types = dict.fromkeys(texts, int(TokenType.NORMAL))
     if form:
         types |= {n: int(TokenType.BYTE) for n, t in texts.items() if sentencepieces.is_byte(t)}
+    ends = _other_ends(source)
     for number, added in source.added.items():
-        control = added.special or _looks_special(added.content)
+        control = added.special or number in ends or _looks_special(added.content)
         if form and form.model == "gemma4" and added.content in _RENDERED:
             control = False
         types[number] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
@@ -180,6 +182,28 @@ _RENDERED = frozenset(
      "<tool_response|>", '<|"|>')
 )  # fmt: skip
 """Markup of Gemma 4 that llama.cpp's parser of replies has to see, so that it is no control."""
+
+
+def _other_ends(source: Tokenizer) -> list[int]:
+    """Tokens that end a reply beside eos, and that llama.cpp does not know by their texts."""
+    eos = source.special_ids.get("eos")
+    ends = [n for n in source.end_ids if n != eos and source.texts[n] not in _KNOWN_ENDS]
+    if len(ends) > 2:
+        texts = [source.texts[n] for n in ends]
+        raise TargetError(
+            f"gguf: {source.path}/generation_config.json: {texts} end a reply, needed at most 2 "
+            "that llama.cpp does not know by itself; remove the others from its eos_token_id"
+        )
+    return ends
+
+
+_KNOWN_ENDS = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+     "<｜end▁of▁sentence｜>", "[e~[")
+)  # fmt: skip
+"""Texts of tokens that llama.cpp ends a generation at whatever a file says."""
 
 
 def _looks_special(text: str) -> bool:

@@ -129,8 +129,9 @@ def tokenizer_file(make, tmp_path_factory):
 
     def write(source):
         folder = tmp_path_factory.mktemp("tokenizer")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(source / name, folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (source / name).exists():
+                shutil.copy(source / name, folder)
         raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         n = 1 + max(*raw["model"]["vocab"].values(), *(a["id"] for a in raw["added_tokens"]))
         tensors = make.tensors(vocab_size=n, num_hidden_layers=1)

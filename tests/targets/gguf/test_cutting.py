@@ -10,6 +10,7 @@ import tokenizers
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
+from allocator.errors import TargetError
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.targets.gguf import tokenizer as gguf_tokenizer
 
@@ -157,3 +158,44 @@ def test_tokens_that_the_config_alone_names_are_added(tokenizer_file, tmp_path):
     assert read_tokenizer(read_inventory(file.inventory.path)).texts[8190] == "<think>"
     with LlamaCpp(file.path, context=32, threads=1) as runtime:
         assert runtime.tokenize("<think>") == [8190]
+
+
+ENDS = ["<|user|>", "<|observation|>", "</assistant>", "<|im_end|>"]
+
+
+@pytest.fixture
+def with_ends(tokenizer_file, tmp_path):
+    """`with_ends(texts)`: a GGUF of a checkpoint that ends replies at these tokens of ENDS."""
+
+    def make(texts):
+        raw = json.loads((REFERENCE / "tokenizer.json").read_text())
+        ids = {text: 8192 + n for n, text in enumerate(ENDS)}
+        raw["added_tokens"] += [
+            {"id": n, "content": text, "special": False, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False}
+            for text, n in ids.items()
+        ]  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        shutil.copy(REFERENCE / "tokenizer_config.json", tmp_path)
+        ends = {"eos_token_id": [0, *(ids[text] for text in texts)]}
+        (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+        return tokenizer_file(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("texts", [[], ENDS[:1], ENDS[1:], [ENDS[0], ENDS[1]]])
+def test_tokens_that_end_a_reply(with_ends, texts):
+    """llama.cpp ends at those listed, at eos, and at `<|im_end|>` whatever a file lists."""
+    file = with_ends(texts)
+    with LlamaCpp(file.path, context=32, threads=1) as runtime:
+        ids = [n for n in range(runtime.n_vocab) if runtime.ends_reply(n)]
+        control = {text: runtime.tokenize(text) != [8192 + n] for n, text in enumerate(ENDS)}
+    wanted = {*texts, "<|im_end|>"}
+    assert ids == [0, *(8192 + n for n, text in enumerate(ENDS) if text in wanted)]
+    assert control["</assistant>"] is ("</assistant>" in texts)
+
+
+def test_more_ends_than_llama_cpp_has_room_for_are_refused(with_ends):
+    with pytest.raises(TargetError, match="needed at most 2"):
+        with_ends(ENDS)
