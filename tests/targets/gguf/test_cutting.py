@@ -199,3 +199,21 @@ def test_tokens_that_end_a_reply(with_ends, texts):
 def test_more_ends_than_llama_cpp_has_room_for_are_refused(with_ends):
     with pytest.raises(TargetError, match="needed at most 2"):
         with_ends(ENDS)
+
+
+def test_added_runs_of_spaces_are_cut_out_first(tokenizer_file, tmp_path, strings, cut_otherwise):
+    """As GPT-NeoX and OLMoE have them: 2 to 24 spaces, not special, matched after normalizing."""
+    raw = json.loads((REFERENCE / "tokenizer.json").read_text())
+    raw["added_tokens"] += [
+        {"id": 8192 + n, "content": " " * (24 - n), "special": False, "single_word": False,
+         "lstrip": False, "rstrip": False, "normalized": True}
+        for n in range(23)
+    ]  # fmt: skip
+    raw["normalizer"] = {"type": "NFC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    shutil.copy(REFERENCE / "tokenizer_config.json", tmp_path)
+    file = tokenizer_file(tmp_path)
+    spaces = [f"{'a' * (n % 3)}{' ' * n}b  c" for n in range(60)]
+    chosen = [NFC.normalize_str(text) for text in [*spaces, *strings(n=200)]]
+    assert cut_otherwise(file, chosen) == []
+    assert read_tokenizer(file.inventory).added[8192].content == " " * 24
