@@ -135,6 +135,16 @@ class Runtime(ABC):
             VerifyError: if the file is missing, truncated or damaged.
         """
 
+    def in_order(self, data: Bytes, layout: Layout, name: str) -> Bytes:
+        """Returns a group's bytes of a file, `(..., rows, bytes per row)`, in the source's order.
+
+        Args:
+            data: of the group or one of its parts, as the file has its rows.
+            layout: of the allocation.
+            name: the group's.
+        """
+        return data
+
     @abstractmethod
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
         """Returns the bytes of a full-precision tensor as a written file has them.

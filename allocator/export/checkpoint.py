@@ -170,7 +170,8 @@ def _check_written(
     for name in source.layout.groups:
         for part in range(len(source.allocation.parts(source.layout, name))):
             nbytes = prod(source.shape(name, part))
-            if not source.matches(name, part, whole[start : start + nbytes]):
+            stored = whole[start : start + nbytes].reshape(source.shape(name, part))
+            if not source.matches(name, part, runtime.in_order(stored, source.layout, name)):
                 raise VerifyError(
                     f"{folder}: {name} comes back from the disk other than it was written; memory "
                     "or disk is faulty: materialize it elsewhere"

@@ -135,6 +135,7 @@ class Family:
 
     Attributes:
         model_type: transformers' name, as in `config.json`.
+        models: released ones, for readers.
         rules: one per tensor.
         keys: of `config.json`.
         layer_parts: which tensors a config gives a layer.
@@ -166,6 +167,7 @@ class Family:
     """
 
     model_type: str
+    models: str
     rules: tuple[Rule, ...]
     keys: Keys
     layer_parts: Callable[[Config, int], Parts]

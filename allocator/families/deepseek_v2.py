@@ -47,6 +47,7 @@ _V3 = DEEPSEEK_V3.for_gguf()
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     model_type="deepseek_v2",
+    models="DeepSeek-V2, V2-Lite, Coder-V2",
     rules=tuple(rule for rule in DEEPSEEK_V3.rules if rule.role is not Role.ROUTER_BIAS),
     layer_parts=_layer_parts,
     layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BLOCK)),

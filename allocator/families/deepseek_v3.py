@@ -133,6 +133,7 @@ def _plan_notes(config: Config) -> tuple[str, ...]:
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
+    models="DeepSeek-V3, R1, Moonlight",
     rules=_RULES,
     keys=_KEYS,
     layer_parts=_layer_parts,

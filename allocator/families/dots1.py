@@ -65,6 +65,7 @@ def _check(facts: ModelFacts) -> None:
 
 DOTS1 = Family(
     model_type="dots1",
+    models="dots.llm1",
     rules=(*COMMON, *KEYS_VALUES, *HEAD_NORMS, SELECTION_BIAS, *shared_expert("shared_experts")),
     keys=Keys(experts=("n_routed_experts", "num_local_experts")),
     layer_parts=_layer_parts,

@@ -73,6 +73,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 GLM4_MOE = Family(
     model_type="glm4_moe",
+    models="GLM-4.5, 4.5-Air, 4.6, 4.7",
     rules=_RULES,
     keys=Keys(experts=("n_routed_experts", "num_local_experts")),
     layer_parts=_layer_parts,

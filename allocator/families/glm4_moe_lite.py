@@ -22,6 +22,7 @@ def _layer_parts(config: Config, layer: int) -> Parts:
 GLM4_MOE_LITE = replace(
     DEEPSEEK_V3,
     model_type="glm4_moe_lite",
+    models="GLM-4.7-Flash",
     layer_parts=_layer_parts,
     router_groups=(1, 1),
     plan_notes=lambda config: (),

@@ -87,6 +87,7 @@ def _window(config: Config, n_layers: int) -> Window:
 
 GPT_OSS = Family(
     model_type="gpt_oss",
+    models="gpt-oss-20b, 120b",
     rules=_RULES,
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,

@@ -49,6 +49,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 MINIMAX_M2 = Family(
     model_type="minimax_m2",
+    models="MiniMax-M2, M2.1, M2.5",
     rules=(
         *BASE,
         *FFN_NORM,

@@ -38,6 +38,7 @@ def _layer_parts(config: Config, number: int) -> Parts:
 
 MIXTRAL = Family(
     model_type="mixtral",
+    models="Mixtral-8x7B, 8x22B",
     rules=(*BASE, *FFN_NORM, *KEYS_VALUES, *also_named((MLP[0], *EXPERTS), ON_DISK)),
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,

@@ -59,6 +59,7 @@ def _check(facts: ModelFacts) -> None:
 
 OLMOE = Family(
     model_type="olmoe",
+    models="OLMoE-1B-7B",
     rules=_RULES,
     keys=Keys(experts=("num_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,

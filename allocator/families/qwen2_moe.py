@@ -63,6 +63,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
+    models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
     rules=_RULES,
     keys=Keys(experts=("num_experts", "num_local_experts")),
     layer_parts=_layer_parts,

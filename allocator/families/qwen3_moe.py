@@ -55,6 +55,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
+    models="Qwen3-30B-A3B, 235B-A22B, Coder",
     rules=_RULES,
     keys=_KEYS,
     layer_parts=_layer_parts,

@@ -53,6 +53,7 @@ RULES = (
 LAYER = frozenset(rule.part for rule in RULES if rule.has_layer)
 TOY = Family(
     model_type="toy",
+    models="none",
     rules=RULES,
     keys=Keys(
         experts=("n_routes",), layers="depth", hidden="width", vocabulary="n_words",

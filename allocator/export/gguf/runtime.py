@@ -8,7 +8,7 @@ otherwise in exact arithmetic too is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,11 +71,20 @@ class GgufRuntime(Runtime):
         tensors = {}
         for name, (fmt, _, data) in read_gguf(path).items():
             if name in groups:
-                group = groups[name]
-                tensors[group.name] = StoredTensor(_in_order(data, row_order(layout, group)), fmt)
+                own = groups[name].name
+                tensors[own] = StoredTensor(self.in_order(data, layout, own), fmt)
             else:
                 tensors[names.get(name, name)] = StoredTensor(data, fmt)
         return tensors
+
+    def in_order(self, data: Bytes, layout: Layout, name: str) -> Bytes:
+        """Returns a group's bytes in the checkpoint's order of rows."""
+        order = row_order(layout, layout.groups[name])
+        if isinstance(order, slice) or data.shape[-2] != len(order):  # of another model
+            return data
+        ordered = np.empty_like(data)
+        ordered[..., order, :] = data
+        return ordered
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
         """Returns the bytes in float32: `(..., bytes per row)`."""
@@ -108,17 +117,6 @@ class GgufRuntime(Runtime):
             FormatError: if an entry is malformed or its type unknown, naming the line.
         """
         return parse_tensor_type_file(text, layout)
-
-
-def _in_order(data: Bytes, order: slice | Sequence[int]) -> Bytes:
-    """A file's rows, `(..., rows, bytes)`, in the checkpoint's order."""
-    if isinstance(order, slice):
-        return data
-    if data.shape[-2] != len(order):
-        return data  # of another model: refused by its shape
-    ordered = np.empty_like(data)
-    ordered[..., order, :] = data
-    return ordered
 
 
 GGUF_RUNTIME = GgufRuntime()
