@@ -15,6 +15,7 @@ from allocator.errors import AllocatorError
 from allocator.profiling.products import divergence
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
+from allocator.scoring.model_ends import head
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import SwapModel, device_of, free_on, token_ids
@@ -80,7 +81,7 @@ class KlGradient:
             def run(batch: list[int]) -> tuple[float, Sequence[torch.Tensor | None]]:
                 ids = token_ids(model, [documents[i] for i in batch])
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-                log_probs = torch.log_softmax(model.lm_head(hidden), -1)
+                log_probs = torch.log_softmax(head(model, hidden), -1)
                 losses = [
                     divergence(self._scorer.reference(chosen[i]), own)
                     for i, own in zip(batch, log_probs, strict=True)

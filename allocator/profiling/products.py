@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from allocator.families import Role
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertForm, use_watcher
+from allocator.scoring.model_ends import embedded, head
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import moe_block, token_ids
 from allocator.targets import Group, Layout
@@ -288,8 +290,8 @@ class Calls:
 
 Each = Callable[[list[int], torch.Tensor, torch.Tensor, Any], None]
 """Gets the indices of a batch's documents, their ids `(documents, length)`, the gradients of the
-values that the first layer differentiated got `(documents, length, hidden)`, and what `also`
-returned."""
+values that the first layer differentiated got `(documents, length, hidden)`, of rows of the
+embedding where all layers are, and what `also` returned."""
 Also = Callable[[list[int], torch.Tensor], Any]
 """Gets the indices of a batch's documents, and log-probabilities `(documents, length, vocabulary)`
 that can be differentiated, by parameters too."""
@@ -334,15 +336,17 @@ def run_backward(
     @torch.enable_grad()
     def run(number: int) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
         ids = token_ids(model, [documents[i] for i in chosen[number]])
-        embedded = inner.embed_tokens(ids)
+        lookup = model.get_input_embeddings()
+        rows = functional.embedding(ids, lookup.weight, lookup.padding_idx)
         if also is None:
-            embedded = embedded.detach().clone().requires_grad_(not first_layer)
+            rows = rows.detach().clone().requires_grad_(not first_layer)
         with calls.kept() as kept, labels.turn(number) as draw:
-            hidden = inner(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            log_probs = torch.log_softmax(model.lm_head(hidden), -1)
+            given = embedded(model, rows)
+            hidden = inner(inputs_embeds=given, use_cache=False).last_hidden_state
+            log_probs = torch.log_softmax(head(model, hidden), -1)
             flat = log_probs.flatten(0, 1)
             drawn_labels = draw(flat.detach().exp())
-            leaf = of_thread.entered if first_layer else embedded
+            leaf = of_thread.entered if first_layer else rows
             (gradient,) = torch.autograd.grad(
                 flat.gather(1, drawn_labels).sum(), leaf, retain_graph=also is not None
             )

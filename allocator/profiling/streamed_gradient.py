@@ -122,20 +122,38 @@ class _Pass:
         gradients = []
         for hidden in final:
             leaf = hidden.flatten(0, 1).requires_grad_()
-            with torch.enable_grad():
-                normed = streamed.normed(leaf)
-            x = normed.detach()
-            probabilities = torch.softmax(streamed.head(x, streamed.original), -1)
+            logits, x, products = self._head_of(leaf)
+            probabilities = torch.softmax(logits.detach(), -1)
             labels = drawn(probabilities, generator)
             ones = torch.ones(len(labels), 1, device=labels.device)
             gradient = probabilities.neg_().scatter_add_(1, labels, ones)
-            product.add(x, gradient)
-            (mine,) = torch.autograd.grad(normed, leaf, streamed.through_head(gradient))
+            (gradient,) = torch.autograd.grad(logits, products, gradient)
+            product.add(x.detach(), gradient)
+            (mine,) = torch.autograd.grad(x, leaf, streamed.through_head(gradient))
             gradients.append(mine.view(hidden.shape))
         if group.role is not Role.EMBEDDING:  # a tied one is also looked up
             self.take(group, None, self.curvature)
             self.curvature.drop(group.name)
         return gradients
+
+    def _head_of(self, final: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of the last layer's output `(tokens, hidden)`, the head's inputs, its products.
+
+        Logits have gradients by the products, and inputs by the output.
+        """
+        streamed = self.streamed
+        asked: list[torch.Tensor] = []
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                products = streamed.products(x, streamed.original)
+            asked.extend((x, products.requires_grad_()))
+            return products
+
+        with torch.enable_grad():
+            logits = streamed.around_head(streamed.normed(final), multiply)
+        x, products = asked
+        return logits, x, products
 
     def layer(self, layer: int, before: Batches, gradients: Batches) -> Batches:
         """Returns gradients of a layer's input from those of its output, by batch."""
@@ -237,6 +255,7 @@ class _Pass:
 
     def embedding(self, chosen: Sequence[Sequence[Document]], gradients: Batches) -> None:
         """Takes the embedding, from the gradients of the first layer's input by batch."""
-        for batch, gradient in zip(chosen, gradients, strict=True):
+        of_rows = self.streamed.through_embedding(chosen, gradients)
+        for batch, gradient in zip(chosen, of_rows, strict=True):
             self.curvature.add_lookup(torch.tensor([d.ids for d in batch]), gradient)
         self.take(self.streamed.layout.groups[str(Role.EMBEDDING)], None, self.curvature)

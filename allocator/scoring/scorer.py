@@ -28,6 +28,7 @@ from allocator.scoring.layer_inputs import (
     LayerInputCache,
     LayerInputRecorder,
 )
+from allocator.scoring.model_ends import head
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import SwapModel, token_ids
 
@@ -221,7 +222,7 @@ class Scorer(Documents):
         @torch.inference_mode()  # it is a thread's own
         def work(batch: list[int]) -> list[Row]:
             pairs = zip(batch, states_of(batch), strict=True)
-            return [self._compare(i, model.lm_head(states)) for i, states in pairs]
+            return [self._compare(i, head(model, states)) for i, states in pairs]
 
         rows: list[Row] = []
         with tqdm(
@@ -245,7 +246,7 @@ class Scorer(Documents):
     def candidate_logits(self, index: int) -> npt.NDArray[np.float32]:
         """Returns logits `(tokens, vocabulary)` of what the model holds now, on one document."""
         model = self.swap.model
-        logits: torch.Tensor = model.lm_head(_final_states(model, [self.documents[index]])[0])
+        logits = head(model, _final_states(model, [self.documents[index]])[0])
         return logits.cpu().numpy()
 
     @property
@@ -285,7 +286,9 @@ class Scorer(Documents):
         if index in self._log_probs:
             return self._log_probs[index]
         assert self._head is not None
-        log_probs = torch.log_softmax(self._hidden[index] @ self._head.T, -1)
+        original = self._head
+        logits = head(self.swap.model, self._hidden[index], lambda states: states @ original.T)
+        log_probs = torch.log_softmax(logits, -1)
         if log_probs.nbytes <= self._cache_bytes:
             self._cache_bytes -= log_probs.nbytes
             self._log_probs[index] = log_probs

@@ -28,6 +28,13 @@ from allocator.scoring.experts import ExpertCode, ExpertForm, Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
 from allocator.scoring.layer_inputs import LayerDecisions
+from allocator.scoring.model_ends import (
+    Multiply,
+    entered,
+    has_plain_embedding,
+    has_plain_head,
+    head,
+)
 from allocator.scoring.split_layers import Routed, SplitLayers
 from allocator.scoring.swap_model import (
     check_names,
@@ -103,6 +110,9 @@ class StreamedModel:
         attach(self.model, lambda: self._kept_as)
         experts = {layer: moe_block(self.model, layer).experts for layer in layout.layers}
         self._split = SplitLayers(self.model, experts)
+        some = torch.linspace(-1, 1, self.inventory.dimensions.hidden)[None].to(device)
+        self._plain_head = has_plain_head(self.model, some)
+        self._plain_embedding = has_plain_embedding(self.model, some)
         self._groups: dict[int | None, list[Group]] = {}
         for group in layout.groups.values():
             self._groups.setdefault(group.layer, []).append(group)
@@ -134,7 +144,36 @@ class StreamedModel:
     def embed(
         self, chosen: Sequence[Sequence[Document]], candidate: Candidate
     ) -> list[torch.Tensor]:
-        """Returns embeddings by batch of documents of one length, `(documents, length, hidden)`."""
+        """Returns what enters the first layer, by batch of documents of one length.
+
+        Each is `(documents, length, hidden)`.
+        """
+        looked_up = self.look_up(chosen, candidate)
+        return [entered(self.model, rows) for rows in looked_up]
+
+    def through_embedding(
+        self, chosen: Sequence[Sequence[Document]], gradients: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Returns gradients of the original's embedding rows, `(documents, length, hidden)` each.
+
+        Args:
+            chosen: documents by batch.
+            gradients: of what enters the first layer, in the same shapes.
+        """
+        if self._plain_embedding:
+            return list(gradients)
+        of_rows: list[torch.Tensor] = []
+        looked_up = self.look_up(chosen, self.original)
+        for rows, gradient in zip(looked_up, gradients, strict=True):
+            with torch.enable_grad():
+                first = entered(self.model, rows.requires_grad_())
+            of_rows += torch.autograd.grad(first, rows, gradient)
+        return of_rows
+
+    def look_up(
+        self, chosen: Sequence[Sequence[Document]], candidate: Candidate
+    ) -> list[torch.Tensor]:
+        """Returns rows of the embedding by batch of documents, `(documents, length, hidden)`."""
         ids = [torch.tensor([d.ids for d in batch]) for batch in chosen]
         group = self.layout.groups[str(Role.EMBEDDING)]
         embeddings = [torch.empty(*batch.shape, group.shape[-1]) for batch in ids]
@@ -182,17 +221,32 @@ class StreamedModel:
         return [by_place[i] for i in range(len(asked))]
 
     def head(self, normed: torch.Tensor, candidate: Candidate) -> torch.Tensor:
-        """Returns logits `(tokens, vocabulary)` of what the head multiplies, `(tokens, hidden)`."""
-        logits = torch.empty(len(normed), self.output.shape[0], device=self.device)
+        """Returns logits `(tokens, vocabulary)` of what the last norm gives, `(tokens, hidden)`."""
+        return self.around_head(normed, lambda x: self.products(x, candidate))
+
+    def around_head(self, normed: torch.Tensor, multiply: Multiply) -> torch.Tensor:
+        """Returns logits `(tokens, vocabulary)`, with gradients where these are on.
+
+        Args:
+            normed: what the last norm gives, `(tokens, hidden)`.
+            multiply: what multiplies by the head.
+        """
+        if self._plain_head:  # without copies
+            return multiply(normed)
+        return head(self.model, normed, multiply)
+
+    def products(self, x: torch.Tensor, candidate: Candidate) -> torch.Tensor:
+        """Returns products `(tokens, vocabulary)` of the head with what it gets."""
+        products = torch.empty(len(x), self.output.shape[0], device=self.device)
         for start, rows in self._chunks(self.output, candidate):
-            torch.mm(normed, rows.to(self.device).T, out=logits[:, start : start + len(rows)])
-        return logits
+            torch.mm(x, rows.to(self.device).T, out=products[:, start : start + len(rows)])
+        return products
 
     def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns the gradient `(tokens, hidden)` of what the original's head multiplies.
 
         Args:
-            gradient: of the logits, `(tokens, vocabulary)`.
+            gradient: of its products, `(tokens, vocabulary)`.
         """
         product = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
         for start, rows in self._chunks(self.output, self.original):

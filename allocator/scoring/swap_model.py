@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from allocator.scoring.candidates import Candidate, CandidateWeights, retained_r
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
+from allocator.scoring.model_ends import check_head
 from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
@@ -97,9 +99,9 @@ def check_device(name: str) -> None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Returns where a model computes: its buffers are never on the meta device."""
-    device: torch.device = next(model.buffers()).device
-    return device
+    """Returns where a model computes; buffers are never on the meta device, but some have none."""
+    tensors = chain(model.buffers(), model.parameters())
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
 
 
 def token_ids(model: Any, documents: Sequence[Document]) -> torch.Tensor:
@@ -455,6 +457,7 @@ class SwapModel:
             k.source: read_tensor(self.inventory, k.source) for k in layout.full_precision
         }
         self.reset()
+        check_head(self.model, torch.tensor([[0, 1]]).to(device_of(self.model)))
 
     @property
     def candidate(self) -> Candidate:

@@ -29,7 +29,12 @@ TINY = {
         "linear_value_head_dim": 8,
     },
     "gpt_oss": {"layer_types": _SLIDING, "num_local_experts": 8},
-    "afmoe": {"layer_types": _SLIDING, "num_dense_layers": 1, "num_shared_experts": 1},
+    "afmoe": {
+        "layer_types": _SLIDING,
+        "num_dense_layers": 1,
+        "num_shared_experts": 1,
+        "mup_enabled": True,
+    },
     "laguna": {
         "layer_types": _SLIDING,
         "mlp_layer_types": ["dense", "sparse", "sparse"],

@@ -203,8 +203,8 @@ def test_groups_of_gate_and_up_are_views_of_what_is_interleaved_and_transposed(t
 
 
 def test_biases_are_resized_with_their_experts():
-    model = SimpleNamespace(model=torch.nn.Module(), buffers=lambda: iter([torch.zeros(1)]))
-    layer = torch.nn.Module()
+    model, layer = torch.nn.Module(), torch.nn.Module()
+    model.model = torch.nn.Module()
     layer.mlp = torch.nn.Module()
     layer.mlp.gate = torch.nn.Module()
     layer.mlp.experts = torch.nn.Module()

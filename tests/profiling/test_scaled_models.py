@@ -1,23 +1,29 @@
-"""Everything that is streamed, on layers that scale the sum of their experts by its size.
+"""Everything that is streamed, on models that scale more than registered families do.
 
-No registered family does; so transformers' own block is changed for both, the model in memory and
-the streamed one.
+transformers' own code is changed for both, the model in memory and the streamed one: blocks that
+scale the sum of their experts by its size; an embedding that is scaled, and logits that are capped.
 """
 
 import numpy as np
 import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
+    Qwen3MoeSparseMoeBlock,
+)
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
+from allocator.finishing.kl_gradient import KlGradient
 from allocator.profiling.curvature import measure
 from allocator.profiling.second_moments import second_moments, second_moments_streamed
 from allocator.profiling.statistics import collect, collect_streamed
 from allocator.profiling.streamed_gradient import measure_streamed
 from allocator.scoring.candidates import Candidate, Weights
+from allocator.scoring.experts import use_watcher
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.streamed_scorer import StreamedScorer
@@ -29,9 +35,7 @@ torch.set_num_threads(1)
 BLOCKS = {"deepseek": DeepseekV3MoE, "qwen3": Qwen3MoeSparseMoeBlock}
 
 
-@pytest.fixture(params=BLOCKS)
-def layout(request, checkpoints, monkeypatch):
-    block = BLOCKS[request.param]
+def scale_blocks(monkeypatch, block):
     usual = block.forward
 
     def scaled(self, hidden):
@@ -39,7 +43,33 @@ def layout(request, checkpoints, monkeypatch):
         return 1.5 * output * (output.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
     monkeypatch.setattr(block, "forward", scaled)
-    return TARGETS["gguf"].layout(read_inventory(checkpoints[request.param]))
+
+
+def scale_ends(monkeypatch):
+    whole, inner = Qwen3MoeForCausalLM.forward, Qwen3MoeModel.forward
+
+    def capped(self, **given):
+        output = whole(self, **given)
+        output.logits = 2 * torch.tanh(output.logits / 2)
+        return output
+
+    def scaled(self, input_ids=None, inputs_embeds=None, **given):
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        return inner(self, inputs_embeds=3 * inputs_embeds, **given)
+
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "forward", capped)
+    monkeypatch.setattr(Qwen3MoeModel, "forward", scaled)
+
+
+@pytest.fixture(params=[*BLOCKS, "qwen3_ends", "qwen3_tied_ends"])
+def layout(request, checkpoints, monkeypatch):
+    name = request.param.removesuffix("_ends")
+    if name == request.param:
+        scale_blocks(monkeypatch, BLOCKS[name])
+    else:
+        scale_ends(monkeypatch)
+    return TARGETS["gguf"].layout(read_inventory(checkpoints[name]))
 
 
 @pytest.fixture
@@ -124,3 +154,41 @@ def test_second_moments(swap, streamed, documents, tmp_path):
     ):
         values = expected[group.name][list(places)] if places else expected[group.name]
         torch.testing.assert_close(h, values, rtol=1e-4, atol=1e-5)
+
+
+def log_probs(swap, document):
+    """Of what a model holds now, by its own forward."""
+    ids = torch.tensor([document.ids])
+    return torch.log_softmax(swap.model(input_ids=ids, use_cache=False).logits[0], -1)
+
+
+@torch.inference_mode()
+def test_losses_in_memory(swap, documents):
+    original = [log_probs(swap, document) for document in documents]
+    scorer = Scorer(swap, documents)
+    losses = scorer.score(allocation(swap.layout, first=3))
+    for i, (document, p) in enumerate(zip(documents, original, strict=True)):
+        q = log_probs(swap, document)
+        assert losses.kl[i] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+        logits = torch.from_numpy(scorer.candidate_logits(i))
+        torch.testing.assert_close(torch.log_softmax(logits, -1), q)
+
+
+def test_gradients_in_memory(swap, documents):
+    with torch.inference_mode():
+        original = [log_probs(swap, document) for document in documents[:2]]
+    swap.put_allocation(allocation(swap.layout, first=3))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    parameter = dict(swap.model.named_parameters())[name]
+    gradient_of = KlGradient(swap, documents, [name])
+    loss, gradient = gradient_of.at([0, 1], lambda: parameter.grad.clone())
+    for layer in swap.layout.layers:
+        use_watcher(swap.model, layer, lambda *_: None)
+    parameter.requires_grad_(True)
+    expected, n_tokens = 0.0, sum(len(d.ids) for d in documents[:2])
+    for p, document in zip(original, documents, strict=False):
+        fixed = p.clone()
+        expected += (fixed.exp() * (fixed - log_probs(swap, document))).sum() / n_tokens
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    (by_hand,) = torch.autograd.grad(expected, parameter)
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-3, atol=1e-6)
