@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from allocator.checkpoint.refusals import (
     FETCH_LFS,
@@ -85,6 +87,28 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Where a matrix is in a stored one, `(rows, columns)`, whose bytes begin at the offset.
+
+    Attributes:
+        shape: of the stored one.
+        first: its first row there, or column.
+        step: from one to the next.
+        transposed: its rows are columns there.
+    """
+
+    shape: tuple[int, ...]
+    first: int
+    step: int
+    transposed: bool
+
+    def of(self, whole: npt.NDArray[np.generic], n: int) -> npt.NDArray[np.generic]:
+        """Returns the matrix, `(n, in_features)`, of a stored one, `shape`."""
+        rows = whole.T if self.transposed else whole
+        return np.ascontiguousarray(rows[self.first :: self.step][:n])
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo(Stored):
     """One tensor of a checkpoint.
 
@@ -95,12 +119,14 @@ class TensorInfo(Stored):
         scale: of an FP8 matrix, one F32, F16 or BF16 factor per block, `(ceil(out / rows),
             ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; None for
             every other dtype.
+        part: of a stored matrix, where it is no run of bytes; `nbytes` are its own.
     """
 
     role: Role
     layer: int | None
     expert: int | None
     scale: Stored | None = None
+    part: Part | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -252,13 +278,34 @@ class Inventory:
     def compute_digest(self, info: TensorInfo) -> str:
         """Reads a tensor, and its scale, for the digest that `tensor_digest` remembers."""
         digest = hashlib.sha256(f"{info.dtype} {info.shape}\n".encode())
-        for chunk in self._chunks(info):
-            digest.update(chunk)
+        if info.part is not None:
+            digest.update(self.read_raw(info).data)
+        else:
+            for chunk in self._chunks(info):
+                digest.update(chunk)
         if info.scale is not None:
             digest.update(f"{info.scale.dtype} {info.scale.shape} {self.scale_block}\n".encode())
             for chunk in self._chunks(info.scale):
                 digest.update(chunk)
         return digest.hexdigest()
+
+    def read_raw(self, info: Stored) -> npt.NDArray[np.uint8]:
+        """Reads the bytes of one tensor in the order of its rows, `(nbytes,)`.
+
+        Raises:
+            CheckpointError: if the file ends before it, or changed since its header was read.
+        """
+        part = info.part if isinstance(info, TensorInfo) else None
+        width = DTYPE_BYTES[info.dtype]
+        nbytes = info.nbytes if part is None else prod(part.shape) * width
+        with self.reading(info.file) as file:
+            data = np.fromfile(file, np.uint8, count=nbytes, offset=info.offset)
+        if data.size != nbytes:
+            raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
+        if part is None:
+            return data
+        whole = data.view(f"V{width}").reshape(part.shape)
+        return part.of(whole, info.shape[0]).reshape(-1).view(np.uint8)
 
     def _chunks(self, stored: Stored) -> Iterator[bytes]:
         with self.reading(stored.file) as file:
@@ -480,7 +527,7 @@ def _tensors(
         if _is_scale(path, name, stored):
             continue
         if stacked := family.match_stack(name):
-            yield from _experts_of(path, family, place, *stacked)
+            yield from _experts_of(path, config, family, place, *stacked)
             continue
         match = family.match(name)
         layer = match[1] if match else family.foreign_layer(name)
@@ -505,25 +552,37 @@ def _tensors(
 
 
 def _experts_of(
-    path: Path, family: Family, place: Stored, stack: Stack, layer: int
+    path: Path, config: Config, family: Family, place: Stored, stack: Stack, layer: int
 ) -> Iterator[tuple[TensorInfo, str]]:
     """Yields the matrices of experts that lie in one tensor, under the names of single ones."""
     n_parts = len(stack.roles)
-    if len(place.shape) != 3 or place.shape[1] % n_parts or place.dtype == FP8:
+    wanted = {rule.role: shape for rule, shape in family.shapes(config, layer).items()}
+    rows, columns = wanted[stack.roles[0]]
+    plain, turned = (rows * n_parts, columns), (columns, rows * n_parts)
+    if place.shape[1:] not in (plain, turned) or place.dtype == FP8:
         raise CheckpointError(
             f"{path}: {place.name} of {place.dtype} has shape {place.shape}, needed experts x "
-            f"rows x columns, {n_parts} matrices of equal rows per expert, in floats"
+            f"{plain[0]} x {plain[1]}, or x {turned[0]} x {turned[1]}, in floats"
         )
-    n_experts, rows, columns = place.shape
+    transposed = stack.transposed if plain == turned else place.shape[1:] == turned
+    n_experts = place.shape[0]
     nbytes = place.nbytes // n_experts // n_parts
     for expert in range(n_experts):
         for number, role in enumerate(stack.roles):
             rule = family.rule_of(role)
             name = rule.pattern.format(layer=layer, expert=expert)
-            offset = place.offset + (expert * n_parts + number) * nbytes
-            shape = (rows // n_parts, columns)
+            offset, part = place.offset + expert * n_parts * nbytes, None
+            if stack.alternating:
+                part = Part(place.shape[1:], number, n_parts, transposed)
+            elif transposed:
+                part = Part(place.shape[1:], number * rows, 1, transposed)
+            else:
+                offset += number * nbytes
             at = (place.file, offset, nbytes)
-            yield TensorInfo(name, shape, place.dtype, *at, role, layer, expert), rule.part
+            yield (
+                TensorInfo(name, (rows, columns), place.dtype, *at, role, layer, expert, part=part),
+                rule.part,
+            )
 
 
 def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:

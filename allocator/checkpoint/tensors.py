@@ -42,11 +42,7 @@ def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
     Raises:
         CheckpointError: if the file ends before it, or changed since its header was read.
     """
-    with inventory.reading(info.file) as file:
-        data = np.fromfile(file, np.uint8, count=info.nbytes, offset=info.offset)
-    if data.size != info.nbytes:
-        raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
-    return data
+    return inventory.read_raw(info)
 
 
 def read_tensor(inventory: Inventory, name: str) -> Floats:
@@ -63,7 +59,8 @@ def read_tensor(inventory: Inventory, name: str) -> Floats:
 def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
     """Reads rows `start` to `stop` of a matrix as float32, exactly.
 
-    No other rows of the file are read; of FP8, whole blocks are read.
+    No other rows of the file are read; of FP8, whole blocks are read, and of a part of a stored
+    matrix all of that.
 
     Returns:
         `(rows, in_features)`, with `stop - start` rows.
@@ -72,6 +69,8 @@ def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
         CheckpointError: as `read_tensor`.
     """
     info = inventory.tensors[name]
+    if info.part is not None:
+        return _read(inventory, info)[start:stop]
     if info.scale is None:
         return _read(inventory, _rows_of(info, start, stop))
     block = inventory.scale_block[0]

@@ -91,15 +91,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Stack:
-    """The experts of a layer in one tensor, `(experts, sum of rows, in_features)`.
+    """The experts of a layer in one tensor.
+
+    It is `(experts, sum of rows, in_features)`, or transposed, `(experts, in_features, sum of
+    rows)`, which its shape tells.
 
     Attributes:
         pattern: its name with `{layer}`.
-        roles: what its rows are, one after the other: `(gate, up)`, or `(down,)`.
+        roles: what its rows are: `(gate, up)`, or `(down,)`.
+        transposed: what it is where its shape does not tell.
+        alternating: rows of the roles take turns; else they come one role after the other.
     """
 
     pattern: str
     roles: tuple[Role, ...]
+    transposed: bool = False
+    alternating: bool = False
 
     @cached_property
     def expression(self) -> re.Pattern[str]:

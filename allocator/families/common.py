@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 
 from allocator.errors import CheckpointError
-from allocator.families.base import Parts, Rule
+from allocator.families.base import Parts, Rule, Stack
 from allocator.families.config import Config, count
 from allocator.families.roles import Role
 
@@ -56,6 +56,11 @@ def expert_rules(pattern: str, names: dict[str, str]) -> tuple[Rule, ...]:
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 EXPERTS = expert_rules(L + "mlp.experts.{expert}.{kind}.weight", PROJECTIONS)
+STACKS = (
+    Stack(L + "mlp.experts.gate_up_proj", (Role.EXPERT_GATE, Role.EXPERT_UP)),
+    Stack(L + "mlp.experts.down_proj", (Role.EXPERT_DOWN,)),
+)
+"""As transformers has them in a model, and some uploads on disk."""
 MLP = (
     Rule(L + "mlp.gate.weight", Role.ROUTER, "experts x hidden", B + "ffn_gate_inp.weight"),
     Rule(L + "mlp.gate_proj.weight", Role.MLP_GATE, "dense_width x hidden", B + "ffn_gate.weight"),

@@ -13,6 +13,7 @@ from allocator.families.common import (
     DENSE,
     NEVER_NULL,
     SELECTION_BIAS,
+    STACKS,
     WITH_SHARED,
     B,
     L,
@@ -139,6 +140,7 @@ DEEPSEEK_V3 = Family(
     layer_parts=_layer_parts,
     layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, BIASED_ROUTED, WITH_SHARED)),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "deepseek2",
         _hyperparameters,

@@ -16,6 +16,7 @@ from allocator.families.common import (
     NEVER_NULL,
     NORMED_ATTENTION,
     SELECTION_BIAS,
+    STACKS,
     WITH_SHARED,
     dense_then_routed,
     layers,
@@ -71,6 +72,7 @@ DOTS1 = Family(
     layer_parts=_layer_parts,
     layers=layers((NORMED_ATTENTION,), (DENSE, BIASED_ROUTED, WITH_SHARED)),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "dots1",
         _hyperparameters,

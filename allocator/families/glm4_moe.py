@@ -19,6 +19,7 @@ from allocator.families.common import (
     NEVER_NULL,
     QKV_BIASES,
     SELECTION_BIAS,
+    STACKS,
     WITH_SHARED,
     B,
     L,
@@ -87,6 +88,7 @@ GLM4_MOE = Family(
         (DENSE, BIASED_ROUTED, WITH_SHARED),
     ),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "glm4moe",
         _hyperparameters,

@@ -16,6 +16,7 @@ from allocator.families.common import (
     NEVER_NULL,
     NORMED_ATTENTION,
     ROUTED,
+    STACKS,
     WIDE_NORMS,
     B,
     L,
@@ -61,6 +62,7 @@ MINIMAX_M2 = Family(
     layer_parts=_layer_parts,
     layers=(_LAYER,),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "minimax-m2",
         _hyperparameters,

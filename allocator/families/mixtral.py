@@ -14,6 +14,7 @@ from allocator.families.common import (
     MLP,
     NEVER_NULL,
     ROUTED,
+    STACKS,
     also_named,
     layer,
 )
@@ -43,6 +44,7 @@ MIXTRAL = Family(
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,
     layers=(_LAYER,),
+    stacks=STACKS,
     gguf=Gguf(
         "llama",
         grouped_pairs,

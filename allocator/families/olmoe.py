@@ -16,6 +16,7 @@ from allocator.families.common import (
     NEVER_NULL,
     NORMED_ATTENTION,
     ROUTED,
+    STACKS,
     WIDE_NORMS,
     layer,
 )
@@ -65,6 +66,7 @@ OLMOE = Family(
     layer_parts=_layer_parts,
     layers=(_LAYER,),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "olmoe",
         _hyperparameters,

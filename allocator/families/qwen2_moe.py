@@ -17,6 +17,7 @@ from allocator.families.common import (
     QKV_BIASES,
     ROUTED,
     SHARED,
+    STACKS,
     B,
     L,
     is_sparse,
@@ -69,6 +70,7 @@ QWEN2_MOE = Family(
     layer_parts=_layer_parts,
     layers=layers((GROUPED_ATTENTION, BIASED_ATTENTION), (DENSE, _BLOCK)),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "qwen2moe",
         _hyperparameters,

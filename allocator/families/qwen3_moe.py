@@ -15,6 +15,7 @@ from allocator.families.common import (
     NEVER_NULL,
     NORMED_ATTENTION,
     ROUTED,
+    STACKS,
     is_sparse,
     layer,
     layers,
@@ -61,6 +62,7 @@ QWEN3_MOE = Family(
     layer_parts=_layer_parts,
     layers=layers((NORMED_ATTENTION,), (DENSE, ROUTED)),
     scoring=_scoring,
+    stacks=STACKS,
     gguf=Gguf(
         "qwen3moe",
         _hyperparameters,

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.codecs import Bytes, Floats
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.exact import kl_divergence
@@ -83,6 +84,31 @@ def random_checkpoint(config: Mapping[str, Any], folder: Path, seed: int = 0) ->
     return FamilyCase(folder, loaded.eval(), ids)
 
 
+def stack_experts(case: FamilyCase, folder: Path, *, transposed: bool) -> None:
+    """Writes a checkpoint with the experts of a layer in one tensor, as in transformers' model.
+
+    Args:
+        case: whose model has them.
+        folder: an empty one.
+        transposed: `(experts, in, out)`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    (folder / "config.json").write_bytes((case.path / "config.json").read_bytes())
+    family = read_inventory(case.path).family
+    (stored,) = case.path.glob("*.safetensors")
+    tensors = {}
+    for name, tensor in load_file(stored).items():
+        match = family.match(name)
+        if match is None or not match[0].has_expert:
+            tensors[name] = tensor
+    for name, parameter in case.model.named_parameters():
+        if family.match_stack(name):
+            values = parameter.detach().to(torch.bfloat16)
+            tensors[name] = (values.transpose(1, 2) if transposed else values).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def randomize(name: str, tensor: torch.Tensor) -> None:
     """Fills a parameter or buffer of a random model; buffers that a model computes stay."""
     if "correction_bias" in name or "expert_bias" in name:
@@ -126,6 +152,21 @@ class FamilyRuns:
         buffers = sum(b.numel() for n, b in case.model.named_buffers() if "bias" in n)
         stored = sum(int(np.prod(t.shape)) for t in inventory.tensors.values())
         assert stored == searched + buffers
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_stacked_experts_are_the_same(
+        self, case: FamilyCase, tmp_path: Path, transposed: bool
+    ) -> None:
+        """Experts of a layer in one tensor, as it is or transposed, are the experts one by one."""
+        inventory = read_inventory(case.path)
+        stack_experts(case, tmp_path, transposed=transposed)
+        stacked = read_inventory(tmp_path)
+        assert set(stacked.tensors) == set(inventory.tensors)
+        for name, tensor in inventory.tensors.items():
+            assert stacked.tensor_digest(name) == inventory.tensor_digest(name)
+            if tensor.role.is_expert:
+                rows = read_rows(stacked, name, 1, 3)
+                np.testing.assert_array_equal(rows, read_tensor(inventory, name)[1:3])
 
     def test_in_memory_is_transformers(self, case: FamilyCase) -> None:
         """The model with exchangeable parts computes what transformers does."""

@@ -37,14 +37,14 @@ class Runs(FamilyRuns):
 
 class TestQwen3Moe(Runs):
     config = SMALL | {
-        "model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 8,
+        "model_type": "qwen3_moe", "moe_intermediate_size": 96, "num_experts": 8,
         "norm_topk_prob": True,
     }  # fmt: skip
 
 
 class TestDeepseekV3(Runs):
     config = SMALL | LATENT | {
-        "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 2.5, "norm_topk_prob": True,
     }  # fmt: skip
@@ -56,7 +56,7 @@ class TestKimiK2(TestDeepseekV3):
 
 class TestDeepseekV2(Runs):
     config = SMALL | LATENT | {
-        "model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         "topk_method": "greedy", "routed_scaling_factor": 1.5, "norm_topk_prob": False,
     }  # fmt: skip
@@ -64,7 +64,7 @@ class TestDeepseekV2(Runs):
 
 class TestQwen2Moe(Runs):
     config = SMALL | {
-        "model_type": "qwen2_moe", "moe_intermediate_size": 32, "num_experts": 8,
+        "model_type": "qwen2_moe", "moe_intermediate_size": 96, "num_experts": 8,
         "shared_expert_intermediate_size": 96, "norm_topk_prob": False, "qkv_bias": True,
     }  # fmt: skip
 
@@ -81,7 +81,7 @@ class TestMixtral(Runs):
 
 class TestGlm4Moe(Runs):
     config = SMALL | {
-        "model_type": "glm4_moe", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "model_type": "glm4_moe", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 1.5, "norm_topk_prob": True, "attention_bias": True,
         "use_qk_norm": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0,
@@ -90,7 +90,7 @@ class TestGlm4Moe(Runs):
 
 class TestGlm4MoeLite(Runs):
     config = SMALL | LATENT | {
-        "model_type": "glm4_moe_lite", "moe_intermediate_size": 32, "n_routed_experts": 8,
+        "model_type": "glm4_moe_lite", "moe_intermediate_size": 96, "n_routed_experts": 8,
         "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
         "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "num_nextn_predict_layers": 0,
@@ -106,7 +106,7 @@ class TestMinimaxM2(Runs):
 
 class TestDots1(Runs):
     config = SMALL | {
-        "model_type": "dots1", "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "model_type": "dots1", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 2.5, "norm_topk_prob": True, "num_key_value_heads": 4,
         "sliding_window": None,
