@@ -1,0 +1,97 @@
+"""A wrong table of a family fails the cases that we ship, in the case that is meant for it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from allocator.families import Family, Role, family_of, registry
+from allocator.families.gguf import Pair
+from allocator.testing.family_runs import FamilyRuns, random_checkpoint
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "head_dim": 16,
+    "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MIXTRAL = SMALL | {"model_type": "mixtral", "num_local_experts": 8}
+GLM = SMALL | {
+    "model_type": "glm4_moe", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
+    "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 1.5, "norm_topk_prob": True, "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0,
+}  # fmt: skip
+LITE = SMALL | {
+    "model_type": "glm4_moe_lite", "moe_intermediate_size": 96, "n_routed_experts": 8,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "num_nextn_predict_layers": 0, "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def without(family: Family, key: str, value: object = None) -> Family:
+    """The family whose files do not say one thing, or say it wrongly."""
+    gguf = family.for_gguf()
+    hyperparameters = gguf.hyperparameters
+
+    def pairs(facts) -> Iterator[Pair]:
+        for name, own in hyperparameters(facts):
+            if name != key:
+                yield name, own
+            elif value is not None:
+                yield name, value
+
+    return replace(family, gguf=replace(gguf, hyperparameters=pairs))
+
+
+def swapped(family: Family) -> Family:
+    """The family that takes gate for up, and up for gate, on disk."""
+    names = {Role.EXPERT_GATE: ".w3.", Role.EXPERT_UP: ".w1."}
+
+    def rule(rule):
+        if rule.role not in names:
+            return rule
+        before = {Role.EXPERT_GATE: ".w1.", Role.EXPERT_UP: ".w3."}[rule.role]
+        (alias,) = rule.aliases
+        return replace(rule, aliases=(alias.replace(before, names[rule.role]),))
+
+    return replace(family, rules=tuple(map(rule, family.rules)))
+
+
+def alternating(family: Family) -> Family:
+    """The family that takes gate and up for rows in turns."""
+    return replace(family, stacks=tuple(replace(s, alternating=True) for s in family.stacks))
+
+
+RUNS = FamilyRuns()
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "case_of"),
+    [
+        (GLM, lambda f: without(f, "expert_weights_norm", value=False), "llama_cpp"),
+        (GLM, lambda f: without(f, "expert_weights_scale"), "llama_cpp"),
+        (GLM, lambda f: without(f, "rope.dimension_count"), "llama_cpp"),
+        (LITE, lambda f: without(f, "expert_gating_func"), "llama_cpp"),
+        (MIXTRAL, lambda f: replace(f, gguf=replace(f.gguf, row_orders={})), "llama_cpp"),
+        (MIXTRAL, swapped, "in_memory"),
+        (MIXTRAL, alternating, "stacked"),
+    ],
+    ids=["normalization", "scale", "rotation", "gating", "row order", "gate and up", "alternating"],
+)
+def test_a_wrong_table_fails(config, wrong, case_of, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    case = random_checkpoint(config, tmp_path / "model")
+    run = {
+        "llama_cpp": lambda: RUNS.test_llama_cpp_computes_the_same(case, tmp_path, pruned=False),
+        "in_memory": lambda: RUNS.test_in_memory_is_transformers(case),
+        "stacked": lambda: RUNS.test_stacked_experts_are_the_same(case, tmp_path, transposed=False),
+    }[case_of]
+    run()
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    right = family_of(config)
+    monkeypatch.setitem(registry._FAMILIES, right.model_type, wrong(right))
+    with pytest.raises(AssertionError):
+        run()
