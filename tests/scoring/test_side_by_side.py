@@ -19,8 +19,16 @@ from allocator.scoring.side_by_side import affordable_threads, side_by_side
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF
 
-torch.set_num_threads(1)
 LENGTHS = (17, 17, 9, 21, 21, 21, 12, 12, 17, 17)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations have one thread, as those of passes side by side, whatever tests ran before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["deepseek", "qwen3"])
