@@ -51,6 +51,7 @@ class TestDeepseekV3(Runs):
 
 
 class TestKimiK2(TestDeepseekV3):
+    pytestmark = pytest.mark.slow  # computed as DeepSeek-V3
     renamed = "kimi_k2"
 
 
