@@ -6,7 +6,7 @@ Sources: transformers' `modeling_deepseek_v2`; llama.cpp's loader and graph of `
 from collections.abc import Iterator
 from dataclasses import replace
 
-from allocator.errors import TargetError
+from allocator.errors import CheckpointError, TargetError
 from allocator.families.base import Parts
 from allocator.families.common import DENSE, ROUTED, SHARED, layer, layers
 from allocator.families.config import Config, count
@@ -23,6 +23,8 @@ from allocator.families.sizes import Scoring
 
 _BLOCK = (*ROUTED, *(f"mlp.shared_experts.{name}" for name in SHARED))
 
+_METHODS = ("greedy", "group_limited_greedy")  # that transformers computes
+
 
 def _layer_parts(config: Config, number: int) -> Parts:
     attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
@@ -30,11 +32,15 @@ def _layer_parts(config: Config, number: int) -> Parts:
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
+    if config.get("topk_method", _METHODS[0]) not in _METHODS:
+        raise CheckpointError(
+            f"config.json: topk_method is {config['topk_method']!r}, needed {' or '.join(_METHODS)}"
+        )
     return Scoring.SOFTMAX, False
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
-    if facts.router.groups > 1 and facts.config.get("topk_method") == "group_limited_greedy":
+    if facts.router.groups > 1 and facts.config.get("topk_method") == _METHODS[1]:
         raise TargetError(
             "gguf: transformers ranks router groups (n_group) of deepseek_v2 by their best expert, "
             "llama.cpp by their two best; use target safetensors"

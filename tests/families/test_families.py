@@ -81,3 +81,13 @@ def test_gguf_name_of_a_role():
     assert DEEPSEEK_V3.gguf_name(Role.EXPERT_DOWN, 3) == "blk.3.ffn_down_exps.weight"
     assert DEEPSEEK_V3.gguf_name(Role.K_B, 0) == "blk.0.attn_k_b.weight"
     assert QWEN3_MOE.gguf_name(Role.EMBEDDING, None) == "token_embd.weight"
+
+
+@pytest.mark.parametrize("method", ["noaux_tc", None])
+def test_a_choice_of_experts_that_transformers_does_not_know_is_refused(method):
+    config = {
+        "model_type": "deepseek_v2", "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "topk_method": method,
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"topk_method is .*, needed greedy or group_limited"):
+        family_of(config).router(config)
