@@ -526,7 +526,7 @@ def _tensors(
         _check_stored(path, place, stored, config, family)
         if _is_scale(path, name, stored):
             continue
-        if stacked := family.match_stack(name):
+        if (stacked := family.match_stack(name)) and stacked[1] < n_layers:
             yield from _experts_of(path, config, family, place, *stacked)
             continue
         match = family.match(name)
@@ -556,8 +556,7 @@ def _experts_of(
 ) -> Iterator[tuple[TensorInfo, str]]:
     """Yields the matrices of experts that lie in one tensor, under the names of single ones."""
     n_parts = len(stack.roles)
-    wanted = {rule.role: shape for rule, shape in family.shapes(config, layer).items()}
-    rows, columns = wanted[stack.roles[0]]
+    rows, columns = family.shape(config, family.rule_of(stack.roles[0]))
     plain, turned = (rows * n_parts, columns), (columns, rows * n_parts)
     if place.shape[1:] not in (plain, turned) or place.dtype == FP8:
         raise CheckpointError(

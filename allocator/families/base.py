@@ -504,6 +504,15 @@ class Family:
             rules = [r for r in self.rules if r.has_layer and r.part in parts]
         return {rule: self._shape(config, dimensions, rule.shape) for rule in rules}
 
+    def shape(self, config: Config, rule: Rule) -> tuple[int, ...]:
+        """Returns the shape that a config gives a tensor, whichever layers have it.
+
+        Raises:
+            CheckpointError: if it lacks or contradicts what shapes are made of.
+        """
+        config = self.text_config(config)
+        return self._shape(config, self.dimensions(config), rule.shape)
+
     def nextn_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Returns the tensors that a layer of multi-token prediction has beside those of others.
 

@@ -13,6 +13,7 @@ from allocator.errors import CheckpointError
 from allocator.families.base import Parts, Rule, Stack
 from allocator.families.config import Config, count
 from allocator.families.roles import Role
+from allocator.families.sizes import Scoring
 
 L = "model.layers.{layer}."
 B = "blk.{layer}."
@@ -170,6 +171,11 @@ def is_sparse(config: Config, number: int) -> bool:
     if not isinstance(dense, list):
         raise CheckpointError(f"config.json: mlp_only_layers is {dense!r}, needed a list")
     return number not in dense and (number + 1) % every == 0
+
+
+def softmax_router(config: Config) -> tuple[str, bool]:
+    """Returns how a router scores by softmax that normalizes gates if `config` says so."""
+    return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
 
 
 NEVER_NULL = frozenset({

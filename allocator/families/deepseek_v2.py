@@ -14,10 +14,10 @@ from allocator.families.deepseek_v3 import (
     DEEPSEEK_V3,
     WITH_RANK,
     WITHOUT_RANK,
-    check,
+    latent_attention,
     latent_pairs,
 )
-from allocator.families.gguf import SOFTMAX, Fixed, Gguf, ModelFacts, Pair
+from allocator.families.gguf import SOFTMAX, ModelFacts, Pair
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
@@ -27,8 +27,8 @@ _METHODS = ("greedy", "group_limited_greedy")  # that transformers computes
 
 
 def _layer_parts(config: Config, number: int) -> Parts:
-    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
-    return layer(attention, DENSE if number < count(config, "first_k_dense_replace", 0) else _BLOCK)
+    is_dense = number < count(config, "first_k_dense_replace", 0)
+    return layer(latent_attention(config), DENSE if is_dense else _BLOCK)
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
@@ -49,7 +49,6 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_gating_func", SOFTMAX
 
 
-_V3 = DEEPSEEK_V3.for_gguf()
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     model_type="deepseek_v2",
@@ -58,15 +57,7 @@ DEEPSEEK_V2 = replace(
     layer_parts=_layer_parts,
     layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BLOCK)),
     scoring=_scoring,
-    gguf=Gguf(
-        "deepseek2",
-        _hyperparameters,
-        None,
-        fixed=(Fixed("hidden_act", "silu", "silu"),),
-        check=check,
-        halves=_V3.halves,
-        divides_mscale=True,
-    ),
+    gguf=replace(DEEPSEEK_V3.for_gguf(), hyperparameters=_hyperparameters, graph=None),
     router_groups=(1, 1),
     selection_bias=False,
     bias_keys=("attention_bias", "mlp_bias"),

@@ -64,9 +64,13 @@ _RULES = (
 )
 
 
+def latent_attention(config: Config) -> tuple[str, ...]:
+    """Returns the tensors of a layer's latent attention."""
+    return WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
+
+
 def _layer_parts(config: Config, layer: int) -> Parts:
-    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
-    return dense_then_routed(attention, config, layer)
+    return dense_then_routed(latent_attention(config), config, layer)
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
@@ -106,12 +110,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
         yield "expert_group_used_count", router.groups_used
 
 
-def check(facts: ModelFacts) -> None:
-    """Refuses what llama.cpp does not load, or computes otherwise, of deepseek2.
-
-    Raises:
-        TargetError: if so.
-    """
+def _check(facts: ModelFacts) -> None:
     latent, n_layers, tokens = facts.dimensions.latent, facts.dimensions.n_layers, facts.vocabulary
     assert latent is not None
     if latent.q_rank is None and _WITHOUT_Q_RANK.get(n_layers, 0) not in (None, tokens):
@@ -146,7 +145,7 @@ DEEPSEEK_V3 = Family(
         _hyperparameters,
         ComputeGraph.LATENT,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
-        check=check,
+        check=_check,
         halves=(
             Half(Role.KV_B, Role.K_B, B + "attn_k_b.weight"),
             Half(Role.KV_B, Role.V_B, B + "attn_v_b.weight"),

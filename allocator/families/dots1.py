@@ -29,6 +29,7 @@ from allocator.families.gguf import (
     Gguf,
     ModelFacts,
     Pair,
+    check_equal_heads,
     grouped_pairs,
     scaled_router_pairs,
 )
@@ -51,13 +52,8 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 
 def _check(facts: ModelFacts) -> None:
-    dimensions, config = facts.dimensions, facts.config
-    if dimensions.kv_heads != dimensions.heads:
-        raise TargetError(
-            f"gguf: llama.cpp loads dots1 with as many heads of keys as of queries, got "
-            f"{dimensions.kv_heads} and {dimensions.heads}; use target safetensors"
-        )
-    if "sliding_attention" in (config.get("layer_types") or ()):
+    check_equal_heads(facts, "dots1")
+    if "sliding_attention" in (facts.config.get("layer_types") or ()):
         raise TargetError(
             "gguf: llama.cpp computes dots1 without a sliding window, layer_types in config.json "
             "have one; use target safetensors"

@@ -234,18 +234,20 @@ SOFTMAX = 1
 """llama.cpp's `LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX`."""
 
 
-def grouped_pairs(facts: ModelFacts, *, rotated: float = 1.0) -> Iterator[Pair]:
+def grouped_pairs(facts: ModelFacts, *, rotated: float | None = None) -> Iterator[Pair]:
     """Yields what a file says of attention whose heads share keys and values, and of rotation.
 
     Args:
         facts: of the checkpoint.
-        rotated: share of a head that is rotated where `config.json` does not say.
+        rotated: share of a head that is rotated where `config.json` does not say; None where the
+            architecture rotates whole heads, whatever `config.json` says.
     """
     head = facts.dimensions.head
-    yield "attention.head_count_kv", facts.dimensions.kv_heads
+    yield "attention.head_count_kv", whole(facts.config, facts.keys.kv_heads)
     yield "attention.key_length", head
     yield "attention.value_length", head
-    yield "rope.dimension_count", rotated_width(facts.config, head, rotated)
+    width = head if rotated is None else rotated_width(facts.config, head, rotated)
+    yield "rope.dimension_count", width
 
 
 def scaled_router_pairs(facts: ModelFacts) -> Iterator[Pair]:
@@ -254,6 +256,33 @@ def scaled_router_pairs(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_shared_count", whole(facts.config, facts.keys.shared_experts)
     yield "expert_weights_scale", number(facts.config, facts.keys.scale)
     yield "expert_weights_norm", facts.router.normalizes
+
+
+def check_all_route(facts: ModelFacts, architecture: str) -> None:
+    """Refuses dense layers, for an architecture that llama.cpp loads without any.
+
+    Raises:
+        TargetError: if a layer does not route.
+    """
+    if leading_dense(facts):
+        raise TargetError(
+            f"gguf: llama.cpp needs experts in every layer of {architecture}, some are dense; "
+            "use target safetensors"
+        )
+
+
+def check_equal_heads(facts: ModelFacts, architecture: str) -> None:
+    """Refuses grouped heads, for an architecture that llama.cpp loads without them.
+
+    Raises:
+        TargetError: if there are fewer heads of keys than of queries.
+    """
+    heads, kv_heads = facts.dimensions.heads, facts.dimensions.kv_heads
+    if kv_heads != heads:
+        raise TargetError(
+            f"gguf: llama.cpp loads {architecture} with as many heads of keys as of queries, got "
+            f"{kv_heads} and {heads}; use target safetensors"
+        )
 
 
 def leading_dense(facts: ModelFacts) -> int:

@@ -3,20 +3,17 @@
 Sources: transformers' `modeling_glm4_moe_lite`; llama.cpp's loader and graph of `deepseek2`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from allocator.families.base import Parts
 from allocator.families.common import dense_then_routed
 from allocator.families.config import Config
-from allocator.families.deepseek_v3 import DEEPSEEK_V3, WITH_RANK, WITHOUT_RANK
+from allocator.families.deepseek_v3 import DEEPSEEK_V3, latent_attention
 
 
 def _layer_parts(config: Config, layer: int) -> Parts:
-    attention = WITHOUT_RANK if config.get("q_lora_rank") is None else WITH_RANK
-    defaults: Mapping[str, Any] = {"first_k_dense_replace": 1}
-    return dense_then_routed(attention, {**defaults, **config}, layer)
+    config = {"first_k_dense_replace": 1, **config}
+    return dense_then_routed(latent_attention(config), config, layer)
 
 
 GLM4_MOE_LITE = replace(

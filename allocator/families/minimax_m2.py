@@ -6,7 +6,7 @@ llama.cpp's loader and graph of `minimax-m2`.
 
 from collections.abc import Iterator
 
-from allocator.families.base import Family, Parts, Rule
+from allocator.families.base import Family, Rule
 from allocator.families.common import (
     BASE,
     EXPERTS,
@@ -35,16 +35,12 @@ _LAYER = layer(NORMED_ATTENTION, (*ROUTED, _BIAS))
 _ROUTER_BIAS = Rule(L + _BIAS, Role.ROUTER_BIAS, "experts", B + "exp_probs_b.bias")
 
 
-def _layer_parts(config: Config, number: int) -> Parts:
-    return _LAYER
-
-
 def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SIGMOID, True
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
-    yield from grouped_pairs(facts)
+    yield from grouped_pairs(facts, rotated=1.0)
     yield "expert_gating_func", SIGMOID
 
 
@@ -59,7 +55,7 @@ MINIMAX_M2 = Family(
         *also_named((MLP[0], _ROUTER_BIAS, *EXPERTS), ON_DISK),
     ),
     keys=Keys(experts=("num_local_experts", "num_experts"), expert_width="intermediate_size"),
-    layer_parts=_layer_parts,
+    layer_parts=lambda config, number: _LAYER,
     layers=(_LAYER,),
     scoring=_scoring,
     stacks=STACKS,

@@ -4,7 +4,7 @@ Sources: transformers' `modeling_mixtral`, and its `conversion_mapping` for name
 llama.cpp's loader and graph of `llama`.
 """
 
-from allocator.families.base import Family, Parts
+from allocator.families.base import Family
 from allocator.families.common import (
     BASE,
     EXPERTS,
@@ -18,7 +18,6 @@ from allocator.families.common import (
     also_named,
     layer,
 )
-from allocator.families.config import Config
 from allocator.families.gguf import ComputeGraph, Fixed, Gguf, grouped_pairs, paired_halves
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
@@ -33,16 +32,12 @@ ON_DISK = {
 _LAYER = layer(GROUPED_ATTENTION, ROUTED)
 
 
-def _layer_parts(config: Config, number: int) -> Parts:
-    return _LAYER
-
-
 MIXTRAL = Family(
     model_type="mixtral",
     models="Mixtral-8x7B, 8x22B",
     rules=(*BASE, *FFN_NORM, *KEYS_VALUES, *also_named((MLP[0], *EXPERTS), ON_DISK)),
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
-    layer_parts=_layer_parts,
+    layer_parts=lambda config, number: _LAYER,
     layers=(_LAYER,),
     stacks=STACKS,
     gguf=Gguf(

@@ -5,8 +5,7 @@ Sources: transformers' `modeling_olmoe`; llama.cpp's loader and graph of `olmoe`
 
 from collections.abc import Iterator
 
-from allocator.errors import TargetError
-from allocator.families.base import Family, Parts
+from allocator.families.base import Family
 from allocator.families.common import (
     BASE,
     EXPERTS,
@@ -19,11 +18,10 @@ from allocator.families.common import (
     STACKS,
     WIDE_NORMS,
     layer,
+    softmax_router,
 )
-from allocator.families.config import Config
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, check_equal_heads
 from allocator.families.keys import Keys
-from allocator.families.sizes import Scoring
 
 _LAYER = layer(NORMED_ATTENTION, ROUTED)
 _RULES = (
@@ -36,26 +34,9 @@ _RULES = (
 )
 
 
-def _layer_parts(config: Config, number: int) -> Parts:
-    return _LAYER
-
-
-def _scoring(config: Config) -> tuple[str, bool]:
-    return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
-
-
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "attention.head_count_kv", facts.dimensions.kv_heads
     yield "rope.dimension_count", facts.dimensions.head
-
-
-def _check(facts: ModelFacts) -> None:
-    dimensions = facts.dimensions
-    if dimensions.kv_heads != dimensions.heads:
-        raise TargetError(
-            f"gguf: llama.cpp loads olmoe with as many heads of keys as of queries, got "
-            f"{dimensions.kv_heads} and {dimensions.heads}; use target safetensors"
-        )
 
 
 OLMOE = Family(
@@ -63,9 +44,9 @@ OLMOE = Family(
     models="OLMoE-1B-7B",
     rules=_RULES,
     keys=Keys(experts=("num_experts",), expert_width="intermediate_size"),
-    layer_parts=_layer_parts,
+    layer_parts=lambda config, number: _LAYER,
     layers=(_LAYER,),
-    scoring=_scoring,
+    scoring=softmax_router,
     stacks=STACKS,
     gguf=Gguf(
         "olmoe",
@@ -76,7 +57,7 @@ OLMOE = Family(
             Fixed("norm_topk_prob", False, False),
             Fixed("clip_qkv", None, None),
         ),
-        check=_check,
+        check=lambda facts: check_equal_heads(facts, "olmoe"),
     ),
     never_null=NEVER_NULL - {"moe_intermediate_size"},
     bias_keys=("attention_bias",),

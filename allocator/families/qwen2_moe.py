@@ -5,7 +5,6 @@ Sources: transformers' `modeling_qwen2_moe`; llama.cpp's loader and graph of `qw
 
 from collections.abc import Iterator
 
-from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
 from allocator.families.common import (
     BIASED_ATTENTION,
@@ -24,12 +23,12 @@ from allocator.families.common import (
     layer,
     layers,
     shared_expert,
+    softmax_router,
 )
 from allocator.families.config import Config, whole
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, leading_dense
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, check_all_route
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
-from allocator.families.sizes import Scoring
 
 _BLOCK = (*ROUTED, *(f"mlp.shared_expert.{name}" for name in SHARED), "mlp.shared_expert_gate")
 _RULES = (
@@ -47,16 +46,8 @@ def _layer_parts(config: Config, number: int) -> Parts:
     return layer(attention, _BLOCK if is_sparse(config, number) else DENSE)
 
 
-def _scoring(config: Config) -> tuple[str, bool]:
-    return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
-
-
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
-    if leading_dense(facts):
-        raise TargetError(
-            "gguf: llama.cpp needs experts in every layer of qwen2moe, some are dense; "
-            "use target safetensors"
-        )
+    check_all_route(facts, "qwen2moe")
     yield "attention.head_count_kv", facts.dimensions.kv_heads
     yield "rope.dimension_count", facts.dimensions.head
     yield "expert_shared_feed_forward_length", whole(facts.config, facts.keys.shared_width)
@@ -69,7 +60,7 @@ QWEN2_MOE = Family(
     keys=Keys(experts=("num_experts", "num_local_experts")),
     layer_parts=_layer_parts,
     layers=layers((GROUPED_ATTENTION, BIASED_ATTENTION), (DENSE, _BLOCK)),
-    scoring=_scoring,
+    scoring=softmax_router,
     stacks=STACKS,
     gguf=Gguf(
         "qwen2moe",

@@ -5,7 +5,6 @@ Sources: transformers' `modeling_qwen3_moe`; llama.cpp's loader and graph of `qw
 
 from collections.abc import Iterator
 
-from allocator.errors import TargetError
 from allocator.families.base import Family, Parts
 from allocator.families.common import (
     COMMON,
@@ -19,11 +18,19 @@ from allocator.families.common import (
     is_sparse,
     layer,
     layers,
+    softmax_router,
 )
-from allocator.families.config import Config, whole
-from allocator.families.gguf import ComputeGraph, Fixed, Gguf, ModelFacts, Pair, leading_dense
+from allocator.families.config import Config
+from allocator.families.gguf import (
+    ComputeGraph,
+    Fixed,
+    Gguf,
+    ModelFacts,
+    Pair,
+    check_all_route,
+    grouped_pairs,
+)
 from allocator.families.keys import Keys
-from allocator.families.sizes import Scoring
 
 _KEYS = Keys(experts=("num_experts", "num_local_experts"))
 _RULES = (
@@ -37,21 +44,9 @@ def _layer_parts(config: Config, number: int) -> Parts:
     return layer(NORMED_ATTENTION, ROUTED if is_sparse(config, number) else DENSE)
 
 
-def _scoring(config: Config) -> tuple[str, bool]:
-    return Scoring.SOFTMAX, bool(config.get("norm_topk_prob", False))
-
-
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
-    if leading_dense(facts):
-        raise TargetError(
-            "gguf: llama.cpp needs experts in every layer of qwen3moe, some are dense; "
-            "use target safetensors"
-        )
-    head = facts.dimensions.head
-    yield "attention.head_count_kv", whole(facts.config, facts.keys.kv_heads)
-    yield "attention.key_length", head
-    yield "attention.value_length", head
-    yield "rope.dimension_count", head
+    check_all_route(facts, "qwen3moe")
+    yield from grouped_pairs(facts)
 
 
 QWEN3_MOE = Family(
@@ -61,7 +56,7 @@ QWEN3_MOE = Family(
     keys=_KEYS,
     layer_parts=_layer_parts,
     layers=layers((NORMED_ATTENTION,), (DENSE, ROUTED)),
-    scoring=_scoring,
+    scoring=softmax_router,
     stacks=STACKS,
     gguf=Gguf(
         "qwen3moe",

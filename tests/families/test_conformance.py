@@ -1,5 +1,9 @@
 """Every family of ours passes the cases that we ship for families."""
 
+import pytest
+
+from allocator.checkpoint.outline import planned_inventory
+from allocator.errors import CheckpointError
 from allocator.families import Role, planned_family_of
 from allocator.testing.families import FamilyConformance
 
@@ -121,3 +125,23 @@ class TestGptOss(FamilyConformance):
     }  # fmt: skip
     family = planned_family_of(config)
     saved_as_read = False
+
+
+def described(config):
+    """What a GGUF file says of a config, by key."""
+    inventory = planned_inventory(config)
+    part = inventory.family.for_gguf()
+    return dict(part.pairs(inventory.facts, n_experts=8, experts_used=2))
+
+
+@pytest.mark.parametrize("case", [TestDots1, TestQwen3Moe])
+def test_whole_heads_are_rotated_where_transformers_rotates_them_whatever_the_config_says(case):
+    own = case.config | {"partial_rotary_factor": 0.5}
+    assert described(own) == described(case.config)
+
+
+@pytest.mark.parametrize("case", [TestMixtral, TestGlm4Moe, TestMinimaxM2, TestDots1])
+def test_heads_of_keys_are_never_guessed(case):
+    config = {k: v for k, v in case.config.items() if k != "num_key_value_heads"}
+    with pytest.raises(CheckpointError, match="num_key_value_heads is None, needed a number"):
+        described(config)
