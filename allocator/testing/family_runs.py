@@ -10,6 +10,7 @@ saves and loads, and with stock llama.cpp, never with itself.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from allocator.decision.allocation import Allocation
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.files import write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
+from allocator.export.gguf.runtime import GGUF_RUNTIME
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed_model import States, StreamedModel
@@ -221,8 +223,12 @@ class FamilyRuns:
         )
         path = tmp_path / "model.gguf"
         with removed(case.model, layout, retained):
-            write_gguf(path, layout, allocation, _OfModel(case.model, layout))
+            source = _OfModel(case.model, layout)
+            write_gguf(path, layout, allocation, source)
             wanted = case.logits
+            read = GGUF_RUNTIME.read(path, layout)
+            for name in layout.groups:
+                np.testing.assert_array_equal(read[name].data, source.encoded(name))
         assert path.stat().st_size == allocation.nbytes(layout).file
         with LlamaCpp(path, context=64, threads=1) as runtime:
             losses = [
@@ -245,45 +251,37 @@ class FamilyRuns:
                 yield model.logits(hidden[0], candidate)
 
 
-class removed:
+@contextmanager
+def removed(model: Any, layout: Layout, retained: tuple[int, ...]) -> Iterator[None]:
     """Removes experts from a model of transformers by hand, as if it had been trained without them.
 
     Args:
-        model: of transformers.
+        model: of transformers; it is as before after the block.
         layout: says which layers route.
         retained: experts that stay, in every one of them.
     """
-
-    def __init__(self, model: Any, layout: Layout, retained: tuple[int, ...]) -> None:
-        self._model, self._layout, self._index = model, layout, torch.tensor(retained)
-        self._before: list[tuple[Any, str, torch.Tensor]] = []
-
-    def __enter__(self) -> None:
-        n = self._layout.inventory.n_experts
-        for layer in self._layout.layers:
-            for module in self._model.model.layers[layer].modules():
-                self._shrink(module, n)
-
-    def _shrink(self, module: Any, n: int) -> None:
-        of_experts = getattr(module, "num_experts", None) == n
-        if of_experts:
-            module.num_experts = len(self._index)
+    n, index = layout.inventory.n_experts, torch.tensor(retained)
+    modules = [m for layer in layout.layers for m in model.model.layers[layer].modules()]
+    of_experts = [m for m in modules if getattr(m, "num_experts", None) == n]
+    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for module in modules:
         for values in (module._parameters, module._buffers):
             for name, tensor in values.items():
-                if of_experts or "correction_bias" in name:
-                    self._before.append((module, name, tensor))
-                    kept = tensor.data[self._index]
+                if module in of_experts or "correction_bias" in name:
+                    before.append((values, name, tensor))
+                    kept = tensor.data[index]
                     values[name] = (
                         torch.nn.Parameter(kept) if values is module._parameters else kept
                     )
-
-    def __exit__(self, *_: object) -> None:
-        n = self._layout.inventory.n_experts
-        for module, name, tensor in self._before:
-            if hasattr(module, "num_experts"):
-                module.num_experts = n
-            values = module._parameters if name in module._parameters else module._buffers
+    for module in of_experts:
+        module.num_experts = len(index)
+    try:
+        yield
+    finally:
+        for values, name, tensor in before:
             values[name] = tensor
+        for module in of_experts:
+            module.num_experts = n
 
 
 class _OfModel:

@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from measure import opened
 
 from allocator.app.record_weights import record_of, source_of
-from allocator.app.study_folder import StudyFolder
 from allocator.decision.baselines import baselines
 from allocator.decision.front import Point, baseline_loss, lower_hull
 from allocator.errors import BudgetError
-from allocator.scoring.documents import interleaved
 
-N_DOCUMENTS, N_SCREENED = 48, 8
+N_SCREENED = 8
 NEAR = 1.05
 
 
@@ -53,7 +52,7 @@ def hull_at(points, nbytes):
         return float("inf")
 
 
-def held_against(own, mixes, nbytes, n=1000):
+def over_hull(own, mixes, nbytes, n=1000):
     """The hull's loss, and the paired bootstrap interval of `own`, `(documents,)`, over it."""
     rng = np.random.default_rng(0)
 
@@ -78,18 +77,11 @@ def main():
     parser.add_argument("--target")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    options = {"cache": args.cache, "threads": args.threads, "target": args.target}
-    study_folder = StudyFolder(args.study, **{k: v for k, v in options.items() if v is not None})
-    layout = study_folder.layout
-    splits = {"report": study_folder.calibration.report[:N_DOCUMENTS]}
-    if args.text is not None:
-        splits["text"] = interleaved(study_folder.calibration.read(args.text))[:N_DOCUMENTS]
-    records = {path: record_of(path) for path in args.records}
-    first = args.records[0]
-    encodings = study_folder.encodings.of(records[first].importance, beside=first)
-    model = study_folder.scorers.model_with(encodings)
-    scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
-
+    study_folder, encodings, scorers = opened(
+        args.study, args.records[0],
+        text=args.text, cache=args.cache, threads=args.threads, target=args.target,
+    )  # fmt: skip
+    layout, records = study_folder.layout, {path: record_of(path) for path in args.records}
     sizes = [r.bytes["encoded"] for r in records.values()]
     near = mixes_near(study_folder, sizes, args.pruned, args.within)
     rough = [
@@ -106,7 +98,7 @@ def main():
             "mix": p.name,
             "bytes": p.nbytes,
             "bits": round(p.nbytes * 8 / study_folder.inventory.n_searched_weights, 3),
-            **{split: kl[p.name][split].mean() for split in splits},
+            **{split: kl[p.name][split].mean() for split in scorers},
         }
         for p in sorted(kept, key=lambda p: -p.nbytes)
     ]
@@ -120,7 +112,7 @@ def main():
             source = source_of(study_folder, one, beside=path, encodings=encodings)
             own = scorer.score(source.candidate).kl
             mixes = [(p, kl[p.name][split]) for p in kept]
-            loss, low, high = held_against(own, mixes, record.bytes["encoded"])
+            loss, low, high = over_hull(own, mixes, record.bytes["encoded"])
             over.append(
                 {
                     "target": layout.target,

@@ -44,6 +44,18 @@ def losses_of(study_folder, scorers, path):
     return record, losses
 
 
+def opened(study, first, *, text, **options):
+    """Opens a study under a record's importance: it, its encodings, and scorers by split."""
+    study_folder = StudyFolder(study, **{k: v for k, v in options.items() if v is not None})
+    splits = {"report": study_folder.calibration.report[:N_DOCUMENTS]}
+    if text is not None:
+        splits["text"] = interleaved(study_folder.calibration.read(text))[:N_DOCUMENTS]
+    encodings = study_folder.encodings.of(record_of(first).importance, beside=first)
+    model = study_folder.scorers.model_with(encodings)
+    scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
+    return study_folder, encodings, scorers
+
+
 def row(record, path, split, part, model, before, after, low, high):
     """A row of the table; `before` and `after` are means."""
     return {
@@ -87,16 +99,10 @@ def main():
     parser.add_argument("--target")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    options = {"cache": args.cache, "threads": args.threads, "target": args.target}
-    study_folder = StudyFolder(args.study, **{k: v for k, v in options.items() if v is not None})
-    splits = {"report": study_folder.calibration.report[:N_DOCUMENTS]}
-    if args.text is not None:
-        splits["text"] = interleaved(study_folder.calibration.read(args.text))[:N_DOCUMENTS]
-    encodings = study_folder.encodings.of(
-        record_of(args.records[0]).importance, beside=args.records[0]
-    )
-    model = study_folder.scorers.model_with(encodings)
-    scorers = {name: study_folder.scorers.on(docs, model=model) for name, docs in splits.items()}
+    study_folder, _, scorers = opened(
+        args.study, args.records[0],
+        text=args.text, cache=args.cache, threads=args.threads, target=args.target,
+    )  # fmt: skip
     mixes = [losses_of(study_folder, scorers, path) for path in args.between or ()]
     rows = []
     for path in args.records:
