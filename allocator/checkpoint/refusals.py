@@ -130,7 +130,7 @@ def unknown_tensor(name: str, family: Family, n_layers: int, n_nextn: int) -> st
     model = family.model_type
     if ".lora_" in name or name.startswith("base_model."):
         return f"{name} is of an adapter (LoRA); merge it into its model first"
-    if re.search(r"\.mlp\.experts\.[a-z_]+$", name):
+    if re.search(r"\.experts\.[a-z_]+$", name):
         return (
             f"{name} stacks the experts of a layer in one tensor; split it: needed "
             "experts.N.gate_proj.weight, up_proj.weight (the halves of gate_up_proj[N]) and "

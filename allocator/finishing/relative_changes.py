@@ -53,9 +53,8 @@ class _Tunable(Protocol):
     def n(self) -> int:
         """Changes that the tensor depends on."""
 
-    @property
-    def parameter(self) -> str:
-        """The model's parameter that the tensor is a part of."""
+    def parameter_in(self, model: Any) -> str:
+        """Returns the name of the model's parameter that the tensor is a part of."""
 
     def stored(self, changes: Floats) -> StoredTensor:
         """Returns the tensor under changes, `(n,)`."""
@@ -110,7 +109,6 @@ class _Scales:
         places: of its experts among those that the group's layer retains; None for other groups.
         data: the bytes that came in, `(..., bytes per row)`.
         scales: of these, float32.
-        parameter: of the model.
     """
 
     name: str
@@ -119,12 +117,14 @@ class _Scales:
     places: list[int] | None
     data: Bytes
     scales: Floats
-    parameter: str
     kind: str = SCALES
 
     @property
     def n(self) -> int:
         return self.scales.size
+
+    def parameter_in(self, model: Any) -> str:
+        return parameter_name(self.group, expert_form(model, self.group.layer))
 
     def _encoded(self, changes: Floats, *, without_last: bool = False) -> Bytes:
         scales = self.scales * (1 + changes.reshape(self.scales.shape))
@@ -178,8 +178,7 @@ class _Values:
     def n(self) -> int:
         return self.values.numel()
 
-    @property
-    def parameter(self) -> str:
+    def parameter_in(self, model: Any) -> str:
         return self.name
 
     def stored(self, changes: Floats) -> StoredTensor:
@@ -225,10 +224,9 @@ class RelativeChanges:
         ends = np.cumsum([0, *counts]).tolist()
         self.slices = {k: slice(*ends[i : i + 2]) for i, k in enumerate(KINDS)}
 
-    @property
-    def parameters(self) -> frozenset[str]:
-        """Names of the model's parameters whose gradients are needed."""
-        return frozenset(t.parameter for t in self._tunable)
+    def parameters(self, model: Any) -> frozenset[str]:
+        """Returns the names of a model's parameters whose gradients are needed."""
+        return frozenset(t.parameter_in(model) for t in self._tunable)
 
     def tensors(self, changes: Floats) -> dict[str, StoredTensor]:
         """Returns all tensors of the file under changes, `(n,)`, by the layout's names."""
@@ -273,7 +271,7 @@ def _encoded(source: TensorSource) -> Iterator[_Scales | _Fixed]:
                 continue
             places = [retained.index(e) for e in experts] if group.role.is_expert else None
             floats = scales.astype(np.float32)
-            yield _Scales(name, group, fmt, places, data, floats, parameter_name(group))
+            yield _Scales(name, group, fmt, places, data, floats)
 
 
 def _full_precision(source: TensorSource) -> Iterator[_Values | _Fixed]:

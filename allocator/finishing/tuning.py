@@ -278,7 +278,10 @@ class _Run:
         self._number = {i: number for number, i in enumerate(used)}
         used_documents = [documents[i] for i in used]
         self._gradient = KlGradient(
-            self._swap, used_documents, self._changes.parameters, threads=selection.threads
+            self._swap,
+            used_documents,
+            self._changes.parameters(self._swap.model),
+            threads=selection.threads,
         )
 
     def resume(self) -> None:

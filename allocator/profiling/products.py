@@ -19,8 +19,9 @@ from allocator.families import Role
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertForm, use_watcher
 from allocator.scoring.model_ends import embedded, head
+from allocator.scoring.modules import experts_of, last_norm
 from allocator.scoring.side_by_side import affordable_threads, side_by_side
-from allocator.scoring.swap_model import moe_block, token_ids
+from allocator.scoring.swap_model import token_ids
 from allocator.targets import Group, Layout
 
 Take = Callable[[str, int, torch.Tensor, torch.Tensor], None]
@@ -175,7 +176,7 @@ def _on_output(take: Take, name: str) -> Callable[..., None]:
 
 def watch_experts(model: Any, layer: int, take: Take) -> None:
     """Lets one layer's experts run differentiably, watched; `use_sorted_experts` ends it."""
-    form = ExpertForm.of(moe_block(model, layer).experts)
+    form = ExpertForm.of(experts_of(model, layer))
     roles = (Role.EXPERT_GATE, Role.EXPERT_UP) if form.gated else (Role.EXPERT_UP,)
     names = [f"layers.{layer}.{role}" for role in roles]
 
@@ -355,7 +356,7 @@ def run_backward(
 
     handles = []
     if first_layer:
-        entry = inner.norm if first_layer == len(inner.layers) else inner.layers[first_layer]
+        entry = last_norm(model) if first_layer == len(inner.layers) else inner.layers[first_layer]
         handles.append(entry.register_forward_pre_hook(enter))
     try:
         passes = side_by_side(run, range(len(chosen)), affordable_threads(model, threads))

@@ -55,9 +55,10 @@ from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertCode, use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.modules import experts_of
 from allocator.scoring.split_layers import Routed
 from allocator.scoring.streamed_model import NO_BIASES, Biases, Routing, States, StreamedModel
-from allocator.scoring.swap_model import SwapModel, device_of, moe_block, parameter_of, token_ids
+from allocator.scoring.swap_model import SwapModel, device_of, parameter_of, token_ids
 from allocator.targets import Group, Layout
 
 _FEW = 256
@@ -667,7 +668,7 @@ class _Stream:
         """Yields experts that tokens reached, and what their matrix multiplies, `(tokens, in)`."""
         streamed = self.streamed
         groups = streamed.projections(layer)[:-1] if is_down else []
-        code = ExpertCode(moe_block(streamed.model, layer).experts)
+        code = ExpertCode(experts_of(streamed.model, layer))
         reached = [expert for expert in experts if expert in routing.reached]
         if not reached:
             return

@@ -27,8 +27,8 @@ from allocator.profiling.products import drawn, product_name, watch_products
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertCode
 from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
+from allocator.scoring.modules import experts_of
 from allocator.scoring.streamed_model import Routing, States, StreamedModel
-from allocator.scoring.swap_model import moe_block
 from allocator.targets import Group
 
 Take = Callable[[Group, int | None, Curvature], None]
@@ -209,7 +209,7 @@ class _Pass:
                 [self._of_sum(layer, *each) for each in zip(before, sums, gradients, strict=True)]
             )
         groups = streamed.projections(layer)
-        code = ExpertCode(moe_block(streamed.model, layer).experts)
+        code = ExpertCode(experts_of(streamed.model, layer))
         of_inputs, of_gates = torch.zeros_like(routing.inputs), torch.zeros_like(routing.gates)
         for expert in streamed.weights.in_turn(
             sorted(routing.reached), groups, [streamed.original]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from allocator.errors import CheckpointError
+from allocator.scoring.modules import experts_of
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Gets expert, inputs `(n, hidden)`, inner `(n, width)`, outputs `(n, hidden)`, gates `(n,)`."""
@@ -30,16 +31,22 @@ class ExpertForm:
         transposed: matrices are `(in, out)`.
         interleaved: outputs of gate and up alternate, instead of all of gate before all of up.
         biased: every product has a bias, `(experts, out)`.
+        path: the module's name in its model.
     """
 
     gated: bool = True
     transposed: bool = False
     interleaved: bool = False
     biased: bool = False
+    path: str = ""
 
     @classmethod
-    def of(cls, experts: Any) -> "ExpertForm":
+    def of(cls, experts: Any, path: str = "") -> "ExpertForm":
         """Reads the form of a module of routed experts.
+
+        Args:
+            experts: of transformers.
+            path: its name in its model.
 
         Raises:
             CheckpointError: if the module computes something that none of the attributes is about.
@@ -54,6 +61,7 @@ class ExpertForm:
             transposed=getattr(experts, "is_transposed", False),
             interleaved=not getattr(experts, "is_concatenated", True),
             biased=getattr(experts, "has_bias", False),
+            path=path,
         )
 
     @property
@@ -191,13 +199,13 @@ def routed_experts(
 def use_sorted_experts(model: Any, layers: tuple[int, ...]) -> None:
     """Lets the MoE layers of a transformers model run `routed_experts`."""
     for layer in layers:
-        experts = model.model.layers[layer].mlp.experts
+        experts = experts_of(model, layer)
         experts.forward = partial(routed_experts, experts)
 
 
 def use_observer(model: Any, layer: int, observe: Observer | None) -> None:
     """Watches one layer's experts; None stops it."""
-    experts = model.model.layers[layer].mlp.experts
+    experts = experts_of(model, layer)
     experts.forward = partial(routed_experts, experts, observe=observe)
 
 
@@ -255,5 +263,5 @@ def differentiable_experts(
 
 def use_watcher(model: Any, layer: int, watch: Watcher) -> None:
     """Lets one layer's experts run `differentiable_experts`; `use_sorted_experts` ends it."""
-    experts = model.model.layers[layer].mlp.experts
+    experts = experts_of(model, layer)
     experts.forward = partial(differentiable_experts, experts, watch=watch)

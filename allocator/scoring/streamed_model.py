@@ -35,13 +35,13 @@ from allocator.scoring.model_ends import (
     has_plain_head,
     head,
 )
+from allocator.scoring.modules import experts_of, last_norm
 from allocator.scoring.split_layers import Routed, SplitLayers
 from allocator.scoring.swap_model import (
     check_names,
     empty,
     install,
     install_full_precision,
-    moe_block,
     place,
     resize_biases,
     resize_router,
@@ -108,7 +108,7 @@ class StreamedModel:
         self._keys_values: dict[str, KeysValues | None] = {}
         self._kept_as: KeysValues | None = None
         attach(self.model, lambda: self._kept_as)
-        experts = {layer: moe_block(self.model, layer).experts for layer in layout.layers}
+        experts = {layer: experts_of(self.model, layer) for layer in layout.layers}
         self._split = SplitLayers(self.model, experts)
         some = torch.linspace(-1, 1, self.inventory.dimensions.hidden)[None].to(device)
         self._plain_head = has_plain_head(self.model, some)
@@ -193,7 +193,7 @@ class StreamedModel:
         for tensor in self._full_precision[None]:
             values = self.weights.full_precision(candidate or self.original, tensor)
             install_full_precision(self.model, tensor, values)
-        normed: torch.Tensor = self.model.model.norm(hidden)
+        normed: torch.Tensor = last_norm(self.model)(hidden)
         return normed
 
     def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
@@ -367,7 +367,7 @@ class StreamedModel:
             What they give, one per state; the states ask for nothing then.
         """
         groups = self.projections(layer)
-        code = ExpertCode(moe_block(self.model, layer).experts)
+        code = ExpertCode(experts_of(self.model, layer))
         routings = []
         for state in states:
             retained = state.candidate.retained_experts[layer]
@@ -396,7 +396,7 @@ class StreamedModel:
         """Returns the biases of a layer's routed experts, as `install` has put them in."""
         if layer not in self.layout.layers:
             return NO_BIASES
-        experts = moe_block(self.model, layer).experts
+        experts = experts_of(self.model, layer)
         return ExpertForm.of(experts).biases(experts)
 
     def groups(self, layer: int | None) -> list[Group]:

@@ -29,12 +29,10 @@ from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.scoring.model_ends import check_head
+from allocator.scoring.modules import expert_rows, experts_of, experts_path, routing_modules
 from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
-
-_SELECTION_BIAS = "e_score_correction_bias"
-"""Transformers' name of a buffer of the router, or of the block, with a value per expert."""
 
 
 def skeleton(path: Path, device: str = "cpu") -> Any:
@@ -109,15 +107,10 @@ def token_ids(model: Any, documents: Sequence[Document]) -> torch.Tensor:
     return torch.tensor([d.ids for d in documents]).to(device_of(model))
 
 
-def moe_block(model: Any, layer: int) -> Any:
-    """Returns the routed block of a layer."""
-    return model.model.layers[layer].mlp
-
-
 def resize_experts(model: Any, layer: int, n_experts: int) -> None:
     """Gives a layer's router and experts room for `n_experts`; their values are undefined then."""
     resize_router(model, layer, n_experts)
-    experts = moe_block(model, layer).experts
+    experts = experts_of(model, layer)
     experts.num_experts = n_experts
     names = tuple(name for name, _ in experts.named_parameters(recurse=False))
     _resize(experts, names, n_experts, device_of(model))
@@ -125,15 +118,16 @@ def resize_experts(model: Any, layer: int, n_experts: int) -> None:
 
 def resize_router(model: Any, layer: int, n_experts: int) -> None:
     """Gives a layer's router room for `n_experts`; its values are undefined then."""
-    block = moe_block(model, layer)
-    block.gate.num_experts = n_experts
-    _resize(block.gate, ("weight", _SELECTION_BIAS), n_experts, device_of(model))
-    _resize(block, (_SELECTION_BIAS,), n_experts, device_of(model))
+    for module in routing_modules(model, layer):
+        if hasattr(module, "num_experts"):
+            module.num_experts = n_experts
+    for _, module, name in list(expert_rows(model, layer)):
+        _resize(module, (name,), n_experts, device_of(model))
 
 
 def resize_biases(model: Any, layer: int, n_experts: int) -> None:
     """Gives the biases of a layer's experts room for `n_experts`; they are undefined then."""
-    experts = moe_block(model, layer).experts
+    experts = experts_of(model, layer)
     form = ExpertForm.of(experts)
     if form.biased:
         names = (f"{form.first}_bias", "down_proj_bias")
@@ -162,7 +156,9 @@ def empty(module: nn.Module) -> None:
 def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:
     """Sets the routed experts per token, in every MoE layer."""
     for layer in layers:
-        moe_block(model, layer).gate.top_k = experts_used
+        for module in routing_modules(model, layer):
+            if hasattr(module, "top_k"):
+                module.top_k = experts_used
 
 
 def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -202,17 +198,20 @@ def destination(model: Any, dimensions: Dimensions, group: Group) -> torch.Tenso
 
 def expert_form(model: Any, layer: int | None) -> ExpertForm:
     """Returns how a layer's routed experts are stored; the usual form of layers without any."""
-    if layer is None or not hasattr(block := moe_block(model, layer), "experts"):
-        return ExpertForm()
-    return ExpertForm.of(block.experts)
+    path = None if layer is None else experts_path(model, layer)
+    return ExpertForm() if path is None else ExpertForm.of(model.get_submodule(path), path)
 
 
-def parameter_name(group: Group) -> str:
-    """Names the model's parameter that holds a group; gate and up experts share one."""
+def parameter_name(group: Group, form: ExpertForm) -> str:
+    """Names the model's parameter that holds a group; gate and up experts share one.
+
+    Args:
+        group: of the layout.
+        form: of the routed experts of the group's layer.
+    """
     if not group.role.is_expert:
         return group.sources[0]
-    kind = "down_proj" if group.role is Role.EXPERT_DOWN else "gate_up_proj"
-    return f"model.layers.{group.layer}.mlp.experts.{kind}"
+    return f"{form.path}.{'down_proj' if group.role is Role.EXPERT_DOWN else form.first}"
 
 
 def view_of(
@@ -232,7 +231,7 @@ def view_of(
     Returns:
         `(retained, rows, in_features)` of routed experts, else `(..., rows, in_features)`.
     """
-    weight = tensor_of(parameter_name(group))
+    weight = tensor_of(parameter_name(group, form))
     if group.role.is_expert:
         matrices = form.matrices(weight)
         if group.role is Role.EXPERT_DOWN:
@@ -326,19 +325,18 @@ def check_names(model: Any, layout: Layout) -> None:
         stored.add("lm_head.weight")
     wanted = [name for name, _ in model.named_parameters()]
     for layer in layout.inventory.moe_layers:
-        block, prefix = moe_block(model, layer), f"model.layers.{layer}.mlp"
-        if not hasattr(block, "experts"):
+        path = experts_path(model, layer)
+        if path is None:
+            router = layout.inventory.family.source_name(Role.ROUTER, layer)
             raise CheckpointError(
-                f"{where}: {prefix}.gate.weight is in the checkpoint, but config.json makes layer "
-                f"{layer} dense; fetch both from one place"
+                f"{where}: {router} is in the checkpoint, but config.json makes layer {layer} "
+                "dense; fetch both from one place"
             )
         # the checkpoint has them one by one, as the inventory has seen
-        stored |= {f"{prefix}.experts.{name}" for name, _ in block.experts.named_parameters()}
-        wanted += [
-            f"{name}.{_SELECTION_BIAS}"
-            for name, module in ((prefix, block), (f"{prefix}.gate", block.gate))
-            if hasattr(module, _SELECTION_BIAS)
-        ]
+        experts = model.get_submodule(path)
+        stored |= {f"{path}.{name}" for name, _ in experts.named_parameters()}
+        # selection biases are buffers
+        wanted += [name for name, *_ in expert_rows(model, layer)]
     for name in wanted:
         if name not in stored:
             raise CheckpointError(

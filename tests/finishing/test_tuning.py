@@ -121,7 +121,7 @@ def test_gradients_are_finite_differences(case, name, target):
     made.scorer = Scorer(made.swap, documents, layer_input_bytes=0)
     made.scorer.ensure_reference(2)
     changes = RelativeChanges(made.source)
-    gradient_of = KlGradient(made.swap, documents, changes.parameters)
+    gradient_of = KlGradient(made.swap, documents, changes.parameters(made.swap.model))
     at = np.zeros(changes.n, np.float32)
     loss = loss_at(made, changes, at)
     found, gradient = gradient_of.at(range(2), lambda: changes.gradient(made.swap, at))
@@ -176,14 +176,14 @@ def test_norms_and_routers_are_rounded_to_the_checkpoints_dtype(case):
 def test_gradients_are_nowhere_afterwards(case):
     made = case("deepseek")
     changes = RelativeChanges(made.source, frozenset({ROUTERS}))
-    gradient_of = KlGradient(made.swap, made.documents[:2], changes.parameters)
+    gradient_of = KlGradient(made.swap, made.documents[:2], changes.parameters(made.swap.model))
     made.swap.put(changes.weights(np.zeros(changes.n, np.float32), "start").candidate)
 
     def arrived():
         return {n for n, p in made.swap.model.named_parameters() if p.grad is not None}
 
     _, with_gradient = gradient_of.at([0, 1], arrived)
-    assert with_gradient == changes.parameters
+    assert with_gradient == changes.parameters(made.swap.model)
     assert not arrived()
     assert not any(p.requires_grad for p in made.swap.model.parameters())
 
@@ -193,7 +193,7 @@ def test_gradients_that_do_not_fit_are_refused_in_one_line(case, monkeypatch):
     changes = RelativeChanges(made.source)
     monkeypatch.setattr(kl_gradient, "free_on", lambda _: 1000)
     with pytest.raises(AllocatorError, match=r"1,000 B of memory are free; finish without") as e:
-        KlGradient(made.swap, made.documents, changes.parameters)
+        KlGradient(made.swap, made.documents, changes.parameters(made.swap.model))
     assert "\n" not in str(e.value)
 
 

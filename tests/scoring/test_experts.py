@@ -194,7 +194,7 @@ def test_groups_of_gate_and_up_are_views_of_what_is_interleaved_and_transposed(t
     for role, values in expected.items():
         group = SimpleNamespace(role=role, layer=2, name=str(role))
         parameter = getattr(experts, names[role]).clone()
-        view = view_of({parameter_name(group): parameter}.__getitem__, None, group, form)
+        view = view_of({parameter_name(group, form): parameter}.__getitem__, None, group, form)
         assert torch.equal(view, values)
         view.zero_()  # in the parameter itself
         assert float(parameter.abs().sum()) == pytest.approx(
@@ -210,7 +210,7 @@ def test_biases_are_resized_with_their_experts():
     layer.mlp.experts = torch.nn.Module()
     for name, shape in {"gate_up_proj": (8, 4, 6), "gate_up_proj_bias": (8, 6)}.items():
         layer.mlp.experts.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
-    model.model.layers = [layer]
+    model.model.layers = torch.nn.ModuleList([layer])
     resize_experts(model, 0, 5)
     assert layer.mlp.experts.gate_up_proj_bias.shape == (5, 6)
     assert layer.mlp.experts.gate_up_proj.shape == (5, 4, 6)

@@ -25,7 +25,14 @@ from allocator.families import Dimensions, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.kv_cache import attach, keys_values
-from allocator.scoring.swap_model import destination, resize_experts, set_experts_used, skeleton
+from allocator.scoring.swap_model import (
+    destination,
+    expert_form,
+    parameter_name,
+    resize_experts,
+    set_experts_used,
+    skeleton,
+)
 from allocator.targets import Group, target_named
 from allocator.targets.layout import part_names
 
@@ -112,7 +119,7 @@ def _parts(
                 part = parts.setdefault(module, _Part())
                 target = group if module != "lm_head" else _as_head(group)
                 part.groups.append((target, fmt, data, places))
-                for parameter in _parameters_of(target):
+                for parameter in _parameters_of(model, target):
                     part.shapes[parameter] = tuple(_shape(model, parameter))
     return parts
 
@@ -162,11 +169,10 @@ def _module_of(name: str) -> str:
     return ".".join(pieces[:3]) if pieces[1] == "layers" else name.rpartition(".")[0]
 
 
-def _parameters_of(group: Group) -> tuple[str, ...]:
-    experts = f"model.layers.{group.layer}.mlp.experts"
-    if group.role is Role.EXPERT_DOWN:
-        return (f"{experts}.down_proj",)
-    return (f"{experts}.gate_up_proj",) if group.role.is_expert else group.sources
+def _parameters_of(model: Any, group: Group) -> tuple[str, ...]:
+    if not group.role.is_expert:
+        return group.sources
+    return (parameter_name(group, expert_form(model, group.layer)),)
 
 
 def _shape(model: Any, name: str) -> torch.Size:
@@ -222,7 +228,7 @@ def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
     for part in parts.values():
         stored.update({name: tensor.numel() for name, tensor in part.full_precision.items()})
         for group, fmt, data, _ in part.groups:
-            for name in _parameters_of(group):
+            for name in _parameters_of(model, group):
                 stored[name] += data.numel() // fmt.block_bytes * fmt.block
     for name, tensor in model.state_dict().items():
         if stored[name] != tensor.numel():

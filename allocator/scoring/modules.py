@@ -1,0 +1,78 @@
+"""Where a model has its routed experts, their router and its last norm.
+
+In: a transformers model. Out: its modules, and their names. Invariant: places are read off the
+model, so no table names them: `experts` is what every architecture of transformers calls a layer's
+routed experts, in whatever block they lie, and the router lies beside them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+_EXPERTS = "experts"
+_ROUTERS = ("gate", "router")
+_OF_EXPERTS = ("weight", "bias", "per_expert_scale")
+"""Parameters of a router, or of a module in it, that have a row per expert."""
+_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+"""Tensors of a router, or of the block around it, with a value per expert."""
+
+
+def experts_path(model: Any, layer: int) -> str | None:
+    """Returns the name in the model of a layer's routed experts; None if the layer has none."""
+    for path, _ in model.model.layers[layer].named_modules():
+        if path.rpartition(".")[2] == _EXPERTS:
+            return f"model.layers.{layer}.{path}"
+    return None
+
+
+def experts_of(model: Any, layer: int) -> Any:
+    """Returns the routed experts of a layer that has some."""
+    path = experts_path(model, layer)
+    assert path is not None, f"layer {layer} of {type(model).__name__} has no routed experts"
+    return model.get_submodule(path)
+
+
+def block_path(model: Any, layer: int) -> str:
+    """Returns the name in the model of what holds a layer's routed experts and their router."""
+    path = experts_path(model, layer)
+    assert path is not None, f"layer {layer} of {type(model).__name__} has no routed experts"
+    return path.rpartition(".")[0]
+
+
+def router_path(model: Any, layer: int) -> str:
+    """Returns the name in the model of the router of a layer's experts."""
+    path = block_path(model, layer)
+    block = model.get_submodule(path)
+    return next(f"{path}.{name}" for name in _ROUTERS if hasattr(block, name))
+
+
+def expert_rows(model: Any, layer: int) -> Iterator[tuple[str, Any, str]]:
+    """Yields what the choice of a layer's experts has a row per expert of.
+
+    Yields:
+        A tensor's name in the model, the module that has it, and its name there.
+    """
+    router = router_path(model, layer)
+    for path, module in model.get_submodule(router).named_modules(prefix=router):
+        for name in (*_OF_EXPERTS, *_SELECTION_BIASES):
+            if getattr(module, name, None) is not None:
+                yield f"{path}.{name}", module, name
+    path = block_path(model, layer)
+    block = model.get_submodule(path)
+    for name in _SELECTION_BIASES:
+        if getattr(block, name, None) is not None:
+            yield f"{path}.{name}", block, name
+
+
+def routing_modules(model: Any, layer: int) -> Iterator[Any]:
+    """Yields the modules that choose a layer's experts: block, router, and the router's parts."""
+    yield model.get_submodule(block_path(model, layer))
+    yield from model.get_submodule(router_path(model, layer)).modules()
+
+
+def last_norm(model: Any) -> Any:
+    """Returns the norm between a model's last layer and its head."""
+    return next(
+        module
+        for name, module in reversed(list(model.model.named_children()))
+        if name == "norm" or name.endswith(("_norm", "norm_f"))
+    )
