@@ -66,7 +66,6 @@ _STORED_BYTES = DTYPE_BYTES | {
     "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Of every dtype whose place in a file is known; only those of `DTYPE_BYTES` are read."""
-_VECTORS = (Role.NORM, Role.BIAS, Role.ROUTER_BIAS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHANGED = (
     "changed or replaced since it was opened, needed one checkpoint throughout; when nobody "
@@ -541,7 +540,7 @@ def _tensors(
             raise CheckpointError(
                 f"{path}: {why or unknown_tensor(name, family, n_layers, n_nextn)}"
             )
-        if role is not Role.NEXTN and len(place.shape) != (1 if role in _VECTORS else 2):
+        if match is not None and len(place.shape) != match[0].n_axes:
             raise CheckpointError(
                 f"{path}: {name} ({role}) has shape {place.shape}; is this another architecture?"
             )

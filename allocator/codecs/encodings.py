@@ -326,8 +326,8 @@ class Encodings:
                 stored.result()
 
     def _read(self, group: Group, slots: list[int], rows: slice) -> Floats:
-        """Reads rows of some slots, `(slots, rows, in)`; a whole slot of heads."""
-        if group.role in _HEADS:
+        """Reads rows of some slots, `(slots, rows, in)`; a whole slot where rows lie apart."""
+        if group.role in _HEADS or group.is_rearranged:
             return group_weights(self.layout, group)[None]
         inventory, sources = self.layout.inventory, [group.sources[slot] for slot in slots]
         weights = [read_rows(inventory, source, rows.start, rows.stop) for source in sources]
@@ -372,7 +372,7 @@ def _pieces(group: Group, slots: list[int], piece_bytes: int) -> Iterator[tuple[
     """Yields what is encoded at once: all rows of some slots, or some rows of one slot."""
     rows, width = group.shape[-2:]
     most = max(1, piece_bytes // (4 * width))
-    if group.role in _HEADS:
+    if group.role in _HEADS or group.is_rearranged:
         most = rows  # they are cut from one matrix
     if most < rows:
         step = most // _BLOCK_ROWS * _BLOCK_ROWS or most

@@ -11,8 +11,8 @@ A family is one file here: a table, registered in `registry`, that passes
 
 from allocator.families.base import SCALE_SUFFIX, Family, Parts, Rule, Stack, Support
 from allocator.families.config import Config
-from allocator.families.gguf import ComputeGraph, Gguf, Half, ModelFacts, Window
-from allocator.families.keys import Keys, LatentKeys
+from allocator.families.gguf import ComputeGraph, Gguf, Half, ModelFacts, Piece, Window
+from allocator.families.keys import Keys, LatentKeys, LinearKeys
 from allocator.families.registry import (
     families,
     family_of,
@@ -21,7 +21,14 @@ from allocator.families.registry import (
     unregister_family,
 )
 from allocator.families.roles import Role
-from allocator.families.sizes import Dimensions, LatentAttention, Router, Scoring
+from allocator.families.sizes import (
+    Dimensions,
+    LatentAttention,
+    LinearAttention,
+    Router,
+    Scoring,
+)
+from allocator.families.transforms import Transform
 
 __all__ = [
     "SCALE_SUFFIX",
@@ -34,14 +41,18 @@ __all__ = [
     "Keys",
     "LatentAttention",
     "LatentKeys",
+    "LinearAttention",
+    "LinearKeys",
     "ModelFacts",
     "Parts",
+    "Piece",
     "Role",
     "Router",
     "Rule",
     "Scoring",
     "Stack",
     "Support",
+    "Transform",
     "Window",
     "families",
     "family_of",

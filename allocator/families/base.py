@@ -23,9 +23,16 @@ from allocator.families.config import (
     optional,
 )
 from allocator.families.gguf import Gguf, Half, ModelFacts
-from allocator.families.keys import Keys, LatentKeys
+from allocator.families.keys import Keys, LatentKeys, LinearKeys
 from allocator.families.roles import Role
-from allocator.families.sizes import Dimensions, LatentAttention, Router, Scoring
+from allocator.families.sizes import (
+    Dimensions,
+    LatentAttention,
+    LinearAttention,
+    Router,
+    Scoring,
+)
+from allocator.families.transforms import Transform
 
 _NUMBER = "0|[1-9][0-9]{0,5}"
 
@@ -56,6 +63,8 @@ class Rule:
         gguf: llama.cpp's name with `{layer}`, which the experts of a layer share; None where
             llama.cpp has no such tensor.
         aliases: other names under which checkpoints have it; an inventory calls it by `pattern`.
+        transforms: what llama.cpp has in place of its values, one after the other; of a tensor
+            that is not encoded.
     """
 
     pattern: str
@@ -63,11 +72,17 @@ class Rule:
     shape: str
     gguf: str | None = None
     aliases: tuple[str, ...] = ()
+    transforms: tuple[Transform, ...] = ()
 
     @cached_property
     def expressions(self) -> tuple[re.Pattern[str], ...]:
         """Of each of its names, with groups `layer` and `expert`."""
         return tuple(map(expression, (self.pattern, *self.aliases)))
+
+    @property
+    def n_axes(self) -> int:
+        """Axes of its shape."""
+        return len(self.shape.split(" x "))
 
     @property
     def has_layer(self) -> bool:
@@ -216,7 +231,10 @@ class Family:
     @cached_property
     def _halves(self) -> dict[Role, Half]:
         """Tensors that llama.cpp stores in parts, by the role of the part."""
-        return {} if self.gguf is None else {half.role: half for half in self.gguf.halves}
+        if self.gguf is None:
+            return {}
+        parts: tuple[Half, ...] = (*self.gguf.halves, *self.gguf.pieces)
+        return {part.role: part for part in parts}
 
     def plain_name(self, name: str) -> str:
         """Returns a tensor's name as the rules begin it."""
@@ -361,6 +379,7 @@ class Family:
             n_shared=optional(config, keys.shared_experts) or 0,
             shared_width=optional(config, keys.shared_width),
             latent=None if keys.latent is None else _latent(config, keys.latent),
+            linear=None if keys.linear is None else _linear(config, keys.linear),
         )
 
     def router(self, config: Config) -> Router:
@@ -474,6 +493,10 @@ class Family:
         if keys.latent is not None:
             latent = keys.latent
             yield from (latent.rank, latent.q_rank, latent.nope, latent.rope, latent.value)
+        if keys.linear is not None:
+            linear = keys.linear
+            yield from (linear.key_heads, linear.value_heads, linear.key_head, linear.value_head)
+            yield linear.kernel
 
     def shapes(self, config: Config, layer: int | None) -> dict[Rule, tuple[int, ...]]:
         """Returns the tensors that a config asks for in a layer, or outside of the layers.
@@ -547,3 +570,19 @@ def _latent(config: Config, keys: LatentKeys) -> LatentAttention:
         value=count(config, keys.value),
         interleaved=bool(config.get(keys.interleaved, True)),
     )
+
+
+def _linear(config: Config, keys: LinearKeys) -> LinearAttention:
+    sizes = LinearAttention(
+        key_heads=count(config, keys.key_heads),
+        value_heads=count(config, keys.value_heads),
+        key_head=count(config, keys.key_head),
+        value_head=count(config, keys.value_head),
+        kernel=count(config, keys.kernel),
+    )
+    if sizes.value_heads % sizes.key_heads:
+        raise CheckpointError(
+            f"config.json: {keys.value_heads} is {sizes.value_heads}, needed a multiple of "
+            f"{keys.key_heads}, {sizes.key_heads}"
+        )
+    return sizes

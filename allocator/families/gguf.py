@@ -6,7 +6,7 @@ file, and what its graph depends on. Invariant: a model that llama.cpp would com
 is a `TargetError`; an architecture without hyperparameters here is one, too.
 
 The type of a value is its type in the file: `int` an unsigned integer of 32 bits, `float` a float
-of 32 bits, `bool` and `str` their own.
+of 32 bits, `bool` and `str` their own, a tuple an array of signed integers of 32 bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from allocator.families.roles import Role
 from allocator.families.rope import rope_pairs, rotated_width, yarn_betas
 from allocator.families.sizes import Dimensions, Router
 
-Value = bool | int | float | str
+Value = bool | int | float | str | tuple[int, ...]
 Pair = tuple[str, Value]
 """A key, without the architecture that llama.cpp has before it, and its value."""
 
@@ -59,6 +59,23 @@ class Half:
     of: Role
     role: Role
     name: str
+
+
+Order = Callable[[Dimensions], tuple[int, ...]]
+"""Numbers of rows or columns of a checkpoint's matrix, in the order that a file has them in."""
+
+
+@dataclass(frozen=True)
+class Piece(Half):
+    """Some rows of a checkpoint's matrix, which llama.cpp has as a matrix of its own.
+
+    The pieces of a matrix have each of its rows once.
+
+    Attributes:
+        rows: of the checkpoint's tensor.
+    """
+
+    rows: Order
 
 
 @dataclass(frozen=True)
@@ -118,9 +135,12 @@ class Gguf:
             and no whole device is a budget.
         fixed: what llama.cpp hard-codes.
         check: refuses what llama.cpp does not load.
-        halves: tensors that it stores in parts.
+        halves: tensors that it stores in parts, by heads.
+        pieces: tensors that it stores in parts, by rows.
         row_orders: by role, the rows of a tensor as its file has them: `(rows,)` numbers of the
             checkpoint's rows.
+        column_orders: by role, the columns of a matrix as its file has them. What is encoded
+            together then are other weights, so a model computes in that order, too.
         window: the sliding window of a config with so many layers.
         divides_mscale: see `rope_pairs`.
         reads_yarn_betas: whether its loader reads YaRN's betas from the file.
@@ -132,7 +152,9 @@ class Gguf:
     fixed: tuple[Fixed, ...] = ()
     check: Callable[[ModelFacts], None] = _nothing
     halves: tuple[Half, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     row_orders: Mapping[Role, Callable[[Dimensions], Sequence[int]]] = field(default_factory=dict)
+    column_orders: Mapping[Role, Order] = field(default_factory=dict)
     window: Callable[[Config, int], Window] = _no_window
     divides_mscale: bool = False
     reads_yarn_betas: bool = False

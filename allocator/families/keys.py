@@ -16,12 +16,24 @@ class LatentKeys:
 
 
 @dataclass(frozen=True)
+class LinearKeys:
+    """Keys of linear attention; Qwen3-Next's by default."""
+
+    key_heads: str = "linear_num_key_heads"
+    value_heads: str = "linear_num_value_heads"
+    key_head: str = "linear_key_head_dim"
+    value_head: str = "linear_value_head_dim"
+    kernel: str = "linear_conv_kernel_dim"
+
+
+@dataclass(frozen=True)
 class Keys:
     """Keys of an architecture; transformers' usual ones by default.
 
     Attributes:
         experts: routed experts of a layer: alternatives, of which the first that is present counts.
         latent: None for grouped attention.
+        linear: None where no layer has linear attention.
     """
 
     experts: tuple[str, ...]
@@ -43,3 +55,4 @@ class Keys:
     context: str = "max_position_embeddings"
     norm_epsilon: str = "rms_norm_eps"
     latent: LatentKeys | None = None
+    linear: LinearKeys | None = None

@@ -21,6 +21,7 @@ from allocator.families.mixtral import MIXTRAL
 from allocator.families.olmoe import OLMOE
 from allocator.families.qwen2_moe import QWEN2_MOE
 from allocator.families.qwen3_moe import QWEN3_MOE
+from allocator.families.qwen3_next import QWEN3_NEXT
 
 _FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -36,6 +37,7 @@ _FAMILIES: dict[str, Family] = {
         GLM4_MOE_LITE,
         MINIMAX_M2,
         DOTS1,
+        QWEN3_NEXT,
         GPT_OSS,
     )
 }

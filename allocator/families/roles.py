@@ -31,6 +31,12 @@ class Role(StrEnum):
     KV_B = "attention.kv_b"
     K_B = "attention.k_b"
     V_B = "attention.v_b"
+    LINEAR_QKVZ = "linear.qkvz"
+    LINEAR_QKV = "linear.qkv"
+    LINEAR_Z = "linear.z"
+    LINEAR_OUT = "linear.out"
+    LINEAR_AB = "linear.ab"
+    LINEAR_STATE = "linear.state"
     BIAS = "bias"
     EXPERT_BIAS = "experts.bias"
     NEXTN = "nextn"
@@ -47,6 +53,8 @@ class Role(StrEnum):
 
     @property
     def is_encoded(self) -> bool:
-        """Whether its format is searched; routers, norms and biases keep full precision."""
-        other = (Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.NEXTN)
+        """Whether its format is searched; routers, norms, biases and the like are never encoded."""
+        other = (
+            Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE, Role.NEXTN,
+        )  # fmt: skip
         return not self.is_router and self not in other

@@ -63,6 +63,40 @@ class LatentAttention:
     interleaved: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Sizes of linear attention with a state per value head, which no token makes longer.
+
+    Attributes:
+        key_heads: of queries, and of keys.
+        value_heads: a multiple of `key_heads`: neighbours share a head of keys.
+        key_head: a head's width of queries and keys.
+        value_head: a head's width of values.
+        kernel: tokens that the convolution before it reaches over.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_head: int
+    value_head: int
+    kernel: int
+
+    @property
+    def keys(self) -> int:
+        """Width of all heads' keys."""
+        return self.key_heads * self.key_head
+
+    @property
+    def values(self) -> int:
+        """Width of all heads' values."""
+        return self.value_heads * self.value_head
+
+    @property
+    def sharing(self) -> int:
+        """Heads of values that share a head of keys."""
+        return self.value_heads // self.key_heads
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """Sizes of a model.
@@ -81,6 +115,7 @@ class Dimensions:
         shared_width: of all of them together, where `config.json` says; else theirs are as wide as
             routed experts.
         latent: sizes of latent attention; None for grouped attention.
+        linear: sizes of linear attention; None where no layer has it.
     """
 
     hidden: int
@@ -95,6 +130,7 @@ class Dimensions:
     n_shared: int = 0
     shared_width: int | None = None
     latent: LatentAttention | None = None
+    linear: LinearAttention | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
@@ -114,6 +150,7 @@ class Dimensions:
             "heads": self.heads,
             "head": self.head,
             "queries": self.heads * self.head,
+            "gated_queries": 2 * self.heads * self.head,
             "keys": self.kv_heads * self.head,
             "attended": self.heads * self.head,
         }
@@ -125,5 +162,15 @@ class Dimensions:
                 "queries": self.heads * (x.nope + x.rope),
                 "keys_values": self.heads * (x.nope + x.value),
                 "attended": self.heads * x.value,
+            }
+        if (y := self.linear) is not None:
+            named |= {
+                "linear_heads": y.value_heads,
+                "linear_gates": 2 * y.value_heads,
+                "linear_head": y.value_head,
+                "linear_values": y.values,
+                "linear_channels": 2 * y.keys + y.values,
+                "linear_inputs": 2 * y.keys + 2 * y.values,
+                "kernel": y.kernel,
             }
         return named

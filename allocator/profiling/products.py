@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from allocator.families import Role
+from allocator.scoring.arranged import matrix_name
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertForm, use_watcher
 from allocator.scoring.model_ends import embedded, head
@@ -159,7 +160,8 @@ def watch_products(model: Any, layout: Layout, groups: Iterable[Group], take: Ta
             if group.role is Role.HEAD or layout.inventory.tied_embeddings:
                 modules[group.name] = model.lm_head
             continue
-        modules[product_name(group)] = model.get_submodule(group.sources[0].removesuffix(".weight"))
+        name = matrix_name(group).removesuffix(".weight")
+        modules[product_name(group)] = model.get_submodule(name)
     return [
         module.register_forward_hook(_on_output(take, name)) for name, module in modules.items()
     ]

@@ -26,6 +26,7 @@ from allocator.decision.search_space import OBSERVED
 from allocator.families import Role
 from allocator.files.checksums import load_arrays, save_arrays
 from allocator.profiling.products import query_module
+from allocator.scoring.arranged import matrix_name
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import Observer, use_observer, use_sorted_experts
 from allocator.scoring.layer_checkpoints import LayerCheckpoints
@@ -173,7 +174,7 @@ def _reader(model: Any, group: Group) -> Any:
     """The module that multiplies its input by the group."""
     if group.role in (Role.EMBEDDING, Role.HEAD):
         return model.lm_head
-    return model.get_submodule(group.sources[0].removesuffix(".weight"))
+    return model.get_submodule(matrix_name(group).removesuffix(".weight"))
 
 
 def _watch(

@@ -99,6 +99,22 @@ class KeysValues:
         """Returns the number of keys, which is that of queries, and the first one's place."""
         return query_length, 0
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Returns no tokens before a convolution: there are no earlier ones."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Returns no state of linear attention: there are no earlier tokens."""
+
+    def update_conv_state(
+        self, inputs: torch.Tensor, layer_idx: int, conv_kernel_size: int = 0
+    ) -> torch.Tensor:
+        """Returns a convolution's inputs, `documents x channels x tokens`, as they are."""
+        return inputs
+
+    def update_recurrent_state(self, state: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Returns a state of linear attention, `documents x heads x keys x values`, as it is."""
+        return state
+
 
 def keys_values(target: Target, dimensions: Dimensions, kv_format: str) -> KeysValues | None:
     """Builds what `attach` takes; None where the runtime stores 16-bit floats, which are exact.

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from allocator.families import Role
+from allocator.scoring.arranged import arrange
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertCode, ExpertForm, Observer
@@ -100,6 +101,7 @@ class StreamedModel:
         self.weights = weights
         self._rows_bytes = rows_bytes
         self.model = skeleton(self.inventory.path, device)
+        arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         self.device = torch.device(device)
         check_names(self.model, layout)

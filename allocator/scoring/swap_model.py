@@ -24,6 +24,7 @@ from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Dimensions, Role, family_of
 from allocator.families.config import plain_skeleton
 from allocator.formats import parts
+from allocator.scoring.arranged import arrange, matrix_name
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertForm, use_sorted_experts
@@ -210,7 +211,7 @@ def parameter_name(group: Group, form: ExpertForm) -> str:
         form: of the routed experts of the group's layer.
     """
     if not group.role.is_expert:
-        return group.sources[0]
+        return matrix_name(group)
     return f"{form.path}.{'down_proj' if group.role is Role.EXPERT_DOWN else form.first}"
 
 
@@ -264,7 +265,7 @@ def place(model: Any, group: Group, values: Floats) -> None:
     Raises:
         CheckpointError: if the architecture has another shape there.
     """
-    name = group.sources[0]
+    name = matrix_name(group)
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)
     _check_shape(tuple(getattr(module, attribute).shape), values.shape, group.name)
@@ -321,6 +322,7 @@ def check_names(model: Any, layout: Layout) -> None:
     where = layout.inventory.path
     stored = {tensor.source for tensor in layout.full_precision}
     stored |= {name for group in layout.groups.values() for name in group.sources}
+    stored |= {matrix_name(g) for g in layout.groups.values() if not g.role.is_expert}
     if layout.inventory.tied_embeddings:
         stored.add("lm_head.weight")
     wanted = [name for name, _ in model.named_parameters()]
@@ -351,7 +353,7 @@ def check_names(model: Any, layout: Layout) -> None:
             )  # fmt: skip
             shape = tuple(view.shape)
         except RuntimeError:  # of another size altogether
-            shape = tuple(_existing(model, group.sources[0]).shape)
+            shape = tuple(_existing(model, matrix_name(group)).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")
     for tensor in layout.full_precision:
         shape = tuple(_existing(model, tensor.source).shape)
@@ -438,6 +440,7 @@ class SwapModel:
         self._decoded = decoded
         _check_memory(self.inventory, device)
         self.model = skeleton(self.inventory.path, device)
+        arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
             self.model.config.tie_word_embeddings = False

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
+from allocator.families import Dimensions, Family
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 from allocator.targets.layout import CacheRows, FullPrecision, Group, Layout
 
@@ -44,6 +45,16 @@ class Target(ABC):
         Raises:
             TargetError: if the runtime would not compute the model rightly.
         """
+
+    def arranged(self, group: Group, family: Family, dimensions: Dimensions) -> Group:
+        """Returns a group with the rows and columns of its source that this target gives it.
+
+        Args:
+            group: of one matrix, or of a part of one.
+            family: of the checkpoint.
+            dimensions: of the checkpoint.
+        """
+        return group
 
     @abstractmethod
     def header_bytes(

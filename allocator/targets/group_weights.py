@@ -61,11 +61,17 @@ def group_weights(layout: Layout, group: Group) -> Floats:
         return halves[group.role is Role.V_B]
     if group.role.is_expert:
         return np.stack([read_tensor(inventory, name) for name in group.sources])
-    return read_tensor(inventory, group.sources[0])
+    weights = read_tensor(inventory, group.sources[0])
+    if group.rows is not None:
+        weights = weights[list(group.rows)]
+    if group.columns is not None:
+        weights = np.ascontiguousarray(weights[:, list(group.columns)])
+    return weights
 
 
 def group_digest(layout: Layout, group: Group) -> str:
     """Names what `group_weights` returns, by content and layout; reads the group once."""
     parts = [layout.inventory.tensor_digest(name) for name in group.sources]
     half = str(group.role) if group.role in (Role.K_B, Role.V_B) else ""
-    return hashlib.sha256(" ".join((half, *parts)).encode()).hexdigest()
+    places = [f"{group.rows} {group.columns}"] if group.is_rearranged else []
+    return hashlib.sha256(" ".join((half, *parts, *places)).encode()).hexdigest()

@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
-from allocator.families import Role
+from allocator.families import Role, Transform
 from allocator.formats import FORMATS, Format, Parts, offered
 
 
@@ -28,6 +28,8 @@ class Group:
         importance: whether its input channels have an importance vector.
         source_format: the format that the checkpoint holds it in; None if it holds floats.
         codecs: those whose formats the target's file can hold; None for all.
+        rows: of its source, of which it has some alone, in this order; None for all.
+        columns: of its source, in this order; None for the source's own.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Group:
     importance: bool = True
     source_format: Format | None = None
     codecs: tuple[str, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
+
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether it has other rows, or another order of columns, than its source."""
+        return self.rows is not None or self.columns is not None
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape when its layer retains `n_experts`."""
@@ -71,6 +80,7 @@ class FullPrecision:
         source: its name in the checkpoint.
         stored_as: its name in the target's file.
         dtype: `F32`, `F16` or `BF16`, as the target stores it.
+        transforms: of its values in the target's file.
     """
 
     source: str
@@ -79,6 +89,7 @@ class FullPrecision:
     layer: int | None
     shape: tuple[int, ...]
     dtype: str
+    transforms: tuple[Transform, ...] = ()
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape when its layer retains `n_experts`."""

@@ -112,6 +112,22 @@ class TestDots1(FamilyConformance):
     family = planned_family_of(config)
 
 
+LINEAR = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+
+
+class TestQwen3Next(FamilyConformance):
+    config = SMALL | LINEAR | {
+        "model_type": "qwen3_next", "num_hidden_layers": 3, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48, "num_experts": 8, "norm_topk_prob": True,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
+
+
 class TestKimiK2(TestDeepseekV3):
     config = TestDeepseekV3.config | {"model_type": "kimi_k2"}
     family = planned_family_of(config)

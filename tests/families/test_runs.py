@@ -112,3 +112,19 @@ class TestDots1(Runs):
         "routed_scaling_factor": 2.5, "norm_topk_prob": True, "num_key_value_heads": 4,
         "sliding_window": None,
     }  # fmt: skip
+
+
+LINEAR = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+
+
+class TestQwen3Next(Runs):
+    rounding = 1e-4  # linear attention divides by norms of short vectors
+    config = SMALL | LINEAR | {
+        "model_type": "qwen3_next", "moe_intermediate_size": 96, "num_experts": 8,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": True, "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    }  # fmt: skip

@@ -23,6 +23,7 @@ from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Group, Layout
+from allocator.targets.gguf.contract import file_shape
 from allocator.targets.gguf.metadata import metadata
 
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
@@ -106,7 +107,7 @@ def _add_tensors(
         for g in layout.groups.values()
     ]
     rows += [
-        (k.stored_as, k.shape_with(counts.get(_layer(k.layer), 0)), FORMATS[k.dtype])
+        (k.stored_as, file_shape(k.shape_with(counts.get(_layer(k.layer), 0))), FORMATS[k.dtype])
         for k in layout.full_precision
     ]
     for name, shape, chosen in rows:
@@ -126,8 +127,22 @@ def _data(
         encoded = np.ascontiguousarray(source.encoded(group.name)[..., order, :])
         yield group.stored_as, encoded.shape, encoded
     for tensor in layout.full_precision:
-        array = np.ascontiguousarray(source.full_precision(tensor), dtype=np.float32)
+        array = to_file(layout, tensor, source.full_precision(tensor))
         yield tensor.stored_as, array.shape, array
+
+
+def to_file(layout: Layout, tensor: FullPrecision, values: Floats) -> Floats:
+    """Returns what a file has in place of a full-precision tensor's values, `(...)`."""
+    for transform in tensor.transforms:
+        values = transform.to_file(values, layout.inventory.dimensions)
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def from_file(layout: Layout, tensor: FullPrecision, values: Floats) -> Floats:
+    """Returns a full-precision tensor's values, `(...)`, from what a file has in their place."""
+    for transform in reversed(tensor.transforms):
+        values = transform.from_file(values, layout.inventory.dimensions)
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def row_order(layout: Layout, group: Group) -> slice | Sequence[int]:

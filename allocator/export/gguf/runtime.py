@@ -9,6 +9,7 @@ otherwise in exact arithmetic too is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from allocator.codecs import Bytes
 from allocator.export.base import Comparison, Runtime
-from allocator.export.gguf.files import read_gguf, row_order, write_gguf
+from allocator.export.gguf.files import from_file, read_gguf, row_order, to_file, write_gguf
 from allocator.export.gguf.recipes import (
     llama_cpp_options,
     parse_tensor_type_file,
@@ -64,7 +65,7 @@ class GgufRuntime(Runtime):
             VerifyError: if the file is missing, truncated or damaged.
         """
         groups = {g.stored_as: g for g in layout.groups.values()}
-        names = {t.stored_as: t.source for t in layout.full_precision}
+        unencoded = {t.stored_as: t for t in layout.full_precision}
 
         from allocator.export.stored import StoredTensor  # which loads torch
 
@@ -73,8 +74,12 @@ class GgufRuntime(Runtime):
             if name in groups:
                 own = groups[name].name
                 tensors[own] = StoredTensor(self.in_order(data, layout, own), fmt)
+            elif name in unencoded:
+                tensor = unencoded[name]
+                values = _own_values(data, layout, tensor) if fmt == tensor.dtype else data
+                tensors[tensor.source] = StoredTensor(values, fmt)
             else:
-                tensors[names.get(name, name)] = StoredTensor(data, fmt)
+                tensors[name] = StoredTensor(data, fmt)
         return tensors
 
     def in_order(self, data: Bytes, layout: Layout, name: str) -> Bytes:
@@ -87,8 +92,12 @@ class GgufRuntime(Runtime):
         return ordered
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
-        """Returns the bytes in float32: `(..., bytes per row)`."""
-        return source.full_precision(tensor).view(np.uint8)
+        """Returns the bytes in float32 that come back from a file: `(..., bytes per row)`."""
+        values = source.full_precision(tensor)
+        if tensor.transforms:
+            stored = to_file(source.layout, tensor, values)
+            values = from_file(source.layout, tensor, stored)
+        return values.view(np.uint8)
 
     def compare(
         self,
@@ -117,6 +126,14 @@ class GgufRuntime(Runtime):
             FormatError: if an entry is malformed or its type unknown, naming the line.
         """
         return parse_tensor_type_file(text, layout)
+
+
+def _own_values(data: Bytes, layout: Layout, tensor: FullPrecision) -> Bytes:
+    """The bytes of the checkpoint's values, `(..., bytes per row)`; of another model, as stored."""
+    if not tensor.transforms or data.size != 4 * prod(tensor.shape):
+        return data
+    stored = np.ascontiguousarray(data).reshape(-1).view(np.float32).reshape(tensor.shape)
+    return from_file(layout, tensor, stored).view(np.uint8)
 
 
 GGUF_RUNTIME = GgufRuntime()

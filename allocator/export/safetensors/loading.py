@@ -21,12 +21,14 @@ from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
 from allocator.export.safetensors.directory import FILE_NAME, described_allocation
-from allocator.families import Dimensions, Role, family_of
+from allocator.families import Dimensions, Family, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
+from allocator.scoring.arranged import arrange
 from allocator.scoring.kv_cache import attach, keys_values
 from allocator.scoring.swap_model import (
     destination,
+    device_of,
     expert_form,
     parameter_name,
     resize_experts,
@@ -76,8 +78,10 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     stored = keys_values(target_named(allocation.target), dimensions, allocation.kv_format)
     if stored is not None:
         attach(model, lambda: stored)
+    encoded = _stored(family_of(config), allocation, dimensions)
+    arrange(model, [group for group, *_ in encoded.values()], device_of(model))
     try:
-        parts = _parts(folder, config, allocation, model)
+        parts = _parts(folder, encoded, model)
     except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: a tensor that the model of its config.json has not ({error}); "
@@ -98,10 +102,9 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
 
 
 def _parts(
-    folder: Path, config: Mapping[str, Any], allocation: Allocation, model: Any
+    folder: Path, stored: Mapping[str, tuple[Group, Format, list[int] | None]], model: Any
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
-    stored = _stored(family_of(config), allocation)
     parts: dict[str, _Part] = {}
     with _opened(folder / FILE_NAME) as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -125,12 +128,13 @@ def _parts(
 
 
 def _stored(
-    family: Any, allocation: Allocation
+    family: Family, allocation: Allocation, dimensions: Dimensions
 ) -> dict[str, tuple[Group, Format, list[int] | None]]:
     """What each encoded tensor of the file holds, by its name."""
     stored: dict[str, tuple[Group, Format, list[int] | None]] = {}
+    target = target_named(allocation.target)
     for group_name, text in allocation.formats:
-        group = _group(family, group_name)
+        group = target.arranged(_group(family, group_name), family, dimensions)
         retained = group.experts(allocation.retained_experts)
         in_file = parts_of(text, retained)
         for name, (fmt, experts) in zip(part_names(group_name, in_file), in_file, strict=True):
@@ -146,7 +150,7 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be opened ({error}); materialize it again") from None
 
 
-def _group(family: Any, name: str) -> Group:
+def _group(family: Family, name: str) -> Group:
     """The group that a stored name means; its shape is the stored tensor's business."""
     layer = int(name.split(".")[1]) if name.startswith("layers.") else None
     role = Role(name if layer is None else name.split(".", 2)[2])
@@ -170,8 +174,6 @@ def _module_of(name: str) -> str:
 
 
 def _parameters_of(model: Any, group: Group) -> tuple[str, ...]:
-    if not group.role.is_expert:
-        return group.sources
     return (parameter_name(group, expert_form(model, group.layer)),)
 
 

@@ -7,10 +7,11 @@ multi-head latent attention stores `k_b` (transposed: rows of `qk_nope_head_dim`
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import Half, Role
+from allocator.families import Dimensions, Family, Half, Piece, Role, Rule
 from allocator.formats.ggml import CODEC
 from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
@@ -67,20 +68,31 @@ class GgufTarget(Target):
             for t in inventory.tensors.values()
             if t.role.is_encoded
         }
+        parts: tuple[Half, ...] = (*gguf.halves, *gguf.pieces)
         groups = plain_groups(
-            inventory, names, skip={half.of for half in gguf.halves}, codecs=self.codecs
+            inventory, names, skip={part.of for part in parts}, codecs=self.codecs
         )
         for half in gguf.halves:
             groups += _halves(inventory, half)
+        for piece in gguf.pieces:
+            groups += _pieces(inventory, piece)
+        groups = [self.arranged(group, family, inventory.dimensions) for group in groups]
         full_precision = tuple(
-            FullPrecision(
-                t.name, _full_precision_name(inventory, t), t.role, t.layer, t.shape, "F32"
-            )
+            _full_precision(_rule_of(inventory, t), t)
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
         notes = (*inventory.notes, *gguf.notes(family.text_config(inventory.config)))
         return Layout(self.name, inventory, in_file_order(groups), full_precision, notes)
+
+    def arranged(self, group: Group, family: Family, dimensions: Dimensions) -> Group:
+        """Returns a group with the rows and columns of its source as llama.cpp has them."""
+        gguf = family.for_gguf()
+        rows = next((piece.rows for piece in gguf.pieces if piece.role is group.role), None)
+        columns = gguf.column_orders.get(group.role)
+        if rows is not None:
+            group = replace(group, rows=rows(dimensions))
+        return group if columns is None else replace(group, columns=columns(dimensions))
 
     def header_bytes(
         self,
@@ -94,7 +106,7 @@ class GgufTarget(Target):
         n_experts = max(map(len, retained.values()))
         fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
-        rows += [(k.stored_as, len(k.shape)) for k in layout.full_precision]
+        rows += [(k.stored_as, len(file_shape(k.shape))) for k in layout.full_precision]
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
         return self.padded(_HEADER + metadata_bytes(fields) + table)
@@ -197,11 +209,39 @@ def _halves(inventory: Inventory, half: Half) -> Iterator[Group]:
             )
 
 
-def _full_precision_name(inventory: Inventory, tensor: TensorInfo) -> str:
+def _pieces(inventory: Inventory, piece: Piece) -> Iterator[Group]:
+    """Groups of some rows of a matrix, layer by layer."""
+    n_rows = len(piece.rows(inventory.dimensions))
+    for layer in range(inventory.n_layers):
+        for whole in inventory.of_role(piece.of, layer):
+            yield Group(
+                name=f"layers.{layer}.{piece.role}",
+                role=piece.role,
+                layer=layer,
+                shape=(n_rows, whole.shape[-1]),
+                sources=(whole.name,),
+                stored_as=piece.name.format(layer=layer),
+                codecs=(CODEC,),
+            )
+
+
+def file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns what a file has: llama.cpp knows no axis of one channel in a convolution's kernel."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+
+
+def _rule_of(inventory: Inventory, tensor: TensorInfo) -> Rule:
     match = inventory.family.match(tensor.name)
     assert match is not None
-    assert match[0].gguf is not None
-    return match[0].gguf.format(layer=tensor.layer)
+    return match[0]
+
+
+def _full_precision(rule: Rule, tensor: TensorInfo) -> FullPrecision:
+    assert rule.gguf is not None
+    return FullPrecision(
+        tensor.name, rule.gguf.format(layer=tensor.layer), tensor.role, tensor.layer,
+        tensor.shape, "F32", rule.transforms,
+    )  # fmt: skip
 
 
 GGUF = GgufTarget()

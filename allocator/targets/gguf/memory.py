@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
-from allocator.families import ComputeGraph, Role, Scoring
+from allocator.families import ComputeGraph, LinearAttention, Role, Scoring
 from allocator.formats import FORMATS
 from allocator.targets.gguf.graph import Graph, Tensor, padded
 from allocator.targets.layout import CacheRows
@@ -89,14 +89,26 @@ def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
     """Returns the bytes of keys and values that decoding a token reads of a full context.
 
     Cells outside a sliding window are masked, and not read (ggml-cpu/ops.cpp, flash attention).
+    Layers with linear attention have a state in their place, float32 whatever the format.
 
     Raises:
         TargetError: as `kv_cache_bytes`.
     """
     dims = _dims(inventory)
     whole = padded_context(context)
-    cells = (min(whole, dims.window) if dims.slides(x) else whole for x in range(dims.n_layers))
-    return sum(cells) * sum(_kv_bytes(dims, kv_format))
+    recurrent = {x for x in range(dims.n_layers) if inventory.of_role(Role.LINEAR_OUT, x)}
+    attended = (x for x in range(dims.n_layers) if x not in recurrent)
+    cells = (min(whole, dims.window) if dims.slides(x) else whole for x in attended)
+    states = len(recurrent) * _state_bytes(inventory.dimensions.linear)
+    return sum(cells) * sum(_kv_bytes(dims, kv_format)) + states
+
+
+def _state_bytes(linear: LinearAttention | None) -> int:
+    """Bytes that a layer with linear attention remembers of a sequence: matrices, and tokens."""
+    if linear is None:
+        return 0
+    channels = 2 * linear.keys + linear.values
+    return 4 * (linear.values * linear.key_head + (linear.kernel - 1) * channels)
 
 
 def padded_context(context: int) -> int:

@@ -9,12 +9,13 @@ What an architecture says of itself is its family's (`allocator.families.gguf`).
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
-from gguf import GGML_QUANT_VERSION
+from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.families.gguf import Value
 from allocator.targets.gguf.fields import (
     Field,
+    array_field,
     bool_field,
     float_field,
     metadata_bytes,
@@ -70,6 +71,8 @@ def _field(key: str, value: Value) -> Field:
     """A pair, as the type of its value says."""
     if isinstance(value, bool):
         return bool_field(key, value)
+    if isinstance(value, tuple):
+        return array_field(key, value, GGUFValueType.INT32)
     if isinstance(value, int):
         return uint_field(key, value)
     return float_field(key, value) if isinstance(value, float) else string_field(key, value)
