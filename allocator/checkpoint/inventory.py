@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -39,10 +39,13 @@ from allocator.checkpoint.refusals import (
 )
 from allocator.errors import CheckpointError, reason
 from allocator.families import (
+    BLOCKS_SUFFIX,
+    EXPONENTS_SUFFIX,
     SCALE_SUFFIX,
     Config,
     Dimensions,
     Family,
+    Joined,
     ModelFacts,
     Role,
     Router,
@@ -58,7 +61,10 @@ from allocator.families.config import (
 from allocator.files.digests import Digests, Identity
 
 FP8 = "F8_E4M3"
-MXFP4 = "MXFP4"  # of planned tensors alone: no checkpoint with it is read
+MXFP4 = "MXFP4"
+"""Of experts in blocks of 4-bit floats with an exponent each, as gpt-oss is released."""
+MXFP4_BLOCK = 32
+"""Values of a row of MXFP4 that share an exponent."""
 FLOATS = ("F32", "F16", "BF16")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 _STORED_BYTES = DTYPE_BYTES | {
@@ -66,6 +72,8 @@ _STORED_BYTES = DTYPE_BYTES | {
     "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Of every dtype whose place in a file is known; only those of `DTYPE_BYTES` are read."""
+_PLACE_BYTES = DTYPE_BYTES | {MXFP4: 1, "U8": 1}
+"""Bytes of what a `Part` counts: a value, two values of MXFP4, or their exponent."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHANGED = (
     "changed or replaced since it was opened, needed one checkpoint throughout; when nobody "
@@ -74,8 +82,41 @@ _CHANGED = (
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Which rows, or columns, of a stored matrix another matrix is.
+
+    The stored one is `(rows, columns)`, and its bytes begin at the offset.
+
+    Attributes:
+        shape: of the stored one.
+        first: its first row, or column, that is one of the other's.
+        step: from one to the next.
+        count: of them.
+        of_columns: it has columns of the stored one.
+        transposed: these are its rows.
+    """
+
+    shape: tuple[int, int]
+    first: int
+    step: int
+    count: int
+    of_columns: bool = False
+    transposed: bool = False
+
+    def of(self, whole: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """Returns the matrix, in one piece of memory, of a stored one, `shape`."""
+        lines = whole.T if self.of_columns else whole
+        chosen = lines[self.first :: self.step][: self.count]
+        return np.ascontiguousarray(chosen if self.transposed or not self.of_columns else chosen.T)
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file; `offset` counts from the file's start."""
+    """One tensor of a file; `offset` counts from the file's start.
+
+    Attributes:
+        part: of a stored matrix, where it is no run of bytes; `nbytes` are its own.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -83,28 +124,7 @@ class Stored:
     file: str
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Where a matrix is in a stored one, `(rows, columns)`, whose bytes begin at the offset.
-
-    Attributes:
-        shape: of the stored one.
-        first: its first row there, or column.
-        step: from one to the next.
-        transposed: its rows are columns there.
-    """
-
-    shape: tuple[int, ...]
-    first: int
-    step: int
-    transposed: bool
-
-    def of(self, whole: npt.NDArray[np.generic], n: int) -> npt.NDArray[np.generic]:
-        """Returns the matrix, `(n, in_features)`, of a stored one, `shape`."""
-        rows = whole.T if self.transposed else whole
-        return np.ascontiguousarray(rows[self.first :: self.step][:n])
+    part: Part | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +136,14 @@ class TensorInfo(Stored):
         layer: its layer, if it has one.
         expert: its expert, if it has one.
         scale: of an FP8 matrix, one F32, F16 or BF16 factor per block, `(ceil(out / rows),
-            ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; None for
-            every other dtype.
-        part: of a stored matrix, where it is no run of bytes; `nbytes` are its own.
+            ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; of one in
+            MXFP4 an exponent of two per 32 columns; None for every other dtype.
     """
 
     role: Role
     layer: int | None
     expert: int | None
     scale: Stored | None = None
-    part: Part | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -263,13 +281,13 @@ class Inventory:
         return total.hexdigest()
 
     def tensor_digest(self, name: str) -> str:
-        """Returns the sha256 of dtype, shape and bytes of a tensor; of FP8, of its scale too."""
+        """Returns the sha256 of dtype, shape and bytes of a tensor, and of its scale, if any."""
         info = self.tensors[name]
         if self.digests is None:
             return self.compute_digest(info)
         stored = [info] if info.scale is None else [info, info.scale]
         part = " ".join(f"{s.name} {s.dtype} {s.shape} at {s.offset}" for s in stored)
-        if info.scale is not None:
+        if info.dtype == FP8:
             part += f" in blocks of {self.scale_block}"
         files = {self.path / s.file: self.files[s.file] for s in stored}
         return self.digests.of(files, part, lambda: self.compute_digest(info))
@@ -277,14 +295,12 @@ class Inventory:
     def compute_digest(self, info: TensorInfo) -> str:
         """Reads a tensor, and its scale, for the digest that `tensor_digest` remembers."""
         digest = hashlib.sha256(f"{info.dtype} {info.shape}\n".encode())
-        if info.part is not None:
-            digest.update(self.read_raw(info).data)
-        else:
-            for chunk in self._chunks(info):
-                digest.update(chunk)
-        if info.scale is not None:
-            digest.update(f"{info.scale.dtype} {info.scale.shape} {self.scale_block}\n".encode())
-            for chunk in self._chunks(info.scale):
+        for chunk in self._chunks(info):
+            digest.update(chunk)
+        if (scale := info.scale) is not None:
+            block = self.scale_block if info.dtype == FP8 else (1, MXFP4_BLOCK)
+            digest.update(f"{scale.dtype} {scale.shape} {block}\n".encode())
+            for chunk in self._chunks(scale):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -294,8 +310,7 @@ class Inventory:
         Raises:
             CheckpointError: if the file ends before it, or changed since its header was read.
         """
-        part = info.part if isinstance(info, TensorInfo) else None
-        width = DTYPE_BYTES[info.dtype]
+        part, width = info.part, _PLACE_BYTES[info.dtype]
         nbytes = info.nbytes if part is None else prod(part.shape) * width
         with self.reading(info.file) as file:
             data = np.fromfile(file, np.uint8, count=nbytes, offset=info.offset)
@@ -304,9 +319,12 @@ class Inventory:
         if part is None:
             return data
         whole = data.view(f"V{width}").reshape(part.shape)
-        return part.of(whole, info.shape[0]).reshape(-1).view(np.uint8)
+        return part.of(whole).reshape(-1).view(np.uint8)
 
-    def _chunks(self, stored: Stored) -> Iterator[bytes]:
+    def _chunks(self, stored: Stored) -> Iterator[bytes | memoryview]:
+        if stored.part is not None:
+            yield self.read_raw(stored).data
+            return
         with self.reading(stored.file) as file:
             file.seek(stored.offset)
             n_left = stored.nbytes
@@ -499,6 +517,19 @@ def _is_scale(path: Path, name: str, stored: Mapping[str, Stored]) -> bool:
     return True
 
 
+def _is_exponents(path: Path, family: Family, place: Stored, stored: Mapping[str, Stored]) -> bool:
+    """Whether a stored tensor has the exponents of a stack in MXFP4, which must then be there."""
+    if family.match_mxfp4(place.name, EXPONENTS_SUFFIX) is None:
+        return False
+    blocks = place.name.removesuffix(EXPONENTS_SUFFIX) + BLOCKS_SUFFIX
+    if blocks not in stored:
+        raise CheckpointError(
+            f"{path}: {place.name} without {blocks}, whose exponents it has; the checkpoint is not "
+            "whole: fetch it again"
+        )
+    return True
+
+
 def _check_stored(
     path: Path, place: Stored, names: Iterable[str], config: Config, family: Family
 ) -> None:
@@ -510,7 +541,8 @@ def _check_stored(
             f"{path}: {none}{place.name} has shape {place.shape}, so no values: a model with such "
             "a part is not supported"
         )
-    if place.dtype not in DTYPE_BYTES:
+    in_mxfp4 = place.dtype == "U8" and family.match_mxfp4(place.name, BLOCKS_SUFFIX)
+    if place.dtype not in DTYPE_BYTES and not in_mxfp4:
         why = quantized(names, quantization_method(config))
         raise CheckpointError(f"{path}: {why or stored_as(place.name, place.dtype, DTYPE_BYTES)}")
 
@@ -522,11 +554,20 @@ def _tensors(
     n_layers, n_nextn = family.n_layers(config), family.n_nextn(config)
     n_nextn = family.n_nextn_layers if n_nextn is None else n_nextn
     for name, place in stored.items():
+        if _is_exponents(path, family, place, stored):
+            continue
         _check_stored(path, place, stored, config, family)
         if _is_scale(path, name, stored):
             continue
         if (stacked := family.match_stack(name)) and stacked[1] < n_layers:
             yield from _experts_of(path, config, family, place, *stacked)
+            continue
+        if (blocks := family.match_mxfp4(name, BLOCKS_SUFFIX)) and blocks[1] < n_layers:
+            exponents = stored.get(name.removesuffix(BLOCKS_SUFFIX) + EXPONENTS_SUFFIX)
+            yield from _mxfp4_experts_of(path, config, family, place, exponents, *blocks)
+            continue
+        if (joined := family.match_joined(name)) and joined[1] < n_layers:
+            yield from _parts_of(path, config, family, place, *joined)
             continue
         match = family.match(name)
         layer = match[1] if match else family.foreign_layer(name)
@@ -570,10 +611,11 @@ def _experts_of(
             rule = family.rule_of(role)
             name = rule.pattern.format(layer=layer, expert=expert)
             offset, part = place.offset + expert * n_parts * nbytes, None
+            shape = (place.shape[1], place.shape[2])
             if stack.alternating:
-                part = Part(place.shape[1:], number, n_parts, transposed)
+                part = Part(shape, number, n_parts, rows, transposed, transposed)
             elif transposed:
-                part = Part(place.shape[1:], number * rows, 1, transposed)
+                part = Part(shape, number * rows, 1, rows, transposed, transposed)
             else:
                 offset += number * nbytes
             at = (place.file, offset, nbytes)
@@ -581,6 +623,83 @@ def _experts_of(
                 TensorInfo(name, (rows, columns), place.dtype, *at, role, layer, expert, part=part),
                 rule.part,
             )
+
+
+def _mxfp4_experts_of(
+    path: Path,
+    config: Config,
+    family: Family,
+    blocks: Stored,
+    exponents: Stored | None,
+    stack: Stack,
+    layer: int,
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields the matrices of experts that lie in MXFP4 in two tensors, as single ones.
+
+    The blocks are `(experts, sum of rows, blocks, 16)`, never transposed: bytes of two values, the
+    first in the lower four bits. The exponents are `(experts, sum of rows, blocks)`.
+    """
+    n_parts, n_experts = len(stack.roles), blocks.shape[0]
+    rows, columns = family.shape(config, family.rule_of(stack.roles[0]))
+    whole = (n_experts, rows * n_parts, columns // MXFP4_BLOCK)
+    if exponents is None or columns % MXFP4_BLOCK or exponents.dtype != blocks.dtype:
+        raise CheckpointError(
+            f"{path}: {blocks.name} of {columns} columns without exponents in U8, one per "
+            f"{MXFP4_BLOCK} of them; the checkpoint is not whole: fetch it again"
+        )
+    for place, shape in ((blocks, (*whole, MXFP4_BLOCK // 2)), (exponents, whole)):
+        if place.shape != shape:
+            raise CheckpointError(f"{path}: {place.name} has shape {place.shape}, needed {shape}")
+    for expert in range(n_experts):
+        for number, role in enumerate(stack.roles):
+            rule = family.rule_of(role)
+            name = rule.pattern.format(layer=layer, expert=expert)
+            codes = _rows_of(blocks, stack, expert, number)
+            scale = _rows_of(exponents, stack, expert, number)
+            at = (codes.file, codes.offset, codes.nbytes)
+            yield (
+                TensorInfo(
+                    name, (rows, columns), MXFP4, *at, role, layer, expert, scale, part=codes.part
+                ),
+                rule.part,
+            )
+
+
+def _rows_of(place: Stored, stack: Stack, expert: int, number: int) -> Stored:
+    """Rows of one role in the bytes `(experts, sum of rows, ...)` of a stack."""
+    n_parts = len(stack.roles)
+    rows, nbytes = place.shape[1] // n_parts, place.nbytes // place.shape[0] // n_parts
+    offset, part = place.offset + expert * n_parts * nbytes, None
+    if stack.alternating:
+        part = Part((rows * n_parts, nbytes // rows), number, n_parts, rows)
+    else:
+        offset += number * nbytes
+    shape = (rows, *place.shape[2:])
+    return replace(place, shape=shape, offset=offset, nbytes=nbytes, part=part)
+
+
+def _parts_of(
+    path: Path, config: Config, family: Family, place: Stored, joined: Joined, layer: int
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields the tensors with a row per expert that lie in one, under names of their own."""
+    n_parts = len(joined.parts)
+    for number, pattern in enumerate(joined.parts):
+        match = family.match(pattern.format(layer=layer))
+        assert match is not None, pattern
+        rule = match[0]
+        rows, columns = family.shape(config, rule)
+        if place.shape != (rows, columns * n_parts) or place.dtype == FP8:
+            raise CheckpointError(
+                f"{path}: {place.name} of {place.dtype} has shape {place.shape}, needed "
+                f"{(rows, columns * n_parts)} in floats"
+            )
+        part = Part((rows, columns * n_parts), number, n_parts, columns, of_columns=True)
+        at = (place.file, place.offset, place.nbytes // n_parts)
+        name = rule.pattern.format(layer=layer)
+        yield (
+            TensorInfo(name, (rows, columns), place.dtype, *at, rule.role, layer, None, part=part),
+            rule.part,
+        )
 
 
 def _check_fp8(inventory: Inventory, tensor: TensorInfo) -> None:
@@ -628,7 +747,7 @@ def _check_experts(inventory: Inventory) -> None:
                     f"needed experts 0..{n - 1} of one shape as config.json says"
                 )
 
-        for role in (Role.ROUTER, Role.ROUTER_BIAS):
+        for role in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS):
             for tensor in inventory.of_role(role, layer):
                 if tensor.shape[0] != n:
                     raise CheckpointError(

@@ -1,7 +1,8 @@
 """A checkpoint's tensors as float32.
 
 In: a tensor of an inventory, whole or by rows. Out: its values. Invariant: FP8 in blocks is decoded
-as torch does: the code's value times its block's factor (F32, F16 or BF16), in float32; a value
+as torch does: the code's value times its block's factor (F32, F16 or BF16), in float32; MXFP4 as
+the specification says (OCP Microscaling Formats, 5.4 and 6.3), which float32 holds exactly; a value
 that is no number is refused.
 """
 
@@ -11,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from allocator.checkpoint.inventory import Inventory, Stored, TensorInfo
+from allocator.checkpoint.inventory import FP8, MXFP4, MXFP4_BLOCK, Inventory, Stored, TensorInfo
 from allocator.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
@@ -34,6 +35,22 @@ def _e4m3() -> Floats:
 
 
 _E4M3 = _e4m3()
+
+
+def _e2m1_pairs() -> Floats:
+    """Values of the two codes of a byte, the lower four bits first, `(256, 2)`.
+
+    Of a code: sign, 2 bits of exponent (bias 1), 1 of mantissa.
+    """
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.concatenate([magnitudes, -magnitudes])
+    codes = np.arange(256)
+    return np.stack([values[codes & 15], values[codes >> 4]], -1)
+
+
+_E2M1_PAIRS = _e2m1_pairs()
+_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
+"""Powers of two, by exponent with a bias of 127; the last stands for no number."""
 
 
 def read_raw(inventory: Inventory, info: Stored) -> npt.NDArray[np.uint8]:
@@ -73,7 +90,7 @@ def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
         return _read(inventory, info)[start:stop]
     if info.scale is None:
         return _read(inventory, _rows_of(info, start, stop))
-    block = inventory.scale_block[0]
+    block = inventory.scale_block[0] if info.dtype == FP8 else 1
     first = start // block * block
     scale = _rows_of(info.scale, start // block, -(-stop // block))
     return _read(inventory, replace(_rows_of(info, first, stop), scale=scale))[start - first :]
@@ -91,16 +108,20 @@ def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
 
 def _read(inventory: Inventory, info: TensorInfo) -> Floats:
     raw = read_raw(inventory, info)
-    if info.scale is not None:
+    if info.dtype == MXFP4:
+        assert info.scale is not None, info.name
+        values = _in_blocks(raw, read_raw(inventory, info.scale))
+    elif info.scale is not None:
         scale = floats_of(read_raw(inventory, info.scale), info.scale.dtype)
-        values = _scaled(
+        scaled = _scaled(
             raw.reshape(info.shape), scale.reshape(info.scale.shape), inventory.scale_block
         )
-        if values is None:
+        if scaled is None:
             raise CheckpointError(
                 f"{info.file}: {info.name} holds a NaN code, or a factor in {info.scale.name} is "
                 "too large; needed finite weights: fetch the checkpoint again"
             )
+        values = scaled
     else:
         values = floats_of(raw, info.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -127,6 +148,14 @@ def floats_of(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
         bits = raw.view(np.uint16).astype(np.uint32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)
     return raw.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def _in_blocks(codes: npt.NDArray[np.uint8], exponents: npt.NDArray[np.uint8]) -> Floats:
+    """MXFP4's values, `(32 * blocks,)`, of `(16 * blocks,)` codes and `(blocks,)` exponents."""
+    values = _E2M1_PAIRS[codes].reshape(-1, MXFP4_BLOCK)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= _E8M0[exponents][:, None]
+    return values.reshape(-1)
 
 
 def _scaled(codes: npt.NDArray[np.uint8], scale: Floats, block: tuple[int, int]) -> Floats | None:

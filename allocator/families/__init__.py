@@ -9,7 +9,17 @@ A family is one file here: a table, registered in `registry`, that passes
 `allocator.testing.families.FamilyConformance`.
 """
 
-from allocator.families.base import SCALE_SUFFIX, Family, Parts, Rule, Stack, Support
+from allocator.families.base import (
+    BLOCKS_SUFFIX,
+    EXPONENTS_SUFFIX,
+    SCALE_SUFFIX,
+    Family,
+    Joined,
+    Parts,
+    Rule,
+    Stack,
+    Support,
+)
 from allocator.families.config import Config
 from allocator.families.gguf import ComputeGraph, Gguf, Half, ModelFacts, Piece, Window
 from allocator.families.keys import Keys, LatentKeys, LinearKeys
@@ -31,6 +41,8 @@ from allocator.families.sizes import (
 from allocator.families.transforms import Transform
 
 __all__ = [
+    "BLOCKS_SUFFIX",
+    "EXPONENTS_SUFFIX",
     "SCALE_SUFFIX",
     "ComputeGraph",
     "Config",
@@ -38,6 +50,7 @@ __all__ = [
     "Family",
     "Gguf",
     "Half",
+    "Joined",
     "Keys",
     "LatentAttention",
     "LatentKeys",

@@ -38,6 +38,8 @@ _NUMBER = "0|[1-9][0-9]{0,5}"
 
 SCALE_SUFFIX = "_scale_inv"
 """After the name of an FP8 matrix: that of the factors which its blocks are multiplied by."""
+BLOCKS_SUFFIX, EXPONENTS_SUFFIX = "_blocks", "_scales"
+"""After the name of a stack in MXFP4: those of its 4-bit floats and of their blocks' exponents."""
 
 Parts = frozenset[str]
 """Names of a layer's tensors, as `Rule.part` has them."""
@@ -116,12 +118,33 @@ class Stack:
         roles: what its rows are: `(gate, up)`, or `(down,)`.
         transposed: what it is where its shape does not tell.
         alternating: rows of the roles take turns; else they come one role after the other.
+        in_mxfp4: checkpoints may have it in MXFP4, in two tensors (`BLOCKS_SUFFIX`), where it is
+            not transposed.
     """
 
     pattern: str
     roles: tuple[Role, ...]
     transposed: bool = False
     alternating: bool = False
+    in_mxfp4: bool = False
+
+    @cached_property
+    def expression(self) -> re.Pattern[str]:
+        """Of its name, with the group `layer`."""
+        return expression(self.pattern)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of a layer with a row per expert, whose columns take turns in one tensor.
+
+    Attributes:
+        pattern: its name with `{layer}`, in checkpoints and in transformers' model.
+        parts: patterns of the rules of its parts; the first has its columns 0, n, 2n, ...
+    """
+
+    pattern: str
+    parts: tuple[str, ...]
 
     @cached_property
     def expression(self) -> re.Pattern[str]:
@@ -168,6 +191,7 @@ class Family:
         no_gguf: why target gguf refuses it.
         support: how far it is supported.
         stacks: tensors that hold the experts of a layer.
+        joined: tensors that hold several others with a row per expert.
         ignored: expressions for names that are left out: other parts of the model.
         computed: expressions for names of buffers that a model computes itself.
         text_key: key of the language model's own config, in a model of text and more.
@@ -199,6 +223,7 @@ class Family:
     no_gguf: str = ""
     support: Support = Support.READ
     stacks: tuple[Stack, ...] = ()
+    joined: tuple[Joined, ...] = ()
     ignored: tuple[str, ...] = ()
     computed: tuple[str, ...] = (
         rf"model\.(layers\.({_NUMBER})\.self_attn\.)?rotary_emb\."
@@ -265,6 +290,38 @@ class Family:
                 return stack, int(match["layer"])
         return None
 
+    def match_mxfp4(self, name: str, suffix: str) -> tuple[Stack, int] | None:
+        """Returns the stack in MXFP4 that a tensor is of, and its layer; None if it is of none.
+
+        Args:
+            name: of the tensor.
+            suffix: `BLOCKS_SUFFIX` or `EXPONENTS_SUFFIX`.
+        """
+        match = self.match_stack(name.removesuffix(suffix)) if name.endswith(suffix) else None
+        return match if match and match[0].in_mxfp4 else None
+
+    def match_joined(self, name: str) -> tuple[Joined, int] | None:
+        """Returns what a tensor name joins, and its layer; None if the name is of one tensor."""
+        name = self.plain_name(name)
+        for joined in self.joined:
+            if match := joined.expression.fullmatch(name):
+                return joined, int(match["layer"])
+        return None
+
+    def place_in_model(self, name: str) -> tuple[str, slice]:
+        """Returns which parameter of transformers' model holds a tensor, and which columns of it.
+
+        Args:
+            name: as the inventory has it.
+        """
+        if self.joined and (match := self.match(name)) is not None:
+            rule, layer, _ = match
+            for joined in self.joined:
+                if rule.pattern in joined.parts:
+                    first, step = joined.parts.index(rule.pattern), len(joined.parts)
+                    return joined.pattern.format(layer=layer), slice(first, None, step)
+        return name, slice(None)
+
     def rule_of(self, role: Role) -> Rule:
         """Returns the (first) rule of a role."""
         return next(rule for rule in self.rules if rule.role is role)
@@ -314,14 +371,18 @@ class Family:
             return config
         return {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
 
-    def settings(self, config: Config) -> tuple[str, Config] | None:
+    def settings(self, config: Config, *, always: bool = False) -> tuple[str, Config] | None:
         """Returns what transformers builds the model from, where that is not the whole config.
+
+        Args:
+            config: of the checkpoint.
+            always: whether to return it in any case.
 
         Returns:
             Its name of the architecture, and the language model's settings.
         """
         inner = self.text_config(config)
-        if inner is config and self.built_as is None:
+        if inner is config and self.built_as is None and not always:
             return None
         named = self.built_as or inner.get("model_type", self.model_type)
         return named, {k: v for k, v in inner.items() if k not in ("model_type", "auto_map")}

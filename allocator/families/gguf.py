@@ -119,6 +119,14 @@ def _no_window(config: Config, n_layers: int) -> Window:
     return Window()
 
 
+def _own(config: Config) -> Config:
+    return config
+
+
+def _no_lines(config: Config) -> tuple[str, ...]:
+    return ()
+
+
 def _nothing(facts: ModelFacts) -> None:
     return
 
@@ -144,6 +152,9 @@ class Gguf:
         window: the sliding window of a config with so many layers.
         divides_mscale: see `rope_pairs`.
         reads_yarn_betas: whether its loader reads YaRN's betas from the file.
+        computed: a config by which transformers computes as llama.cpp does, which cannot be told
+            what a checkpoint's own says; that itself by default.
+        otherwise: lines on what llama.cpp computes otherwise than a config says.
     """
 
     architecture: str
@@ -158,6 +169,8 @@ class Gguf:
     window: Callable[[Config, int], Window] = _no_window
     divides_mscale: bool = False
     reads_yarn_betas: bool = False
+    computed: Callable[[Config], Config] = _own
+    otherwise: Callable[[Config], tuple[str, ...]] = _no_lines
 
     def known_graph(self) -> ComputeGraph:
         """Returns the graph that llama.cpp builds.
@@ -197,7 +210,9 @@ class Gguf:
         yield f"{self.architecture}.expert_count", n_experts
         yield f"{self.architecture}.expert_used_count", experts_used
         yield from self._named(self.hyperparameters(facts))
-        rope = rope_pairs(facts.config, self.architecture, divides_mscale=self.divides_mscale)
+        rope = rope_pairs(
+            self.computed(facts.config), self.architecture, divides_mscale=self.divides_mscale
+        )
         yield from self._named(rope)
 
     def _named(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
@@ -222,9 +237,13 @@ class Gguf:
 
     def notes(self, config: Config) -> tuple[str, ...]:
         """Returns a line on everything that no file can tell llama.cpp."""
-        if self.hyperparameters is None or (betas := self.yarn_betas(config)) is None:
+        if self.hyperparameters is None:
             return ()
+        notes = self.otherwise(config)
+        if (betas := self.yarn_betas(config)) is None:
+            return notes
         return (
+            *notes,
             f"llama.cpp must be told {yarn_options(betas)}: its loader of {self.architecture} does "
             "not read YaRN's betas from the file, and would compute with 32 and 1",
         )

@@ -1,24 +1,38 @@
-"""gpt-oss: sizes alone, for `allocator plan`.
+"""gpt-oss.
 
-Sources: transformers' `modeling_gpt_oss`; llama.cpp's graph of `gpt-oss`.
+Sources: transformers' `modeling_gpt_oss` and `integrations/mxfp4`; llama.cpp's loader and graph of
+`gpt-oss` (`models/openai-moe.cpp`), and its converter.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from allocator.errors import CheckpointError, TargetError
-from allocator.families.base import Family, Parts, Rule, Support
+from allocator.families.base import Family, Joined, Parts, Rule, Stack
 from allocator.families.common import (
     BASE,
     EXPERTS,
     GROUPED_ATTENTION,
     KEYS_VALUES,
+    NEVER_NULL,
     ROUTED,
     B,
     L,
     layer,
 )
 from allocator.families.config import Config
-from allocator.families.gguf import ComputeGraph, Gguf, Window
+from allocator.families.gguf import (
+    ComputeGraph,
+    Fixed,
+    Gguf,
+    ModelFacts,
+    Pair,
+    Window,
+    grouped_pairs,
+)
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
+from allocator.families.rope import rope_parameters
 from allocator.families.sizes import Scoring
 
 _ALTERNATING = ("sliding_attention", "full_attention")
@@ -48,8 +62,7 @@ _RULES = (
     Rule(L + "self_attn.sinks", Role.BIAS, "heads", B + "attn_sinks.weight"),
     Rule(L + "mlp.router.weight", Role.ROUTER, "experts x hidden", B + "ffn_gate_inp.weight"),
     Rule(L + "mlp.router.bias", Role.ROUTER_BIAS, "experts", B + "ffn_gate_inp.bias"),
-    # a checkpoint has the experts of a layer, gate and up, in one tensor; these are its parts
-    *EXPERTS,
+    *EXPERTS,  # these, and the biases of gate and up, are parts of one tensor
     *(
         Rule(
             L + f"mlp.experts.{kind}_proj_bias",
@@ -65,11 +78,53 @@ _RULES = (
 def _layer_parts(config: Config, number: int) -> Parts:
     if not config.get("attention_bias", True):
         raise CheckpointError("config.json: attention_bias is false, needed true as in gpt_oss")
-    return layer(_ATTENTION, _ROUTED)
+    return _LAYER
 
 
 def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX_OF_CHOSEN, False
+
+
+_ROPE = {  # transformers' own, where a config has none
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+_THETA = 150000.0
+
+
+def _with_rope(config: Config) -> Config:
+    """The config with transformers' own rotation where it has none."""
+    rope: Any = config.get("rope_scaling") or config.get("rope_parameters") or _ROPE
+    if not isinstance(rope, dict):
+        return config  # refused where it is read
+    others = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")}
+    own = {"rope_theta": config.get("rope_theta", _THETA), **rope}
+    return {**others, "rope_parameters": own}
+
+
+def _computed(config: Config) -> Config:
+    """What llama.cpp computes with: it rounds the bounds of YaRN's ramp to whole channels."""
+    config = _with_rope(config)
+    if rope_parameters(config)["rope_type"] != "yarn":
+        return config
+    return {**config, "rope_parameters": {**config["rope_parameters"], "truncate": True}}
+
+
+def _otherwise(config: Config) -> tuple[str, ...]:
+    rope = rope_parameters(_with_rope(config))
+    if rope["rope_type"] != "yarn" or rope.get("truncate", True):
+        return ()
+    return (
+        "llama.cpp computes YaRN of gpt-oss as with truncate = true, config.json says false: the "
+        "original and all candidates are scored as llama.cpp computes them; target safetensors "
+        "computes as config.json says",
+    )
+
+
+def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
+    yield from grouped_pairs(facts)
+    window = _window(facts.config, facts.dimensions.n_layers)
+    yield "attention.sliding_window", window.tokens
 
 
 def _window(config: Config, n_layers: int) -> Window:
@@ -85,14 +140,39 @@ def _window(config: Config, n_layers: int) -> Window:
     return Window(tokens, frozenset(range(0, n_layers, 2)))  # set_swa_pattern(2)
 
 
+_LAYER = layer(_ATTENTION, _ROUTED)
+_STACKS = (
+    Stack(
+        L + "mlp.experts.gate_up_proj", (Role.EXPERT_GATE, Role.EXPERT_UP),
+        transposed=True, alternating=True, in_mxfp4=True,
+    ),
+    Stack(L + "mlp.experts.down_proj", (Role.EXPERT_DOWN,), transposed=True, in_mxfp4=True),
+)  # fmt: skip
+_JOINED = (
+    Joined(
+        L + "mlp.experts.gate_up_proj_bias",
+        tuple(L + f"mlp.experts.{kind}_proj_bias" for kind in ("gate", "up")),
+    ),
+)
+
 GPT_OSS = Family(
     model_type="gpt_oss",
     models="gpt-oss-20b, 120b",
     rules=_RULES,
     keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
     layer_parts=_layer_parts,
-    layers=(layer(_ATTENTION, _ROUTED),),
+    layers=(_LAYER,),
     scoring=_scoring,
-    gguf=Gguf("gpt-oss", None, ComputeGraph.GROUPED, window=_window),
-    support=Support.PLANNED,
+    stacks=_STACKS,
+    joined=_JOINED,
+    gguf=Gguf(
+        "gpt-oss",
+        _hyperparameters,
+        ComputeGraph.GROUPED,
+        fixed=(Fixed("swiglu_alpha", 1.702, 1.702), Fixed("swiglu_limit", 7.0, 7.0)),
+        window=_window,
+        computed=_computed,
+        otherwise=_otherwise,
+    ),
+    never_null=NEVER_NULL - {"moe_intermediate_size"},
 )

@@ -111,10 +111,10 @@ def planned_family_of(config: Config, where: str = "config.json") -> Family:
         got = f"model_type {model_type!r} is not supported yet"
         if "model_type" not in config:
             got = "no model_type; needed the config.json of a MoE checkpoint"
+        planned = _names(Support.PLANNED)
         raise CheckpointError(
-            f"{where}: {got}; supported: "
-            f"{_names(Support.READ)}; planned (`allocator plan` only): "
-            f"{', '.join(sorted(f.model_type for f in families(Support.PLANNED)))}"
+            f"{where}: {got}; supported: {_names(Support.READ)}"
+            + (f"; planned (`allocator plan` only): {planned}" if planned else "")
         )
     return family
 

@@ -100,7 +100,7 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self._rows_bytes = rows_bytes
-        self.model = skeleton(self.inventory.path, device)
+        self.model = skeleton(self.inventory.path, device, config=layout.computed)
         arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         self.device = torch.device(device)
@@ -194,7 +194,7 @@ class StreamedModel:
         """
         for tensor in self._full_precision[None]:
             values = self.weights.full_precision(candidate or self.original, tensor)
-            install_full_precision(self.model, tensor, values)
+            install_full_precision(self.model, self.inventory.family, tensor, values)
         normed: torch.Tensor = last_norm(self.model)(hidden)
         return normed
 
@@ -324,7 +324,7 @@ class StreamedModel:
                     place(self.model, group, values)
         for tensor in self._full_precision[layer]:
             values = self.weights.full_precision(candidate, tensor)
-            install_full_precision(self.model, tensor, values)
+            install_full_precision(self.model, self.inventory.family, tensor, values)
 
     def forward(
         self, layer: int, hidden: torch.Tensor, experts_sum: torch.Tensor | None = None

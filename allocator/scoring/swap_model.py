@@ -21,7 +21,7 @@ from allocator.checkpoint.inventory import Inventory, read_json
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
-from allocator.families import Dimensions, Role, family_of
+from allocator.families import Config, Dimensions, Family, Role, family_of
 from allocator.families.config import plain_skeleton
 from allocator.formats import parts
 from allocator.scoring.arranged import arrange, matrix_name
@@ -36,7 +36,7 @@ from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
 
-def skeleton(path: Path, device: str = "cpu") -> Any:
+def skeleton(path: Path, device: str = "cpu", *, config: Config | None = None) -> Any:
     """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
@@ -44,6 +44,7 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
     Args:
         path: of the checkpoint.
         device: torch's, where buffers are, and parameters will be.
+        config: of the language model, in place of the checkpoint's (`Layout.computed`).
 
     Raises:
         CheckpointError: if transformers does not accept its config.
@@ -53,15 +54,16 @@ def skeleton(path: Path, device: str = "cpu") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        stored = read_json(path / "config.json")
-        if (settings := family_of(stored).settings(stored)) is None:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        stored = config or read_json(path / "config.json")
+        named = family_of(stored).settings(stored, always=config is not None)
+        if named is None:
+            settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         else:
-            config = AutoConfig.for_model(settings[0], **settings[1])
-        plain_skeleton(config)
+            settings = AutoConfig.for_model(named[0], **named[1])
+        plain_skeleton(settings)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
+                settings, dtype=torch.float32, attn_implementation="eager"
             )
     except (
         OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
@@ -290,13 +292,16 @@ def install_experts(
         _fill(view[place], matrix, group.name)
 
 
-def install_full_precision(model: Any, tensor: FullPrecision, values: Floats) -> None:
+def install_full_precision(
+    model: Any, family: Family, tensor: FullPrecision, values: Floats
+) -> None:
     """Puts a norm, `(width,)`, or a router's retained rows, `(retained, hidden)`, into the model.
 
     Raises:
         CheckpointError: if the architecture has another shape there.
     """
-    _fill(parameter_of(model, tensor.source), values, tensor.source)
+    parameter, columns = family.place_in_model(tensor.source)
+    _fill(parameter_of(model, parameter)[..., columns], values, tensor.source)
 
 
 def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
@@ -356,7 +361,8 @@ def check_names(model: Any, layout: Layout) -> None:
             shape = tuple(_existing(model, matrix_name(group)).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")
     for tensor in layout.full_precision:
-        shape = tuple(_existing(model, tensor.source).shape)
+        parameter, columns = layout.inventory.family.place_in_model(tensor.source)
+        shape = tuple(_existing(model, parameter)[..., columns].shape)
         _check_shape(shape, tensor.shape, f"{where}: {tensor.source}")
 
 
@@ -439,7 +445,7 @@ class SwapModel:
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
         _check_memory(self.inventory, device)
-        self.model = skeleton(self.inventory.path, device)
+        self.model = skeleton(self.inventory.path, device, config=layout.computed)
         arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
@@ -535,7 +541,7 @@ class SwapModel:
                 values = rows_of(self._originals[tensor.source], rows)
             else:
                 values = own.full_precision(tensor, rows)
-            install_full_precision(self.model, tensor, values)
+            install_full_precision(self.model, self.inventory.family, tensor, values)
             self._full_precision_of[tensor.source] = wanted
 
     def _put_experts(

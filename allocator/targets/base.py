@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
-from allocator.families import Dimensions, Family
+from allocator.families import Config, Dimensions, Family
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
 from allocator.targets.layout import CacheRows, FullPrecision, Group, Layout
 
@@ -73,6 +73,18 @@ class Target(ABC):
             formats: format or parts by group.
             experts_used: routed experts per token.
         """
+
+    def computed(self, family: Family, config: Config) -> Config | None:
+        """Returns a config by which transformers computes as the runtime does.
+
+        Args:
+            family: of the checkpoint.
+            config: the checkpoint's.
+
+        Returns:
+            That of a language model; None where the checkpoint's own says it.
+        """
+        return None
 
     def parts_overhead(self, group: Group, names: Sequence[str]) -> int:
         """Bounds the bytes that the header grows by when a group is in parts of these formats."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
-from allocator.families import Role, Transform
+from allocator.families import Config, Role, Transform
 from allocator.formats import FORMATS, Format, Parts, offered
 
 
@@ -123,6 +123,8 @@ class Layout:
         groups: by name, in file order.
         full_precision: tensors that are not encoded, in file order, after all groups.
         notes: what a user must know of it: what is left out, what the runtime must be told.
+        computed: a config in place of the checkpoint's, by which transformers computes as the
+            runtime does; None where the checkpoint's says it.
     """
 
     target: str
@@ -130,6 +132,7 @@ class Layout:
     groups: Mapping[str, Group]
     full_precision: tuple[FullPrecision, ...]
     notes: tuple[str, ...] = ()
+    computed: Config | None = None
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

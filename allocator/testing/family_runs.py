@@ -324,5 +324,6 @@ class _OfModel:
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
         """Returns a norm, a bias or a router."""
-        values: Floats = self._state[tensor.source].float().numpy()
+        parameter, columns = self._layout.inventory.family.place_in_model(tensor.source)
+        values: Floats = self._state[parameter][..., columns].float().contiguous().numpy()
         return values

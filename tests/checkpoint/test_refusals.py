@@ -287,7 +287,7 @@ def test_the_cause_is_named_in_one_line(tmp_path, make, capsys, build):
     [
         (nested, "inside of text_config"), (hub_id, "hf download"), (lfs_config, "a git-lfs point"),
         (gguf_file, "a GGUF file"), (safetensors_file, "one file of"), (no_config, "no such file"),
-        (unknown_type, "planned .*gpt_oss"), (null_value, "head_dim is null"),
+        (unknown_type, "supported: .*gpt_oss"), (null_value, "head_dim is null"),
     ],
 )  # fmt: skip
 def test_a_plan_is_refused_for_the_same_cause(tmp_path, make, capsys, build, match):

@@ -136,7 +136,7 @@ class TestKimiK2(TestDeepseekV3):
 
 class TestGptOss(FamilyConformance):
     config = SMALL | {
-        "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4,
+        "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,
         "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     family = planned_family_of(config)

@@ -1,11 +1,20 @@
 """Names of transformers and llama.cpp, against the checkpoints and tables that those write."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.errors import CheckpointError
-from allocator.families import Role, Support, families, family_of, planned_family_of
+from allocator.families import (
+    Role,
+    Support,
+    families,
+    family_of,
+    planned_family_of,
+    registry,
+)
 
 DEEPSEEK_V3, QWEN3_MOE = families(Support.READ)[:2]
 
@@ -57,16 +66,18 @@ def test_family_of():
         family_of({"model_type": ["qwen3_moe"]})
 
 
-def test_planned_families_are_for_planning_alone():
-    assert {f.model_type for f in families(Support.PLANNED)} == {"gpt_oss"}
-    for family in families(Support.PLANNED):
-        config = {"model_type": family.model_type}
-        assert planned_family_of(config) is family
-        with pytest.raises(
-            CheckpointError, match="sizes alone are known: `allocator plan` works with it"
-        ):
-            family_of(config)
-    with pytest.raises(CheckpointError, match=r"supported: .*; planned .*: gpt_oss"):
+def test_planned_families_are_for_planning_alone(monkeypatch):
+    family = replace(QWEN3_MOE, model_type="mine", support=Support.PLANNED)
+    with pytest.raises(CheckpointError, match=r"supported: .*, qwen3_moe[a-z0-9_, ]*$"):
+        planned_family_of({"model_type": "mine"})
+    monkeypatch.setitem(registry._FAMILIES, "mine", family)
+    assert families(Support.PLANNED) == (family,)
+    assert planned_family_of({"model_type": "mine"}) is family
+    with pytest.raises(
+        CheckpointError, match="sizes alone are known: `allocator plan` works with it"
+    ):
+        family_of({"model_type": "mine"})
+    with pytest.raises(CheckpointError, match=r"supported: .*; planned .*: mine"):
         planned_family_of({"model_type": "llama"})
 
 

@@ -128,3 +128,14 @@ class TestQwen3Next(Runs):
         "shared_expert_intermediate_size": 96, "norm_topk_prob": True, "rope_theta": 10000.0,
         "partial_rotary_factor": 0.25,
     }  # fmt: skip
+
+
+class TestGptOss(Runs):
+    config = SMALL | {
+        "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": 150000.0, "truncate": True,
+            "original_max_position_embeddings": 32,
+        },
+    }  # fmt: skip

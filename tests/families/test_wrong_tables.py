@@ -22,6 +22,9 @@ GLM = SMALL | {
     "routed_scaling_factor": 1.5, "norm_topk_prob": True, "partial_rotary_factor": 0.5,
     "num_nextn_predict_layers": 0,
 }  # fmt: skip
+GPT_OSS = SMALL | {  # as wide as its experts, as released
+    "model_type": "gpt_oss", "intermediate_size": 64, "num_local_experts": 8, "sliding_window": 16,
+}  # fmt: skip
 LITE = SMALL | {
     "model_type": "glm4_moe_lite", "moe_intermediate_size": 96, "n_routed_experts": 8,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
@@ -65,6 +68,16 @@ def alternating(family: Family) -> Family:
     return replace(family, stacks=tuple(replace(s, alternating=True) for s in family.stacks))
 
 
+def not_transposed(family: Family) -> Family:
+    """The family that takes a square stack for one that is not transposed."""
+    return replace(family, stacks=tuple(replace(s, transposed=False) for s in family.stacks))
+
+
+def one_after_the_other(family: Family) -> Family:
+    """The family that takes gate and up for one after the other."""
+    return replace(family, stacks=tuple(replace(s, alternating=False) for s in family.stacks))
+
+
 RUNS = FamilyRuns()
 
 
@@ -78,9 +91,14 @@ RUNS = FamilyRuns()
         (MIXTRAL, lambda f: replace(f, gguf=replace(f.gguf, row_orders={})), "llama_cpp"),
         (MIXTRAL, swapped, "in_memory"),
         (MIXTRAL, alternating, "stacked"),
+        (GPT_OSS, not_transposed, "in_memory"),
+        (GPT_OSS, one_after_the_other, "in_memory"),
     ],
-    ids=["normalization", "scale", "rotation", "gating", "row order", "gate and up", "alternating"],
-)
+    ids=[
+        "normalization", "scale", "rotation", "gating", "row order", "gate and up", "alternating",
+        "transposed", "not alternating",
+    ],
+)  # fmt: skip
 def test_a_wrong_table_fails(config, wrong, case_of, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     case = random_checkpoint(config, tmp_path / "model")

@@ -47,11 +47,13 @@ class _Part:
         groups: encoded: the group, its format, its bytes, and which of the layer's retained experts
             they are (None: all, or no experts).
         full_precision: stored tensors by parameter name.
+        columns: stored tensors that some columns of a parameter are, each with its name and those.
         shapes: of the parameters that are filled, by name.
     """
 
     groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
     full_precision: dict[str, torch.Tensor] = field(default_factory=dict)
+    columns: list[tuple[str, slice, torch.Tensor]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -69,19 +71,20 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     folder = Path(path)
     config = read_json(folder / "config.json")
     allocation = described_allocation(folder)
-    model = skeleton(folder)
+    target = target_named(allocation.target)
+    model = skeleton(folder, config=target.computed(family_of(config), config))
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
     set_experts_used(model, layers, allocation.experts_used)
     dimensions = family_of(config).dimensions(config)
-    stored = keys_values(target_named(allocation.target), dimensions, allocation.kv_format)
+    stored = keys_values(target, dimensions, allocation.kv_format)
     if stored is not None:
         attach(model, lambda: stored)
     encoded = _stored(family_of(config), allocation, dimensions)
     arrange(model, [group for group, *_ in encoded.values()], device_of(model))
     try:
-        parts = _parts(folder, encoded, model)
+        parts = _parts(folder, family_of(config), encoded, model)
     except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: a tensor that the model of its config.json has not ({error}); "
@@ -102,7 +105,10 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
 
 
 def _parts(
-    folder: Path, stored: Mapping[str, tuple[Group, Format, list[int] | None]], model: Any
+    folder: Path,
+    family: Family,
+    stored: Mapping[str, tuple[Group, Format, list[int] | None]],
+    model: Any,
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
     parts: dict[str, _Part] = {}
@@ -110,9 +116,13 @@ def _parts(
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
-                _shape(model, name)
-                part.full_precision[name] = file.get_tensor(name)
-                part.shapes[name] = tuple(part.full_precision[name].shape)
+                parameter, columns = family.place_in_model(name)
+                part.shapes[parameter] = tuple(_shape(model, parameter))
+                if parameter == name:
+                    part.full_precision[name] = file.get_tensor(name)
+                    part.shapes[name] = tuple(part.full_precision[name].shape)
+                else:
+                    part.columns.append((parameter, columns, file.get_tensor(name)))
                 continue
             group, fmt, places = stored[name]
             data = file.get_tensor(name)
@@ -177,10 +187,14 @@ def _parameters_of(model: Any, group: Group) -> tuple[str, ...]:
     return (parameter_name(group, expert_form(model, group.layer)),)
 
 
-def _shape(model: Any, name: str) -> torch.Size:
+def _parameter(model: Any, name: str) -> torch.Tensor:
     module, _, attribute = name.rpartition(".")
     tensor: torch.Tensor = getattr(model.get_submodule(module), attribute)
-    return tensor.shape
+    return tensor
+
+
+def _shape(model: Any, name: str) -> torch.Size:
+    return _parameter(model, name).shape
 
 
 def _set(model: Any, name: str, values: torch.Tensor) -> None:
@@ -197,6 +211,8 @@ def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
         for name, shape in part.shapes.items():
             stored = part.full_precision.get(name)
             _set(model, name, torch.empty(shape) if stored is None else stored.to(torch.float32))
+        for name, columns, stored in part.columns:
+            _parameter(model, name)[..., columns] = stored
         for group, fmt, data, places in part.groups:
             view = destination(model, dimensions, group)
             _decode_into(view if places is None else [view[i] for i in places], fmt, data)
@@ -229,6 +245,8 @@ def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
     stored: Counter[str] = Counter()
     for part in parts.values():
         stored.update({name: tensor.numel() for name, tensor in part.full_precision.items()})
+        for name, _, tensor in part.columns:
+            stored[name] += tensor.numel()
         for group, fmt, data, _ in part.groups:
             for name in _parameters_of(model, group):
                 stored[name] += data.numel() // fmt.block_bytes * fmt.block

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import Dimensions, Family, Half, Piece, Role, Rule
+from allocator.families import Config, Dimensions, Family, Half, Piece, Role, Rule
 from allocator.formats.ggml import CODEC
 from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
@@ -83,7 +83,15 @@ class GgufTarget(Target):
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
         notes = (*inventory.notes, *gguf.notes(family.text_config(inventory.config)))
-        return Layout(self.name, inventory, in_file_order(groups), full_precision, notes)
+        computed = self.computed(family, inventory.config)
+        groups_in_order = in_file_order(groups)
+        return Layout(self.name, inventory, groups_in_order, full_precision, notes, computed)
+
+    def computed(self, family: Family, config: Config) -> Config | None:
+        """Returns a config by which transformers computes as llama.cpp does; None for its own."""
+        own = family.text_config(config)
+        computed = family.for_gguf().computed(own)
+        return None if computed is own else computed
 
     def arranged(self, group: Group, family: Family, dimensions: Dimensions) -> Group:
         """Returns a group with the rows and columns of its source as llama.cpp has them."""
