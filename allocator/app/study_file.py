@@ -181,6 +181,8 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         target: name of the runtime's contract, e.g. `gguf` or `safetensors`.
         tokenizer: the checkpoint's own goes into a gguf, or `none`: that file reads ids alone.
         streamed: for a model that does not fit in memory.
+        expert_width: to which experts are padded with zeros, so that formats of few bits hold
+            their rows of down.
     """
 
     schema: int
@@ -194,6 +196,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trials: int = 100
     tokenizer: Literal["checkpoint", "none"] = "checkpoint"
     streamed: StreamedSpec | None = None
+    expert_width: int | None = None
     compare: CompareSpec | None = None
 
     @classmethod

@@ -26,6 +26,7 @@ from allocator.app.resources import Resources, StudyOptions
 from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
 from allocator.app.study_path import study_path
 from allocator.checkpoint.inventory import Inventory, read_inventory
+from allocator.checkpoint.padding import padded
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import carried_files
 from allocator.codecs.encodings import Encodings, open_encodings
@@ -86,6 +87,8 @@ class StudyFolder:
     def inventory(self) -> Inventory:
         """The checkpoint."""
         inventory = read_inventory(self.path / self.spec.checkpoint, digests=self.cache / "digests")
+        if self.spec.expert_width is not None:
+            inventory = padded(inventory, self.spec.expert_width)
         return replace(inventory, without_tokenizer=self.spec.tokenizer == "none")
 
     @cached_property

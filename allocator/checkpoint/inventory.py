@@ -138,12 +138,19 @@ class TensorInfo(Stored):
         scale: of an FP8 matrix, one F32, F16 or BF16 factor per block, `(ceil(out / rows),
             ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; of one in
             MXFP4 an exponent of two per 32 columns; None for every other dtype.
+        unpadded: of a matrix that is wider here than in its file, the shape there.
     """
 
     role: Role
     layer: int | None
     expert: int | None
     scale: Stored | None = None
+    unpadded: tuple[int, ...] | None = None
+
+    @property
+    def as_stored(self) -> "TensorInfo":
+        """The same without padding."""
+        return self if self.unpadded is None else replace(self, shape=self.unpadded, unpadded=None)
 
     @property
     def total_bytes(self) -> int:
@@ -181,6 +188,11 @@ class Inventory:
     def notes(self) -> tuple[str, ...]:
         """Lines on the tensors and claims of the checkpoint that are left out."""
         lines = []
+        if widened := next((t for t in self.tensors.values() if t.unpadded is not None), None):
+            lines.append(
+                f"padded with zeros: {widened.name} of {widened.unpadded} and its like to "
+                f"{widened.shape}; effective bits count the checkpoint's own weights"
+            )
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
         for what, tensors in (
             ("buffers that the model computes itself", self.computed),
@@ -260,7 +272,8 @@ class Inventory:
     @cached_property
     def n_searched_weights(self) -> int:
         """Weights of all matrices whose format is searched; effective bits count over these."""
-        return sum(prod(t.shape) for t in self.tensors.values() if t.role.is_encoded)
+        encoded = (t.as_stored for t in self.tensors.values() if t.role.is_encoded)
+        return sum(prod(tensor.shape) for tensor in encoded)
 
     @cached_property
     def scale_block(self) -> tuple[int, int]:
@@ -283,6 +296,12 @@ class Inventory:
     def tensor_digest(self, name: str) -> str:
         """Returns the sha256 of dtype, shape and bytes of a tensor, and of its scale, if any."""
         info = self.tensors[name]
+        if info.unpadded is not None:
+            inside = self._stored_digest(info.as_stored)
+            return hashlib.sha256(f"{inside} in {info.shape}\n".encode()).hexdigest()
+        return self._stored_digest(info)
+
+    def _stored_digest(self, info: TensorInfo) -> str:
         if self.digests is None:
             return self.compute_digest(info)
         stored = [info] if info.scale is None else [info, info.scale]

@@ -70,7 +70,10 @@ def read_tensor(inventory: Inventory, name: str) -> Floats:
     Raises:
         CheckpointError: if its file ends early, or the tensor has values that are no numbers.
     """
-    return _read(inventory, inventory.tensors[name])
+    info = inventory.tensors[name]
+    if info.unpadded is None:
+        return _read(inventory, info)
+    return read_rows(inventory, name, 0, info.shape[0])
 
 
 def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
@@ -86,6 +89,17 @@ def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
         CheckpointError: as `read_tensor`.
     """
     info = inventory.tensors[name]
+    if info.unpadded is None:
+        return _read_rows(inventory, info, start, stop)
+    values = np.zeros((stop - start, *info.shape[1:]), np.float32)
+    rows, columns = info.unpadded
+    if start < rows:
+        stored = _read_rows(inventory, info.as_stored, start, min(stop, rows))
+        values[: len(stored), :columns] = stored
+    return values
+
+
+def _read_rows(inventory: Inventory, info: TensorInfo, start: int, stop: int) -> Floats:
     if info.part is not None:
         return _read(inventory, info)[start:stop]
     if info.scale is None:

@@ -371,19 +371,13 @@ class Family:
             return config
         return {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
 
-    def settings(self, config: Config, *, always: bool = False) -> tuple[str, Config] | None:
-        """Returns what transformers builds the model from, where that is not the whole config.
-
-        Args:
-            config: of the checkpoint.
-            always: whether to return it in any case.
+    def settings(self, config: Config) -> tuple[str, Config]:
+        """Returns what transformers builds the model from.
 
         Returns:
             Its name of the architecture, and the language model's settings.
         """
         inner = self.text_config(config)
-        if inner is config and self.built_as is None and not always:
-            return None
         named = self.built_as or inner.get("model_type", self.model_type)
         return named, {k: v for k, v in inner.items() if k not in ("model_type", "auto_map")}
 
@@ -409,6 +403,13 @@ class Family:
             CheckpointError: if `config` does not say.
         """
         return count(self.text_config(config), self.n_experts_key(config))
+
+    def with_expert_width(self, config: Config, width: int) -> Config:
+        """Returns a config of the same model with routed experts of another width."""
+        inner = {**self.text_config(config), self.keys.expert_width: width}
+        if self.text_key is None or self.text_key not in config:
+            return inner
+        return {**config, self.text_key: inner}
 
     def n_layers(self, config: Config) -> int:
         """Returns how many decoder layers there are, without those of multi-token prediction."""

@@ -100,7 +100,7 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self._rows_bytes = rows_bytes
-        self.model = skeleton(self.inventory.path, device, config=layout.computed)
+        self.model = skeleton(self.inventory.path, device, layout.computed or self.inventory.config)
         arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         self.device = torch.device(device)

@@ -36,7 +36,7 @@ from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
 
-def skeleton(path: Path, device: str = "cpu", *, config: Config | None = None) -> Any:
+def skeleton(path: Path, device: str = "cpu", config: Config | None = None) -> Any:
     """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
@@ -44,7 +44,7 @@ def skeleton(path: Path, device: str = "cpu", *, config: Config | None = None) -
     Args:
         path: of the checkpoint.
         device: torch's, where buffers are, and parameters will be.
-        config: of the language model, in place of the checkpoint's (`Layout.computed`).
+        config: of the model, where it is not what its `config.json` says.
 
     Raises:
         CheckpointError: if transformers does not accept its config.
@@ -54,16 +54,13 @@ def skeleton(path: Path, device: str = "cpu", *, config: Config | None = None) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        stored = config or read_json(path / "config.json")
-        named = family_of(stored).settings(stored, always=config is not None)
-        if named is None:
-            settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        else:
-            settings = AutoConfig.for_model(named[0], **named[1])
-        plain_skeleton(settings)
+        settings = read_json(path / "config.json") if config is None else config
+        named, settings = family_of(settings).settings(settings)
+        built = AutoConfig.for_model(named, **settings)
+        plain_skeleton(built)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                settings, dtype=torch.float32, attn_implementation="eager"
+                built, dtype=torch.float32, attn_implementation="eager"
             )
     except (
         OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
@@ -445,7 +442,7 @@ class SwapModel:
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
         _check_memory(self.inventory, device)
-        self.model = skeleton(self.inventory.path, device, config=layout.computed)
+        self.model = skeleton(self.inventory.path, device, layout.computed or self.inventory.config)
         arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()  # transformers has read config.json again
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
