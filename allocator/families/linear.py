@@ -142,13 +142,14 @@ def mixed_pairs(facts: ModelFacts, architecture: str) -> Iterator[Pair]:
         TargetError: if llama.cpp does not load such layers.
     """
     check_all_route(facts, architecture)
-    linear, config = facts.dimensions.linear, facts.config
+    linear, keys, config = facts.dimensions.linear, facts.keys.linear, facts.config
     assert linear is not None
+    assert keys is not None
     if linear.key_head != linear.value_head:
         raise TargetError(
-            f"gguf: llama.cpp loads {architecture} with keys as wide as values, got "
-            f"{facts.keys.linear} = {linear.key_head} and {linear.value_head}; use target "
-            "safetensors"
+            f"gguf: llama.cpp loads {architecture} with keys as wide as values, config.json says "
+            f"{keys.key_head} = {linear.key_head} and {keys.value_head} = {linear.value_head}; use "
+            "target safetensors"
         )
     yield from grouped_pairs(facts, rotated=_ROTATED)
     yield "expert_shared_feed_forward_length", whole(config, facts.keys.shared_width)
@@ -182,6 +183,33 @@ def whole_rows(dimensions: Dimensions) -> tuple[tuple[int, ...], tuple[int, ...]
     parts = np.split(numbers, np.cumsum(of_head)[:-1], axis=1)
     q, k, v, z = (part.reshape(-1) for part in parts)
     return tuple(map(int, np.concatenate([q, k, v]))), tuple(map(int, z))
+
+
+def tiled_heads(dimensions: Dimensions) -> tuple[int, ...]:
+    """Returns heads of values in llama.cpp's order.
+
+    The checkpoint has those that share a head of keys as neighbours.
+    """
+    return _tiled(_linear_of(dimensions), 1)
+
+
+@lru_cache
+def tiled_values(dimensions: Dimensions) -> tuple[int, ...]:
+    """Returns channels of values with their heads in llama.cpp's order."""
+    linear = _linear_of(dimensions)
+    return _tiled(linear, linear.value_head)
+
+
+@lru_cache
+def tiled_channels(dimensions: Dimensions) -> tuple[int, ...]:
+    """Returns channels of queries, keys and values, the heads of values in llama.cpp's order."""
+    before = 2 * _linear_of(dimensions).keys
+    return (*range(before), *(before + channel for channel in tiled_values(dimensions)))
+
+
+def _tiled(x: LinearAttention, width: int) -> tuple[int, ...]:
+    numbers = np.arange(x.value_heads * width).reshape(x.key_heads, x.sharing, width)
+    return tuple(map(int, numbers.transpose(1, 0, 2).reshape(-1)))
 
 
 def _linear_of(dimensions: Dimensions) -> LinearAttention:

@@ -20,6 +20,7 @@ from allocator.families.minimax_m2 import MINIMAX_M2
 from allocator.families.mixtral import MIXTRAL
 from allocator.families.olmoe import OLMOE
 from allocator.families.qwen2_moe import QWEN2_MOE
+from allocator.families.qwen3_5_moe import QWEN3_5_MOE, QWEN3_5_MOE_TEXT
 from allocator.families.qwen3_moe import QWEN3_MOE
 from allocator.families.qwen3_next import QWEN3_NEXT
 
@@ -38,6 +39,8 @@ _FAMILIES: dict[str, Family] = {
         MINIMAX_M2,
         DOTS1,
         QWEN3_NEXT,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_TEXT,
         GPT_OSS,
     )
 }

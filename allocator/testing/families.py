@@ -205,7 +205,7 @@ class FamilyConformance:
         keys = [key for key, _ in pairs]
         assert len(keys) == len(set(keys))
         assert set(keys) <= {key.replace("{arch}", part.architecture) for key in _known_keys()}
-        assert all(type(value) in (bool, int, float, str) for _, value in pairs)
+        assert all(type(value) in (bool, int, float, str, tuple) for _, value in pairs)
         for fixed in part.fixed:
             other = "another" if isinstance(fixed.value, str) else not fixed.value
             changed = planned_inventory(self.changed(fixed.key, other))

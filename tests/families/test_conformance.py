@@ -3,7 +3,7 @@
 import pytest
 
 from allocator.checkpoint.outline import planned_inventory
-from allocator.errors import CheckpointError
+from allocator.errors import CheckpointError, TargetError
 from allocator.families import Role, planned_family_of
 from allocator.testing.families import FamilyConformance
 
@@ -128,6 +128,28 @@ class TestQwen3Next(FamilyConformance):
     without_gguf_names = (Role.MLP_GATE, Role.MLP_UP, Role.MLP_DOWN)
 
 
+class TestQwen35MoeText(FamilyConformance):
+    config = SMALL | LINEAR | {
+        "model_type": "qwen3_5_moe_text", "num_hidden_layers": 3, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48, "num_experts": 8,
+        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
+NESTED = {
+    "model_type": "qwen3_5_moe", "text_config": TestQwen35MoeText.config,
+    "vision_config": {"depth": 1},
+}  # fmt: skip
+
+
+class TestQwen35Moe(FamilyConformance):
+    config = NESTED
+    family = planned_family_of(config)
+    in_transformers = False  # the language model alone is
+
+
 class TestKimiK2(TestDeepseekV3):
     config = TestDeepseekV3.config | {"model_type": "kimi_k2"}
     family = planned_family_of(config)
@@ -161,3 +183,37 @@ def test_heads_of_keys_are_never_guessed(case):
     config = {k: v for k, v in case.config.items() if k != "num_key_value_heads"}
     with pytest.raises(CheckpointError, match="num_key_value_heads is None, needed a number"):
         described(config)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [([11, 11, 10], "needs heads of at least 32 channels"), ([0, 0, 0, 4], "mrope_section is"),
+     ("11", "mrope_section is"), ([], "mrope_section is")],
+)  # fmt: skip
+def test_sections_that_end_llama_cpps_process_are_refused(sections, message):
+    rope = {"rope_theta": 10000.0, "mrope_section": sections}
+    with pytest.raises((CheckpointError, TargetError), match=message):
+        described(TestQwen35MoeText.config | {"rope_parameters": rope})
+
+
+def test_which_layers_are_linear_is_an_interval_or_a_list():
+    linear, full = "linear_attention", "full_attention"
+    config = {k: v for k, v in TestQwen3Next.config.items() if k != "layer_types"}
+    assert described(config | {"num_hidden_layers": 8})["qwen3next.full_attention_interval"] == 4
+    known = described(
+        config | {"num_hidden_layers": 4, "layer_types": [full, linear, linear, full]}
+    )
+    assert known["qwen3next.attention.recurrent_layers"] == (0, 1, 1, 0)
+    assert "qwen3next.full_attention_interval" not in known
+    none = described(config | {"num_hidden_layers": 2, "layer_types": [linear, linear]})
+    assert none["qwen3next.full_attention_interval"] == 3
+    with pytest.raises(CheckpointError, match="layer_types is"):
+        described(config | {"layer_types": [linear, "sliding_attention", full]})
+
+
+@pytest.mark.parametrize("case", [TestQwen3Next, TestQwen35MoeText])
+def test_heads_of_linear_attention_that_llama_cpp_has_no_names_for_are_refused(case):
+    with pytest.raises(TargetError, match="linear_value_head_dim"):
+        described(case.config | {"linear_value_head_dim": 32})
+    with pytest.raises(CheckpointError, match="needed a multiple of linear_num_key_heads"):
+        described(case.config | {"linear_num_value_heads": 5})

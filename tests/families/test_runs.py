@@ -130,6 +130,19 @@ class TestQwen3Next(Runs):
     }  # fmt: skip
 
 
+class TestQwen35MoeText(Runs):
+    rounding = 1e-4
+    config = SMALL | LINEAR | {
+        "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 96, "num_experts": 8,
+        "shared_expert_intermediate_size": 96,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+
+
 class TestGptOss(Runs):
     config = SMALL | {
         "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 16,

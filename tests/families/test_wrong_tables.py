@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from allocator.errors import VerifyError
 from allocator.families import Family, Role, family_of, registry
 from allocator.families.gguf import Pair
 from allocator.testing.family_runs import FamilyRuns, random_checkpoint
@@ -31,6 +32,18 @@ LITE = SMALL | {
     "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse"],
     "num_nextn_predict_layers": 0, "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+MIXED = SMALL | {
+    "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 32, "num_experts": 8,
+    "shared_expert_intermediate_size": 32, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
 }  # fmt: skip
 
 
@@ -78,7 +91,20 @@ def one_after_the_other(family: Family) -> Family:
     return replace(family, stacks=tuple(replace(s, alternating=False) for s in family.stacks))
 
 
-RUNS = FamilyRuns()
+def untransformed(family: Family) -> Family:
+    """The family that writes norms as they are."""
+
+    def rule(rule):
+        return replace(rule, transforms=()) if rule.role is Role.NORM else rule
+
+    return replace(family, rules=tuple(map(rule, family.rules)))
+
+
+class Runs(FamilyRuns):
+    rounding = 1e-4
+
+
+RUNS = Runs()
 
 
 @pytest.mark.parametrize(
@@ -93,10 +119,13 @@ RUNS = FamilyRuns()
         (MIXTRAL, alternating, "stacked"),
         (GPT_OSS, not_transposed, "in_memory"),
         (GPT_OSS, one_after_the_other, "in_memory"),
+        (MIXED, lambda f: without(f, "full_attention_interval", value=3), "llama_cpp"),
+        (MIXED, lambda f: replace(f, gguf=replace(f.gguf, column_orders={})), "llama_cpp"),
+        (MIXED, untransformed, "llama_cpp"),
     ],
     ids=[
         "normalization", "scale", "rotation", "gating", "row order", "gate and up", "alternating",
-        "transposed", "not alternating",
+        "transposed", "not alternating", "order of layer types", "column order", "values",
     ],
 )  # fmt: skip
 def test_a_wrong_table_fails(config, wrong, case_of, tmp_path, monkeypatch):
@@ -111,5 +140,5 @@ def test_a_wrong_table_fails(config, wrong, case_of, tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
     right = family_of(config)
     monkeypatch.setitem(registry._FAMILIES, right.model_type, wrong(right))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, VerifyError)):  # llama.cpp does not load some at all
         run()

@@ -100,7 +100,10 @@ class GgufTarget(Target):
         columns = gguf.column_orders.get(group.role)
         if rows is not None:
             group = replace(group, rows=rows(dimensions))
-        return group if columns is None else replace(group, columns=columns(dimensions))
+        order = None if columns is None else columns(dimensions)
+        if order is None or order == tuple(range(len(order))):
+            return group
+        return replace(group, columns=order)
 
     def header_bytes(
         self,
