@@ -54,7 +54,6 @@ from allocator.families import (
 )
 from allocator.families.config import (
     check_fp8,
-    is_tied,
     quantization_method,
     weight_block,
 )
@@ -787,9 +786,9 @@ def _check_layer(inventory: Inventory, layer: int, parts: frozenset[str]) -> Non
 
 def _check_outside(inventory: Inventory, names: frozenset[str]) -> None:
     """The tensors outside of the layers are there."""
-    config = inventory.family.text_config(inventory.config)
+    tied = inventory.family.tied(inventory.family.text_config(inventory.config))
     for rule in inventory.family.rules:
-        may_lack = rule.has_layer or (rule.role is Role.HEAD and is_tied(config))
+        may_lack = rule.has_layer or (rule.role is Role.HEAD and tied)
         if not may_lack and rule.part not in names:
             raise CheckpointError(
                 f"{inventory.path}: {rule.pattern} is missing; the checkpoint is not whole"

@@ -186,6 +186,7 @@ class Family:
         layer_parts: which tensors a config gives a layer.
         scoring: how a config's router scores experts, and whether it divides the chosen gates by
             their sum.
+        tied: whether the head of a config is to be the embedding.
         layers: the sets of tensors that may make up a layer.
         gguf: how llama.cpp has it; None where `no_gguf` says why not.
         no_gguf: why target gguf refuses it.
@@ -219,6 +220,7 @@ class Family:
     layer_parts: Callable[[Config, int], Parts]
     layers: tuple[Parts, ...]
     scoring: Callable[[Config], tuple[str, bool]] = _softmax_router
+    tied: Callable[[Config], bool] = is_tied
     gguf: Gguf | None = None
     no_gguf: str = ""
     support: Support = Support.READ
@@ -442,6 +444,7 @@ class Family:
             shared_width=optional(config, keys.shared_width),
             latent=None if keys.latent is None else _latent(config, keys.latent),
             linear=None if keys.linear is None else _linear(config, keys.linear),
+            conv_kernel=None if keys.conv_kernel is None else count(config, keys.conv_kernel),
         )
 
     def router(self, config: Config) -> Router:
@@ -559,6 +562,8 @@ class Family:
             linear = keys.linear
             yield from (linear.key_heads, linear.value_heads, linear.key_head, linear.value_head)
             yield linear.kernel
+        if keys.conv_kernel is not None:
+            yield keys.conv_kernel
 
     def shapes(self, config: Config, layer: int | None) -> dict[Rule, tuple[int, ...]]:
         """Returns the tensors that a config asks for in a layer, or outside of the layers.
@@ -583,7 +588,7 @@ class Family:
         dimensions = self.dimensions(config)
         if layer is None:
             rules = [r for r in self.rules if not r.has_layer]
-            rules = [r for r in rules if r.role is not Role.HEAD or not is_tied(config)]
+            rules = [r for r in rules if r.role is not Role.HEAD or not self.tied(config)]
         else:
             parts = self.layer_parts(config, layer)
             rules = [r for r in self.rules if r.has_layer and r.part in parts]

@@ -351,7 +351,7 @@ def _of_all(facts: ModelFacts) -> Iterator[Pair]:
     yield "feed_forward_length", whole(config, keys.dense_width)
     yield "expert_feed_forward_length", whole(config, keys.expert_width)
     yield "attention.head_count", whole(config, keys.heads)
-    epsilon = number({keys.norm_epsilon: 1e-6, **config}, keys.norm_epsilon)
+    epsilon = number({keys.norm_epsilon: keys.default_epsilon, **config}, keys.norm_epsilon)
     yield "attention.layer_norm_rms_epsilon", epsilon
 
 

@@ -159,7 +159,9 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     models="gpt-oss-20b, 120b",
     rules=_RULES,
-    keys=Keys(experts=("num_local_experts",), expert_width="intermediate_size"),
+    keys=Keys(
+        experts=("num_local_experts",), expert_width="intermediate_size", default_epsilon=1e-5
+    ),
     layer_parts=_layer_parts,
     layers=(_LAYER,),
     scoring=_scoring,

@@ -34,6 +34,8 @@ class Keys:
         experts: routed experts of a layer: alternatives, of which the first that is present counts.
         latent: None for grouped attention.
         linear: None where no layer has linear attention.
+        conv_kernel: tokens that a short convolution reaches over; None where no layer is one.
+        default_epsilon: what transformers adds to a norm's mean square where no key says.
     """
 
     experts: tuple[str, ...]
@@ -56,3 +58,5 @@ class Keys:
     norm_epsilon: str = "rms_norm_eps"
     latent: LatentKeys | None = None
     linear: LinearKeys | None = None
+    conv_kernel: str | None = None
+    default_epsilon: float = 1e-6

@@ -16,6 +16,7 @@ from allocator.families.glm4_moe import GLM4_MOE
 from allocator.families.glm4_moe_lite import GLM4_MOE_LITE
 from allocator.families.gpt_oss import GPT_OSS
 from allocator.families.kimi_k2 import KIMI_K2
+from allocator.families.lfm2_moe import LFM2_MOE
 from allocator.families.minimax_m2 import MINIMAX_M2
 from allocator.families.mixtral import MIXTRAL
 from allocator.families.olmoe import OLMOE
@@ -42,6 +43,7 @@ _FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE,
         QWEN3_5_MOE_TEXT,
         GPT_OSS,
+        LFM2_MOE,
     )
 }
 

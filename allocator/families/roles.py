@@ -37,6 +37,9 @@ class Role(StrEnum):
     LINEAR_OUT = "linear.out"
     LINEAR_AB = "linear.ab"
     LINEAR_STATE = "linear.state"
+    CONV_IN = "conv.in"
+    CONV_OUT = "conv.out"
+    CONV_KERNEL = "conv.kernel"
     BIAS = "bias"
     EXPERT_BIAS = "experts.bias"
     NEXTN = "nextn"
@@ -55,6 +58,7 @@ class Role(StrEnum):
     def is_encoded(self) -> bool:
         """Whether its format is searched; routers, norms, biases and the like are never encoded."""
         other = (
-            Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE, Role.NEXTN,
+            Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE,
+            Role.CONV_KERNEL, Role.NEXTN,
         )  # fmt: skip
         return not self.is_router and self not in other

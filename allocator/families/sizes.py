@@ -116,6 +116,7 @@ class Dimensions:
             routed experts.
         latent: sizes of latent attention; None for grouped attention.
         linear: sizes of linear attention; None where no layer has it.
+        conv_kernel: tokens that a short convolution reaches over; None where no layer is one.
     """
 
     hidden: int
@@ -131,6 +132,7 @@ class Dimensions:
     shared_width: int | None = None
     latent: LatentAttention | None = None
     linear: LinearAttention | None = None
+    conv_kernel: int | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
@@ -141,11 +143,13 @@ class Dimensions:
         named = {
             "hidden": self.hidden,
             "twice_hidden": 2 * self.hidden,
+            "thrice_hidden": 3 * self.hidden,
             "vocabulary": self.vocabulary,
             "experts": self.experts,
             "expert_width": width,
             "shared_width": shared,
             "one": 1,
+            "conv_kernel": self.conv_kernel,
             "dense_width": self.dense_width,
             "heads": self.heads,
             "head": self.head,

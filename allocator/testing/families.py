@@ -207,7 +207,9 @@ class FamilyConformance:
         assert set(keys) <= {key.replace("{arch}", part.architecture) for key in _known_keys()}
         assert all(type(value) in (bool, int, float, str, tuple) for _, value in pairs)
         for fixed in part.fixed:
-            other = "another" if isinstance(fixed.value, str) else not fixed.value
+            other: Any = "another" if isinstance(fixed.value, str) else not fixed.value
+            if isinstance(fixed.value, float):
+                other = fixed.value + 1
             changed = planned_inventory(self.changed(fixed.key, other))
             with pytest.raises(TargetError, match=fixed.key):
                 list(part.pairs(changed.facts, **counts))

@@ -278,7 +278,7 @@ def removed(model: Any, layout: Layout, retained: tuple[int, ...]) -> Iterator[N
     for module in modules:
         for values in (module._parameters, module._buffers):
             for name, tensor in values.items():
-                if module in of_experts or "correction_bias" in name:
+                if module in of_experts or "correction_bias" in name or name == "expert_bias":
                     before.append((values, name, tensor))
                     kept = tensor.data[index]
                     values[name] = (

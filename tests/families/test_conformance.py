@@ -156,6 +156,17 @@ class TestKimiK2(TestDeepseekV3):
     in_transformers = False
 
 
+class TestLfm2Moe(FamilyConformance):
+    config = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
+        "model_type": "lfm2_moe", "num_hidden_layers": 4, "moe_intermediate_size": 32,
+        "num_experts": 8, "num_dense_layers": 1, "conv_L_cache": 3, "norm_eps": 1e-5,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    family = planned_family_of(config)
+    without_gguf_names = (Role.HEAD,)  # llama.cpp's loader has one if it is there
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

@@ -53,7 +53,10 @@ def test_roles():
     assert [r for r in Role if r.is_expert] == ["experts.gate", "experts.up", "experts.down"]
     assert [r for r in Role if r.is_router] == ["router", "router_bias", "experts.bias"]
     kept = [r for r in Role if not r.is_encoded]
-    names = "norm router router_bias shared.router linear.ab linear.state bias experts.bias nextn"
+    names = (
+        "norm router router_bias shared.router linear.ab linear.state conv.kernel bias "
+        "experts.bias nextn"
+    )
     assert kept == names.split()
 
 

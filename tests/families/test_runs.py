@@ -152,3 +152,12 @@ class TestGptOss(Runs):
             "original_max_position_embeddings": 32,
         },
     }  # fmt: skip
+
+
+class TestLfm2Moe(Runs):
+    config = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
+        "model_type": "lfm2_moe", "moe_intermediate_size": 96, "num_experts": 8, "norm_eps": 1e-5,
+        "num_hidden_layers": 4, "num_dense_layers": 1, "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "tie_word_embeddings": True,
+    }  # fmt: skip

@@ -89,17 +89,22 @@ def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
     """Returns the bytes of keys and values that decoding a token reads of a full context.
 
     Cells outside a sliding window are masked, and not read (ggml-cpu/ops.cpp, flash attention).
-    Layers with linear attention have a state in their place, float32 whatever the format.
+    Layers with linear attention, or a short convolution, have a state in their place, float32
+    whatever the format.
 
     Raises:
         TargetError: as `kv_cache_bytes`.
     """
     dims = _dims(inventory)
     whole = padded_context(context)
-    recurrent = {x for x in range(dims.n_layers) if inventory.of_role(Role.LINEAR_OUT, x)}
-    attended = (x for x in range(dims.n_layers) if x not in recurrent)
+    linear, short = (
+        {x for x in range(dims.n_layers) if inventory.of_role(role, x)}
+        for role in (Role.LINEAR_OUT, Role.CONV_OUT)
+    )
+    attended = (x for x in range(dims.n_layers) if x not in linear | short)
     cells = (min(whole, dims.window) if dims.slides(x) else whole for x in attended)
-    states = len(recurrent) * _state_bytes(inventory.dimensions.linear)
+    states = len(linear) * _state_bytes(inventory.dimensions.linear)
+    states += len(short) * 4 * ((inventory.dimensions.conv_kernel or 1) - 1) * dims.hidden
     return sum(cells) * sum(_kv_bytes(dims, kv_format)) + states
 
 
