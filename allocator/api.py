@@ -77,6 +77,8 @@ def __dir__() -> list[str]:
 def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
     """Groups of a checkpoint in a target, with the formats offered; no weights are read.
 
+    The checkpoint is a directory with safetensors, or a GGUF model in BF16, F16, F32 or Q8_0.
+
     `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
     what a gguf file of it could not have: a tokenizer.
     """

@@ -528,11 +528,15 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     p = verb("inspect", _inspect, "list the groups of a checkpoint; reads headers only")
-    p.add_argument("checkpoint", type=Path, help="directory with safetensors and config.json")
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        help="directory with safetensors and config.json, or a GGUF in BF16, F16, F32 or Q8_0",
+    )
     p.add_argument("--target", default="safetensors", help="gguf or safetensors (default)")
 
     p = verb("plan", _plan, "what a model takes on a device, from its config.json alone")
-    p.add_argument("config", type=Path, help="config.json, or the directory that it lies in")
+    p.add_argument("config", type=Path, help="config.json, its directory, or a GGUF model")
     _device_options(p)
     p.add_argument(
         "--experts", type=_positive, nargs="+", metavar="N", help="retained counts to look at"

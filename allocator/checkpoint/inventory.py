@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from allocator.checkpoint.gguf.reader import Pair
 from allocator.checkpoint.refusals import (
     FETCH_LFS,
     LFS_POINTER,
@@ -127,6 +128,25 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Rearranged:
+    """How a matrix is made of stored ones that have its weights in another order.
+
+    Attributes:
+        stored: these, each with its own shape.
+        make: returns the matrix, `(rows, in_features)`, of their weights, whatever the type.
+    """
+
+    stored: tuple[Stored, ...]
+    make: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether the matrix can be made of stored bytes, and not of decoded values alone."""
+        dtypes = {place.dtype for place in self.stored}
+        return len(dtypes) == 1 and dtypes <= DTYPE_BYTES.keys()
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo(Stored):
     """One tensor of a checkpoint.
 
@@ -138,12 +158,14 @@ class TensorInfo(Stored):
             ceil(in / columns))` for the `(rows, columns)` of `Inventory.scale_block`; of one in
             MXFP4 an exponent of two per 32 columns; None for every other dtype.
         unpadded: of a matrix that is wider here than in its file, the shape there.
+        made: of other stored matrices, where it is none itself; `nbytes` are theirs.
     """
 
     role: Role
     layer: int | None
     expert: int | None
     scale: Stored | None = None
+    made: Rearranged | None = None
     unpadded: tuple[int, ...] | None = None
 
     @property
@@ -157,13 +179,32 @@ class TensorInfo(Stored):
         return self.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
+@dataclass(frozen=True, eq=False)
+class GgufModel:
+    """What the files of a GGUF model say beside their tensors.
+
+    Attributes:
+        path: of the first file.
+        pairs: of that file, by key, in its order.
+        family: whose files have such pairs.
+        config: that such pairs are written of.
+        files: as they were when they were opened.
+    """
+
+    path: Path
+    pairs: Mapping[str, Pair]
+    family: Family
+    config: Config
+    files: Mapping[str, Identity]
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Everything that a checkpoint holds.
 
     Attributes:
-        path: the checkpoint's directory.
-        config: its `config.json`.
+        path: the checkpoint's directory, or the first file of a GGUF model.
+        config: its `config.json`, or what the pairs of a GGUF model say in its place.
         family: its architecture.
         tensors: by name, in the order of the files; scales are part of their tensors.
         files: `config.json` and the files with weights, as they were when they were opened.
@@ -171,6 +212,7 @@ class Inventory:
         computed: stored buffers that the architecture computes itself; no part of anything here.
         ignored: stored tensors of other parts of the model; no part of anything here.
         without_tokenizer: whether a file of it is to read token ids alone.
+        gguf: what its files say besides, if they are GGUF.
     """
 
     path: Path
@@ -182,6 +224,12 @@ class Inventory:
     computed: tuple[Stored, ...] = ()
     ignored: tuple[Stored, ...] = ()
     without_tokenizer: bool = False
+    gguf: GgufModel | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The directory of its files."""
+        return self.path if self.gguf is None else self.path.parent
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -192,6 +240,8 @@ class Inventory:
                 f"padded with zeros: {widened.name} of {widened.unpadded} and its like to "
                 f"{widened.shape}; effective bits count the checkpoint's own weights"
             )
+        if self.gguf is not None:
+            lines.append(f"a GGUF model, read as {self.family.model_type}")
         nextn = [t for t in self.tensors.values() if t.role is Role.NEXTN]
         for what, tensors in (
             ("buffers that the model computes itself", self.computed),
@@ -303,11 +353,16 @@ class Inventory:
     def _stored_digest(self, info: TensorInfo) -> str:
         if self.digests is None:
             return self.compute_digest(info)
-        stored = [info] if info.scale is None else [info, info.scale]
+        if info.made is not None:
+            stored = list(info.made.stored)
+        else:
+            stored = [info] if info.scale is None else [info, info.scale]
         part = " ".join(f"{s.name} {s.dtype} {s.shape} at {s.offset}" for s in stored)
         if info.dtype == FP8:
             part += f" in blocks of {self.scale_block}"
-        files = {self.path / s.file: self.files[s.file] for s in stored}
+        if info.made is not None:
+            part += f" as {info.name} {info.shape}"
+        files = {self.folder / s.file: self.files[s.file] for s in stored}
         return self.digests.of(files, part, lambda: self.compute_digest(info))
 
     def compute_digest(self, info: TensorInfo) -> str:
@@ -328,20 +383,31 @@ class Inventory:
         Raises:
             CheckpointError: if the file ends before it, or changed since its header was read.
         """
-        part, width = info.part, _PLACE_BYTES[info.dtype]
-        nbytes = info.nbytes if part is None else prod(part.shape) * width
+        if isinstance(info, TensorInfo) and info.made is not None:
+            assert info.made.has_raw, info.name
+            unit = f"u{DTYPE_BYTES[info.dtype]}"
+            pieces = [self.read_raw(s).view(unit).reshape(s.shape) for s in info.made.stored]
+            return np.ascontiguousarray(info.made.make(pieces)).reshape(-1).view(np.uint8)
+        part = info.part
+        nbytes = info.nbytes if part is None else prod(part.shape) * _PLACE_BYTES[info.dtype]
         with self.reading(info.file) as file:
             data = np.fromfile(file, np.uint8, count=nbytes, offset=info.offset)
         if data.size != nbytes:
             raise CheckpointError(f"{info.file}: ends inside {info.name}; fetch the file again")
         if part is None:
             return data
-        whole = data.view(f"V{width}").reshape(part.shape)
+        whole = data.view(f"V{_PLACE_BYTES[info.dtype]}").reshape(part.shape)
         return part.of(whole).reshape(-1).view(np.uint8)
 
     def _chunks(self, stored: Stored) -> Iterator[bytes | memoryview]:
-        if stored.part is not None:
+        made = stored.made if isinstance(stored, TensorInfo) else None
+        if stored.part is not None or (made is not None and made.has_raw):
             yield self.read_raw(stored).data
+            return
+        if made is not None:
+            for place in made.stored:
+                yield f"{place.dtype} {place.shape}\n".encode()
+                yield from self._chunks(place)
             return
         with self.reading(stored.file) as file:
             file.seek(stored.offset)
@@ -367,9 +433,9 @@ class Inventory:
                 or ends.
         """
         try:
-            handle = open(self.path / file, "rb")  # noqa: SIM115 - closed below
+            handle = open(self.folder / file, "rb")  # noqa: SIM115 - closed below
         except FileNotFoundError:
-            raise CheckpointError(f"{self.path / file}: {_CHANGED}") from None
+            raise CheckpointError(f"{self.folder / file}: {_CHANGED}") from None
         with handle:
             self._check(file, os.fstat(handle.fileno()))
             yield handle
@@ -383,13 +449,13 @@ class Inventory:
         """
         for file in self.files:
             try:
-                self._check(file, (self.path / file).stat())
+                self._check(file, (self.folder / file).stat())
             except FileNotFoundError:
-                raise CheckpointError(f"{self.path / file}: {_CHANGED}") from None
+                raise CheckpointError(f"{self.folder / file}: {_CHANGED}") from None
 
     def _check(self, file: str, stat: os.stat_result) -> None:
         if Identity.of(stat) != self.files[file]:
-            raise CheckpointError(f"{self.path / file}: {_CHANGED}")
+            raise CheckpointError(f"{self.folder / file}: {_CHANGED}")
 
     def of_role(self, role: Role, layer: int | None = None) -> list[TensorInfo]:
         """Returns the tensors of a role, outside of the layers or of one, in expert order."""
@@ -795,17 +861,40 @@ def _check_outside(inventory: Inventory, names: frozenset[str]) -> None:
             )
 
 
+def check_whole(inventory: Inventory, parts: Mapping[int | None, set[str]]) -> None:
+    """Checks that a checkpoint lacks no tensor.
+
+    Args:
+        inventory: the checkpoint.
+        parts: what its tensors are called within their layers, by layer.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    _check_outside(inventory, frozenset(parts.get(None, ())))
+    for layer in range(inventory.n_layers):
+        _check_layer(inventory, layer, frozenset(parts.get(layer, ())))
+    _check_experts(inventory)
+
+
 def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventory:
     """Reads headers and `config.json` of the checkpoint in `path`; no weights.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint: a directory, or the file of a GGUF model.
         digests: a folder in which digests of tensors are remembered between processes.
 
     Raises:
         CheckpointError: if it is missing, truncated, damaged, or of an unknown architecture.
     """
+    from allocator.checkpoint.gguf.model import (
+        gguf_files,
+        read_gguf_inventory,
+    )  # which imports this
+
     path = Path(path)
+    if files := gguf_files(path):
+        return read_gguf_inventory(files, digests=digests)
     if not (path / "config.json").is_file():
         raise CheckpointError(no_directory(path))
     opened = {"config.json": Identity.of((path / "config.json").stat())}
@@ -835,8 +924,5 @@ def read_inventory(path: str | Path, *, digests: Path | None = None) -> Inventor
         check_fp8(config, f"{path}/config.json", way_out=ORIGINAL)
     for tensor in in_fp8:
         _check_fp8(inventory, tensor)
-    _check_outside(inventory, frozenset(parts.get(None, ())))
-    for layer in range(inventory.n_layers):
-        _check_layer(inventory, layer, frozenset(parts.get(layer, ())))
-    _check_experts(inventory)
+    check_whole(inventory, parts)
     return inventory

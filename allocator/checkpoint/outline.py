@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from allocator.checkpoint.gguf.model import gguf_files, read_model
 from allocator.checkpoint.inventory import MXFP4, Inventory, TensorInfo, read_json
 from allocator.checkpoint.refusals import no_directory
 from allocator.errors import CheckpointError
@@ -22,7 +23,8 @@ def planned_inventory(config: Path | Config) -> Inventory:
     """Lists what a checkpoint with this `config.json` holds; files and offsets say nothing.
 
     Args:
-        config: the file, the directory that it lies in, or its content.
+        config: the file, the directory that it lies in, or its content; or a GGUF model, whose
+            pairs say the same.
 
     Raises:
         CheckpointError: if it is missing, of an unknown architecture, or lacks or contradicts what
@@ -52,8 +54,11 @@ def _read(config: Path | Config) -> tuple[Path, Config]:
     """The file, and its content."""
     if not isinstance(config, Path):
         return Path("config.json"), config
+    if files := gguf_files(config):
+        model, _ = read_model(files)
+        return model.path, model.config
     path = config / "config.json" if config.is_dir() else config
-    if not path.is_file() or path.suffix in (".gguf", ".safetensors"):
+    if not path.is_file() or path.suffix == ".safetensors":
         raise CheckpointError(no_directory(config))
     content = read_json(path)
     if not isinstance(content, dict):

@@ -37,19 +37,18 @@ def no_directory(path: Path) -> str:
     """Says why `path` is no directory, or has no `config.json`."""
     if path.is_file():
         kind = {
-            ".gguf": "a GGUF file, whose weights are already quantized: needed the directory of "
-            "the original",
             ".safetensors": "one file of a checkpoint: needed the directory that it lies in, "
             f"{path.parent}",
         }.get(path.suffix, f"a file: needed a checkpoint directory, e.g. {path.parent}")
         return f"{path}: {kind}"
     if path.is_dir():
         found = f"{path}/config.json: no such file; "
-        if any(path.glob("*.gguf")):
-            return f"{path}: holds GGUF files, whose weights are already quantized; {ORIGINAL}"
         if snapshots := sorted(path.glob("snapshots/*/config.json")):
             return f"{found}needed one of its snapshots, e.g. {snapshots[0].parent}"
-        return f"{found}needed a checkpoint directory, with it beside the safetensors"
+        return (
+            f"{found}needed a checkpoint directory, with it beside the safetensors, or one with a "
+            "GGUF model alone"
+        )
     hint = ""
     if not path.parent.exists():
         name = "/".join(path.parts[-2:])
@@ -77,8 +76,6 @@ def no_weights(path: Path) -> str:
             f"{path}: weights as pickles alone (pytorch_model.bin), which are not opened; save "
             "them as safetensors, e.g. with transformers' save_pretrained"
         )
-    if any(n.endswith(".gguf") for n in names):
-        return f"{path}: holds GGUF files, whose weights are already quantized; {ORIGINAL}"
     return (
         f"{path}: neither model.safetensors nor model.safetensors.index.json; "
         "needed a directory with a safetensors checkpoint"

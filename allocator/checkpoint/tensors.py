@@ -80,7 +80,7 @@ def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
     """Reads rows `start` to `stop` of a matrix as float32, exactly.
 
     No other rows of the file are read; of FP8, whole blocks are read, and of a part of a stored
-    matrix all of that.
+    matrix, or one made of others, all of that.
 
     Returns:
         `(rows, in_features)`, with `stop - start` rows.
@@ -100,7 +100,7 @@ def read_rows(inventory: Inventory, name: str, start: int, stop: int) -> Floats:
 
 
 def _read_rows(inventory: Inventory, info: TensorInfo, start: int, stop: int) -> Floats:
-    if info.part is not None:
+    if info.part is not None or info.made is not None:
         return _read(inventory, info)[start:stop]
     if info.scale is None:
         return _read(inventory, _rows_of(info, start, stop))
@@ -121,14 +121,19 @@ def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
 
 
 def _read(inventory: Inventory, info: TensorInfo) -> Floats:
-    raw = read_raw(inventory, info)
-    if info.dtype == MXFP4:
+    if info.made is not None:
+        stored = info.made.stored
+        pieces = [floats_of(read_raw(inventory, s), s.dtype).reshape(s.shape) for s in stored]
+        values: Floats = np.ascontiguousarray(info.made.make(pieces))
+    elif info.dtype == MXFP4:
         assert info.scale is not None, info.name
-        values = _in_blocks(raw, read_raw(inventory, info.scale))
+        values = _in_blocks(read_raw(inventory, info), read_raw(inventory, info.scale))
     elif info.scale is not None:
         scale = floats_of(read_raw(inventory, info.scale), info.scale.dtype)
         scaled = _scaled(
-            raw.reshape(info.shape), scale.reshape(info.scale.shape), inventory.scale_block
+            read_raw(inventory, info).reshape(info.shape),
+            scale.reshape(info.scale.shape),
+            inventory.scale_block,
         )
         if scaled is None:
             raise CheckpointError(
@@ -137,7 +142,7 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
             )
         values = scaled
     else:
-        values = floats_of(raw, info.dtype)
+        values = floats_of(read_raw(inventory, info), info.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(values.sum()) or np.isfinite(values).all()  # a sum is cheaper
     if not finite:
@@ -149,15 +154,19 @@ def _read(inventory: Inventory, info: TensorInfo) -> Floats:
 
 
 def floats_of(raw: npt.NDArray[np.uint8], dtype: str) -> Floats:
-    """Converts stored floats, `F32`, `F16` or `BF16`, to float32, exactly.
+    """Converts stored floats, `F32`, `F16` or `BF16`, to float32, exactly; decodes `Q8_0`.
 
     Args:
-        raw: `(n * bytes of the dtype,)`.
+        raw: `(n * bytes of the dtype,)`, of Q8_0 in whole blocks.
         dtype: of the stored floats.
 
     Returns:
         `(n,)`.
     """
+    if dtype == "Q8_0":  # blocks of a float16 scale and 32 codes
+        blocks = raw.reshape(-1, 2 + 32)
+        scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        return (blocks[:, 2:].view(np.int8) * scales).reshape(-1)
     if dtype == "BF16":
         bits = raw.view(np.uint16).astype(np.uint32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)

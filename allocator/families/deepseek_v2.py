@@ -17,7 +17,7 @@ from allocator.families.deepseek_v3 import (
     latent_attention,
     latent_pairs,
 )
-from allocator.families.gguf import SOFTMAX, ModelFacts, Pair
+from allocator.families.gguf import SOFTMAX, GgufFacts, ModelFacts, Pair, scaled_router_source
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
@@ -49,6 +49,11 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_gating_func", SOFTMAX
 
 
+def _source(file: GgufFacts) -> Config:
+    source = scaled_router_source(file)
+    return source | {"topk_method": _METHODS[source["n_group"] > 1], "norm_topk_prob": False}
+
+
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     model_type="deepseek_v2",
@@ -57,7 +62,9 @@ DEEPSEEK_V2 = replace(
     layer_parts=_layer_parts,
     layers=layers((WITHOUT_RANK, WITH_RANK), (DENSE, _BLOCK)),
     scoring=_scoring,
-    gguf=replace(DEEPSEEK_V3.for_gguf(), hyperparameters=_hyperparameters, graph=None),
+    gguf=replace(
+        DEEPSEEK_V3.for_gguf(), hyperparameters=_hyperparameters, graph=None, source=_source
+    ),
     router_groups=(1, 1),
     selection_bias=False,
     bias_keys=("attention_bias", "mlp_bias"),

@@ -31,6 +31,7 @@ from allocator.families.gguf import (
     ModelFacts,
     Pair,
     scaled_router_pairs,
+    scaled_router_source,
 )
 from allocator.families.keys import Keys, LatentKeys
 from allocator.families.roles import Role
@@ -151,6 +152,7 @@ DEEPSEEK_V3 = Family(
             Half(Role.KV_B, Role.V_B, B + "attn_v_b.weight"),
         ),
         divides_mscale=True,
+        source=scaled_router_source,
     ),
     n_nextn_layers=1,
     router_groups=(8, 4),

@@ -32,6 +32,7 @@ from allocator.families.gguf import (
     check_equal_heads,
     grouped_pairs,
     scaled_router_pairs,
+    scaled_router_source,
 )
 from allocator.families.keys import Keys
 from allocator.families.sizes import Scoring
@@ -75,6 +76,7 @@ DOTS1 = Family(
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
         check=_check,
+        source=lambda file: scaled_router_source(file) | {"sliding_window": None},
     ),
     ranks_groups=True,
     selection_bias=True,

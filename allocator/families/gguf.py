@@ -12,8 +12,9 @@ of 32 bits, `bool` and `str` their own, a tuple an array of signed integers of 3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
-from allocator.errors import TargetError
+from allocator.errors import CheckpointError, TargetError
 from allocator.families.config import Config, number, whole
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
@@ -106,6 +107,29 @@ class Window:
     layers: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class GgufFacts:
+    """What is known of a GGUF file from which a config is made.
+
+    Attributes:
+        pairs: of the file, without the architecture before their keys.
+        names: of its tensors in layers, with `{layer}`.
+    """
+
+    pairs: Mapping[str, Any]
+    names: frozenset[str]
+
+    def __getitem__(self, key: str) -> Any:
+        """Returns the value of a pair.
+
+        Raises:
+            CheckpointError: if the file has none.
+        """
+        if key not in self.pairs:
+            raise CheckpointError(f"no {key}")
+        return self.pairs[key]
+
+
 class ComputeGraph(Enum):
     """A graph of llama.cpp's whose memory is predicted to the byte, by how its layers attend."""
 
@@ -155,6 +179,9 @@ class Gguf:
         computed: a config by which transformers computes as llama.cpp does, which cannot be told
             what a checkpoint's own says; that itself by default.
         otherwise: lines on what llama.cpp computes otherwise than a config says.
+        source: returns what `config.json` has that the pairs of all architectures do not say, from
+            a file of this one; None where a file is no checkpoint that is read. The pairs of the
+            config are held against the file's.
     """
 
     architecture: str
@@ -171,6 +198,7 @@ class Gguf:
     reads_yarn_betas: bool = False
     computed: Callable[[Config], Config] = _own
     otherwise: Callable[[Config], tuple[str, ...]] = _no_lines
+    source: Callable[[GgufFacts], Config] | None = None
 
     def known_graph(self) -> ComputeGraph:
         """Returns the graph that llama.cpp builds.
@@ -297,6 +325,23 @@ def scaled_router_pairs(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_shared_count", whole(facts.config, facts.keys.shared_experts)
     yield "expert_weights_scale", number(facts.config, facts.keys.scale)
     yield "expert_weights_norm", facts.router.normalizes
+
+
+def scaled_router_source(file: GgufFacts) -> dict[str, Any]:
+    """Returns the keys that `scaled_router_pairs` and groups of experts are made of."""
+    return {
+        "first_k_dense_replace": file.pairs.get("leading_dense_block_count", 0),
+        "n_shared_experts": file.pairs.get("expert_shared_count", 0),
+        "routed_scaling_factor": file.pairs.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": file.pairs.get("expert_weights_norm", False),
+        "n_group": file.pairs.get("expert_group_count", 1),
+        "topk_group": file.pairs.get("expert_group_used_count", 1),
+    }
+
+
+def nothing_else(file: GgufFacts) -> dict[str, Any]:
+    """Returns no key: the pairs of all architectures say everything."""
+    return {}
 
 
 def check_all_route(facts: ModelFacts, architecture: str) -> None:

@@ -32,10 +32,12 @@ from allocator.families.gguf import (
     SIGMOID,
     Fixed,
     Gguf,
+    GgufFacts,
     ModelFacts,
     Pair,
     grouped_pairs,
     scaled_router_pairs,
+    scaled_router_source,
 )
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
@@ -72,6 +74,14 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_gating_func", SIGMOID
 
 
+def _source(file: GgufFacts) -> Config:
+    return scaled_router_source(file) | {
+        "attention_bias": B + "attn_q.bias" in file.names,
+        "use_qk_norm": B + "attn_q_norm.weight" in file.names,
+        "partial_rotary_factor": file["rope.dimension_count"] / file["attention.key_length"],
+    }
+
+
 GLM4_MOE = Family(
     model_type="glm4_moe",
     models="GLM-4.5, 4.5-Air, 4.6, 4.7",
@@ -94,6 +104,7 @@ GLM4_MOE = Family(
         _hyperparameters,
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
+        source=_source,
     ),
     n_nextn_layers=1,
     ranks_groups=True,

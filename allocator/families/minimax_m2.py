@@ -67,6 +67,7 @@ MINIMAX_M2 = Family(
             Fixed("hidden_act", "silu", "silu"),
             Fixed("scoring_func", "sigmoid", "sigmoid"),
         ),
+        source=lambda file: {"rotary_dim": file["rope.dimension_count"]},
     ),
     selection_bias=True,
     never_null=NEVER_NULL - {"moe_intermediate_size", "attention_bias"},

@@ -18,7 +18,14 @@ from allocator.families.common import (
     also_named,
     layer,
 )
-from allocator.families.gguf import ComputeGraph, Fixed, Gguf, grouped_pairs, paired_halves
+from allocator.families.gguf import (
+    ComputeGraph,
+    Fixed,
+    Gguf,
+    grouped_pairs,
+    nothing_else,
+    paired_halves,
+)
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 
@@ -49,6 +56,7 @@ MIXTRAL = Family(
             Role.Q: lambda dimensions: paired_halves(dimensions.heads, dimensions.head),
             Role.K: lambda dimensions: paired_halves(dimensions.kv_heads, dimensions.head),
         },
+        source=nothing_else,
     ),
     never_null=NEVER_NULL - {"moe_intermediate_size", "attention_bias"},
 )

@@ -20,7 +20,7 @@ from allocator.families.common import (
     layer,
     softmax_router,
 )
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, check_equal_heads
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, check_equal_heads, nothing_else
 from allocator.families.keys import Keys
 
 _LAYER = layer(NORMED_ATTENTION, ROUTED)
@@ -58,6 +58,7 @@ OLMOE = Family(
             Fixed("clip_qkv", None, None),
         ),
         check=lambda facts: check_equal_heads(facts, "olmoe"),
+        source=nothing_else,
     ),
     never_null=NEVER_NULL - {"moe_intermediate_size"},
     bias_keys=("attention_bias",),

@@ -26,7 +26,7 @@ from allocator.families.common import (
     softmax_router,
 )
 from allocator.families.config import Config, whole
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, check_all_route
+from allocator.families.gguf import Fixed, Gguf, GgufFacts, ModelFacts, Pair, check_all_route
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 
@@ -53,6 +53,13 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_shared_feed_forward_length", whole(facts.config, facts.keys.shared_width)
 
 
+def _source(file: GgufFacts) -> Config:
+    return {
+        "shared_expert_intermediate_size": file["expert_shared_feed_forward_length"],
+        "qkv_bias": B + "attn_q.bias" in file.names,
+    }
+
+
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
     models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
@@ -71,6 +78,7 @@ QWEN2_MOE = Family(
             Fixed("norm_topk_prob", False, False),
             Fixed("use_sliding_window", False, False),
         ),
+        source=_source,
     ),
     never_null=(NEVER_NULL - {"attention_bias"})
     | {

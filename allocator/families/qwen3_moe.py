@@ -29,6 +29,7 @@ from allocator.families.gguf import (
     Pair,
     check_all_route,
     grouped_pairs,
+    nothing_else,
 )
 from allocator.families.keys import Keys
 
@@ -67,6 +68,7 @@ QWEN3_MOE = Family(
             Fixed("norm_topk_prob", True, False),
             Fixed("use_sliding_window", False, False),
         ),
+        source=nothing_else,
     ),
     never_null=NEVER_NULL
     | {

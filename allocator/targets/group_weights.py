@@ -1,46 +1,17 @@
 """A group's weights as float32, in the layout that its target encodes.
 
 In: a group of a layout. Out: its values, `(out, in)`, `(experts, out, in)` or `(heads, out, in)`.
-Invariant: `join_kv_b(*split_kv_b(w)) == w`, and a stacked group is in expert order.
+Invariant: a stacked group is in expert order.
 """
 
 import hashlib
 
 import numpy as np
 
+from allocator.checkpoint.halves import split_kv_b
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.families import Role
 from allocator.targets.layout import Group, Layout
-
-
-def split_kv_b(weight: Floats, *, heads: int, nope: int) -> tuple[Floats, Floats]:
-    """Splits `kv_b` as llama.cpp stores it.
-
-    Args:
-        weight: `(heads * (nope + value), rank)`.
-        heads: attention heads.
-        nope: rows of a head's keys without rotation.
-
-    Returns:
-        `k_b` `(heads, rank, nope)` and `v_b` `(heads, value, rank)`.
-    """
-    halves = weight.reshape(heads, -1, weight.shape[-1])
-    k_b = np.ascontiguousarray(halves[:, :nope].transpose(0, 2, 1))
-    return k_b, np.ascontiguousarray(halves[:, nope:])
-
-
-def join_kv_b(k_b: Floats, v_b: Floats) -> Floats:
-    """Joins `k_b` and `v_b`; the inverse of `split_kv_b`.
-
-    Args:
-        k_b: `(heads, rank, nope)`.
-        v_b: `(heads, value, rank)`.
-
-    Returns:
-        `(heads * (nope + value), rank)`.
-    """
-    joined = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
-    return joined.reshape(-1, joined.shape[-1])
 
 
 def group_weights(layout: Layout, group: Group) -> Floats:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory
+from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory, TensorInfo
 from allocator.families import Config, Role, Transform
 from allocator.formats import FORMATS, Format, Parts, offered
+
+_FORMATS = (MXFP4, "Q8_0")
+"""What a checkpoint may hold a matrix in that a target's file can, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +175,16 @@ def plain_groups(
             stored_as=stored_as.get(tensor.name, name),
             # an embedding that is only looked up multiplies nothing
             importance=tensor.role is not Role.EMBEDDING or inventory.tied_embeddings,
-            source_format=FORMATS[MXFP4] if tensor.dtype == MXFP4 else None,
+            source_format=_source_format(tensor),
             codecs=codecs,
         )
     return list(groups.values())
+
+
+def _source_format(tensor: TensorInfo) -> Format | None:
+    """The format that a checkpoint holds the rows of a matrix in; None for floats."""
+    joined = tensor.made is not None and len(tensor.made.stored) > 1  # of rows of other matrices
+    return FORMATS[tensor.dtype] if tensor.dtype in _FORMATS and not joined else None
 
 
 def in_file_order(groups: Iterable[Group]) -> dict[str, Group]:

@@ -21,17 +21,20 @@ import torch
 
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
-from allocator.codecs import Bytes, Floats
+from allocator.codecs import Bytes, Floats, codec_of
 from allocator.decision.allocation import Allocation
+from allocator.errors import CheckpointError
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.files import write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.gguf.runtime import GGUF_RUNTIME
+from allocator.formats import format_named
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed_model import States, StreamedModel
 from allocator.scoring.swap_model import SwapModel, expert_form, view_of
 from allocator.targets import GGUF, SAFETENSORS, FullPrecision, Group, Layout
+from allocator.targets.group_weights import group_digest
 
 EXACT = 1e-8
 """Most KL(transformers || llama.cpp) of a file in F32 in exact arithmetic, nats per token."""
@@ -217,12 +220,7 @@ class FamilyRuns:
         layout = GGUF.layout(read_inventory(case.path))
         everyone = tuple(range(layout.inventory.n_experts))
         retained = self.retained if pruned else everyone
-        allocation = Allocation.of(
-            target="gguf",
-            retained=dict.fromkeys(layout.layers, retained),
-            formats=dict.fromkeys(layout.groups, "F32"),
-            experts_used=layout.inventory.experts_used,
-        )
+        allocation = _everything(layout, retained, "F32")
         path = tmp_path / "model.gguf"
         with removed(case.model, layout, retained):
             source = _OfModel(case.model, layout)
@@ -238,6 +236,30 @@ class FamilyRuns:
                 for ids, logits in zip(case.ids, wanted, strict=True)
             ]
         assert np.mean(losses) <= EXACT
+
+    def test_a_gguf_file_is_the_checkpoint(self, case: FamilyCase, tmp_path: Path) -> None:
+        """A file in bfloat16, read in place of the checkpoint, has its digests and its logits."""
+        if not self.with_gguf:
+            pytest.skip("stock llama.cpp computes no such model")
+        layout = GGUF.layout(read_inventory(case.path))
+        everyone = tuple(range(layout.inventory.n_experts))
+        allocation = _everything(layout, everyone, "BF16")
+        path = tmp_path / "model.gguf"
+        with removed(case.model, layout, everyone):
+            write_gguf(path, layout, allocation, _OfModel(case.model, layout, "BF16"))
+        if layout.inventory.family.for_gguf().source is None:
+            with pytest.raises(CheckpointError, match="is not read as a checkpoint yet"):
+                read_inventory(path)
+            return
+        again = GGUF.layout(read_inventory(path))
+        assert list(again.groups) == list(layout.groups)
+        for name, group in layout.groups.items():
+            assert group_digest(again, again.groups[name]) == group_digest(layout, group)
+        swap = SwapModel(again, lambda *_: pytest.fail("nothing is encoded"))
+        for ids, logits in zip(case.ids, case.logits, strict=True):
+            with torch.no_grad():
+                own = swap.model(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(own, logits, rtol=0, atol=self.rounding)
 
     def _layouts(self, case: FamilyCase) -> Iterator[Layout]:
         """The checkpoint's own, and llama.cpp's where it has rows or columns in other places."""
@@ -295,23 +317,32 @@ def removed(model: Any, layout: Layout, retained: tuple[int, ...]) -> Iterator[N
             module.num_experts = n
 
 
+def _everything(layout: Layout, retained: tuple[int, ...], fmt: str) -> Allocation:
+    return Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, retained),
+        formats=dict.fromkeys(layout.groups, fmt),
+        experts_used=layout.inventory.experts_used,
+    )
+
+
 class _OfModel:
     """Tensors of a file from a model of transformers, and not from what the project has read."""
 
-    def __init__(self, model: Any, layout: Layout) -> None:
+    def __init__(self, model: Any, layout: Layout, fmt: str = "F32") -> None:
         self._model, self._state = model, model.state_dict()
         self._layout = layout
+        self._format = format_named(fmt)
 
     def encoded(self, name: str) -> Bytes:
-        """Returns a group in F32: `(..., rows, 4 * in_features)`."""
+        """Returns a group in the format: `(..., rows, bytes per row)`."""
         group: Group = self._layout.groups[name]
         if group.is_rearranged:
             return self._rearranged(group)
         dimensions = self._layout.inventory.dimensions
         form = expert_form(self._model, group.layer)
         values = view_of(self._state.__getitem__, dimensions, group, form)
-        data: Bytes = values.float().contiguous().numpy().view(np.uint8)
-        return data
+        return codec_of(self._format).encode(values.float().contiguous().numpy(), self._format)
 
     def _rearranged(self, group: Group) -> Bytes:
         """A group whose rows or columns lie otherwise in its source."""
@@ -320,7 +351,7 @@ class _OfModel:
             values = values[np.array(group.rows)]
         if group.columns is not None:
             values = values[:, np.array(group.columns)]
-        return np.ascontiguousarray(values).view(np.uint8)
+        return codec_of(self._format).encode(np.ascontiguousarray(values), self._format)
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
         """Returns a norm, a bias or a router."""

@@ -179,11 +179,22 @@ def lfs_config(f):
 def gguf_file(f):
     f.path.mkdir()
     (f.path / "model.gguf").write_bytes(b"GGUF" + bytes(20))
-    return f.path / "model.gguf", "model.gguf: a GGUF file, whose weights are already quantized"
+    return f.path / "model.gguf", "model.gguf: GGUF of version 0, needed 3; fetch it again"
 
 
 def gguf_folder(f):
-    return gguf_file(f)[0].parent, "holds GGUF files"
+    return gguf_file(f)[0].parent, "model.gguf: GGUF of version 0"
+
+
+def gguf_models(f):
+    (gguf_file(f)[0].with_name("model-Q8_0.gguf")).touch()
+    return f.path, r"2 GGUF models \(model-Q8_0.gguf, model.gguf\); name the file of one"
+
+
+def gguf_part(f):
+    path, _ = gguf_file(f)
+    path = path.rename(path.with_name("model-00002-of-00003.gguf"))
+    return path, "2 of 3 parts are missing, e.g. model-00001-of-00003.gguf; fetch them"
 
 
 def safetensors_file(f):
@@ -263,7 +274,8 @@ CASES = [
     case(towers), case(adapter), case(own_mtp), case(no_values), case(table), case(table, "U8"),
     case(gptq), case(awq), case(bitsandbytes), case(compressed), case(mxfp4), case(nvfp4),
     case(fp8_per_tensor), case(mlx), case(doubles), case(lfs_weights), case(lfs_config),
-    case(gguf_file), case(gguf_folder), case(safetensors_file), case(hub_id), case(hub_cache),
+    case(gguf_file), case(gguf_folder), case(gguf_models),
+    case(gguf_part), case(safetensors_file), case(hub_id), case(hub_cache),
     case(unknown_type), case(pickles), case(interrupted), case(missing_shards), case(no_index),
     case(no_config), case(null_value),
 ]  # fmt: skip
@@ -286,8 +298,9 @@ def test_the_cause_is_named_in_one_line(tmp_path, make, capsys, build):
     ("build", "match"),
     [
         (nested, "inside of text_config"), (hub_id, "hf download"), (lfs_config, "a git-lfs point"),
-        (gguf_file, "a GGUF file"), (safetensors_file, "one file of"), (no_config, "no such file"),
-        (unknown_type, "supported: .*gpt_oss"), (null_value, "head_dim is null"),
+        (gguf_file, "GGUF of version"), (safetensors_file, "one file of"),
+        (no_config, "no such file"), (unknown_type, "supported: .*gpt_oss"),
+        (null_value, "head_dim is null"),
     ],
 )  # fmt: skip
 def test_a_plan_is_refused_for_the_same_cause(tmp_path, make, capsys, build, match):

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from allocator.checkpoint.halves import join_kv_b, split_kv_b
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.errors import CheckpointError
 from allocator.targets import GGUF, SAFETENSORS
-from allocator.targets.group_weights import group_digest, group_weights, join_kv_b, split_kv_b
+from allocator.targets.group_weights import group_digest, group_weights
 
 
 def edit_dtype(dtype):

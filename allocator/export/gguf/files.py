@@ -5,9 +5,7 @@ Invariant: the file is whole or absent under its name, and its size is the alloc
 is read has every length and offset checked before it is used.
 """
 
-import mmap
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
+from allocator.checkpoint.gguf.reader import read_header
 from allocator.codecs import Bytes, Floats
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
-from allocator.formats import FORMATS, Format
+from allocator.formats import FORMATS
 from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.gguf.contract import file_shape
@@ -165,62 +164,7 @@ def _sync_directory(path: Path) -> None:
 
 # -- reading
 
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
-_BY_TYPE = {number: FORMATS[name] for name, number in TYPES.items()}
-_VERSION = 3
-
-
-class _Cursor:
-    """Reads forward in a file; refuses to pass its end."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.at = 0
-
-    def fail(self, what: str) -> VerifyError:
-        return VerifyError(
-            f"{self.path}: {what} at byte {self.at}; the file is damaged: write it again"
-        )
-
-    def skip(self, nbytes: int) -> int:
-        """Steps over `nbytes`, and returns where they begin."""
-        start = self.at
-        if nbytes > len(self.data) - start:
-            raise self.fail(f"{nbytes} bytes announced, {len(self.data) - start} left")
-        self.at += nbytes
-        return start
-
-    def number(self, code: str) -> int:
-        value: int = struct.unpack_from(
-            "<" + code, self.data, self.skip(struct.calcsize("<" + code))
-        )[0]
-        return value
-
-    def text(self) -> str:
-        start = self.skip(self.number("Q"))
-        try:
-            return self.data[start : self.at].decode()
-        except UnicodeDecodeError:
-            raise self.fail("a name that is no text") from None
-
-    def skip_value(self, kind: int) -> None:
-        if kind == _STRING:
-            self.skip(self.number("Q"))
-        elif kind == _ARRAY:
-            element, count = self.number("I"), self.number("Q")
-            if element in _SCALAR_BYTES:
-                self.skip(count * _SCALAR_BYTES[element])
-                return
-            if element != _STRING or count * 8 > len(self.data) - self.at:
-                raise self.fail(f"an array of {count} values of type {element}")
-            for _ in range(count):
-                self.skip(self.number("Q"))
-        elif kind in _SCALAR_BYTES:
-            self.skip(_SCALAR_BYTES[kind])
-        else:
-            raise self.fail(f"a value of unknown type {kind}")
+_WAY_OUT = "write it again"
 
 
 def read_gguf(path: Path) -> Tensors:
@@ -232,11 +176,26 @@ def read_gguf(path: Path) -> Tensors:
     Raises:
         VerifyError: if the file is missing, truncated, damaged, or holds an unknown type.
     """
-    cursor, n_tensors, alignment = _past_metadata(path)
-    rows = [_table_row(cursor) for _ in range(min(n_tensors, len(cursor.data)))]
-    if not 1 <= alignment <= 1 << 20 or len({name for name, *_ in rows}) != n_tensors:
-        raise cursor.fail(f"alignment {alignment}, {n_tensors} tensors with a name twice")
-    return _tensors(cursor, rows, alignment)
+    header = read_header(path, error=VerifyError, way_out=_WAY_OUT, values=False)
+    whole = np.frombuffer(header.data, dtype=np.uint8)
+    tensors: Tensors = {}
+    end = -(-header.table // header.alignment) * header.alignment
+    for entry in header.entries:
+        shape, fmt = entry.shape, entry.format
+        if fmt is None:
+            raise VerifyError(
+                f"{path}: {entry.name} of unknown ggml type {entry.kind}; the file is damaged: "
+                f"{_WAY_OUT}"
+            )
+        end = entry.offset + -(-entry.nbytes // header.alignment) * header.alignment
+        data = whole[entry.offset : entry.offset + entry.nbytes]
+        row_bytes = entry.nbytes // prod(shape[:-1])
+        tensors[entry.name] = fmt.name, shape, data.reshape(*shape[:-1], row_bytes)
+    if end != len(whole):
+        raise VerifyError(
+            f"{path}: {len(whole)} bytes, needed {end}; the file is damaged: {_WAY_OUT}"
+        )
+    return tensors
 
 
 def metadata_end(path: Path) -> tuple[int, int]:
@@ -245,59 +204,5 @@ def metadata_end(path: Path) -> tuple[int, int]:
     Raises:
         VerifyError: if the file is missing, truncated or damaged.
     """
-    cursor, _, alignment = _past_metadata(path)
-    return cursor.at, alignment
-
-
-def _past_metadata(path: Path) -> tuple[_Cursor, int, int]:
-    """A cursor at the tensor table; number of tensors, and alignment."""
-    try:
-        with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"{path}: cannot be read ({error}); write it again") from None
-    cursor = _Cursor(path, view)
-    if cursor.number("I") != int.from_bytes(b"GGUF", "little") or cursor.number("I") != _VERSION:
-        raise VerifyError(f"{path}: no GGUF file of version {_VERSION}")
-    n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
-    alignment = 32
-    for _ in range(n_fields):
-        key, kind = cursor.text(), cursor.number("I")
-        if key == "general.alignment":
-            alignment = cursor.number("I")
-        else:
-            cursor.skip_value(kind)
-    return cursor, n_tensors, alignment
-
-
-def _table_row(cursor: _Cursor) -> tuple[str, Format, tuple[int, ...], int]:
-    name, n_dims = cursor.text(), cursor.number("I")
-    if not 1 <= n_dims <= 4:
-        raise cursor.fail(f"{name} with {n_dims} dimensions")
-    shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
-    kind, offset = cursor.number("I"), cursor.number("Q")
-    if kind not in _BY_TYPE or min(shape) < 1 or not _BY_TYPE[kind].stores(shape):
-        raise cursor.fail(f"{name} of ggml type {kind} and shape {shape}")
-    return name, _BY_TYPE[kind], shape, offset
-
-
-def _tensors(
-    cursor: _Cursor, rows: list[tuple[str, Format, tuple[int, ...], int]], alignment: int
-) -> Tensors:
-    start = -(-cursor.at // alignment) * alignment
-    whole = np.frombuffer(cursor.data, dtype=np.uint8)
-    tensors: Tensors = {}
-    expected = 0
-    for name, chosen, shape, offset in rows:
-        nbytes = chosen.nbytes(shape)
-        if offset != expected or start + offset + nbytes > len(whole):
-            raise cursor.fail(
-                f"{name} at offset {offset} with {nbytes} bytes (expected offset {expected}) in a "
-                f"file of {len(whole)}, found"
-            )
-        expected += -(-nbytes // alignment) * alignment
-        data = whole[start + offset : start + offset + nbytes]
-        tensors[name] = chosen.name, shape, data.reshape(*shape[:-1], nbytes // prod(shape[:-1]))
-    if start + expected != len(whole):
-        raise cursor.fail(f"tensors to byte {start + expected} in a file of {len(whole)}, found")
-    return tensors
+    header = read_header(path, error=VerifyError, way_out=_WAY_OUT, values=False)
+    return header.table, header.alignment

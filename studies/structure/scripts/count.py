@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-GGUF_RUNTIME = ("targets/gguf", "export/gguf", "targets/ggml")
+GGUF_RUNTIME = ("checkpoint/gguf", "targets/gguf", "export/gguf", "targets/ggml")
 RUNTIMES = (*GGUF_RUNTIME, "targets/safetensors", "export/safetensors")
 CONTAINERS = {"gguf", "safetensors"}
 MODEL_TYPES = {"deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss"}

@@ -1,0 +1,316 @@
+"""A GGUF file in floats or Q8_0 as a checkpoint, whole or in parts.
+
+In: the path of a file, of one of its parts, or of a directory with one model. Out: the `Inventory`
+of the checkpoint that it was made of, under the names that transformers has. Invariant: as of
+`allocator.checkpoint.inventory`; what a GGUF has in another order is put back when it is read, so
+that equal weights have equal digests whichever file they are in.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from allocator.checkpoint.gguf.reader import MAGIC, Entry, Header, read_header
+from allocator.checkpoint.halves import join_kv_b
+from allocator.checkpoint.inventory import (
+    FLOATS,
+    GgufModel,
+    Inventory,
+    Rearranged,
+    Stored,
+    TensorInfo,
+    check_whole,
+)
+from allocator.errors import CheckpointError
+from allocator.families import Config, Family, Role, Rule
+from allocator.families.gguf_source import family_of_gguf
+from allocator.files.digests import Digests, Identity
+
+READ = (*FLOATS, "Q8_0")
+"""Formats in which a GGUF is taken as an original."""
+_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
+_LAYER = re.compile(r"^blk\.(0|[1-9][0-9]{0,5})\.")
+_WAY_OUT = (
+    "needed a file in BF16, F16, F32 or Q8_0, e.g. the one that this was made from, or the "
+    "directory of the original"
+)
+
+
+def gguf_files(path: Path) -> tuple[Path, ...]:
+    """Returns the files of the GGUF model that a path names, in order; none if it names none.
+
+    A directory with safetensors is a checkpoint of these, whatever lies beside.
+
+    Raises:
+        CheckpointError: if it names a directory with several models, or one whose parts are not
+            all there.
+    """
+    if path.is_file():
+        return _parts(path) if _is_gguf(path) else ()
+    if not path.is_dir() or any(path.glob("*.safetensors*")):
+        return ()
+    models = {_stem(file): file for file in sorted(path.glob("*.gguf"), reverse=True)}
+    if len(models) > 1:
+        names = ", ".join(sorted(file.name for file in models.values()))
+        raise CheckpointError(f"{path}: {len(models)} GGUF models ({names}); name the file of one")
+    return _parts(*models.values()) if models else ()
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix == ".gguf":
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _stem(path: Path) -> str:
+    part = _PART.fullmatch(path.name)
+    return part[1] if part else path.name
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return (path,)
+    paths = [
+        path.with_name(f"{part[1]}-{n:05}-of-{part[3]}.gguf") for n in range(1, int(part[3]) + 1)
+    ]
+    if missing := [p.name for p in paths if not p.is_file()]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(paths)} parts are missing, e.g. {missing[0]}; fetch "
+            "them beside the others"
+        )
+    return tuple(paths)
+
+
+def read_model(files: Sequence[Path]) -> tuple[GgufModel, list[tuple[str, Entry]]]:
+    """Reads the headers of a model's files; no weights.
+
+    Args:
+        files: in order.
+
+    Returns:
+        What they say of the model, and their tensors with the names of their files.
+
+    Raises:
+        CheckpointError: if one is truncated, damaged, of another model, or of low-bit weights.
+    """
+    opened = {file.name: Identity.of(file.stat()) for file in files}
+    headers = [read_header(file) for file in files]
+    for number, header in enumerate(headers):
+        _check_part(header, number, len(files))
+    entries = [(header.path.name, e) for header in headers for e in header.entries]
+    twice = len(entries) - len({entry.name for _, entry in entries})
+    if twice:
+        raise CheckpointError(f"{files[0]}: {twice} tensors are there twice; fetch it again")
+    shapes = {entry.name: entry.shape for _, entry in entries}
+    pairs = headers[0].pairs
+    values = {key: pair.value for key, pair in pairs.items()}
+    family, config = family_of_gguf(values, shapes, str(files[0]))
+    return GgufModel(files[0], pairs, family, config, opened), entries
+
+
+def _check_part(header: Header, number: int, n_parts: int) -> None:
+    """A file is the part of a model that its name says."""
+    pairs = header.pairs
+    stored = tuple(pairs[key].value if key in pairs else default for key, default in _SPLIT.items())
+    if stored != ((number, n_parts) if n_parts > 1 else (stored[0], 1)):
+        raise CheckpointError(
+            f"{header.path}: part {stored[0] + 1} of {stored[1]} as it says, {number + 1} of "
+            f"{n_parts} by name; fetch it again under its own name"
+        )
+
+
+_SPLIT = {"split.no": 0, "split.count": 1}
+
+
+def read_gguf_inventory(files: Sequence[Path], *, digests: Path | None = None) -> Inventory:
+    """Reads headers of a GGUF model; no weights.
+
+    Args:
+        files: of the model, in order.
+        digests: a folder in which digests of tensors are remembered between processes.
+
+    Raises:
+        CheckpointError: if it is damaged, of low-bit weights, or of an architecture that is not
+            read from such a file.
+    """
+    model, entries = read_model(files)
+    family, config = model.family, model.config
+    n_layers = family.n_layers(config)
+    ignored = [_stored(*place) for place in entries if _layer(place[1]) >= n_layers]
+    kept = [place for place in entries if _layer(place[1]) < n_layers]
+    tensors: dict[str, TensorInfo] = {}
+    parts: dict[int | None, set[str]] = defaultdict(set)
+    for tensor, part in _tensors(model, kept):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"{model.path}: {tensor.name} is there twice, under several names; fetch it again"
+            )
+        tensors[tensor.name] = tensor
+        parts[tensor.layer].add(part)
+    inventory = Inventory(
+        model.path,
+        config,
+        family,
+        {name: tensors[name] for name in sorted(tensors)},
+        model.files,
+        None if digests is None else Digests(digests),
+        ignored=tuple(ignored),
+        gguf=model,
+    )
+    check_whole(inventory, parts)
+    return inventory
+
+
+def _layer(entry: Entry) -> int:
+    match = _LAYER.match(entry.name)
+    return -1 if match is None else int(match[1])
+
+
+def _stored(file: str, entry: Entry) -> Stored:
+    dtype = f"ggml type {entry.kind}" if entry.format is None else entry.format.name
+    return Stored(entry.name, entry.shape, dtype, file, entry.offset, entry.nbytes)
+
+
+def _tensors(
+    model: GgufModel, entries: Sequence[tuple[str, Entry]]
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields every tensor of the checkpoint, and what it is called within its layer."""
+    family, config = model.family, model.config
+    rules = {rule.gguf: rule for rule in family.rules if rule.gguf is not None}
+    halves = {half.name: half for half in family.for_gguf().halves}
+    shapes = {rule.pattern: family.shape(config, rule) for rule in _asked(family, config)}
+    waiting: dict[tuple[Role, int], dict[Role, Stored]] = defaultdict(dict)
+    for file, entry in entries:
+        number = _layer(entry)
+        layer = None if number < 0 else number
+        name = _LAYER.sub("blk.{layer}.", entry.name)
+        if name not in rules and name not in halves:
+            raise CheckpointError(
+                f"{model.path}: {entry.name} is no tensor of {family.model_type} in a GGUF file; "
+                "use the original"
+            )
+        stored = _stored(file, entry)
+        if stored.dtype not in READ:
+            raise CheckpointError(
+                f"{model.path}: {entry.name} is stored in {stored.dtype}, low-bit already; "
+                f"{_WAY_OUT}"
+            )
+        if name in halves:
+            half = halves[name]
+            assert layer is not None
+            waiting[half.of, layer][half.role] = stored
+            continue
+        rule = rules[name]
+        if rule.pattern not in shapes:
+            raise CheckpointError(
+                f"{model.path}: {entry.name} is there, which a {family.model_type} of its pairs "
+                "does not have; fetch it again"
+            )
+        yield from _of_rule(model, rule, shapes[rule.pattern], stored, layer)
+    for (role, layer), of_role in waiting.items():
+        yield _joined(model, role, layer, of_role)
+
+
+def _asked(family: Family, config: Config) -> Iterator[Rule]:
+    """Rules of tensors that a config has anywhere."""
+    for layer in (None, *range(family.n_layers(config))):
+        yield from family.shapes(config, layer)
+
+
+def _of_rule(
+    model: GgufModel, rule: Rule, shape: tuple[int, ...], stored: Stored, layer: int | None
+) -> Iterator[tuple[TensorInfo, str]]:
+    """Yields the tensors of a checkpoint that one of a file holds."""
+    n_experts = model.family.n_experts(model.config) if rule.has_expert else 1
+    whole = (n_experts, *shape) if rule.has_expert else shape
+    if [n for n in stored.shape if n > 1] != [n for n in whole if n > 1]:
+        raise CheckpointError(
+            f"{model.path}: {stored.name} has shape {stored.shape}, needed {whole} as its pairs "
+            "say; fetch it again"
+        )
+    if stored.dtype not in FLOATS and not rule.role.is_encoded:
+        raise CheckpointError(
+            f"{model.path}: {stored.name} ({rule.role}) is stored in {stored.dtype}, needed F32, "
+            f"F16 or BF16; {_WAY_OUT}"
+        )
+    orders = model.family.for_gguf().row_orders
+    made = None
+    if rule.role in orders:
+        order = orders[rule.role](model.family.dimensions(model.config))
+        made = Rearranged((replace(stored, shape=shape),), partial(_in_order, np.array(order)))
+    nbytes = stored.nbytes // n_experts
+    for expert in range(n_experts):
+        yield (
+            TensorInfo(
+                rule.pattern.format(layer=layer, expert=expert),
+                shape,
+                stored.dtype,
+                stored.file,
+                stored.offset + expert * nbytes,
+                nbytes,
+                rule.role,
+                layer,
+                expert if rule.has_expert else None,
+                made=made,
+            ),
+            rule.part,
+        )
+
+
+def _in_order(order: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """A matrix, `(rows, in_features)`, from its rows as a file has them."""
+    ordered = np.empty_like(rows[0])
+    ordered[order] = rows[0]
+    return ordered
+
+
+def _joined(
+    model: GgufModel, role: Role, layer: int, stored: Mapping[Role, Stored]
+) -> tuple[TensorInfo, str]:
+    """The tensor that a file holds in two halves."""
+    family = model.family
+    rule = family.rule_of(role)
+    shape = family.shape(model.config, rule)
+    latent = family.dimensions(model.config).latent
+    assert latent is not None
+    heads = family.dimensions(model.config).heads
+    needed = {
+        Role.K_B: (heads, latent.rank, latent.nope),
+        Role.V_B: (heads, latent.value, latent.rank),
+    }
+    for half in family.for_gguf().halves:
+        own = stored.get(half.role)
+        if own is None or own.shape != needed[half.role]:
+            got = "is missing" if own is None else f"has shape {own.shape}"
+            raise CheckpointError(
+                f"{model.path}: {half.name.format(layer=layer)} {got}, needed "
+                f"{needed[half.role]} as its pairs say; fetch it again"
+            )
+    halves = (stored[Role.K_B], stored[Role.V_B])
+    dtypes = sorted({half.dtype for half in halves}, key=READ.index)
+    tensor = TensorInfo(
+        rule.pattern.format(layer=layer),
+        shape,
+        dtypes[0],
+        halves[0].file,
+        halves[0].offset,
+        sum(half.nbytes for half in halves),
+        role,
+        layer,
+        None,
+        made=Rearranged(halves, _join),
+    )
+    return tensor, rule.part
+
+
+def _join(halves: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return join_kv_b(*halves)

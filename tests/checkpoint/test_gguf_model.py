@@ -1,0 +1,332 @@
+"""A GGUF file as a checkpoint: held against safetensors of equal weights, and gguf-py's reader."""
+
+import re
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter
+
+from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.tensors import read_rows, read_tensor
+from allocator.cli import main
+from allocator.codecs import codec_of
+from allocator.codecs.encodings import Encodings
+from allocator.decision.allocation import Allocation
+from allocator.errors import CheckpointError
+from allocator.export.gguf.files import read_gguf, write_gguf
+from allocator.export.tensors import EncodedTensors
+from allocator.families import family_of, registry
+from allocator.formats import format_named
+from allocator.scoring.candidates import Candidate, Weights
+from allocator.scoring.documents import Document
+from allocator.scoring.streamed_model import States, StreamedModel
+from allocator.targets import GGUF
+from allocator.targets.group_weights import group_digest, group_weights
+from allocator.testing.family_runs import random_checkpoint
+
+MIXTRAL = {
+    "model_type": "mixtral", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "sliding_window": None, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+class Plain:
+    """Every group in one format, without importance."""
+
+    def __init__(self, layout, fmt):
+        self.layout, self.format = layout, format_named(fmt)
+
+    def encoded(self, name):
+        weights = group_weights(self.layout, self.layout.groups[name])
+        return codec_of(self.format).encode(weights, self.format)
+
+    def full_precision(self, tensor):
+        return read_tensor(self.layout.inventory, tensor.source)
+
+
+def everything(layout, formats):
+    return Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts))),
+        formats=dict.fromkeys(layout.groups, formats) if isinstance(formats, str) else formats,
+        experts_used=layout.inventory.experts_used,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(checkpoints, make_checkpoint, tmp_path_factory):
+    """Checkpoints by family, in bfloat16."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "mixtral").mkdir()
+    return {
+        "mixtral": random_checkpoint(MIXTRAL, folder / "mixtral").path,
+        "deepseek": make_checkpoint(folder / "deepseek", "deepseek", dtype="bfloat16"),
+    }
+
+
+@pytest.fixture(scope="module")
+def file_of(sources, tmp_path_factory):
+    """`file_of(kind, fmt)`: the checkpoint in a GGUF of ours."""
+    made = {}
+
+    def write(kind, fmt):
+        if (kind, fmt) not in made:
+            layout = GGUF.layout(read_inventory(sources[kind]))
+            path = tmp_path_factory.mktemp(f"{kind}-{fmt}") / "model.gguf"
+            write_gguf(path, layout, everything(layout, fmt), Plain(layout, fmt))
+            made[kind, fmt] = path
+        return made[kind, fmt]
+
+    return write
+
+
+def rewritten(source, path, *, pairs=None, tensors=None, **split):
+    """A file with other pairs (None for none) and tensors, by gguf-py alone."""
+    reader = GGUFReader(source)
+    fields = {
+        key: (field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.")
+    }
+    writer = GGUFWriter(path, fields.pop("general.architecture")[0], **split)
+    for key, value in (pairs or {}).items():
+        kind = gguf.GGUFValueType.get_type(value) if value is not None else None
+        old = fields.pop(key, (None, kind, None))
+        if value is not None:
+            fields[key] = (value, old[1], old[2])
+    for key, (value, kind, element) in fields.items():
+        writer.add_key_value(key, value, kind, sub_type=element)
+    for tensor in reader.tensors:
+        name, kind = tensor.name, tensor.tensor_type
+        name, kind = (tensors or {}).get(name, (name, kind))
+        shape = tuple(tensor.shape.tolist())[::-1]
+        data = tensor.data
+        if kind is not tensor.tensor_type:
+            data = gguf.quants.quantize(data.view(np.float32).reshape(shape), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# -- equal weights
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "mixtral"])
+def test_the_same_decision_gives_the_same_file(sources, file_of, tmp_path, kind):
+    """One allocation and one set of importance vectors, from safetensors and from a GGUF."""
+    inventories = [read_inventory(path) for path in (sources[kind], file_of(kind, "BF16"))]
+    layouts = [GGUF.layout(inventory) for inventory in inventories]
+    rng = np.random.default_rng(0)
+    formats, importance = {}, {}
+    for name, group in layouts[0].groups.items():
+        assert group_digest(layouts[1], layouts[1].groups[name]) == group_digest(layouts[0], group)
+        offered = [f.name for f in group.offered()]
+        assert offered == [f.name for f in layouts[1].groups[name].offered()]
+        quick = [f for f in offered if not re.match("IQ[123]|BF16", f)]  # without large tables
+        formats[name] = str(rng.choice(quick))
+        if group.importance:
+            shape = (*group.shape[:-2], group.shape[-1])
+            importance[name] = rng.uniform(0.5, 2, shape).astype(np.float32)
+    written = []
+    for name, layout in zip(("one", "other"), layouts, strict=True):
+        encodings = Encodings(tmp_path / name, layout, importance)
+        tensors = EncodedTensors(encodings, everything(layout, formats))
+        write_gguf(tmp_path / f"{name}.gguf", layout, tensors.allocation, tensors)
+        written.append(read_gguf(tmp_path / f"{name}.gguf"))
+    assert written[0].keys() == written[1].keys()
+    for name, (fmt, shape, data) in written[0].items():
+        assert written[1][name][:2] == (fmt, shape)
+        np.testing.assert_array_equal(written[1][name][2], data)
+
+
+def test_a_streamed_model_reads_single_experts(sources, file_of):
+    """Logits, layer by layer, of a file in place of the checkpoint; experts from the stack."""
+    documents = [[Document(tuple(range(20)), "")]]
+    found = []
+    for path in (sources["mixtral"], file_of("mixtral", "BF16")):
+        layout = GGUF.layout(read_inventory(path))
+        candidate = Candidate.original(layout)
+        model = StreamedModel(layout, Weights(layout, lambda: pytest.fail("nothing is encoded")))
+        states = [States(candidate, [0], model.embed(documents, candidate))]
+        for layer in range(layout.inventory.n_layers):
+            model.run(layer, states)
+        found.append(model.logits(states[0].hidden[0][0], candidate))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "mixtral"])
+def test_q8_0_is_decoded_as_gguf_py_decodes(file_of, kind):
+    path = file_of(kind, "Q8_0")
+    stored = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors
+    }
+    inventory = read_inventory(path)
+    experts = inventory.of_role("experts.up", 1)
+    assert {t.dtype for t in experts} == {"Q8_0"}
+    for tensor, values in zip(experts, stored["blk.1.ffn_up_exps.weight"], strict=True):
+        np.testing.assert_array_equal(read_tensor(inventory, tensor.name), values)
+        np.testing.assert_array_equal(read_rows(inventory, tensor.name, 3, 9), values[3:9])
+    if kind == "mixtral":  # neighbours of a head are rotated there, halves in transformers
+        pairs = stored["blk.1.attn_q.weight"].reshape(4, 16, 2, 64).swapaxes(1, 2)
+        name, values = "self_attn.q_proj.weight", pairs.reshape(128, 64)
+    else:
+        k_b, v_b = (stored[f"blk.1.attn_{half}_b.weight"] for half in "kv")
+        heads = [np.concatenate([k.T, v]) for k, v in zip(k_b, v_b, strict=True)]
+        name, values = "self_attn.kv_b_proj.weight", np.concatenate(heads)
+    name = f"model.layers.1.{name}"
+    np.testing.assert_array_equal(read_tensor(inventory, name), values)
+    np.testing.assert_array_equal(read_rows(inventory, name, 5, 40), values[5:40])
+    layout = GGUF.layout(inventory)
+    assert layout.groups["layers.1.experts.up"].offered()[0].name == "Q8_0"
+    digests = {inventory.tensor_digest(t.name) for t in experts}
+    assert len(digests) == len(experts)
+
+
+def test_q8_0_is_written_again_as_it_is(file_of, tmp_path):
+    path = file_of("deepseek", "Q8_0")
+    layout = GGUF.layout(read_inventory(path))
+    write_gguf(tmp_path / "again.gguf", layout, everything(layout, "Q8_0"), Plain(layout, "Q8_0"))
+    for name, (fmt, _, data) in read_gguf(path).items():
+        again = read_gguf(tmp_path / "again.gguf")[name]
+        assert again[0] == fmt
+        np.testing.assert_array_equal(again[2], data)
+
+
+# -- parts and places
+
+
+def test_parts_are_one_model(file_of, tmp_path):
+    whole = read_inventory(file_of("mixtral", "BF16"))
+    rewritten(whole.path, tmp_path / "model.gguf", split_max_tensors=9)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 2
+    for path in (tmp_path, parts[0], parts[1]):  # the directory, the first, any
+        inventory = read_inventory(path)
+        assert inventory.digest == whole.digest
+        assert inventory.path == parts[0]
+        assert len(inventory.files) == len(parts)
+    inventory = read_inventory(tmp_path, digests=tmp_path / "digests")
+    assert inventory.digest == whole.digest
+    parts[1].rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match=r"1 of . parts are missing, e.g. model-00002"):
+        read_inventory(parts[0])
+    with pytest.raises(CheckpointError, match=r"part 2 of . as it says, 1 of 1 by name"):
+        read_inventory(tmp_path / "other.gguf")
+
+
+def test_layers_of_multi_token_prediction_are_left_out(file_of, tmp_path):
+    """A layer after the others, as the converter writes one; its tensors may be low-bit."""
+    whole = read_inventory(file_of("mixtral", "F32"))
+    names = {
+        f"blk.1.{kind}.weight": (f"blk.1.{kind}.weight", gguf.GGMLQuantizationType.Q4_0)
+        for kind in ("attn_k", "attn_v", "attn_q")
+    }
+    pairs = {"llama.nextn_predict_layers": 1}
+    path = rewritten(whole.path, tmp_path / "model.gguf", pairs=pairs, tensors=names)
+    inventory = read_inventory(path)
+    assert inventory.n_layers == 1
+    assert {t.layer for t in inventory.tensors.values()} == {0, None}
+    assert any("left out" in note for note in inventory.notes)
+
+
+def test_the_command_line_takes_a_file(file_of, capsys):
+    path = file_of("deepseek", "BF16")
+    for target in ("gguf", "safetensors"):
+        assert main(["inspect", str(path), "--target", target]) in (0, None)
+        assert "a GGUF model, read as deepseek_v3" in capsys.readouterr().out
+    assert main(["plan", str(path)]) in (0, None)
+    assert main(["plan", str(path.parent)]) in (0, None)
+
+
+# -- refusals: one line with a way out
+
+
+def refused(path, match):
+    with pytest.raises(CheckpointError) as caught:
+        read_inventory(path)
+    assert "\n" not in str(caught.value)
+    assert re.search(match, str(caught.value)), caught.value
+    assert str(path) in str(caught.value)
+
+
+Q4 = gguf.GGMLQuantizationType.Q4_0
+BAD = {  # changed pairs and tensors: what is said
+    "a missing pair": (
+        {"deepseek2.expert_gating_func": None}, {},
+        "no deepseek2.expert_gating_func, .*convert the original",
+    ),
+    "another router": (
+        {"deepseek2.expert_gating_func": 3}, {}, "deepseek2.expert_gating_func is 3, but 2",
+    ),
+    "another size": (
+        {"deepseek2.attention.key_length": 300}, {}, "key_length is 300, but 272",
+    ),
+    "an unknown pair": (
+        {"deepseek2.logit_scale": 2.0}, {}, "deepseek2.logit_scale is 2.0, with which deepseek_v3",
+    ),
+    "no experts": ({"deepseek2.expert_count": None}, {}, "without deepseek2.expert_count"),
+    "no layers": ({"deepseek2.block_count": 0}, {}, "block_count is 0, needed one number"),
+    "another kind of rotation": (
+        {"deepseek2.rope.scaling.type": "linear", "deepseek2.rope.scaling.factor": 2.0}, {},
+        "'linear'",
+    ),
+    "low-bit": (
+        {}, {"blk.1.ffn_up_exps.weight": ("blk.1.ffn_up_exps.weight", Q4)},
+        "blk.1.ffn_up_exps.weight is stored in Q4_0, low-bit already; needed a file in BF16",
+    ),
+    "an unknown tensor": (
+        {}, {"blk.1.attn_norm.weight": ("blk.1.attn_gate.weight", gguf.GGMLQuantizationType.F32)},
+        "blk.1.attn_gate.weight is no tensor of deepseek_v3",
+    ),
+    "half of a tensor": (
+        {}, {"blk.1.attn_k_b.weight": ("blk.7.attn_k_b.weight", gguf.GGMLQuantizationType.F32)},
+        "blk.1.attn_k_b.weight is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_cause_is_named(file_of, tmp_path, bad):
+    pairs, tensors, match = BAD[bad]
+    whole = file_of("deepseek", "F32")
+    refused(rewritten(whole, tmp_path / "bad.gguf", pairs=pairs, tensors=tensors), match)
+
+
+def test_a_dense_llama_is_refused(file_of, tmp_path):
+    pairs = {"llama.expert_count": 0}
+    path = rewritten(file_of("mixtral", "BF16"), tmp_path / "bad.gguf", pairs=pairs)
+    refused(path, "llama without llama.expert_count; needed a Mixture-of-Experts model")
+
+
+def test_a_family_that_cannot_be_taken_back_is_refused(file_of, monkeypatch):
+    """The table says so, and not the name."""
+    family = family_of({"model_type": "mixtral"})
+    other = replace(family, gguf=replace(family.gguf, source=None))
+    monkeypatch.setitem(registry._FAMILIES, "mixtral", other)
+    refused(file_of("mixtral", "BF16"), "a GGUF file of mixtral is not read as a checkpoint yet")
+
+
+@pytest.mark.parametrize("n", [3, 20, 700, 5000, -1, -100])
+def test_truncated_files_are_refused(file_of, tmp_path, n):
+    (tmp_path / "cut.gguf").write_bytes(file_of("deepseek", "BF16").read_bytes()[:n])
+    refused(tmp_path / "cut.gguf", "fetch it again")
+
+
+def test_a_file_that_changes_is_refused(file_of, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file_of("mixtral", "BF16").read_bytes())
+    inventory = read_inventory(path)
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        inventory.check_unchanged()
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        read_tensor(inventory, "model.layers.0.self_attn.q_proj.weight")
