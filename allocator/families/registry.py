@@ -7,6 +7,7 @@ error that names those that are.
 from typing import Any
 
 from allocator.errors import CheckpointError
+from allocator.families.afmoe import AFMOE
 from allocator.families.base import Family, Support
 from allocator.families.config import Config
 from allocator.families.deepseek_v2 import DEEPSEEK_V2
@@ -44,6 +45,7 @@ _FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         GPT_OSS,
         LFM2_MOE,
+        AFMOE,
     )
 }
 

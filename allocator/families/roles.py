@@ -31,6 +31,7 @@ class Role(StrEnum):
     KV_B = "attention.kv_b"
     K_B = "attention.k_b"
     V_B = "attention.v_b"
+    ATTENTION_GATE = "attention.gate"
     LINEAR_QKVZ = "linear.qkvz"
     LINEAR_QKV = "linear.qkv"
     LINEAR_Z = "linear.z"

@@ -39,7 +39,7 @@ ROLE_WEIGHTS = {
     Role.Q_A: 0.026, Role.Q_B: 0.041,
     Role.KV_A: 0.40, Role.KV_B: 0.28, Role.K_B: 0.019, Role.V_B: 0.265,
     Role.LINEAR_QKVZ: 0.76, Role.LINEAR_QKV: 0.42, Role.LINEAR_Z: 0.34, Role.LINEAR_OUT: 0.34,
-    Role.CONV_IN: 1.02, Role.CONV_OUT: 0.34,
+    Role.CONV_IN: 1.02, Role.CONV_OUT: 0.34, Role.ATTENTION_GATE: 0.34,
     Role.MLP_GATE: 0.29, Role.MLP_UP: 0.27, Role.MLP_DOWN: 0.64,
     Role.EXPERT_GATE: 0.154, Role.EXPERT_UP: 0.124, Role.EXPERT_DOWN: 0.180,
     Role.SHARED_GATE: 0.041, Role.SHARED_UP: 0.033, Role.SHARED_DOWN: 0.037,
@@ -52,9 +52,10 @@ median over formats, mean over layers, times layers. Three are not measured ther
 argument: the head is the embedding in that model, so each is given the loss of both; scores are
 products of queries and keys, so plain Q and K are given what `q_b` has; the output is a product of
 values and `o`, so V is given what O has. `kv_b` is its two halves together. No layer of it has
-linear attention: the gate `z` multiplies what `out` gets, so both are given what O has, and one
-matrix for several is given what these have together. Nor does it have short convolutions: what goes
-through them is taken for values, and its two gates are given as much each."""
+linear attention: the gate `z` multiplies what `out` gets, so both are given what O has, as is a
+gate of plain attention, and one matrix for several is given what these have together. Nor does it
+have short convolutions: what goes through them is taken for values, and their two gates are given
+as much each."""
 
 _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.HEAD: (Role.EMBEDDING,),
@@ -65,7 +66,7 @@ _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.V_B: (Role.KV_B, Role.V),
     Role.LINEAR_QKV: (Role.V, Role.V_B), Role.LINEAR_Z: (Role.O,), Role.LINEAR_OUT: (Role.O,),
     Role.LINEAR_QKVZ: (Role.LINEAR_QKV, Role.V, Role.V_B),
-    Role.CONV_IN: (Role.V, Role.V_B), Role.CONV_OUT: (Role.O,),
+    Role.CONV_IN: (Role.V, Role.V_B), Role.CONV_OUT: (Role.O,), Role.ATTENTION_GATE: (Role.O,),
     Role.MLP_GATE: (Role.EXPERT_GATE,), Role.MLP_UP: (Role.EXPERT_UP,),
     Role.MLP_DOWN: (Role.EXPERT_DOWN,),
     Role.SHARED_GATE: (Role.EXPERT_GATE,), Role.SHARED_UP: (Role.EXPERT_UP,),

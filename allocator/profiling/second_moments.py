@@ -245,6 +245,7 @@ _ONE_INPUT = {
     Role.MLP_GATE: "mlp", Role.MLP_UP: "mlp",
     Role.Q: "attention", Role.K: "attention", Role.V: "attention",
     Role.Q_A: "attention", Role.KV_A: "attention",
+    Role.ATTENTION_GATE: "attention",
     Role.LINEAR_QKVZ: "attention", Role.LINEAR_QKV: "attention", Role.LINEAR_Z: "attention",
 }  # fmt: skip
 """Roles that multiply one input of a layer: their plain H is the same."""

@@ -296,11 +296,14 @@ def removed(model: Any, layout: Layout, retained: tuple[int, ...]) -> Iterator[N
     n, index = layout.inventory.n_experts, torch.tensor(retained)
     modules = [m for layer in layout.layers for m in model.model.layers[layer].modules()]
     of_experts = [m for m in modules if getattr(m, "num_experts", None) == n]
+    inside = {part for module in of_experts for part in module.modules()}
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in modules:
         for values in (module._parameters, module._buffers):
             for name, tensor in values.items():
-                if module in of_experts or "correction_bias" in name or name == "expert_bias":
+                of_router = module in inside and tensor is not None and len(tensor) == n
+                of_all = "correction_bias" in name or name == "expert_bias"
+                if module in of_experts or of_router or of_all:
                     before.append((values, name, tensor))
                     kept = tensor.data[index]
                     values[name] = (

@@ -167,6 +167,15 @@ class TestLfm2Moe(FamilyConformance):
     without_gguf_names = (Role.HEAD,)  # llama.cpp's loader has one if it is there
 
 
+class TestAfmoe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "afmoe", "num_hidden_layers": 4, "moe_intermediate_size": 32,
+        "num_experts": 8, "num_shared_experts": 2, "num_dense_layers": 1, "route_scale": 1.5,
+        "sliding_window": 16, "mup_enabled": True,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

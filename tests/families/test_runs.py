@@ -161,3 +161,11 @@ class TestLfm2Moe(Runs):
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         "tie_word_embeddings": True,
     }  # fmt: skip
+
+
+class TestAfmoe(Runs):
+    config = SMALL | {
+        "model_type": "afmoe", "moe_intermediate_size": 96, "num_experts": 8,
+        "num_shared_experts": 2, "num_hidden_layers": 4, "num_dense_layers": 1, "route_scale": 1.5,
+        "sliding_window": 16, "mup_enabled": True,
+    }  # fmt: skip
