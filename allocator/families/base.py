@@ -164,6 +164,10 @@ def _softmax_router(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, True
 
 
+def _no_sizes(config: Config, layer: int) -> Mapping[str, int]:
+    return {}
+
+
 _NEXTN = (  # DeepSeek-V3's README_WEIGHTS.md
     ("embed_tokens.weight", "vocabulary x hidden"),
     ("enorm.weight", "hidden"),
@@ -187,6 +191,8 @@ class Family:
         scoring: how a config's router scores experts, and whether it divides the chosen gates by
             their sum.
         tied: whether the head of a config is to be the embedding.
+        layer_sizes: sizes of a layer that are not those of the whole model, by the names that
+            `Rule.shape` uses.
         layers: the sets of tensors that may make up a layer.
         gguf: how llama.cpp has it; None where `no_gguf` says why not.
         no_gguf: why target gguf refuses it.
@@ -219,6 +225,7 @@ class Family:
     keys: Keys
     layer_parts: Callable[[Config, int], Parts]
     layers: tuple[Parts, ...]
+    layer_sizes: Callable[[Config, int], Mapping[str, int]] = _no_sizes
     scoring: Callable[[Config], tuple[str, bool]] = _softmax_router
     tied: Callable[[Config], bool] = is_tied
     gguf: Gguf | None = None
@@ -585,14 +592,15 @@ class Family:
                     f"config.json: {key} is {config[key]!r}, but {self.model_type} is not "
                     "supported with biases; needed a checkpoint without them"
                 )
-        dimensions = self.dimensions(config)
+        sizes = self.dimensions(config).sizes
         if layer is None:
             rules = [r for r in self.rules if not r.has_layer]
             rules = [r for r in rules if r.role is not Role.HEAD or not self.tied(config)]
         else:
             parts = self.layer_parts(config, layer)
             rules = [r for r in self.rules if r.has_layer and r.part in parts]
-        return {rule: self._shape(config, dimensions, rule.shape) for rule in rules}
+            sizes = {**sizes, **self.layer_sizes(config, layer)}
+        return {rule: self._shape(config, sizes, rule.shape) for rule in rules}
 
     def shape(self, config: Config, rule: Rule) -> tuple[int, ...]:
         """Returns the shape that a config gives a tensor, whichever layers have it.
@@ -601,7 +609,7 @@ class Family:
             CheckpointError: if it lacks or contradicts what shapes are made of.
         """
         config = self.text_config(config)
-        return self._shape(config, self.dimensions(config), rule.shape)
+        return self._shape(config, self.dimensions(config).sizes, rule.shape)
 
     def nextn_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Returns the tensors that a layer of multi-token prediction has beside those of others.
@@ -613,14 +621,14 @@ class Family:
             CheckpointError: if it lacks or contradicts what shapes are made of.
         """
         config = self.text_config(config)
-        dimensions = self.dimensions(config)
-        return {name: self._shape(config, dimensions, axes) for name, axes in self.nextn}
+        sizes = self.dimensions(config).sizes
+        return {name: self._shape(config, sizes, axes) for name, axes in self.nextn}
 
-    def _shape(self, config: Config, dimensions: Dimensions, axes: str) -> tuple[int, ...]:
+    def _shape(self, config: Config, sizes: Mapping[str, int | None], axes: str) -> tuple[int, ...]:
         """The sizes of axes such as `experts x hidden`."""
         shape = []
         for axis in axes.split(" x "):
-            size = dimensions.sizes[axis]
+            size = sizes[axis]
             if size is None:  # only widths may be missing
                 dense = axis == "dense_width"
                 size = count(config, self.keys.dense_width if dense else self.keys.expert_width)

@@ -178,6 +178,8 @@ class Gguf:
         reads_yarn_betas: whether its loader reads YaRN's betas from the file.
         computed: a config by which transformers computes as llama.cpp does, which cannot be told
             what a checkpoint's own says; that itself by default.
+        rotation: a config that says under the usual keys how positions are rotated, where layers
+            differ, in those of full attention.
         otherwise: lines on what llama.cpp computes otherwise than a config says.
         source: returns what `config.json` has that the pairs of all architectures do not say, from
             a file of this one; None where a file is no checkpoint that is read. The pairs of the
@@ -197,6 +199,7 @@ class Gguf:
     divides_mscale: bool = False
     reads_yarn_betas: bool = False
     computed: Callable[[Config], Config] = _own
+    rotation: Callable[[Config], Config] = _own
     otherwise: Callable[[Config], tuple[str, ...]] = _no_lines
     source: Callable[[GgufFacts], Config] | None = None
 
@@ -238,9 +241,8 @@ class Gguf:
         yield f"{self.architecture}.expert_count", n_experts
         yield f"{self.architecture}.expert_used_count", experts_used
         yield from self._named(self.hyperparameters(facts))
-        rope = rope_pairs(
-            self.computed(facts.config), self.architecture, divides_mscale=self.divides_mscale
-        )
+        config = self.rotation(self.computed(facts.config))
+        rope = rope_pairs(config, self.architecture, divides_mscale=self.divides_mscale)
         yield from self._named(rope)
 
     def _named(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
@@ -261,7 +263,7 @@ class Gguf:
 
     def yarn_betas(self, config: Config) -> tuple[float, float] | None:
         """Returns YaRN's betas that llama.cpp must be told; None where the file tells it enough."""
-        return None if self.reads_yarn_betas else yarn_betas(config)
+        return None if self.reads_yarn_betas else yarn_betas(self.rotation(config))
 
     def notes(self, config: Config) -> tuple[str, ...]:
         """Returns a line on everything that no file can tell llama.cpp."""
@@ -395,7 +397,8 @@ def _of_all(facts: ModelFacts) -> Iterator[Pair]:
     yield "embedding_length", whole(config, keys.hidden)
     yield "feed_forward_length", whole(config, keys.dense_width)
     yield "expert_feed_forward_length", whole(config, keys.expert_width)
-    yield "attention.head_count", whole(config, keys.heads)
+    heads = config.get(keys.heads_by_layer) if keys.heads_by_layer else None
+    yield "attention.head_count", tuple(heads) if heads else whole(config, keys.heads)
     epsilon = number({keys.norm_epsilon: keys.default_epsilon, **config}, keys.norm_epsilon)
     yield "attention.layer_norm_rms_epsilon", epsilon
 

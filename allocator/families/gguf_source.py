@@ -100,6 +100,12 @@ def family_of_gguf(
         raise CheckpointError(
             f"{where}: architecture {architecture!r}, needed one of {', '.join(known)}"
         )
+    if all(gguf.source is None for _, gguf in candidates):
+        models = " and ".join(family.model_type for family, _ in candidates)
+        raise CheckpointError(
+            f"{where}: a GGUF file of {models} is not read as a checkpoint yet; name the directory "
+            "of the original"
+        )
     own = _plain(pairs, architecture, where)
     if not own.get("expert_count"):
         raise CheckpointError(
@@ -121,12 +127,6 @@ def family_of_gguf(
             problems.append(differences)
         else:
             fits.append((family, facts))
-    if not fits and not problems:
-        models = " and ".join(family.model_type for family, _ in candidates)
-        raise CheckpointError(
-            f"{where}: a GGUF file of {models} is not read as a checkpoint yet; name the directory "
-            "of the original"
-        )
     if not fits:  # the nearest family's, and first of those with the file's router
         raise CheckpointError(f"{where}: {min(problems, key=_distance)[0]}")
     meanings = [(facts.router, facts.dimensions) for _, facts in fits]

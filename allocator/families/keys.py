@@ -35,6 +35,7 @@ class Keys:
         latent: None for grouped attention.
         linear: None where no layer has linear attention.
         conv_kernel: tokens that a short convolution reaches over; None where no layer is one.
+        heads_by_layer: a list of heads of queries, where layers have several numbers of them.
         default_epsilon: what transformers adds to a norm's mean square where no key says.
     """
 
@@ -59,4 +60,5 @@ class Keys:
     latent: LatentKeys | None = None
     linear: LinearKeys | None = None
     conv_kernel: str | None = None
+    heads_by_layer: str | None = None
     default_epsilon: float = 1e-6

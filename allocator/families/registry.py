@@ -17,6 +17,7 @@ from allocator.families.glm4_moe import GLM4_MOE
 from allocator.families.glm4_moe_lite import GLM4_MOE_LITE
 from allocator.families.gpt_oss import GPT_OSS
 from allocator.families.kimi_k2 import KIMI_K2
+from allocator.families.laguna import LAGUNA
 from allocator.families.lfm2_moe import LFM2_MOE
 from allocator.families.minimax_m2 import MINIMAX_M2
 from allocator.families.mixtral import MIXTRAL
@@ -46,6 +47,7 @@ _FAMILIES: dict[str, Family] = {
         GPT_OSS,
         LFM2_MOE,
         AFMOE,
+        LAGUNA,
     )
 }
 

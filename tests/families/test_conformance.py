@@ -176,6 +176,16 @@ class TestAfmoe(FamilyConformance):
     family = planned_family_of(config)
 
 
+class TestLaguna(FamilyConformance):
+    config = SMALL | {
+        "model_type": "laguna", "num_hidden_layers": 4, "moe_intermediate_size": 32,
+        "num_experts": 8, "shared_expert_intermediate_size": 48, "sliding_window": 16,
+        "num_attention_heads_per_layer": [4, 2, 2, 4], "gating": "per-element",
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

@@ -169,3 +169,19 @@ class TestAfmoe(Runs):
         "num_shared_experts": 2, "num_hidden_layers": 4, "num_dense_layers": 1, "route_scale": 1.5,
         "sliding_window": 16, "mup_enabled": True,
     }  # fmt: skip
+
+
+class TestLaguna(Runs):
+    config = SMALL | {
+        "model_type": "laguna", "moe_intermediate_size": 96, "num_experts": 8,
+        "shared_expert_intermediate_size": 64, "num_hidden_layers": 4, "sliding_window": 16,
+        "num_attention_heads_per_layer": [4, 2, 2, 4], "moe_routed_scaling_factor": 1.5,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0,
+                "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }  # fmt: skip
