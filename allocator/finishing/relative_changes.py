@@ -4,9 +4,9 @@ In: the tensors of a file to write. Out: the same tensors under a vector of chan
 formats and sizes; and the loss's gradient by that vector, from the gradients of a model's weights.
 
 A change `r` of a block's scale `d` makes it `d (1 + r)`, rounded to float16. One of a value of a
-norm, or of a router's row, adds `r` times the root mean square of the norm, or of the row, rounded
-to the checkpoint's dtype, so that a file of either container holds the very value. Invariant: a
-vector of zeros gives the very bytes that came in.
+norm, or of a router's row, adds `r` times the root mean square of the norm's factors, or of the
+row, rounded to the checkpoint's dtype, so that a file of either container holds the very value.
+Invariant: a vector of zeros gives the very bytes that came in.
 
 Decoded weights are linear in the scales of their block, `w = sum of d_j A_j`, so the gradient by a
 relative change is the sum over the block of `G d_j A_j`, where `G` is the gradient of `w`. Rounding
@@ -25,9 +25,10 @@ from allocator.codecs import Bytes, codec_of
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
 from allocator.families import Role
+from allocator.families.transforms import PLUS_ONE
 from allocator.formats import Format
 from allocator.scoring.swap_model import SwapModel, expert_form, parameter_name, view_of
-from allocator.targets import Group, Layout
+from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.layout import part_names
 
 SCALES, NORMS, ROUTERS = "scales", "norms", "routers"
@@ -164,7 +165,7 @@ class _Values:
         dtype: in which the target stores it.
         exact_in: the checkpoint's dtype, in which every value is exact.
         values: that came in, float32.
-        units: root mean square of the norm or of each row, `(1,)` or `(retained, 1)`.
+        units: root mean square of the norm's factors or of each row, `(1,)` or `(retained, 1)`.
     """
 
     name: str
@@ -279,10 +280,17 @@ def _full_precision(source: TensorSource) -> Iterator[_Values | _Fixed]:
     for tensor in layout.full_precision:
         values = torch.from_numpy(np.array(source.full_precision(tensor), np.float32))
         kind = {Role.NORM: NORMS, Role.ROUTER: ROUTERS}.get(tensor.role)
-        units = values.square().mean(-1, keepdim=True).sqrt()
+        units = _factors(layout, tensor, values).square().mean(-1, keepdim=True).sqrt()
         exact_in = layout.inventory.tensors[tensor.source].dtype
         known = _Values(tensor.source, kind or "", tensor.dtype, exact_in, values, units)
         if kind is None:
             yield _Fixed(tensor.source, known.stored(np.zeros(known.n, np.float32)))
         else:
             yield known
+
+
+def _factors(layout: Layout, tensor: FullPrecision, values: torch.Tensor) -> torch.Tensor:
+    """What a model multiplies by, `(...)`; of norms that add one to their weights, these sums."""
+    match = layout.inventory.family.match(tensor.source)
+    added = match is not None and PLUS_ONE in match[0].transforms
+    return values + 1 if added else values

@@ -9,6 +9,11 @@ import torch
 from allocator.checkpoint.inventory import read_inventory
 from allocator.codecs import codec_of
 from allocator.codecs.encodings import Encodings
+from allocator.decision.allocation import Allocation
+from allocator.export.checkpoint import materialize
+from allocator.export.safetensors.loading import load
+from allocator.export.tensors import EncodedTensors
+from allocator.finishing.relative_changes import NORMS, RelativeChanges
 from allocator.formats import format_named
 from allocator.profiling.second_moments import second_moments
 from allocator.profiling.statistics import collect
@@ -158,3 +163,49 @@ def test_encoded_keys_and_values_leave_linear_attention_alone(the):
         own = swap.model(torch.tensor([the.documents[0].ids])).logits[0]
     swap.reset()
     assert 1e-5 < (own - exact[0]).abs().mean() < 0.05
+
+
+def test_norms_that_add_one_to_their_weights_change_by_the_sums(the, tmp_path):
+    layout = the.layouts["gguf"]
+    whole = Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, tuple(range(8))),
+        formats=dict.fromkeys(layout.groups, "F32"),
+        experts_used=2,
+    )
+    source = EncodedTensors(Encodings(tmp_path, layout, {}), whole)
+    changes = RelativeChanges(source, frozenset({NORMS}))
+    moved = changes.tensors(np.full(changes.n, 1 / 8, np.float32))
+    of_one = {"added": "model.norm.weight", "plain": "model.layers.0.linear_attn.norm.weight"}
+    for kind, name in of_one.items():
+        before = the.checkpoint.model.get_parameter(name).detach().numpy()
+        step = moved[name].data.reshape(-1).view(np.float32) - before
+        factors = before + 1 if kind == "added" else before
+        wanted = np.sqrt(np.square(factors).mean()) / 8
+        np.testing.assert_allclose(step, np.full_like(step, wanted), rtol=0.05)
+
+
+def test_a_loaded_checkpoint_computes_what_its_candidate_does(the, tmp_path):
+    layout = the.layouts["gguf"]
+    formats = dict.fromkeys(layout.groups, FORMAT)
+    allocation = Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, (0, 1, 2, 4, 5, 7)),
+        formats=formats,
+        experts_used=2,
+    )
+    encodings = Encodings(tmp_path / "bank", layout, the.importance["gguf"])
+    materialize(
+        EncodedTensors(encodings, allocation), tmp_path / "own", container="safetensors",
+        importance="",
+    )  # fmt: skip
+    swap = SwapModel(layout, encodings.decoded)
+    swap.put(Candidate.of(allocation))
+    for dense in (False, True):
+        loaded = load(tmp_path / "own", dense=dense)
+        for document in the.documents:
+            ids = torch.tensor([document.ids])
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    loaded(ids).logits, swap.model(ids).logits, rtol=0, atol=1e-5
+                )
