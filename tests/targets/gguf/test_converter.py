@@ -1,21 +1,17 @@
 """Our F32 file beside that of llama.cpp's own converter, key by key and tensor by tensor."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
 from allocator.checkpoint.inventory import read_inventory
-from allocator.checkpoint.tensors import read_tensor
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf
 from allocator.targets import GGUF
-from allocator.targets.group_weights import group_weights
+from allocator.testing.tensors import CheckpointTensors
 
 pytestmark = pytest.mark.slow
 
@@ -48,19 +44,6 @@ OF = {
     "deepseek": {"general.file_type", "general.size_label", "general.name",
                  "deepseek2.expert_gating_func", "tokenizer.ggml.pre"},
 }  # fmt: skip
-
-
-class Checkpoint:
-    """A source of F32 bytes, by our readers."""
-
-    def __init__(self, layout):
-        self.layout = layout
-
-    def encoded(self, name):
-        return np.ascontiguousarray(group_weights(self.layout, self.layout.groups[name])).view("u1")
-
-    def full_precision(self, kept):
-        return read_tensor(self.layout.inventory, kept.source)
 
 
 def edit(path, change):
@@ -99,16 +82,10 @@ def checkpoint(kind, released, make_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(checkpoint, package, tmp_path_factory):
+def files(checkpoint, convert, tmp_path_factory):
     """Readers of ours and of the converter's."""
     folder = tmp_path_factory.mktemp("files")
-    (script,) = package("llama.cpp").rglob("convert_hf_to_gguf.py")
-    subprocess.run(
-        [sys.executable, script, checkpoint, "--outtype", "f32", "--outfile",
-         folder / "theirs.gguf"],
-        check=True, capture_output=True, cwd=script.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-    )  # fmt: skip
+    convert(checkpoint, folder / "theirs.gguf")
     layout = GGUF.layout(read_inventory(checkpoint))
     everything = tuple(range(layout.inventory.n_experts))
     allocation = Allocation.of(
@@ -117,7 +94,7 @@ def files(checkpoint, package, tmp_path_factory):
         formats=dict.fromkeys(layout.groups, "F32"),
         experts_used=layout.inventory.experts_used,
     )
-    write_gguf(folder / "ours.gguf", layout, allocation, Checkpoint(layout))
+    write_gguf(folder / "ours.gguf", layout, allocation, CheckpointTensors(layout))
     assert (folder / "ours.gguf").stat().st_size == allocation.nbytes(layout).file
     return GGUFReader(folder / "ours.gguf"), GGUFReader(folder / "theirs.gguf")
 
