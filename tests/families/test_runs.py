@@ -239,6 +239,7 @@ class TestLfm2Moe(Runs):
 
 
 class TestAfmoe(Runs):
+    differs = "attention.sliding_window_pattern expert_gating_func expert_weights_norm"
     config = SMALL | {
         "model_type": "afmoe", "moe_intermediate_size": 96, "num_experts": 8,
         "num_shared_experts": 2, "num_hidden_layers": 4, "num_dense_layers": 1, "route_scale": 1.5,
@@ -247,6 +248,7 @@ class TestAfmoe(Runs):
 
 
 class TestLaguna(Runs):
+    differs = "attention.sliding_window_pattern"
     config = SMALL | {
         "model_type": "laguna", "moe_intermediate_size": 96, "num_experts": 8,
         "shared_expert_intermediate_size": 64, "num_hidden_layers": 4, "sliding_window": 16,
