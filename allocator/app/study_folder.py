@@ -28,7 +28,7 @@ from allocator.app.study_path import study_path
 from allocator.checkpoint.inventory import Inventory, read_inventory
 from allocator.checkpoint.padding import padded
 from allocator.checkpoint.tensors import Floats
-from allocator.checkpoint.tokenizer import carried_files
+from allocator.checkpoint.tokenizer import has_tokenizer
 from allocator.codecs.encodings import Encodings, open_encodings
 from allocator.decision.allocation import Allocation
 from allocator.decision.baselines import baselines
@@ -291,7 +291,7 @@ class StudyFolder:
         streamed = self.spec.streamed
         together: dict[str, Any] = {} if streamed is None else {"candidates": streamed.candidates}
         stored = target_named(self.target).stores_tokenizer
-        if stored and self.spec.tokenizer == "none" and self._has_tokenizer:
+        if stored and self.spec.tokenizer == "none" and has_tokenizer(self.inventory):
             together["tokenizer"] = "none"  # files of other sizes
         return together | {
             "checkpoint": self.inventory.digest,
@@ -304,10 +304,6 @@ class StudyFolder:
             "rungs": list(self.spec.calibration.rungs),
             "profile": self.profiler.inputs.digest,
         }
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return any(p.name != "generation_config.json" for p in carried_files(self.inventory.path))
 
     def study(self, launch: Launch) -> optuna.Study:
         """Creates or re-opens the Optuna study of this folder; a changed one is refused.

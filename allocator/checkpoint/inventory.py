@@ -197,6 +197,11 @@ class GgufModel:
     config: Config
     files: Mapping[str, Identity]
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Values of the pairs by key."""
+        return {key: pair.value for key, pair in self.pairs.items()}
+
 
 @dataclass(frozen=True)
 class Inventory:

@@ -13,7 +13,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from allocator.checkpoint.inventory import Inventory, read_json
+from allocator.checkpoint.gguf import tokenizer as gguf_tokenizer
+from allocator.checkpoint.inventory import GgufModel, Inventory, read_json
 from allocator.errors import CheckpointError, first_line
 from allocator.families.config import token_ids
 
@@ -59,7 +60,7 @@ class Tokenizer:
         raw: the same, decoded.
         config: `tokenizer_config.json`; empty if there is none.
         config_ids: ids by role, as config.json has them.
-        converted: whether the checkpoint has no `tokenizer.json`, and transformers made it.
+        converted: whether the checkpoint has no `tokenizer.json`, and it was made of other files.
     """
 
     path: Path
@@ -153,7 +154,12 @@ class Tokenizer:
 
 
 def carried_files(path: Path) -> list[Path]:
-    """Lists the files that a runtime needs beside the weights, relative to the checkpoint."""
+    """Lists the files that a runtime needs beside the weights, relative to the checkpoint.
+
+    There are none beside a GGUF model, whatever lies in its directory.
+    """
+    if not path.is_dir():
+        return []
     paths = {file for pattern in CARRIED for file in path.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(path) for file in paths)
 
@@ -162,16 +168,35 @@ def read_tokenizer(inventory: Inventory) -> Tokenizer | None:
     """Reads the tokenizer of a checkpoint, once per version; None if it has no file of one.
 
     A checkpoint with `vocab.json` and `merges.txt` alone is converted by transformers, offline and
-    without code of the checkpoint: the class that its config names says how text is cut.
+    without code of the checkpoint: the class that its config names says how text is cut. That of a
+    GGUF model cuts text as llama.cpp does.
 
     Raises:
         CheckpointError: if its files are damaged, or are of a kind that is not converted.
     """
+    if inventory.gguf is not None:
+        return _of_gguf(inventory.gguf)
     path = inventory.path
     versions = tuple(_version(path / name) for name in _WATCHED)
     config = inventory.family.text_config(inventory.config)
     ids = tuple(token_ids(config, ROLES).items())
     return _read(path, ids, versions)
+
+
+def has_tokenizer(inventory: Inventory) -> bool:
+    """Returns whether a checkpoint has files of a tokenizer, or pairs of one; neither is read."""
+    if inventory.gguf is not None:
+        return gguf_tokenizer.has_tokenizer(inventory.gguf.values)
+    files = carried_files(inventory.path)
+    return any(file.name != "generation_config.json" for file in files)
+
+
+@lru_cache(maxsize=8)
+def _of_gguf(model: GgufModel) -> Tokenizer | None:
+    if not gguf_tokenizer.has_tokenizer(model.values):
+        return None
+    raw, config = gguf_tokenizer.tokenizer_files(model.values, str(model.path))
+    return Tokenizer(model.path, json.dumps(raw), raw, config, {}, converted=True)
 
 
 @lru_cache(maxsize=8)

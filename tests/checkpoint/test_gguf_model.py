@@ -1,29 +1,37 @@
 """A GGUF file as a checkpoint: held against safetensors of equal weights, and gguf-py's reader."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from allocator import api, load
 from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
+from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.cli import main
 from allocator.codecs import codec_of
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
+from allocator.export.checkpoint import materialize
 from allocator.export.gguf.files import read_gguf, write_gguf
+from allocator.export.safetensors.directory import write_config
 from allocator.export.tensors import EncodedTensors
 from allocator.families import family_of, registry
 from allocator.formats import format_named
 from allocator.scoring.candidates import Candidate, Weights
-from allocator.scoring.documents import Document
+from allocator.scoring.documents import Document, read_windows
 from allocator.scoring.streamed_model import States, StreamedModel
-from allocator.targets import GGUF
+from allocator.targets import GGUF, SAFETENSORS, TARGETS
 from allocator.targets.group_weights import group_digest, group_weights
 from allocator.testing.family_runs import random_checkpoint
 
@@ -141,11 +149,8 @@ def test_the_same_decision_gives_the_same_file(sources, file_of, tmp_path, kind)
         encodings = Encodings(tmp_path / name, layout, importance)
         tensors = EncodedTensors(encodings, everything(layout, formats))
         write_gguf(tmp_path / f"{name}.gguf", layout, tensors.allocation, tensors)
-        written.append(read_gguf(tmp_path / f"{name}.gguf"))
-    assert written[0].keys() == written[1].keys()
-    for name, (fmt, shape, data) in written[0].items():
-        assert written[1][name][:2] == (fmt, shape)
-        np.testing.assert_array_equal(written[1][name][2], data)
+        written.append((tmp_path / f"{name}.gguf").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_a_streamed_model_reads_single_experts(sources, file_of):
@@ -199,6 +204,151 @@ def test_q8_0_is_written_again_as_it_is(file_of, tmp_path):
         again = read_gguf(tmp_path / "again.gguf")[name]
         assert again[0] == fmt
         np.testing.assert_array_equal(again[2], data)
+
+
+# -- the tokenizer, and what else is carried over
+
+
+REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(make_checkpoint, tmp_path_factory):
+    """A GGUF of a small model with the reference model's tokenizer and sampling."""
+    folder = tmp_path_factory.mktemp("reference")
+    make_checkpoint(folder, "qwen3", dtype="bfloat16", vocab_size=8192)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(REFERENCE / name, folder)
+    layout = GGUF.layout(read_inventory(folder))
+    write_gguf(folder / "model.gguf", layout, everything(layout, "BF16"), Plain(layout, "BF16"))
+    return folder / "model.gguf"
+
+
+def test_pairs_are_carried_over(with_tokenizer, tmp_path):
+    """What a file says besides the model is said again, type by type, whatever it is."""
+    template = "{{ messages }}"
+    others = {
+        "general.sampling.temp": 0.25,
+        "general.name": "A Name",
+        "general.license": "mit",
+        "tokenizer.chat_template": template,
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.ggml.precompiled_charsmap": [1, 2, 255],
+    }
+    path = rewritten(with_tokenizer, tmp_path / "source.gguf", pairs=others)
+    layout = GGUF.layout(read_inventory(path))
+    allocation = everything(layout, "BF16")
+    write_gguf(tmp_path / "again.gguf", layout, allocation, Plain(layout, "BF16"))
+    assert (tmp_path / "again.gguf").stat().st_size == allocation.nbytes(layout).file
+    source, again = (GGUFReader(tmp_path / f"{name}.gguf") for name in ("source", "again"))
+
+    def pairs(reader):
+        return {
+            key: (field.types, field.contents())
+            for key, field in reader.fields.items()
+            if key.startswith(("tokenizer.", "general.name", "general.sampling."))
+        }
+
+    assert pairs(again) == pairs(source)
+    assert {*others} - {"general.license"} <= pairs(again).keys()
+    assert "general.license" not in again.fields
+
+
+def test_our_own_file_is_written_again_byte_for_byte(with_tokenizer, tmp_path):
+    layout = GGUF.layout(read_inventory(with_tokenizer))
+    write_gguf(tmp_path / "a.gguf", layout, everything(layout, "BF16"), Plain(layout, "BF16"))
+    assert (tmp_path / "a.gguf").read_bytes() == with_tokenizer.read_bytes()
+
+
+def test_calibration_text_is_cut_as_by_the_checkpoints_own(with_tokenizer, tmp_path):
+    text = (REFERENCE / "README.md").read_text()
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    own, taken = (
+        read_windows(tmp_path / "text.jsonl", read_tokenizer(read_inventory(path)), window=64)
+        for path in (REFERENCE, with_tokenizer)
+    )
+    assert own == taken
+    assert len(own) > 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_without_tokenizer_is_refused_where_text_is_read(file_of, target):
+    inventory = read_inventory(file_of("mixtral", "BF16"))
+    assert read_tokenizer(inventory) is None
+    if target == "gguf":
+        with pytest.raises(CheckpointError, match="nor any other tokenizer"):
+            TARGETS[target].check_tokenizer(inventory)
+    TARGETS[target].check_tokenizer(replace(inventory, without_tokenizer=True))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "match"),
+    [
+        ({"tokenizer.ggml.pre": "superbpe"}, "pre is 'superbpe', needed one of bailingmoe2, "),
+        ({"tokenizer.ggml.model": "t5"}, "model is 't5', needed gpt2 or llama"),
+        ({"tokenizer.ggml.merges": ()}, "no merges, needed merges of tokens"),
+        ({"tokenizer.ggml.bos_token_id": 99999}, "bos_token_id is 99999 of 8192 tokens"),
+        ({"tokenizer.ggml.tokens": ("a", "a")}, r"2 tokens \(1 of them different\) of 8192"),
+    ],
+)
+def test_tokenizers_that_are_not_known_are_refused_for_text(with_tokenizer, pairs, match):
+    """Documents of ids need none, and a file gets the pairs as they are."""
+    inventory = read_inventory(with_tokenizer)
+    changed = dict(inventory.gguf.pairs)
+    for key, value in pairs.items():
+        changed[key] = replace(changed[key], value=value)
+    inventory = replace(inventory, gguf=replace(inventory.gguf, pairs=changed))
+    with pytest.raises(CheckpointError, match=match) as caught:
+        read_tokenizer(inventory)
+    assert "\n" not in str(caught.value)
+    if "tokens" not in next(iter(pairs)):
+        GGUF.check_tokenizer(inventory)
+        return
+    with pytest.raises(CheckpointError, match="2 tokens, but the embedding has 8192 rows"):
+        GGUF.check_tokenizer(inventory)
+
+
+def test_a_safetensors_directory_can_be_made_of_a_file(file_of, sources, tmp_path):
+    """config.json from the pairs: transformers builds the model of the original from it."""
+    layout = SAFETENSORS.layout(read_inventory(file_of("mixtral", "BF16")))
+    allocation = replace(everything(layout, "BF16"), target="safetensors")
+    encodings = Encodings(tmp_path / "cache", layout, {})
+    folder = tmp_path / "written"
+    materialize(
+        EncodedTensors(encodings, allocation), folder, container="safetensors", importance=""
+    )
+    ids = torch.arange(30)[None]
+    original = AutoModelForCausalLM.from_pretrained(sources["mixtral"], dtype=torch.float32)
+    with torch.no_grad():
+        own, wanted = load(folder)(ids).logits, original(ids).logits
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+
+
+def test_tokenizer_files_are_written_beside_safetensors(with_tokenizer, tmp_path):
+    layout = SAFETENSORS.layout(read_inventory(with_tokenizer))
+    write_config(tmp_path, layout, replace(everything(layout, "BF16"), target="safetensors"))
+    made, own = (AutoTokenizer.from_pretrained(path) for path in (tmp_path, REFERENCE))
+    text = (REFERENCE / "README.md").read_text()
+    assert made(text).input_ids == own(text).input_ids
+    assert (made.bos_token, made.eos_token) == (own.bos_token, own.eos_token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "fmt"), [("mixtral", "BF16"), ("deepseek", "Q8_0")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_from_a_search_to_files_of_both_kinds(file_of, tmp_path, write_study, kind, fmt, streamed):
+    study = write_study(tmp_path / "study", file_of(kind, fmt))
+    if streamed:
+        with open(study / "study.toml", "a") as file:
+            file.write("\n[streamed]\ncandidates = 2\n")
+    options = {"cache": tmp_path / "cache", "threads": 1}
+    api.search(study, trials=4, **options)
+    pick = study / "allocations/pick.json"
+    for container in ("gguf", "safetensors"):
+        folder = tmp_path / container
+        api.materialize(study, pick, folder, container=container, **options)
+        tolerance = 0.2 if container == "gguf" else None  # rounding turns choices of experts
+        api.verify(study, folder, tolerance=tolerance, **options)
 
 
 # -- parts and places

@@ -160,7 +160,7 @@ def read_gguf_inventory(files: Sequence[Path], *, digests: Path | None = None) -
         model.path,
         config,
         family,
-        {name: tensors[name] for name in sorted(tensors)},
+        tensors,
         model.files,
         None if digests is None else Digests(digests),
         ignored=tuple(ignored),

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from allocator.checkpoint.inventory import Inventory, read_json
-from allocator.checkpoint.tokenizer import carried_files, read_tokenizer
+from allocator.checkpoint.tokenizer import Tokenizer, carried_files, read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError
 from allocator.families.config import encoding, quantization_method, with_encoding
@@ -31,7 +31,10 @@ def write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(inventory.path / name, place / name)
     if (made := _converted_tokenizer(inventory)) is not None:
-        (place / "tokenizer.json").write_text(made, encoding="utf-8")
+        (place / "tokenizer.json").write_text(made.text, encoding="utf-8")
+        if inventory.gguf is not None:
+            text = json.dumps(made.config, indent=2, ensure_ascii=False)
+            (place / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def described_allocation(folder: Path) -> Allocation:
@@ -51,10 +54,10 @@ def described_allocation(folder: Path) -> Allocation:
     return Allocation.from_json(encoding(config).get("allocation"))
 
 
-def _converted_tokenizer(inventory: Inventory) -> str | None:
-    """The tokenizer.json that the checkpoint lacks, if its other files can be converted."""
+def _converted_tokenizer(inventory: Inventory) -> Tokenizer | None:
+    """The tokenizer that the checkpoint has no files of, if it can be made of what it has."""
     try:
         tokenizer = read_tokenizer(inventory)
     except CheckpointError:  # then the checkpoint's own files are all there is
         return None
-    return None if tokenizer is None or not tokenizer.converted else tokenizer.text
+    return None if tokenizer is None or not tokenizer.converted else tokenizer

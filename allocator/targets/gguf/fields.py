@@ -10,10 +10,16 @@ from typing import Any
 
 from gguf import GGUFValueType
 
+from allocator.checkpoint.inventory import GgufModel
+
 Value = int | float | bool | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
-_SCALAR_BYTES = {GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
-                 GGUFValueType.BOOL: 1}  # fmt: skip
+_SCALAR_BYTES = {
+    GGUFValueType.BOOL: 1, GGUFValueType.UINT8: 1, GGUFValueType.INT8: 1,
+    GGUFValueType.UINT16: 2, GGUFValueType.INT16: 2, GGUFValueType.UINT32: 4,
+    GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4, GGUFValueType.UINT64: 8,
+    GGUFValueType.INT64: 8, GGUFValueType.FLOAT64: 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,23 @@ def _value_bytes(kind: GGUFValueType, value: Any) -> int:
 def metadata_bytes(fields: Iterable[Field]) -> int:
     """Returns the bytes of the key/value section as gguf-py's `GGUFWriter` writes it."""
     return sum(field.nbytes for field in fields)
+
+
+def carried_fields(model: GgufModel, begin: str) -> tuple[Field, ...]:
+    """Returns the pairs of a GGUF model whose keys begin so, as they are.
+
+    Empty lists, which say nothing, are left out: gguf-py writes none.
+    """
+    return tuple(
+        Field(
+            pair.key,
+            pair.value,
+            GGUFValueType(pair.type),
+            None if pair.element is None else GGUFValueType(pair.element),
+        )
+        for key, pair in model.pairs.items()
+        if key.startswith(begin) and pair.value != ()
+    )
 
 
 def uint_field(key: str, value: int) -> Field:

@@ -12,7 +12,7 @@ from allocator.checkpoint.inventory import Inventory, read_json
 from allocator.errors import CheckpointError
 from allocator.families import Role
 from allocator.families.config import hub_name
-from allocator.targets.gguf.fields import Field
+from allocator.targets.gguf.fields import Field, carried_fields
 
 _TEXT, _WHOLE, _REAL = GGUFValueType.STRING, GGUFValueType.INT32, GGUFValueType.FLOAT32
 _SAMPLING = {  # key of generation_config.json: general.sampling.*, as llama.cpp's converter has it
@@ -35,9 +35,15 @@ _TYPES = {_TEXT: (str,), _WHOLE: (int,), _REAL: (int, float)}
 def general_name(inventory: Inventory) -> str:
     """Names the model: by the hub id in config.json's `_name_or_path`, else by type and size.
 
+    A GGUF model has a name already.
+
     llama.cpp's converter takes the directory's name too. Ours may not: whoever rebuilds a file from
     a checkpoint in another place must get the same bytes.
     """
+    if inventory.gguf is not None and isinstance(
+        name := inventory.gguf.values.get("general.name"), str
+    ):
+        return name
     if (name := hub_name(inventory.config)) is not None:
         return name
     counted = (t for t in inventory.tensors.values() if t.role is not Role.NEXTN)
@@ -55,9 +61,14 @@ def short_count(n: int) -> str:
 def sampling(inventory: Inventory) -> Iterator[Field]:
     """Yields what generation_config.json says of sampling, which llama.cpp's programs start from.
 
+    Of a GGUF model: what its own file says.
+
     Raises:
         CheckpointError: if a value is of the wrong kind.
     """
+    if inventory.gguf is not None:
+        yield from carried_fields(inventory.gguf, "general.sampling.")
+        return
     path = inventory.path / "generation_config.json"
     if not path.is_file():
         return

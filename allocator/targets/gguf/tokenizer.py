@@ -13,13 +13,26 @@ from functools import lru_cache
 
 from gguf import GGUFValueType, TokenType
 
-from allocator.checkpoint.inventory import Inventory
-from allocator.checkpoint.tokenizer import Tokenizer, missing_tokenizer, read_tokenizer
+from allocator.checkpoint.gguf import pre_tokenizers, sentencepieces
+from allocator.checkpoint.gguf.sentencepieces import Form
+from allocator.checkpoint.gguf.tokenizer import ID_KEYS
+from allocator.checkpoint.inventory import GgufModel, Inventory
+from allocator.checkpoint.tokenizer import (
+    Tokenizer,
+    has_tokenizer,
+    missing_tokenizer,
+    read_tokenizer,
+)
 from allocator.errors import CheckpointError, TargetError, first_line
 from allocator.families import Role
-from allocator.targets.gguf import pre_tokenizers, sentencepieces
-from allocator.targets.gguf.fields import Field, array_field, bool_field, string_field, uint_field
-from allocator.targets.gguf.sentencepieces import Form
+from allocator.targets.gguf.fields import (
+    Field,
+    array_field,
+    bool_field,
+    carried_fields,
+    string_field,
+    uint_field,
+)
 
 
 def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
@@ -32,10 +45,12 @@ def tokenizer(inventory: Inventory) -> tuple[Field, ...]:
         CheckpointError: if its files contradict the checkpoint.
         TargetError: if llama.cpp cannot express it.
     """
-    checkpoint_tokenizer = None if inventory.without_tokenizer else read_tokenizer(inventory)
-    if checkpoint_tokenizer is None:
-        return (string_field("tokenizer.ggml.model", "no_vocab"),)
-    return _fields(checkpoint_tokenizer, n_vocab(inventory))
+    if not inventory.without_tokenizer:
+        if inventory.gguf is not None and has_tokenizer(inventory):
+            return _carried(inventory.gguf, n_vocab(inventory))
+        if inventory.gguf is None and (source := read_tokenizer(inventory)) is not None:
+            return _fields(source, n_vocab(inventory))
+    return (string_field("tokenizer.ggml.model", "no_vocab"),)
 
 
 def check_tokenizer(inventory: Inventory) -> None:
@@ -45,9 +60,20 @@ def check_tokenizer(inventory: Inventory) -> None:
         CheckpointError: if the checkpoint has no tokenizer, or one that contradicts it.
         TargetError: if llama.cpp cannot express it.
     """
-    if not inventory.without_tokenizer and read_tokenizer(inventory) is None:
+    fields = tokenizer(inventory)
+    if not inventory.without_tokenizer and len(fields) == 1:
         raise missing_tokenizer(inventory.path)
-    tokenizer(inventory)
+
+
+@lru_cache(maxsize=8)
+def _carried(model: GgufModel, n_vocab: int) -> tuple[Field, ...]:
+    """The pairs of a GGUF model's own tokenizer, as they are."""
+    n_tokens = len(model.values.get("tokenizer.ggml.tokens") or ())
+    if n_tokens != n_vocab:
+        raise CheckpointError(
+            f"{model.path}: {n_tokens} tokens, but the embedding has {n_vocab} rows; fetch it again"
+        )
+    return carried_fields(model, "tokenizer.")
 
 
 @lru_cache(maxsize=8)
@@ -78,15 +104,12 @@ def _pairs(source: Tokenizer, n_vocab: int) -> Iterator[Field]:
         yield array_field("tokenizer.ggml.merges", merges, GGUFValueType.STRING)
     ends = dict(zip(("eot", "eom"), _other_ends(source), strict=False))
     for role, number in (source.special_ids | ends).items():
-        yield uint_field(f"tokenizer.ggml.{_ID_NAMES.get(role, role)}_token_id", number)
+        yield uint_field(f"tokenizer.ggml.{ID_KEYS.get(role, role)}_token_id", number)
     yield bool_field("tokenizer.ggml.add_bos_token", source.adds("bos"))
     yield bool_field("tokenizer.ggml.add_eos_token", source.adds("eos"))
     if pieces:
         yield bool_field("tokenizer.ggml.add_space_prefix", pieces.prefix)
     yield from _chat_templates(source)
-
-
-_ID_NAMES = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # as llama.cpp spells them
 
 
 def _refusal(source: Tokenizer, what: str) -> TargetError:

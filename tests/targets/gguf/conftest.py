@@ -16,6 +16,7 @@ from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.targets import GGUF
+from allocator.targets.gguf.tokenizer import tokenizer
 from allocator.testing.tensors import ZeroTensors
 
 
@@ -57,7 +58,7 @@ def tokenizer_file(make, tmp_path_factory):
         chosen = Allocation.of(
             target="gguf",
             retained={0: (0, 1, 2, 3)},
-            formats=dict.fromkeys(layout.groups, "Q4_0"),
+            formats=dict.fromkeys(layout.groups, "Q8_0"),
             experts_used=2,
         )
         write_gguf(folder / "model.gguf", layout, chosen, ZeroTensors(layout, chosen))
@@ -167,6 +168,27 @@ def cut_otherwise():
                 if runtime.tokenize(text, markup=True)
                 != [*source.prefix, *library.encode(text, add_special_tokens=False).ids]
             ]
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def taken_over():
+    """`taken_over(file, chosen)`: the tokenizer's pairs read from the file and written again.
+
+    Text is cut by them as by the tokenizer that they were made of.
+    """
+
+    def compare(file, chosen):
+        inventory = read_inventory(file.path)
+        assert tokenizer(inventory) == tokenizer(file.inventory)
+        made, source = read_tokenizer(inventory), read_tokenizer(file.inventory)
+        assert made.prefix == source.prefix
+        ids = [
+            [e.ids for e in library.encode_batch(chosen, add_special_tokens=False)]
+            for library in (tokenizers.Tokenizer.from_str(t.text) for t in (made, source))
+        ]
+        return [text for text, a, b in zip(chosen, *ids, strict=True) if a != b]
 
     return compare
 

@@ -11,9 +11,9 @@ from unicodedata import category as kind
 import pytest
 import tokenizers
 
+from allocator.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
 from allocator.checkpoint.inventory import read_inventory
 from allocator.errors import TargetError
-from allocator.targets.gguf.pre_tokenizers import PRE_TOKENIZERS
 from allocator.targets.gguf.tokenizer import tokenizer
 
 BYTE_LEVEL = {
@@ -64,6 +64,9 @@ STEPS = {  # llama.cpp's name and whether ignore_merges is set, with the steps o
     "deepseek-llm": ("deepseek-llm", False, [*map(split, DEEPSEEK_LLM), DIGITS, BYTE_LEVEL]),
     "deepseek-v3": ("deepseek-v3", False, [*map(split, DEEPSEEK_V3), BYTE_LEVEL]),
 }
+
+
+IGNORES_MERGES = ("llama-bpe", "tekken")
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +134,15 @@ def unexplained(name, texts):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_pre_tokenizers_strings(name, trained, strings, cut_otherwise):
+def test_a_pre_tokenizers_strings(name, trained, strings, cut_otherwise, taken_over):
     chosen = strings(n=300)
     file = trained(name, chosen)
     fields = {f.key: f.value for f in tokenizer(file.inventory)}
     assert fields["tokenizer.ggml.pre"] == STEPS[name][0]
     assert len(unexplained(name, chosen)) > 100
     assert unexplained(name, cut_otherwise(file, chosen)) == []
+    ignored = STEPS[name][1] != (STEPS[name][0] in IGNORES_MERGES)  # llama.cpp goes by the name
+    assert ignored or taken_over(file, chosen) == []
 
 
 @pytest.mark.slow

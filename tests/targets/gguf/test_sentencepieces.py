@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from allocator.checkpoint.inventory import read_inventory
-from allocator.errors import TargetError
+from allocator.errors import CheckpointError, TargetError
 from allocator.targets.gguf.tokenizer import tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -86,7 +86,7 @@ def unexplained(name, texts):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_forms_strings(name, trained, strings, cut_otherwise):
+def test_a_forms_strings(name, trained, strings, cut_otherwise, taken_over):
     chosen = [*strings(SPECIAL, n=400), *(" " * n + "a" for n in range(20)), "", "<s>x</s> y"]
     file = trained(name, strings(n=400))
     fields = {f.key: f.value for f in tokenizer(file.inventory)}
@@ -94,6 +94,11 @@ def test_a_forms_strings(name, trained, strings, cut_otherwise):
     assert fields["tokenizer.ggml.model"] == model
     assert fields["tokenizer.ggml.add_space_prefix"] is prefix
     assert unexplained(name, cut_otherwise(file, chosen)) == []
+    if name == "gemma":
+        with pytest.raises(CheckpointError, match="'gemma4', needed gpt2 or llama"):
+            taken_over(file, chosen)
+    else:
+        assert unexplained(name, taken_over(file, chosen)) == []
 
 
 @pytest.mark.slow

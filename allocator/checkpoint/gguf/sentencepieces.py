@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SPACE = "▁"
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPEND = {"type": "Prepend", "prepend": SPACE}
 _SPLIT = {  # cuts nothing: no space is left after the normalizer
     "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
 }  # fmt: skip
@@ -42,9 +42,9 @@ def form(raw: Mapping[str, Any]) -> Form | None:
     """Returns how llama.cpp reads a `tokenizer.json`; None where it would read it otherwise."""
     normalizer, cut = raw.get("normalizer"), raw.get("pre_tokenizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    if steps == [_PREPEND, _REPLACE] and cut is None:
+    if steps == [PREPEND, REPLACE] and cut is None:
         return Form("llama", prefix=True)
-    if steps == [_REPLACE] and cut in (None, _SPLIT):
+    if steps == [REPLACE] and cut in (None, _SPLIT):
         return Form("gemma4", prefix=False)
     if steps or not cut or cut["type"] != "Metaspace" or cut.get("split", True):
         return None

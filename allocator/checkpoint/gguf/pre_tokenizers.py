@@ -114,6 +114,34 @@ PRE_TOKENIZERS: Mapping[Chain, tuple[Named, ...]] = {
 }  # fmt: skip
 
 
+ALSO_NAMED: Mapping[str, str] = {
+    "olmo": "gpt-2", "a.x-4.0": "gpt-2", "gigachat": "gpt-2", "mellum": "gpt-2",
+    "deepseek-r1-qwen": "qwen2", "kormo": "qwen2", "megrez": "qwen2",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "lfm2": "llama-bpe", "falcon3": "llama-bpe",
+    "chatglm-bpe": "glm4",
+    "llama4": "gpt-4o", "kanana2": "gpt-4o", "minimax-m2": "gpt-4o",
+    "bailingmoe": "bailingmoe2", "llada-moe": "bailingmoe2",
+    "joyai-llm": "deepseek-v3", "hunyuan-dense": "deepseek-v3",
+}  # fmt: skip
+"""Further names of llama.cpp's, by which it cuts as by one of the table."""
+
+
+def steps(cuts: Chain) -> dict[str, Any]:
+    """Returns the pre-tokenizer of a `tokenizer.json` with these steps; the inverse of `chain`."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if cuts == (GPT_2,):
+        return level | {"use_regex": True}
+    made: list[dict[str, Any]] = []
+    for cut in cuts:
+        if cut == DIGITS:
+            made.append({"type": "Digits", "individual_digits": True})
+            continue
+        pattern = {"Regex": cut.removeprefix(NEXT)}
+        behavior = "MergedWithNext" if cut.startswith(NEXT) else "Isolated"
+        made.append({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False})
+    return {"type": "Sequence", "pretokenizers": [*made, level | {"use_regex": False}]}
+
+
 def chain(pre_tokenizer: Mapping[str, Any] | None) -> Chain:
     """Returns the steps of a byte-level pre-tokenizer.
 
