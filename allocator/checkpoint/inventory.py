@@ -670,6 +670,8 @@ def _tensors(
             raise CheckpointError(
                 f"{path}: {why or unknown_tensor(name, family, n_layers, n_nextn)}"
             )
+        if match is not None and match[0].in_one_row and place.shape[:1] == (1,):
+            place = replace(place, shape=place.shape[1:])
         if match is not None and len(place.shape) != match[0].n_axes:
             raise CheckpointError(
                 f"{path}: {name} ({role}) has shape {place.shape}; is this another architecture?"

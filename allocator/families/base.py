@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from types import EllipsisType
 
 from allocator.errors import CheckpointError, TargetError
 from allocator.families.config import (
@@ -41,6 +42,8 @@ SCALE_SUFFIX = "_scale_inv"
 BLOCKS_SUFFIX, EXPONENTS_SUFFIX = "_blocks", "_scales"
 """After the name of a stack in MXFP4: those of its 4-bit floats and of their blocks' exponents."""
 
+Place = tuple[EllipsisType | slice | int, ...]
+"""An index: which part of a parameter a tensor is; `(...,)` for all of it."""
 Parts = frozenset[str]
 """Names of a layer's tensors, as `Rule.part` has them."""
 
@@ -67,6 +70,7 @@ class Rule:
         aliases: other names under which checkpoints have it; an inventory calls it by `pattern`.
         transforms: what llama.cpp has in place of its values, one after the other; of a tensor
             that is not encoded.
+        in_one_row: a vector that checkpoints, and transformers' model, have as a matrix of one row.
     """
 
     pattern: str
@@ -75,6 +79,7 @@ class Rule:
     gguf: str | None = None
     aliases: tuple[str, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    in_one_row: bool = False
 
     @cached_property
     def expressions(self) -> tuple[re.Pattern[str], ...]:
@@ -317,19 +322,25 @@ class Family:
                 return joined, int(match["layer"])
         return None
 
-    def place_in_model(self, name: str) -> tuple[str, slice]:
-        """Returns which parameter of transformers' model holds a tensor, and which columns of it.
+    def place_in_model(self, name: str) -> tuple[str, Place]:
+        """Returns which parameter of transformers' model holds a tensor, and where in it.
 
         Args:
             name: as the inventory has it.
         """
-        if self.joined and (match := self.match(name)) is not None:
+        if self._has_places and (match := self.match(name)) is not None:
             rule, layer, _ = match
+            if rule.in_one_row:
+                return name, (0,)
             for joined in self.joined:
                 if rule.pattern in joined.parts:
                     first, step = joined.parts.index(rule.pattern), len(joined.parts)
-                    return joined.pattern.format(layer=layer), slice(first, None, step)
-        return name, slice(None)
+                    return joined.pattern.format(layer=layer), (..., slice(first, None, step))
+        return name, (...,)
+
+    @cached_property
+    def _has_places(self) -> bool:
+        return bool(self.joined) or any(rule.in_one_row for rule in self.rules)
 
     def rule_of(self, role: Role) -> Rule:
         """Returns the (first) rule of a role."""

@@ -21,12 +21,12 @@ from allocator.families.gguf import (
 )
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
+from allocator.families.rope import with_base
 from allocator.families.sizes import Scoring
 
 _CONVOLUTION, _ATTENTION = "conv", "full_attention"
 _F = L + "feed_forward."
 _NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
-_THETA = 1_000_000.0  # transformers' own, where a config has none
 
 _RULES = (
     Rule("model.embed_tokens.weight", Role.EMBEDDING, "vocabulary x hidden", "token_embd.weight"),
@@ -95,11 +95,6 @@ def _is_tied(config: Config) -> bool:
     return bool(config.get("tie_embedding", config.get("tie_word_embeddings", True)))
 
 
-def _with_rope(config: Config) -> Config:
-    named = any(config.get(key) for key in ("rope_theta", "rope_parameters", "rope_scaling"))
-    return config if named else {**config, "rope_theta": _THETA}
-
-
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     dimensions = facts.dimensions
     if dimensions.heads * dimensions.head != dimensions.hidden:
@@ -148,7 +143,7 @@ LFM2_MOE = Family(
             Fixed("routed_scaling_factor", 1.0, 1.0),
             Fixed("use_expert_bias", True, True),
         ),
-        computed=_with_rope,
+        computed=with_base(1_000_000.0),
     ),
     selection_bias=True,
     scales_gates=True,

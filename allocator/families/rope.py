@@ -5,7 +5,7 @@ rotation that llama.cpp would compute in another way is an error.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from allocator.errors import CheckpointError, TargetError
@@ -37,6 +37,20 @@ def rope_parameters(config: Config) -> dict[str, Any]:
         rope[f"original_{longest}"] = config[f"original_{longest}"]
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     return rope
+
+
+def with_base(theta: float) -> Callable[[Config], Config]:
+    """Returns what gives a config that has none the base by which positions are rotated.
+
+    Args:
+        theta: transformers' own in an architecture.
+    """
+
+    def named(config: Config) -> Config:
+        keys = ("rope_theta", "rope_parameters", "rope_scaling")
+        return config if any(config.get(k) for k in keys) else {**config, "rope_theta": theta}
+
+    return named
 
 
 def rotated_width(config: Config, head: int, share: float = 1.0) -> int:

@@ -139,7 +139,9 @@ def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.d
         old = getattr(module, name, None)
         if old is None:
             continue
-        new = _memory((n_experts, *old.shape[1:]), device)
+        one_row = old.dim() == 2 and len(old) == 1
+        shape = (1, n_experts) if one_row else (n_experts, *old.shape[1:])
+        new = _memory(shape, device)
         if isinstance(old, nn.Parameter):
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         else:
@@ -297,8 +299,8 @@ def install_full_precision(
     Raises:
         CheckpointError: if the architecture has another shape there.
     """
-    parameter, columns = family.place_in_model(tensor.source)
-    _fill(parameter_of(model, parameter)[..., columns], values, tensor.source)
+    parameter, place = family.place_in_model(tensor.source)
+    _fill(parameter_of(model, parameter)[place], values, tensor.source)
 
 
 def _fill(tensor: torch.Tensor, values: Floats, name: str) -> None:
@@ -358,8 +360,8 @@ def check_names(model: Any, layout: Layout) -> None:
             shape = tuple(_existing(model, matrix_name(group)).shape)
         _check_shape(shape, group.shape, f"{where}: {group.name}")
     for tensor in layout.full_precision:
-        parameter, columns = layout.inventory.family.place_in_model(tensor.source)
-        shape = tuple(_existing(model, parameter)[..., columns].shape)
+        parameter, place_in_it = layout.inventory.family.place_in_model(tensor.source)
+        shape = tuple(_existing(model, parameter)[place_in_it].shape)
         _check_shape(shape, tensor.shape, f"{where}: {tensor.source}")
 
 

@@ -154,16 +154,17 @@ class FamilyConformance:
         if self.saved_as_read:
             model.to(torch.bfloat16).save_pretrained(tmp_path)
             header = read_header(next(_weights(tmp_path)))
-            assert {self._name(name): shape for name, _, shape, *_ in header} == shapes
+            assert dict(self._read(name, shape) for name, _, shape, *_ in header) == shapes
         else:
             assert sum(p.numel() for p in model.parameters()) == sum(map(prod, shapes.values()))
 
-    def _name(self, stored: str) -> str:
-        """What the family calls a tensor that is stored under this name."""
+    def _read(self, stored: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """What the family calls a tensor that is stored under this name, and in which shape."""
         match = self.family.match(stored)
         assert match is not None, stored
         rule, layer, expert = match
-        return rule.pattern.format(layer=layer, expert=expert)
+        name = rule.pattern.format(layer=layer, expert=expert)
+        return name, shape[1:] if rule.in_one_row else shape
 
     # -- llama.cpp
 

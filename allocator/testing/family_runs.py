@@ -305,7 +305,8 @@ def removed(model: Any, layout: Layout, retained: tuple[int, ...]) -> Iterator[N
                 of_all = "correction_bias" in name or name == "expert_bias"
                 if module in of_experts or of_router or of_all:
                     before.append((values, name, tensor))
-                    kept = tensor.data[index]
+                    one_row = tensor.dim() == 2 and len(tensor) == 1
+                    kept = tensor.data[:, index] if one_row else tensor.data[index]
                     values[name] = (
                         torch.nn.Parameter(kept) if values is module._parameters else kept
                     )
@@ -358,6 +359,6 @@ class _OfModel:
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
         """Returns a norm, a bias or a router."""
-        parameter, columns = self._layout.inventory.family.place_in_model(tensor.source)
-        values: Floats = self._state[parameter][..., columns].float().contiguous().numpy()
+        parameter, place = self._layout.inventory.family.place_in_model(tensor.source)
+        values: Floats = self._state[parameter][place].float().contiguous().numpy()
         return values

@@ -186,6 +186,14 @@ class TestLaguna(FamilyConformance):
     family = planned_family_of(config)
 
 
+class TestErnie45Moe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "ernie4_5_moe", "num_hidden_layers": 3, "moe_intermediate_size": 32,
+        "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

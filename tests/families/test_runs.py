@@ -262,3 +262,11 @@ class TestLaguna(Runs):
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     }  # fmt: skip
+
+
+class TestErnie45Moe(Runs):
+    config = SMALL | {
+        "model_type": "ernie4_5_moe", "moe_intermediate_size": 96, "moe_num_experts": 8,
+        "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+        "tie_word_embeddings": True,
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
 from allocator.export.safetensors.directory import FILE_NAME, described_allocation
-from allocator.families import Dimensions, Family, Role, family_of
+from allocator.families import Dimensions, Family, Place, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.arranged import arrange
@@ -47,13 +47,13 @@ class _Part:
         groups: encoded: the group, its format, its bytes, and which of the layer's retained experts
             they are (None: all, or no experts).
         full_precision: stored tensors by parameter name.
-        columns: stored tensors that some columns of a parameter are, each with its name and those.
+        places: stored tensors that are parts of a parameter, each with its name and which part.
         shapes: of the parameters that are filled, by name.
     """
 
     groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
     full_precision: dict[str, torch.Tensor] = field(default_factory=dict)
-    columns: list[tuple[str, slice, torch.Tensor]] = field(default_factory=list)
+    places: list[tuple[str, Place, torch.Tensor]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -116,13 +116,13 @@ def _parts(
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
-                parameter, columns = family.place_in_model(name)
+                parameter, place = family.place_in_model(name)
                 part.shapes[parameter] = tuple(_shape(model, parameter))
-                if parameter == name:
+                if place == (...,):
                     part.full_precision[name] = file.get_tensor(name)
                     part.shapes[name] = tuple(part.full_precision[name].shape)
                 else:
-                    part.columns.append((parameter, columns, file.get_tensor(name)))
+                    part.places.append((parameter, place, file.get_tensor(name)))
                 continue
             group, fmt, places = stored[name]
             data = file.get_tensor(name)
@@ -211,8 +211,8 @@ def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
         for name, shape in part.shapes.items():
             stored = part.full_precision.get(name)
             _set(model, name, torch.empty(shape) if stored is None else stored.to(torch.float32))
-        for name, columns, stored in part.columns:
-            _parameter(model, name)[..., columns] = stored
+        for name, place, stored in part.places:
+            _parameter(model, name)[place] = stored
         for group, fmt, data, places in part.groups:
             view = destination(model, dimensions, group)
             _decode_into(view if places is None else [view[i] for i in places], fmt, data)
@@ -245,7 +245,7 @@ def _check_complete(folder: Path, model: Any, parts: dict[str, _Part]) -> None:
     stored: Counter[str] = Counter()
     for part in parts.values():
         stored.update({name: tensor.numel() for name, tensor in part.full_precision.items()})
-        for name, _, tensor in part.columns:
+        for name, _, tensor in part.places:
             stored[name] += tensor.numel()
         for group, fmt, data, _ in part.groups:
             for name in _parameters_of(model, group):
