@@ -187,6 +187,29 @@ def _source_format(tensor: TensorInfo) -> Format | None:
     return FORMATS[tensor.dtype] if tensor.dtype in _FORMATS and not joined else None
 
 
+_WIDE = 256
+"""Weights in a block of the formats of few bits."""
+_MOST_PADDING = 1.5
+"""Of a width: padding beyond it costs more than formats of fewer bits bring."""
+
+
+def width_notes(inventory: Inventory, groups: Iterable[Group]) -> tuple[str, ...]:
+    """Returns a line on experts that formats of few bits cannot hold, but would if padded."""
+    down = next((group for group in groups if group.role is Role.EXPERT_DOWN), None)
+    biased = any(tensor.role is Role.EXPERT_BIAS for tensor in inventory.tensors.values())
+    if down is None or down.shape[-1] % _WIDE == 0 or biased:
+        return ()
+    width = down.shape[-1]
+    padded, least = -(-width // _WIDE) * _WIDE, down.offered()[-1]
+    if padded > _MOST_PADDING * width:
+        return ()
+    return (
+        f"experts are {width} wide: no format below {least.bits:.3g} bits ({least.name}) holds "
+        f"rows of down; expert_width = {padded} in study.toml pads them with zeros, "
+        f"{padded / width - 1:.1%} more weights, for formats down to 1.6 bits (docs/families.md)",
+    )
+
+
 def in_file_order(groups: Iterable[Group]) -> dict[str, Group]:
     """Returns groups by name: outside the layers first, then layer by layer."""
     ordered = sorted(groups, key=lambda g: (-1 if g.layer is None else g.layer, g.name))

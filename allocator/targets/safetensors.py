@@ -20,6 +20,7 @@ from allocator.targets.layout import (
     in_file_order,
     part_names,
     plain_groups,
+    width_notes,
 )
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
@@ -94,7 +95,8 @@ class SafetensorsTarget(Target):
             if not t.role.is_encoded and t.role != "nextn"
         )
         groups = in_file_order(plain_groups(inventory, {}))
-        return Layout(self.name, inventory, groups, full_precision, inventory.notes)
+        notes = (*inventory.notes, *width_notes(inventory, groups.values()))
+        return Layout(self.name, inventory, groups, full_precision, notes)
 
     def header_bytes(
         self,

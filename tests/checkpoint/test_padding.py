@@ -155,3 +155,18 @@ def test_from_a_search_to_a_file_of_the_width(case, twin, tmp_path, write_study)
     own = other / "allocations/pick.json"
     api.materialize(other, own, tmp_path / "twin", container="gguf", **options)
     assert (tmp_path / "twin" / "model.gguf").read_bytes() == written
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+def test_whoever_needs_it_is_told(case, target):
+    def noted(inventory):
+        notes = TARGETS[target].layout(inventory).notes
+        return [note for note in notes if "expert_width" in note]
+
+    inventory = read_inventory(case.path)
+    assert noted(inventory) == []  # 256 are more than half as much again
+    (note,) = noted(padded(inventory, 224))
+    assert note.startswith("experts are 224 wide: no format below ")
+    assert "expert_width = 256" in note
+    assert "14.3% more weights" in note
+    assert noted(padded(inventory, 256)) == []

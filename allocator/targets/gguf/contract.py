@@ -37,6 +37,7 @@ from allocator.targets.layout import (
     Layout,
     in_file_order,
     plain_groups,
+    width_notes,
 )
 
 _MOST_AT_ONCE = 1 << 20  # tokens of a micro-batch: beyond any buffer
@@ -82,7 +83,11 @@ class GgufTarget(Target):
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
-        notes = (*inventory.notes, *gguf.notes(family.text_config(inventory.config)))
+        notes = (
+            *inventory.notes,
+            *gguf.notes(family.text_config(inventory.config)),
+            *width_notes(inventory, groups),
+        )
         computed = self.computed(family, inventory.config)
         groups_in_order = in_file_order(groups)
         return Layout(self.name, inventory, groups_in_order, full_precision, notes, computed)
