@@ -207,6 +207,7 @@ class Family:
         ignored: expressions for names that are left out: other parts of the model.
         computed: expressions for names of buffers that a model computes itself.
         text_key: key of the language model's own config, in a model of text and more.
+        by_layer: keys under which a config may have the same value for every layer, as a list.
         prefixes: beginnings of names that checkpoints may have in place of those of the rules, and
             which these are.
         built_as: transformers' name of the architecture, where a config calls it otherwise.
@@ -244,6 +245,7 @@ class Family:
         r"(inv_freq|original_inv_freq|cos_cached|sin_cached)",
     )
     text_key: str | None = None
+    by_layer: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     built_as: str | None = None
     layer_prefix: str = "model.layers.{layer}."
@@ -387,9 +389,13 @@ class Family:
     def text_config(self, config: Config) -> Config:
         """Returns the language model's config, which may lie inside that of a larger model."""
         inner = config.get(self.text_key) if self.text_key else None
-        if not isinstance(inner, Mapping):
-            return config
-        return {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
+        if isinstance(inner, Mapping):
+            config = {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
+        lists = {key: config[key] for key in self.by_layer if isinstance(config.get(key), list)}
+        same = {
+            key: values[0] for key, values in lists.items() if values == values[:1] * len(values)
+        }
+        return {**config, **same} if same else config
 
     def settings(self, config: Config) -> tuple[str, Config]:
         """Returns what transformers builds the model from.

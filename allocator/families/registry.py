@@ -17,6 +17,7 @@ from allocator.families.ernie4_5_moe import ERNIE4_5_MOE
 from allocator.families.glm4_moe import GLM4_MOE
 from allocator.families.glm4_moe_lite import GLM4_MOE_LITE
 from allocator.families.gpt_oss import GPT_OSS
+from allocator.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from allocator.families.kimi_k2 import KIMI_K2
 from allocator.families.laguna import LAGUNA
 from allocator.families.lfm2_moe import LFM2_MOE
@@ -50,6 +51,7 @@ _FAMILIES: dict[str, Family] = {
         AFMOE,
         LAGUNA,
         ERNIE4_5_MOE,
+        HUNYUAN_V1_MOE,
     )
 }
 

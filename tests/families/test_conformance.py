@@ -194,6 +194,13 @@ class TestErnie45Moe(FamilyConformance):
     family = planned_family_of(config)
 
 
+class TestHunyuanV1Moe(FamilyConformance):
+    config = SMALL | {
+        "model_type": "hunyuan_v1_moe", "num_hidden_layers": 2, "num_experts": 8, "moe_topk": 2,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

@@ -270,3 +270,10 @@ class TestErnie45Moe(Runs):
         "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
         "tie_word_embeddings": True,
     }  # fmt: skip
+
+
+class TestHunyuanV1Moe(Runs):
+    config = SMALL | {
+        "model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": [2, 2, 2],
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, "rope_theta": 1e4,
+    }  # fmt: skip
