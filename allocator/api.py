@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from allocator.app.study_file import DeviceBudgetSpec
     from allocator.app.study_folder import StudyFolder
     from allocator.app.trial_table import trials_table
+    from allocator.checkpoint.inventory import Inventory
     from allocator.comparison.pool import CompareEstimate
     from allocator.comparison.runs import CompareRequest, Run
     from allocator.decision.allocation_record import AllocationRecord
@@ -74,10 +75,14 @@ def __dir__() -> list[str]:
     return sorted(globals().keys() | set(__all__))
 
 
-def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFrame:
+def inspect(
+    checkpoint: str | Path, *, target: str = "safetensors", expert_width: int | None = None
+) -> pd.DataFrame:
     """Groups of a checkpoint in a target, with the formats offered; no weights are read.
 
     The checkpoint is a directory with safetensors, or a GGUF model in BF16, F16, F32 or Q8_0.
+
+    With `expert_width`, experts are padded to it, as by study.toml's key of that name.
 
     `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
     what a gguf file of it could not have: a tokenizer.
@@ -85,7 +90,7 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
     from allocator.checkpoint.inventory import read_inventory
     from allocator.errors import CheckpointError, TargetError
 
-    inventory = read_inventory(checkpoint)
+    inventory = _padded(read_inventory(checkpoint), expert_width)
 
     from allocator.targets import target_named
 
@@ -114,6 +119,12 @@ def inspect(checkpoint: str | Path, *, target: str = "safetensors") -> pd.DataFr
     return table
 
 
+def _padded(inventory: Inventory, expert_width: int | None) -> Inventory:
+    from allocator.checkpoint.padding import padded
+
+    return inventory if expert_width is None else padded(inventory, expert_width)
+
+
 def plan(
     config: str | Path,
     *,
@@ -123,6 +134,7 @@ def plan(
     micro_batch: int | None = None,
     profile: str | Path | None = None,
     out: str | Path | None = None,
+    expert_width: int | None = None,
     **options: Unpack[ResourceOptions],
 ) -> Plan:
     """Plans a model from its `config.json` alone: its sizes, and first allocations that fit.
@@ -135,6 +147,7 @@ def plan(
         micro_batch: tokens computed at once.
         profile: study of a smaller relative, whose losses are taken over; profiled if need be.
         out: folder for the allocations that fit.
+        expert_width: that experts are padded to, as by study.toml's key of that name.
         options: as of `ResourceOptions`, for the profile.
 
     Raises:
@@ -152,7 +165,7 @@ def plan(
 
     from allocator.checkpoint.outline import planned_inventory
 
-    inventory = planned_inventory(Path(config))
+    inventory = _padded(planned_inventory(Path(config)), expert_width)
 
     from allocator.app.planning import check_context, first_paths, write_first
     from allocator.app.planning import plan as _plan

@@ -47,7 +47,7 @@ def _print_table(table: "pd.DataFrame", **formats: str) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from allocator import api
 
-    table = api.inspect(args.checkpoint, target=args.target)
+    table = api.inspect(args.checkpoint, target=args.target, expert_width=args.expert_width)
     _print_table(table, weights=",")
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
     _print_notes(table.attrs["notes"])
@@ -69,6 +69,7 @@ def _plan(args: argparse.Namespace) -> None:
         micro_batch=args.micro_batch,
         profile=args.profile,
         out=args.out,
+        expert_width=args.expert_width,
         **_options(args),
     )
     s = plan.summary
@@ -484,6 +485,15 @@ def _runs_forward(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _expert_width(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--expert-width",
+        type=_positive,
+        metavar="N",
+        help="pad experts with zeros to N neurons, as expert_width in study.toml does",
+    )
+
+
 def _device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", type=Path, help="a preset, e.g. search_spaces/devices/....toml")
     p.add_argument("--device-memory", help="bytes of everything on the device, e.g. 128GiB")
@@ -534,6 +544,7 @@ def _parser() -> argparse.ArgumentParser:
         help="directory with safetensors and config.json, or a GGUF in BF16, F16, F32 or Q8_0",
     )
     p.add_argument("--target", default="safetensors", help="gguf or safetensors (default)")
+    _expert_width(p)
 
     p = verb("plan", _plan, "what a model takes on a device, from its config.json alone")
     p.add_argument("config", type=Path, help="config.json, its directory, or a GGUF model")
@@ -545,6 +556,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--micro-batch", type=_positive, help="tokens computed at once (default: 512)")
     p.add_argument("--profile", type=Path, help="study of a smaller relative, for its losses")
     p.add_argument("--out", type=Path, help="folder for the first allocations")
+    _expert_width(p)
 
     p = verb("profile", _profile, "measure sensitivities; continues where it was stopped")
     _study(p)

@@ -170,3 +170,13 @@ def test_whoever_needs_it_is_told(case, target):
     assert "expert_width = 256" in note
     assert "14.3% more weights" in note
     assert noted(padded(inventory, 256)) == []
+
+
+def test_inspected_and_planned_with_a_width(case):
+    table = api.inspect(case.path, target="gguf", expert_width=256).set_index("group")
+    assert table.loc["layers.1.experts.down", "shape"] == "4x256x256"
+    assert table.loc["layers.1.shared.down", "shape"] == "256x512"
+    narrow, wide = (api.plan(case.path, expert_width=width) for width in (None, 256))
+    assert wide.bounds != narrow.bounds
+    with pytest.raises(CheckpointError, match="are 160 wide"):
+        api.plan(case.path, expert_width=100)
