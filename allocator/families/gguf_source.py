@@ -153,6 +153,8 @@ def _plain(pairs: Mapping[str, Any], architecture: str, where: str) -> dict[str,
         if key.startswith(begin)
     }
     nextn = own.pop("nextn_predict_layers", 0)
+    if "expert_feed_forward_length" in own:  # where no layer is dense, a file need not say how wide
+        own.setdefault("feed_forward_length", own["expert_feed_forward_length"])
     needed = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
     for key in (*needed, "expert_used_count"):
         value = own.get(key)
@@ -295,6 +297,7 @@ def _is_neutral(key: str, value: Any, pairs: _Pairs, router: Router) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether two values are the same in 32 bits."""
-    if isinstance(one, bool | str) or isinstance(other, bool | str):
+    one, other = (_value(value) for value in (one, other))
+    if isinstance(one, bool | str | tuple) or isinstance(other, bool | str | tuple):
         return type(one) is type(other) and bool(one == other)
     return isinstance(one, int | float) and bool(np.float32(one) == np.float32(other))

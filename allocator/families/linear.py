@@ -7,6 +7,7 @@ graphs of `qwen3next` and `qwen35moe`, and what its converter makes of these che
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,14 @@ from allocator.families.common import (
     shared_expert,
 )
 from allocator.families.config import Config, count, whole
-from allocator.families.gguf import ModelFacts, Pair, check_all_route, grouped_pairs
+from allocator.families.gguf import (
+    GgufFacts,
+    ModelFacts,
+    Pair,
+    check_all_route,
+    grouped_pairs,
+)
+from allocator.families.keys import LinearKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Dimensions, LinearAttention
 from allocator.families.transforms import MINUS_EXP, PLUS_ONE, Transform
@@ -169,6 +177,31 @@ def _pattern(config: Config, n_layers: int) -> Pair:
     if linear == tuple((i + 1) % every != 0 for i in range(n_layers)):
         return "full_attention_interval", every
     return "attention.recurrent_layers", tuple(map(int, linear))
+
+
+def mixed_source(file: GgufFacts) -> dict[str, Any]:
+    """Returns the keys of `config.json` that `mixed_pairs` are made of."""
+    keys = LinearKeys()
+    return {
+        "shared_expert_intermediate_size": file["expert_shared_feed_forward_length"],
+        keys.kernel: file["ssm.conv_kernel"],
+        keys.key_heads: file["ssm.group_count"],
+        keys.value_heads: file["ssm.time_step_rank"],
+        keys.key_head: file["ssm.state_size"],
+        keys.value_head: file["ssm.inner_size"] // file["ssm.time_step_rank"],
+        "partial_rotary_factor": file["rope.dimension_count"] / file["attention.key_length"],
+        "layer_types": [LINEAR if linear else FULL for linear in _linear_layers(file)],
+    }
+
+
+def _linear_layers(file: GgufFacts) -> list[bool]:
+    """Which layers have linear attention; a list may have layers of multi-token prediction, too."""
+    n_layers, listed = file["block_count"], file.pairs.get("attention.recurrent_layers")
+    if listed is None:
+        every = file.pairs.get("full_attention_interval", _INTERVAL)
+        return [(layer + 1) % every != 0 for layer in range(n_layers)]
+    each = listed if isinstance(listed, tuple) else (listed,) * n_layers  # equal ones are one
+    return [bool(linear) for linear in each[:n_layers]]
 
 
 @lru_cache

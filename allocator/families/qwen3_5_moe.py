@@ -21,7 +21,7 @@ from allocator.families.common import (
     layer,
 )
 from allocator.families.config import Config
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair
+from allocator.families.gguf import Fixed, Gguf, GgufFacts, ModelFacts, Pair
 from allocator.families.keys import Keys, LinearKeys
 from allocator.families.linear import (
     MIXED,
@@ -31,6 +31,7 @@ from allocator.families.linear import (
     linear_rules,
     mixed_layers,
     mixed_pairs,
+    mixed_source,
     tiled_channels,
     tiled_heads,
     tiled_values,
@@ -117,8 +118,25 @@ QWEN3_5_MOE = Family(
     },
     bias_keys=("attention_bias",),
 )  # fmt: skip
+
+
+def _source(file: GgufFacts) -> Config:
+    own = mixed_source(file)
+    sections = file["rope.dimension_sections"]
+    rope = {
+        "rope_type": "default",
+        "rope_theta": file.pairs.get("rope.freq_base", 10000.0),
+        "partial_rotary_factor": own.pop("partial_rotary_factor"),
+        "mrope_section": list(sections[:3] if isinstance(sections, tuple) else [sections] * 3),
+        "mrope_interleaved": True,
+    }
+    return own | {"rope_parameters": rope}
+
+
+assert QWEN3_5_MOE.gguf is not None
 QWEN3_5_MOE_TEXT = replace(
     QWEN3_5_MOE,
+    gguf=replace(QWEN3_5_MOE.gguf, source=_source),
     model_type="qwen3_5_moe_text",
     models="the language model of Qwen3.5 or 3.6, as transformers saves it alone",
     text_key=None,

@@ -28,6 +28,7 @@ from allocator.families.linear import (
     linear_rules,
     mixed_layers,
     mixed_pairs,
+    mixed_source,
     whole_rows,
 )
 from allocator.families.roles import Role
@@ -83,6 +84,7 @@ QWEN3_NEXT = Family(
             Piece(Role.LINEAR_QKVZ, Role.LINEAR_Z, B + "attn_gate.weight",
                   lambda dimensions: whole_rows(dimensions)[1]),
         ),
+        source=mixed_source,
     ),
     ignored=(r"mtp\..*",),
     never_null=NEVER_NULL

@@ -26,11 +26,13 @@ class Transform:
         name: for readers.
         to_file: returns the values that a file has.
         from_file: returns the checkpoint's.
+        moves: whether all values stay as they are, of any type, in other places.
     """
 
     name: str
     to_file: Change
     from_file: Change
+    moves: bool = False
 
 
 def _float32(values: Any) -> Floats:
@@ -65,4 +67,4 @@ def reordered(name: str, order: Callable[[Dimensions], tuple[int, ...]]) -> Tran
         ordered[list(order(dimensions))] = values
         return ordered
 
-    return Transform(name, to_file, from_file)
+    return Transform(name, to_file, from_file, moves=True)

@@ -8,7 +8,7 @@ that equal weights have equal digests whichever file they are in.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,11 @@ from allocator.checkpoint.inventory import (
     check_whole,
 )
 from allocator.errors import CheckpointError
-from allocator.families import Config, Family, Role, Rule
+from allocator.families import Config, Dimensions, Family, Half, Role, Rule, Transform
 from allocator.families.gguf_source import family_of_gguf
 from allocator.files.digests import Digests, Identity
 
+_Array = npt.NDArray[Any]
 READ = (*FLOATS, "Q8_0")
 """Formats in which a GGUF is taken as an original."""
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
@@ -186,7 +187,8 @@ def _tensors(
     """Yields every tensor of the checkpoint, and what it is called within its layer."""
     family, config = model.family, model.config
     rules = {rule.gguf: rule for rule in family.rules if rule.gguf is not None}
-    halves = {half.name: half for half in family.for_gguf().halves}
+    parts = (*family.for_gguf().halves, *family.for_gguf().pieces)
+    halves: dict[str, Half] = {part.name: part for part in parts}
     shapes = {rule.pattern: family.shape(config, rule) for rule in _asked(family, config)}
     waiting: dict[tuple[Role, int], dict[Role, Stored]] = defaultdict(dict)
     for file, entry in entries:
@@ -217,7 +219,10 @@ def _tensors(
             )
         yield from _of_rule(model, rule, shapes[rule.pattern], stored, layer)
     for (role, layer), of_role in waiting.items():
-        yield _joined(model, role, layer, of_role)
+        if any(piece.of is role for piece in family.for_gguf().pieces):
+            yield _of_pieces(model, role, layer, of_role)
+        else:
+            yield _joined(model, role, layer, of_role)
 
 
 def _asked(family: Family, config: Config) -> Iterator[Rule]:
@@ -242,11 +247,12 @@ def _of_rule(
             f"{model.path}: {stored.name} ({rule.role}) is stored in {stored.dtype}, needed F32, "
             f"F16 or BF16; {_WAY_OUT}"
         )
-    orders = model.family.for_gguf().row_orders
-    made = None
-    if rule.role in orders:
-        order = orders[rule.role](model.family.dimensions(model.config))
-        made = Rearranged((replace(stored, shape=shape),), partial(_in_order, np.array(order)))
+    if stored.dtype != "F32" and not all(transform.moves for transform in rule.transforms):
+        raise CheckpointError(
+            f"{model.path}: {stored.name} is stored in {stored.dtype}, needed F32; {_WAY_OUT}"
+        )
+    make = _make(model, rule)
+    made = None if make is None else Rearranged((replace(stored, shape=shape),), make)
     nbytes = stored.nbytes // n_experts
     for expert in range(n_experts):
         yield (
@@ -264,6 +270,30 @@ def _of_rule(
             ),
             rule.part,
         )
+
+
+def _make(model: GgufModel, rule: Rule) -> Callable[[Sequence[_Array]], _Array] | None:
+    """How a checkpoint's tensor is made of a file's; None where it is the same."""
+    gguf, dimensions = model.family.for_gguf(), model.family.dimensions(model.config)
+    if rule.role in gguf.row_orders:
+        return partial(_in_order, np.array(gguf.row_orders[rule.role](dimensions)))
+    if rule.role in gguf.column_orders:
+        order = np.array(gguf.column_orders[rule.role](dimensions))
+        return lambda stored: _in_order(order, [stored[0].T]).T
+    if rule.transforms:
+        return partial(_untransformed, rule.transforms, dimensions)
+    return None
+
+
+def _untransformed(
+    transforms: Sequence[Transform], dimensions: Dimensions, stored: Sequence[_Array]
+) -> _Array:
+    """A tensor, `(...)`, from a file's; of raw 32 bits these are the values."""
+    (values,) = stored
+    own = values.view(np.float32) if values.dtype.itemsize == 4 else values
+    for transform in reversed(transforms):
+        own = transform.from_file(own, dimensions)
+    return own.view(values.dtype)
 
 
 def _in_order(order: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -308,6 +338,42 @@ def _joined(
         layer,
         None,
         made=Rearranged(halves, _join),
+    )
+    return tensor, rule.part
+
+
+def _of_pieces(
+    model: GgufModel, role: Role, layer: int, stored: Mapping[Role, Stored]
+) -> tuple[TensorInfo, str]:
+    """The tensor whose rows a file holds in several."""
+    family = model.family
+    rule, dimensions = family.rule_of(role), family.dimensions(model.config)
+    shape = family.shape(model.config, rule)
+    places: list[Stored] = []
+    rows: list[int] = []
+    for piece in family.for_gguf().pieces:
+        own, numbers = stored.get(piece.role), piece.rows(dimensions)
+        needed = (len(numbers), shape[1])
+        if own is None or own.shape != needed:
+            got = "is missing" if own is None else f"has shape {own.shape}"
+            raise CheckpointError(
+                f"{model.path}: {piece.name.format(layer=layer)} {got}, needed {needed} as its "
+                "pairs say; fetch it again"
+            )
+        places.append(own)
+        rows += numbers
+    order = np.array(rows)
+    tensor = TensorInfo(
+        rule.pattern.format(layer=layer),
+        shape,
+        min((place.dtype for place in places), key=READ.index),
+        places[0].file,
+        places[0].offset,
+        sum(place.nbytes for place in places),
+        role,
+        layer,
+        None,
+        made=Rearranged(tuple(places), lambda found: _in_order(order, [np.concatenate(found)])),
     )
     return tensor, rule.part
 
