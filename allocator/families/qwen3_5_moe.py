@@ -102,7 +102,7 @@ QWEN3_5_MOE = Family(
         "qwen35moe",
         _hyperparameters,
         None,
-        fixed=(Fixed("hidden_act", "silu", "silu"),),
+        fixed=(Fixed("hidden_act", "silu", "silu"), Fixed("attn_output_gate", True, True)),
         row_orders={Role.LINEAR_QKV: tiled_channels, Role.LINEAR_Z: tiled_values},
         column_orders={Role.LINEAR_OUT: tiled_values},
     ),

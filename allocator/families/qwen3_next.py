@@ -77,6 +77,7 @@ QWEN3_NEXT = Family(
         fixed=(
             Fixed("hidden_act", "silu", "silu"),
             Fixed("norm_topk_prob", True, True),
+            Fixed("attn_output_gate", True, True),
         ),
         pieces=(
             Piece(Role.LINEAR_QKVZ, Role.LINEAR_QKV, B + "attn_qkv.weight",
