@@ -3,7 +3,8 @@
 Sources: transformers' `modeling_deepseek_v3`; llama.cpp's loader and graph of `deepseek2`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from allocator.errors import TargetError
 from allocator.families.base import Family, Parts, Rule
@@ -24,6 +25,7 @@ from allocator.families.common import (
 from allocator.families.config import Config
 from allocator.families.gguf import (
     SIGMOID,
+    SOFTMAX,
     ComputeGraph,
     Fixed,
     Gguf,
@@ -127,6 +129,12 @@ def _check(facts: ModelFacts) -> None:
         )
 
 
+def _gating_of(pairs: Mapping[str, Any]) -> int:
+    """What llama.cpp's loader takes where a file does not say how experts are scored."""
+    flash = pairs["block_count"] in (47, 48) and pairs.get("vocab_size") == 154_880
+    return SIGMOID if flash else SOFTMAX
+
+
 def _plan_notes(config: Config) -> tuple[str, ...]:
     size = (config.get("num_hidden_layers"), config.get("n_routed_experts"))
     return (_HAND_RULE,) if size == _REPORTED else ()
@@ -153,6 +161,7 @@ DEEPSEEK_V3 = Family(
         ),
         divides_mscale=True,
         source=scaled_router_source,
+        absent={"expert_gating_func": _gating_of},
     ),
     n_nextn_layers=1,
     router_groups=(8, 4),

@@ -112,10 +112,12 @@ class GgufFacts:
     """What is known of a GGUF file from which a config is made.
 
     Attributes:
+        architecture: llama.cpp's name.
         pairs: of the file, without the architecture before their keys.
         names: of its tensors in layers, with `{layer}`.
     """
 
+    architecture: str
     pairs: Mapping[str, Any]
     names: frozenset[str]
 
@@ -126,7 +128,9 @@ class GgufFacts:
             CheckpointError: if the file has none.
         """
         if key not in self.pairs:
-            raise CheckpointError(f"no {key}")
+            raise CheckpointError(
+                f"no {self.architecture}.{key}, which says how it is computed; use the original"
+            )
         return self.pairs[key]
 
 
@@ -184,6 +188,8 @@ class Gguf:
         source: returns what `config.json` has that the pairs of all architectures do not say, from
             a file of this one; None where a file is no checkpoint that is read. The pairs of the
             config are held against the file's.
+        absent: what its loader takes where a file lacks a pair, from the file's other pairs, in
+            addition to what it takes in all architectures.
     """
 
     architecture: str
@@ -202,6 +208,7 @@ class Gguf:
     rotation: Callable[[Config], Config] = _own
     otherwise: Callable[[Config], tuple[str, ...]] = _no_lines
     source: Callable[[GgufFacts], Config] | None = None
+    absent: Mapping[str, Callable[[Mapping[str, Any]], Value]] = field(default_factory=dict)
 
     def known_graph(self) -> ComputeGraph:
         """Returns the graph that llama.cpp builds.

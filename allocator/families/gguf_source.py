@@ -23,7 +23,7 @@ from allocator.families.registry import families
 from allocator.families.roles import Role
 from allocator.families.sizes import Router, Scoring
 
-_LAYER = re.compile(r"^blk\.[0-9]+\.")
+_LAYER = re.compile(r"^blk\.([0-9]{1,6})\.")
 _WAY_OUT = "convert the original with llama.cpp's converter of today, or use the original"
 
 _Pairs = Mapping[str, Any]
@@ -112,7 +112,7 @@ def family_of_gguf(
             f"{where}: {architecture} without {architecture}.expert_count; needed a "
             "Mixture-of-Experts model"
         )
-    file = GgufFacts(own, frozenset(_LAYER.sub("blk.{layer}.", name) for name in shapes))
+    file = GgufFacts(architecture, own, _names(shapes, own["block_count"]))
     fits: list[tuple[Family, ModelFacts]] = []
     problems: list[list[str]] = []
     for family, gguf in candidates:
@@ -140,8 +140,21 @@ def family_of_gguf(
     return family, facts.config
 
 
+def _names(shapes: Mapping[str, tuple[int, ...]], n_layers: int) -> frozenset[str]:
+    """Names of tensors with `{layer}`, without those of multi-token prediction."""
+    found = ((_LAYER.match(name), name) for name in shapes)
+    return frozenset(
+        name if match is None else _LAYER.sub("blk.{layer}.", name)
+        for match, name in found
+        if match is None or int(match[1]) < n_layers
+    )
+
+
+_OTHER_GATING = re.compile(r"expert_gating_func is \d")
+
+
 def _distance(differences: list[str]) -> tuple[bool, int]:
-    return any("expert_gating_func" in text for text in differences), len(differences)
+    return any(map(_OTHER_GATING.search, differences)), len(differences)
 
 
 def _plain(pairs: Mapping[str, Any], architecture: str, where: str) -> dict[str, Any]:
@@ -270,15 +283,21 @@ def _differences(family: Family, gguf: Gguf, facts: ModelFacts, file: GgufFacts)
         facts, n_experts=file["expert_count"], experts_used=file["expert_used_count"]
     )
     wanted = {key.removeprefix(f"{architecture}."): value for key, value in pairs}
+    parts = (*gguf.halves, *gguf.pieces)
+    known = {*(rule.gguf for rule in family.rules), *(part.name for part in parts)}
+    for name in sorted(file.names - known):
+        yield f"{name.format(layer='N')} is no tensor of {family.model_type}; use the original"
+    absent = {**_ABSENT, **gguf.absent}
     for key, value in wanted.items():
-        if key not in stored and key not in _ABSENT:
+        if key not in stored and key not in absent:
             yield f"no {architecture}.{key}, which says how the model is computed; {_WAY_OUT}"
             continue
-        own = stored[key] if key in stored else _ABSENT[key](file.pairs)
+        own = stored[key] if key in stored else absent[key](stored)
         if not _equal(own, value):
+            verb = "is" if key in stored else "is missing, which llama.cpp takes for"
             yield (
-                f"{architecture}.{key} is {own!r}, but {value!r} in a {family.model_type} of its "
-                f"other pairs; {_WAY_OUT}"
+                f"{architecture}.{key} {verb} {own!r}, but {value!r} in a {family.model_type} of "
+                f"its other pairs; {_WAY_OUT}"
             )
     for key in sorted(stored.keys() - wanted.keys()):
         if not _is_neutral(key, stored[key], file.pairs, facts.router):

@@ -411,8 +411,14 @@ def refused(path, match):
 Q4 = gguf.GGMLQuantizationType.Q4_0
 BAD = {  # changed pairs and tensors: what is said
     "a missing pair": (
+        {"deepseek2.attention.key_length_mla": None}, {}, "no deepseek2.attention.key_length_mla",
+    ),
+    "a missing router": (  # llama.cpp takes softmax
         {"deepseek2.expert_gating_func": None}, {},
-        "no deepseek2.expert_gating_func, .*convert the original",
+        "expert_gating_func is missing, which llama.cpp takes for 1, but 2 in a deepseek_v3",
+    ),
+    "a missing size": (
+        {"deepseek2.attention.layer_norm_rms_epsilon": None}, {}, "no deepseek2.attention.layer_n",
     ),
     "another router": (
         {"deepseek2.expert_gating_func": 3}, {}, "deepseek2.expert_gating_func is 3, but 2",
@@ -435,7 +441,7 @@ BAD = {  # changed pairs and tensors: what is said
     ),
     "an unknown tensor": (
         {}, {"blk.1.attn_norm.weight": ("blk.1.attn_gate.weight", gguf.GGMLQuantizationType.F32)},
-        "blk.1.attn_gate.weight is no tensor of deepseek_v3",
+        "blk.N.attn_gate.weight is no tensor of deepseek_v3",
     ),
     "half of a tensor": (
         {}, {"blk.1.attn_k_b.weight": ("blk.7.attn_k_b.weight", gguf.GGMLQuantizationType.F32)},
