@@ -838,7 +838,7 @@ def _check_experts(inventory: Inventory) -> None:
                     f"needed experts 0..{n - 1} of one shape as config.json says"
                 )
 
-        for role in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS):
+        for role in (role for role in Role if role.is_router):
             for tensor in inventory.of_role(role, layer):
                 if tensor.shape[0] != n:
                     raise CheckpointError(

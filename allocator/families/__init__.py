@@ -22,7 +22,7 @@ from allocator.families.base import (
     Support,
 )
 from allocator.families.config import Config
-from allocator.families.gguf import ComputeGraph, Gguf, Half, ModelFacts, Piece, Window
+from allocator.families.gguf import ComputeGraph, Gguf, Half, Made, ModelFacts, Piece, Window
 from allocator.families.keys import Keys, LatentKeys, LinearKeys
 from allocator.families.registry import (
     families,
@@ -57,6 +57,7 @@ __all__ = [
     "LatentKeys",
     "LinearAttention",
     "LinearKeys",
+    "Made",
     "ModelFacts",
     "Parts",
     "Piece",

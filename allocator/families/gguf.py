@@ -95,6 +95,19 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A tensor of a file that is made from `config.json` alone, in F32.
+
+    Attributes:
+        name: llama.cpp's.
+        values: of its only axis.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Window:
     """A sliding window of attention.
 
@@ -159,6 +172,10 @@ def _nothing(facts: ModelFacts) -> None:
     return
 
 
+def _none_made(facts: ModelFacts) -> tuple[Made, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp has an architecture; names of tensors stand in its rules.
@@ -185,6 +202,7 @@ class Gguf:
         rotation: a config that says under the usual keys how positions are rotated, where layers
             differ, in those of full attention.
         otherwise: lines on what llama.cpp computes otherwise than a config says.
+        made: tensors that a file has beside those of the checkpoint.
         source: returns what `config.json` has that the pairs of all architectures do not say, from
             a file of this one; None where a file is no checkpoint that is read. The pairs of the
             config are held against the file's.
@@ -207,6 +225,7 @@ class Gguf:
     computed: Callable[[Config], Config] = _own
     rotation: Callable[[Config], Config] = _own
     otherwise: Callable[[Config], tuple[str, ...]] = _no_lines
+    made: Callable[[ModelFacts], tuple[Made, ...]] = _none_made
     source: Callable[[GgufFacts], Config] | None = None
     absent: Mapping[str, Callable[[Mapping[str, Any]], Value]] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from allocator.families.deepseek_v2 import DEEPSEEK_V2
 from allocator.families.deepseek_v3 import DEEPSEEK_V3
 from allocator.families.dots1 import DOTS1
 from allocator.families.ernie4_5_moe import ERNIE4_5_MOE
+from allocator.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from allocator.families.glm4_moe import GLM4_MOE
 from allocator.families.glm4_moe_lite import GLM4_MOE_LITE
 from allocator.families.gpt_oss import GPT_OSS
@@ -52,6 +53,8 @@ _FAMILIES: dict[str, Family] = {
         LAGUNA,
         ERNIE4_5_MOE,
         HUNYUAN_V1_MOE,
+        GEMMA4,
+        GEMMA4_TEXT,
     )
 }
 

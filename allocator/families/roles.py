@@ -43,6 +43,8 @@ class Role(StrEnum):
     CONV_KERNEL = "conv.kernel"
     BIAS = "bias"
     EXPERT_BIAS = "experts.bias"
+    EXPERT_SCALE = "experts.scale"
+    LAYER_SCALE = "layer.scale"
     NEXTN = "nextn"
 
     @property
@@ -53,13 +55,13 @@ class Role(StrEnum):
     @property
     def is_router(self) -> bool:
         """Whether it has one row or value per routed expert."""
-        return self in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS)
+        return self in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS, Role.EXPERT_SCALE)
 
     @property
     def is_encoded(self) -> bool:
         """Whether its format is searched; routers, norms, biases and the like are never encoded."""
         other = (
             Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE,
-            Role.CONV_KERNEL, Role.NEXTN,
+            Role.CONV_KERNEL, Role.LAYER_SCALE, Role.NEXTN,
         )  # fmt: skip
         return not self.is_router and self not in other

@@ -6,6 +6,7 @@ removed expert is gone from the router before top-k, gates are renormalised by t
 own router code, and the weights are the decoded ones of the file.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,13 @@ from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.scoring.model_ends import check_head
-from allocator.scoring.modules import expert_rows, experts_of, experts_path, routing_modules
+from allocator.scoring.modules import (
+    expert_rows,
+    experts_of,
+    experts_path,
+    router_path,
+    routing_modules,
+)
 from allocator.targets import FullPrecision, Group, Layout, target_named
 from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
@@ -161,6 +168,11 @@ def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> 
         for module in routing_modules(model, layer):
             if hasattr(module, "top_k"):
                 module.top_k = experts_used
+        router = model.get_submodule(router_path(model, layer))
+        own = getattr(getattr(router, "config", None), "top_k_experts", experts_used)
+        if own != experts_used:  # read when the router runs
+            router.config = copy.copy(router.config)  # which all layers share
+            router.config.top_k_experts = experts_used
 
 
 def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory, TensorInfo
-from allocator.families import Config, Role, Transform
+from allocator.families import Config, Made, Role, Transform
 from allocator.formats import FORMATS, Format, Parts, offered
 
 _FORMATS = (MXFP4, "Q8_0")
@@ -128,6 +128,8 @@ class Layout:
         notes: what a user must know of it: what is left out, what the runtime must be told.
         computed: a config in place of the checkpoint's, by which transformers computes as the
             runtime does; None where the checkpoint's says it.
+        made: tensors of the target's file that no checkpoint has, before all groups; a part of the
+            file's overhead.
     """
 
     target: str
@@ -136,6 +138,7 @@ class Layout:
     full_precision: tuple[FullPrecision, ...]
     notes: tuple[str, ...] = ()
     computed: Config | None = None
+    made: tuple[Made, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

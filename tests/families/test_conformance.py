@@ -262,3 +262,29 @@ def test_heads_of_linear_attention_that_llama_cpp_has_no_names_for_are_refused(c
         described(case.config | {"linear_value_head_dim": 32})
     with pytest.raises(CheckpointError, match="needed a multiple of linear_num_key_heads"):
         described(case.config | {"linear_num_value_heads": 5})
+
+
+class TestGemma4Text(FamilyConformance):
+    config = {k: v for k, v in SMALL.items() if k not in ("hidden_act", "num_experts_per_tok")} | {
+        "model_type": "gemma4_text", "num_hidden_layers": 2, "moe_intermediate_size": 32,
+        "num_experts": 8, "top_k_experts": 2, "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0, "tie_word_embeddings": True, "attention_k_eq_v": True,
+        "hidden_activation": "gelu_pytorch_tanh", "global_head_dim": 32, "sliding_window": 16,
+        "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    family = planned_family_of(config)
+    saved_as_read = False
+    without_gguf_names = (Role.EXPERT_GATE, Role.EXPERT_UP)  # gguf-py knows them as one
+
+
+GEMMA4 = {
+    "model_type": "gemma4", "text_config": TestGemma4Text.config, "vision_config": {"depth": 1},
+}  # fmt: skip
+
+
+class TestGemma4(FamilyConformance):
+    config = GEMMA4
+    family = planned_family_of(config)
+    in_transformers = False  # the language model alone is
+    without_gguf_names = TestGemma4Text.without_gguf_names

@@ -51,11 +51,12 @@ def test_foreign_names_match_nothing(name):
 
 def test_roles():
     assert [r for r in Role if r.is_expert] == ["experts.gate", "experts.up", "experts.down"]
-    assert [r for r in Role if r.is_router] == ["router", "router_bias", "experts.bias"]
+    routers = ["router", "router_bias", "experts.bias", "experts.scale"]
+    assert [r for r in Role if r.is_router] == routers
     kept = [r for r in Role if not r.is_encoded]
     names = (
         "norm router router_bias shared.router linear.ab linear.state conv.kernel bias "
-        "experts.bias nextn"
+        "experts.bias experts.scale layer.scale nextn"
     )
     assert kept == names.split()
 

@@ -19,7 +19,7 @@ from allocator.checkpoint.gguf.reader import read_header
 from allocator.codecs import Bytes, Floats
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
-from allocator.formats import FORMATS
+from allocator.formats import FORMATS, Format
 from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.gguf.contract import file_shape
@@ -97,7 +97,10 @@ def _add_tensors(
 ) -> dict[str, tuple[tuple[int, ...], int]]:
     """Fills the tensor table in file order; shape and bytes by tensor name."""
     counts = allocation.counts
-    rows = [
+    rows: list[tuple[str, tuple[int, ...], Format]] = [
+        (made.name, (len(made.values),), FORMATS["F32"]) for made in layout.made
+    ]
+    rows += [
         (
             g.stored_as,
             g.shape_with(counts.get(_layer(g.layer), 0)),
@@ -121,6 +124,9 @@ def _add_tensors(
 def _data(
     layout: Layout, allocation: Allocation, source: GgufSource
 ) -> Iterator[tuple[str, tuple[int, ...], npt.NDArray[np.generic]]]:
+    for made in layout.made:
+        values = np.array(made.values, np.float32)
+        yield made.name, values.shape, values
     for group in layout.groups.values():
         order = row_order(layout, group)
         encoded = np.ascontiguousarray(source.encoded(group.name)[..., order, :])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from allocator.codecs import Bytes
+from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Runtime
 from allocator.export.gguf.files import from_file, read_gguf, row_order, to_file, write_gguf
 from allocator.export.gguf.recipes import (
@@ -62,10 +63,12 @@ class GgufRuntime(Runtime):
         """Reads every tensor, by the layout's names.
 
         Raises:
-            VerifyError: if the file is missing, truncated or damaged.
+            VerifyError: if the file is missing, truncated or damaged, or a tensor that no
+                checkpoint has is another than needed.
         """
         groups = {g.stored_as: g for g in layout.groups.values()}
         unencoded = {t.stored_as: t for t in layout.full_precision}
+        made = {t.name: t for t in layout.made}
 
         from allocator.export.stored import StoredTensor  # which loads torch
 
@@ -78,8 +81,14 @@ class GgufRuntime(Runtime):
                 tensor = unencoded[name]
                 values = _own_values(data, layout, tensor) if fmt == tensor.dtype else data
                 tensors[tensor.source] = StoredTensor(values, fmt)
+            elif name in made:
+                wanted = np.array(made.pop(name).values, np.float32).tobytes()
+                if (fmt, data.tobytes()) != ("F32", wanted):
+                    raise VerifyError(f"{path}: {name} holds other values than config.json means")
             else:
                 tensors[name] = StoredTensor(data, fmt)
+        if made:
+            raise VerifyError(f"{path}: no tensor {min(made)}; write the file again")
         return tensors
 
     def in_order(self, data: Bytes, layout: Layout, name: str) -> Bytes:

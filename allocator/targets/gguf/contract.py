@@ -90,7 +90,8 @@ class GgufTarget(Target):
         )
         computed = self.computed(family, inventory.config)
         groups_in_order = in_file_order(groups)
-        return Layout(self.name, inventory, groups_in_order, full_precision, notes, computed)
+        made = gguf.made(inventory.facts)
+        return Layout(self.name, inventory, groups_in_order, full_precision, notes, computed, made)
 
     def computed(self, family: Family, config: Config) -> Config | None:
         """Returns a config by which transformers computes as llama.cpp does; None for its own."""
@@ -118,14 +119,19 @@ class GgufTarget(Target):
         formats: Mapping[str, str],
         experts_used: int,
     ) -> int:
-        """Returns the bytes of header, metadata and tensor table, padded; formats do not matter."""
+        """Returns the bytes of header, metadata and tensor table, padded, and of made tensors.
+
+        Formats do not matter.
+        """
         n_experts = max(map(len, retained.values()))
         fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
         rows += [(k.stored_as, len(file_shape(k.shape))) for k in layout.full_precision]
+        rows += [(made.name, 1) for made in layout.made]
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
-        return self.padded(_HEADER + metadata_bytes(fields) + table)
+        made = sum(self.padded(4 * len(tensor.values)) for tensor in layout.made)
+        return self.padded(_HEADER + metadata_bytes(fields) + table) + made
 
     def check_tokenizer(self, inventory: Inventory) -> None:
         """Checks that llama.cpp can read text as the checkpoint's tokenizer does.
