@@ -29,6 +29,7 @@ from allocator.families.gguf import (
     SIGMOID,
     Fixed,
     Gguf,
+    GgufFacts,
     ModelFacts,
     Pair,
     grouped_pairs,
@@ -100,6 +101,15 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield from scaled_router_pairs(facts)
 
 
+def _source(file: GgufFacts) -> Config:
+    return {
+        "num_dense_layers": file.pairs.get("leading_dense_block_count", 0),
+        "num_shared_experts": file["expert_shared_count"],
+        "route_scale": file.pairs.get("expert_weights_scale", 1.0),
+        "sliding_window": file["attention.sliding_window"],
+    }
+
+
 AFMOE = Family(
     model_type="afmoe",
     models="Trinity-Nano, Trinity-Mini, Trinity-Large",
@@ -117,6 +127,11 @@ AFMOE = Family(
         _hyperparameters,
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"), Fixed("mup_enabled", True, False)),
+        source=_source,
+        absent={
+            "attention.sliding_window_pattern": lambda pairs: _INTERVAL,
+            "expert_gating_func": lambda pairs: SIGMOID,
+        },
     ),
     selection_bias=True,
     scales_gates=True,

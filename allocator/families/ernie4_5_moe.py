@@ -28,7 +28,15 @@ from allocator.families.common import (
     shared_expert,
 )
 from allocator.families.config import Config, count
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, grouped_pairs, leading_dense
+from allocator.families.gguf import (
+    Fixed,
+    Gguf,
+    GgufFacts,
+    ModelFacts,
+    Pair,
+    grouped_pairs,
+    leading_dense,
+)
 from allocator.families.keys import Keys
 from allocator.families.rope import with_base
 from allocator.families.sizes import Scoring
@@ -66,6 +74,13 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
         yield "expert_shared_feed_forward_length", facts.dimensions.sizes["shared_width"] or 0
 
 
+def _source(file: GgufFacts) -> Config:
+    return {
+        "moe_layer_start_index": file.pairs.get("leading_dense_block_count", 0),
+        "moe_num_shared_experts": file.pairs.get("expert_shared_count", 0),
+    }
+
+
 ERNIE4_5_MOE = Family(
     model_type="ernie4_5_moe",
     models="ERNIE-4.5-21B-A3B, 300B-A47B",
@@ -93,6 +108,7 @@ ERNIE4_5_MOE = Family(
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"), Fixed("moe_norm_min", 1e-12, 1e-12)),
         computed=with_base(500000.0),
+        source=_source,
     ),
     ignored=(r"model\.mtp_.*",),
     selection_bias=True,

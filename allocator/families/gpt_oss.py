@@ -25,6 +25,7 @@ from allocator.families.gguf import (
     ComputeGraph,
     Fixed,
     Gguf,
+    GgufFacts,
     ModelFacts,
     Pair,
     Window,
@@ -140,6 +141,14 @@ def _window(config: Config, n_layers: int) -> Window:
     return Window(tokens, frozenset(range(0, n_layers, 2)))  # set_swa_pattern(2)
 
 
+def _source(file: GgufFacts) -> Config:
+    own = {"sliding_window": file["attention.sliding_window"]}
+    if "rope.scaling.type" in file.pairs:
+        return own
+    base = file.pairs.get("rope.freq_base", 10000.0)  # llama.cpp's own
+    return own | {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
+
+
 _LAYER = layer(_ATTENTION, _ROUTED)
 _STACKS = (
     Stack(
@@ -175,6 +184,7 @@ GPT_OSS = Family(
         window=_window,
         computed=_computed,
         otherwise=_otherwise,
+        source=_source,
     ),
     never_null=NEVER_NULL - {"moe_intermediate_size"},
 )

@@ -23,7 +23,7 @@ from allocator.families.common import (
     shared_expert,
 )
 from allocator.families.config import Config, count, number, whole
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, grouped_pairs
+from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, grouped_pairs, nothing_else
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.rope import rope_parameters
@@ -91,6 +91,7 @@ HUNYUAN_V1_MOE = Family(
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"),),
         rotation=_static,
+        source=nothing_else,
     ),
     never_null=NEVER_NULL - {"moe_intermediate_size"},
     bias_keys=("attention_bias",),

@@ -14,6 +14,7 @@ from allocator.families.gguf import (
     SIGMOID,
     Fixed,
     Gguf,
+    GgufFacts,
     ModelFacts,
     Pair,
     grouped_pairs,
@@ -114,6 +115,16 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_gating_func", SIGMOID
 
 
+def _source(file: GgufFacts) -> Config:
+    heads = file["attention.head_count_kv"]
+    return {
+        "num_key_value_heads": max(heads),
+        "layer_types": [_ATTENTION if n else _CONVOLUTION for n in heads],
+        "conv_L_cache": file["shortconv.l_cache"],
+        "num_dense_layers": file.pairs.get("leading_dense_block_count", 0),
+    }
+
+
 LFM2_MOE = Family(
     model_type="lfm2_moe",
     models="LFM2-8B-A1B, 24B-A2B, LFM2.5",
@@ -144,6 +155,7 @@ LFM2_MOE = Family(
             Fixed("use_expert_bias", True, True),
         ),
         computed=with_base(1_000_000.0),
+        source=_source,
     ),
     selection_bias=True,
     scales_gates=True,
