@@ -14,6 +14,7 @@ token.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,22 +42,34 @@ def _rotated(rows: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation).flatten(-2)
 
 
+_Stored = tuple[Format | None, torch.Tensor | None]
+"""A format, and the matrix that rotates heads before; None for neither."""
+
+
 class KeysValues:
     """Stands in for the cache of a transformers model, and stores nothing.
 
     Args:
         dimensions: the checkpoint's.
-        keys: how the runtime stores keys.
-        values: how the runtime stores values.
+        rows: how the runtime stores keys, and values, of heads of a width.
     """
 
-    def __init__(self, dimensions: Dimensions, keys: CacheRows, values: CacheRows) -> None:
-        self._keys, self._values = keys, values
+    def __init__(
+        self, dimensions: Dimensions, rows: Callable[[int], tuple[CacheRows, CacheRows]]
+    ) -> None:
+        self._rows = rows
+        self._keys, _ = rows(dimensions.head)
         self._latent = dimensions.latent
-        self._rotations = [
-            hadamard(rows.rotation) if rows.rotation and self._latent is None else None
-            for rows in (keys, values)
-        ]
+        self._known: dict[int, list[_Stored]] = {}
+
+    def _of_width(self, width: int) -> "list[_Stored]":
+        """Formats of keys and of values, and what rotates heads of this width."""
+        if width not in self._known:  # layers may have heads of several widths
+            self._known[width] = [
+                (rows.fmt, hadamard(rows.rotation) if rows.rotation else None)
+                for rows in self._rows(width)
+            ]
+        return self._known[width]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -70,10 +83,8 @@ class KeysValues:
             layer_idx: the layer; transformers passes it.
         """
         if self._latent is None:
-            return (
-                _stored(keys, self._keys.fmt, self._rotations[0]),
-                _stored(values, self._values.fmt, self._rotations[1]),
-            )
+            of_keys, of_values = self._of_width(keys.shape[-1])
+            return _stored(keys, *of_keys), _stored(values, *of_values)
         latent, placed = keys, values
         apart = self._latent.interleaved  # transformers pulls the pairs apart
         half = placed.shape[-1] // 2
@@ -125,7 +136,9 @@ def keys_values(target: Target, dimensions: Dimensions, kv_format: str) -> KeysV
         kv_format: as in `RuntimeSettings`.
     """
     keys, values = target.cache_rows(kv_format, dimensions.head)
-    return None if keys.fmt is values.fmt is None else KeysValues(dimensions, keys, values)
+    if keys.fmt is values.fmt is None:
+        return None
+    return KeysValues(dimensions, partial(target.cache_rows, kv_format))
 
 
 def attach(model: Any, current: Callable[[], KeysValues | None]) -> None:

@@ -14,12 +14,15 @@ from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, TargetError, VerifyError
+from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.files import write_gguf
+from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.gguf.runtime import GGUF_RUNTIME
 from allocator.families import Made
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, SAFETENSORS
+from allocator.targets.gguf.memory import kv_read_bytes
 from allocator.targets.gguf.metadata import hyperparameters
 from allocator.testing.family_runs import random_checkpoint
 from allocator.testing.tensors import CheckpointTensors
@@ -57,6 +60,15 @@ def computed(path, ids, **changes):
     )
     with torch.no_grad():
         return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def everything(layout, *, experts_used):
+    return Allocation.of(
+        target="gguf",
+        retained=dict.fromkeys(layout.layers, tuple(range(4))),
+        formats=dict.fromkeys(layout.groups, "F32"),
+        experts_used=experts_used,
+    )
 
 
 def test_a_token_uses_fewer_experts(case, layout):
@@ -171,12 +183,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(config, message):
 
 
 def test_a_file_with_other_factors_is_refused(layout, tmp_path):
-    allocation = Allocation.of(
-        target="gguf",
-        retained=dict.fromkeys(layout.layers, tuple(range(4))),
-        formats=dict.fromkeys(layout.groups, "F32"),
-        experts_used=2,
-    )
+    allocation = everything(layout, experts_used=2)
     path = tmp_path / "model.gguf"
     write_gguf(path, layout, allocation, CheckpointTensors(layout))
     assert path.stat().st_size == allocation.nbytes(layout).file
@@ -186,3 +193,37 @@ def test_a_file_with_other_factors_is_refused(layout, tmp_path):
         GGUF_RUNTIME.read(path, all_rotated)
     with pytest.raises(VerifyError, match=r"no tensor other\.weight"):
         GGUF_RUNTIME.read(path, replace(layout, made=(Made("other.weight", (1.0,)),)))
+
+
+WIDE = THREE | {  # both widths are rotated before they are stored; all experts are used
+    "head_dim": 64, "global_head_dim": 256, "top_k_experts": 4,
+}  # fmt: skip
+
+
+def test_keys_and_values_are_stored_as_in_llama_cpp(tmp_path):
+    """Nearer to llama.cpp with the same cache than the exact one is, by far."""
+    (tmp_path / "model").mkdir()
+    case = random_checkpoint(WIDE, tmp_path / "model")
+    layout = GGUF.layout(read_inventory(case.path))
+    allocation = everything(layout, experts_used=4)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, layout, allocation, CheckpointTensors(layout))
+    with LlamaCpp(path, context=64, exact=False, kv_format="q4_0") as llama:
+        theirs = [llama.logits(ids) for ids in case.ids]
+    off = {}
+    swap = SwapModel(layout, refuse)
+    for kv_format in ("f16", "q4_0"):
+        swap.put(replace(Candidate.original(layout), kv_format=kv_format))
+        with torch.no_grad():
+            ours = [swap.model(torch.tensor([ids])).logits[0].numpy() for ids in case.ids]
+        off[kv_format] = np.mean([kl_divergence(*pair) for pair in zip(ours, theirs, strict=True)])
+    assert off["f16"] > 1e-5
+    assert off["q4_0"] < 0.2 * off["f16"]
+
+
+def test_keys_and_values_of_all_layers_are_read():
+    """A layer with a window of 8 and 2 heads of 64; two that read all of it, 1 head of 256."""
+    inventory = planned_inventory(WIDE)
+    for fmt, of_64, of_256 in (("f16", 128, 512), ("q8_0", 68, 272)):
+        read = kv_read_bytes(inventory, kv_format=fmt, context=256)
+        assert read == 2 * (8 * 2 * of_64 + 2 * 256 * 1 * of_256)

@@ -102,10 +102,23 @@ def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
         for role in (Role.LINEAR_OUT, Role.CONV_OUT)
     )
     attended = (x for x in range(dims.n_layers) if x not in linear | short)
-    cells = (min(whole, dims.window) if dims.slides(x) else whole for x in attended)
+    read = sum(
+        (min(whole, dims.window) if dims.slides(x) else whole)
+        * sum(_kv_bytes(_of_layer(inventory, dims, x), kv_format))
+        for x in attended
+    )
     states = len(linear) * _state_bytes(inventory.dimensions.linear)
     states += len(short) * 4 * ((inventory.dimensions.conv_kernel or 1) - 1) * dims.hidden
-    return sum(cells) * sum(_kv_bytes(dims, kv_format)) + states
+    return read + states
+
+
+def _of_layer(inventory: Inventory, dims: "_Dims", layer: int) -> "_Dims":
+    """With the heads of keys of one layer, where layers differ in them."""
+    family = inventory.family
+    sizes = family.layer_sizes(family.text_config(inventory.config), layer)
+    if not {"head", "keys"} <= set(sizes):
+        return dims
+    return replace(dims, head=sizes["head"], kv_heads=sizes["keys"] // sizes["head"])
 
 
 def _state_bytes(linear: LinearAttention | None) -> int:
