@@ -196,6 +196,19 @@ def test_q8_0_is_decoded_as_gguf_py_decodes(file_of, kind):
     assert len(digests) == len(experts)
 
 
+@pytest.mark.parametrize("fmt", ["F16", "F32"])
+def test_floats_are_read_exactly(file_of, fmt):
+    stored = {t.name: t.data for t in GGUFReader(file_of("mixtral", fmt)).tensors}
+    inventory = read_inventory(file_of("mixtral", fmt))
+    for name, own in (("blk.0.attn_v", "self_attn.v_proj"), ("blk.0.ffn_gate_inp", "mlp.gate")):
+        values = read_tensor(inventory, f"model.layers.0.{own}.weight")
+        np.testing.assert_array_equal(values, stored[f"{name}.weight"].astype(np.float32))
+    (down,) = [t for t in inventory.of_role("experts.down", 1) if t.expert == 5]
+    assert down.dtype == fmt
+    wanted = stored["blk.1.ffn_down_exps.weight"][5].astype(np.float32)
+    np.testing.assert_array_equal(read_tensor(inventory, down.name), wanted)
+
+
 def test_q8_0_is_written_again_as_it_is(file_of, tmp_path):
     path = file_of("deepseek", "Q8_0")
     layout = GGUF.layout(read_inventory(path))

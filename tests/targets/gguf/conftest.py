@@ -184,6 +184,8 @@ def taken_over():
         assert tokenizer(inventory) == tokenizer(file.inventory)
         made, source = read_tokenizer(inventory), read_tokenizer(file.inventory)
         assert made.prefix == source.prefix
+        ignores = [bool(t.raw["model"].get("ignore_merges")) for t in (made, source)]
+        assert ignores[0] == ignores[1]
         ids = [
             [e.ids for e in library.encode_batch(chosen, add_special_tokens=False)]
             for library in (tokenizers.Tokenizer.from_str(t.text) for t in (made, source))
