@@ -830,6 +830,8 @@ def _check_experts(inventory: Inventory) -> None:
     n = inventory.n_experts
     for layer in inventory.moe_layers:
         for role in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN):
+            if role not in inventory.family.roles:  # e.g. experts without gate
+                continue
             matrices = inventory.of_role(role, layer)
             whole = len(matrices) == n and all(t.expert == i for i, t in enumerate(matrices))
             if not whole or len({t.shape for t in matrices}) != 1:

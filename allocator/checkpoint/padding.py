@@ -2,8 +2,8 @@
 
 In: an inventory, and a width. Out: an inventory of that width. Invariant: every value of the files
 is where it was, and all others are zeros. A neuron without weights in gate and up gives
-`act(0) * 0 = 0` exactly, whatever the formats make of its column in down: zeros are stored as
-zeros by every format.
+`act(0) * 0 = 0` exactly, and `relu(0) = 0` in experts without gate, whatever the formats make of
+its column in down: zeros are stored as zeros by every format.
 
 Formats of few bits have blocks of 256 weights, and rows of down are as long as experts are wide.
 No runtime pads rows, but all read the width of experts from metadata.

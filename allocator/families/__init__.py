@@ -23,7 +23,7 @@ from allocator.families.base import (
 )
 from allocator.families.config import Config
 from allocator.families.gguf import ComputeGraph, Gguf, Half, Made, ModelFacts, Piece, Window
-from allocator.families.keys import Keys, LatentKeys, LinearKeys
+from allocator.families.keys import Keys, LatentKeys, LinearKeys, StateSpaceKeys
 from allocator.families.registry import (
     families,
     family_of,
@@ -38,6 +38,7 @@ from allocator.families.sizes import (
     LinearAttention,
     Router,
     Scoring,
+    StateSpace,
 )
 from allocator.families.transforms import Transform
 
@@ -67,6 +68,8 @@ __all__ = [
     "Rule",
     "Scoring",
     "Stack",
+    "StateSpace",
+    "StateSpaceKeys",
     "Support",
     "Transform",
     "Window",

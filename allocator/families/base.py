@@ -22,9 +22,10 @@ from allocator.families.config import (
     is_tied,
     number,
     optional,
+    plain_floats,
 )
 from allocator.families.gguf import Gguf, Half, ModelFacts
-from allocator.families.keys import Keys, LatentKeys, LinearKeys
+from allocator.families.keys import Keys, LatentKeys, LinearKeys, StateSpaceKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import (
     Dimensions,
@@ -32,6 +33,7 @@ from allocator.families.sizes import (
     LinearAttention,
     Router,
     Scoring,
+    StateSpace,
 )
 from allocator.families.transforms import Transform
 
@@ -70,6 +72,7 @@ class Rule:
         aliases: other names under which checkpoints have it; an inventory calls it by `pattern`.
         transforms: what llama.cpp has in place of its values, one after the other; of a tensor
             that is not encoded.
+        gguf_shape: its axes in llama.cpp, where these are others.
         in_one_row: a vector that checkpoints, and transformers' model, have as a matrix of one row.
     """
 
@@ -79,6 +82,7 @@ class Rule:
     gguf: str | None = None
     aliases: tuple[str, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    gguf_shape: str | None = None
     in_one_row: bool = False
 
     @cached_property
@@ -169,6 +173,10 @@ def _softmax_router(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, True
 
 
+def _as_it_is(config: Config) -> Config:
+    return config
+
+
 def _no_sizes(config: Config, layer: int) -> Mapping[str, int]:
     return {}
 
@@ -207,7 +215,8 @@ class Family:
         ignored: expressions for names that are left out: other parts of the model.
         computed: expressions for names of buffers that a model computes itself.
         text_key: key of the language model's own config, in a model of text and more.
-        by_layer: keys under which a config may have the same value for every layer, as a list.
+        completed: returns a config with the keys that `keys` names, where configs may say the same
+            under others.
         prefixes: beginnings of names that checkpoints may have in place of those of the rules, and
             which these are.
         built_as: transformers' name of the architecture, where a config calls it otherwise.
@@ -245,7 +254,7 @@ class Family:
         r"(inv_freq|original_inv_freq|cos_cached|sin_cached)",
     )
     text_key: str | None = None
-    by_layer: tuple[str, ...] = ()
+    completed: Callable[[Config], Config] = _as_it_is
     prefixes: tuple[tuple[str, str], ...] = ()
     built_as: str | None = None
     layer_prefix: str = "model.layers.{layer}."
@@ -391,11 +400,7 @@ class Family:
         inner = config.get(self.text_key) if self.text_key else None
         if isinstance(inner, Mapping):
             config = {**{key: config[key] for key in SHARED_KEYS if key in config}, **inner}
-        lists = {key: config[key] for key in self.by_layer if isinstance(config.get(key), list)}
-        same = {
-            key: values[0] for key, values in lists.items() if values == values[:1] * len(values)
-        }
-        return {**config, **same} if same else config
+        return self.completed(config)
 
     def settings(self, config: Config) -> tuple[str, Config]:
         """Returns what transformers builds the model from.
@@ -405,7 +410,9 @@ class Family:
         """
         inner = self.text_config(config)
         named = self.built_as or inner.get("model_type", self.model_type)
-        return named, {k: v for k, v in inner.items() if k not in ("model_type", "auto_map")}
+        return named, {
+            k: plain_floats(v) for k, v in inner.items() if k not in ("model_type", "auto_map")
+        }
 
     def n_experts_key(self, config: Config) -> str:
         """Returns the key under which `config` says how many routed experts a layer has.
@@ -468,6 +475,10 @@ class Family:
             shared_width=optional(config, keys.shared_width),
             latent=None if keys.latent is None else _latent(config, keys.latent),
             linear=None if keys.linear is None else _linear(config, keys.linear),
+            state_space=(
+                None if keys.state_space is None else _state_space(config, keys.state_space)
+            ),
+            expert_hidden=optional(config, keys.expert_hidden) if keys.expert_hidden else None,
             conv_kernel=None if keys.conv_kernel is None else count(config, keys.conv_kernel),
         )
 
@@ -586,8 +597,12 @@ class Family:
             linear = keys.linear
             yield from (linear.key_heads, linear.value_heads, linear.key_head, linear.value_head)
             yield linear.kernel
-        if keys.conv_kernel is not None:
-            yield keys.conv_kernel
+        if keys.state_space is not None:
+            space = keys.state_space
+            yield from (space.heads, space.head, space.state, space.groups, space.kernel)
+        for key in (keys.expert_hidden, keys.conv_kernel):
+            if key is not None:
+                yield key
 
     def shapes(self, config: Config, layer: int | None) -> dict[Rule, tuple[int, ...]]:
         """Returns the tensors that a config asks for in a layer, or outside of the layers.
@@ -627,6 +642,17 @@ class Family:
         """
         config = self.text_config(config)
         return self._shape(config, self.dimensions(config).sizes, rule.shape)
+
+    def gguf_shape(self, config: Config, rule: Rule) -> tuple[int, ...] | None:
+        """Returns the shape that llama.cpp gives a tensor; None for the checkpoint's.
+
+        Raises:
+            CheckpointError: if `config` lacks or contradicts what shapes are made of.
+        """
+        if rule.gguf_shape is None:
+            return None
+        config = self.text_config(config)
+        return self._shape(config, self.dimensions(config).sizes, rule.gguf_shape)
 
     def nextn_shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Returns the tensors that a layer of multi-token prediction has beside those of others.
@@ -676,5 +702,21 @@ def _linear(config: Config, keys: LinearKeys) -> LinearAttention:
         raise CheckpointError(
             f"config.json: {keys.value_heads} is {sizes.value_heads}, needed a multiple of "
             f"{keys.key_heads}, {sizes.key_heads}"
+        )
+    return sizes
+
+
+def _state_space(config: Config, keys: StateSpaceKeys) -> StateSpace:
+    sizes = StateSpace(
+        heads=count(config, keys.heads),
+        head=count(config, keys.head),
+        state=count(config, keys.state),
+        groups=count(config, keys.groups),
+        kernel=count(config, keys.kernel),
+    )
+    if sizes.heads % sizes.groups:
+        raise CheckpointError(
+            f"config.json: {keys.heads} is {sizes.heads}, needed a multiple of {keys.groups}, "
+            f"{sizes.groups}"
         )
     return sizes

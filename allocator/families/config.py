@@ -148,6 +148,19 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", False))
 
 
+def plain_floats(value: Any) -> Any:
+    """Returns a value of a config with floats for what transformers writes in place of them.
+
+    JSON has no infinity: `{"__float__": "Infinity"}` stands for one.
+    """
+    if isinstance(value, dict):
+        text = value.get("__float__")
+        if isinstance(text, str) and len(value) == 1:
+            return float(text)
+        return {key: plain_floats(inner) for key, inner in value.items()}
+    return [plain_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
 def plain_skeleton(settings: Any) -> None:
     """Changes transformers' own settings so that they build a model of plain floats.
 

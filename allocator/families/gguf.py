@@ -9,7 +9,7 @@ The type of a value is its type in the file: `int` an unsigned integer of 32 bit
 of 32 bits, `bool` and `str` their own, a tuple an array of signed integers of 32 bits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -182,8 +182,8 @@ class Gguf:
 
     Attributes:
         architecture: llama.cpp's name.
-        hyperparameters: yields the pairs that this architecture has beside those of all; None where
-            no file is written.
+        hyperparameters: yields the pairs that this architecture has beside those of all, or in
+            their place; None where no file is written.
         graph: that llama.cpp builds, where its memory is predicted; None where it is not known,
             and no whole device is a budget.
         fixed: what llama.cpp hard-codes.
@@ -262,16 +262,18 @@ class Gguf:
                 "needed an architecture whose files are written"
             )
         _check_router_groups(facts.router, n_experts, experts_used)
-        yield from self._named(_of_all(facts))
+        of_all = list(_of_all(facts))
         self._check_fixed(facts.config)
+        own = dict(self.hyperparameters(facts))
+        yield from self._named((key, own.pop(key, value)) for key, value in of_all)
         yield f"{self.architecture}.expert_count", n_experts
         yield f"{self.architecture}.expert_used_count", experts_used
-        yield from self._named(self.hyperparameters(facts))
+        yield from self._named(own.items())
         config = self.rotation(self.computed(facts.config))
         rope = rope_pairs(config, self.architecture, divides_mscale=self.divides_mscale)
         yield from self._named(rope)
 
-    def _named(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
+    def _named(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
         for key, value in pairs:
             yield f"{self.architecture}.{key}", value
 

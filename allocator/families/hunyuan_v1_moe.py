@@ -39,6 +39,14 @@ _LAYER = layer(
 )
 
 
+def _with_one_topk(config: Config) -> Config:
+    """The config with a number for the same one in every layer, as a list."""
+    used = config.get("moe_topk")
+    if not isinstance(used, list) or used != used[:1] * len(used) or not used:
+        return config
+    return {**config, "moe_topk": used[0]}
+
+
 def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, True
 
@@ -83,7 +91,7 @@ HUNYUAN_V1_MOE = Family(
     layer_parts=lambda config, number: _LAYER,
     layers=(_LAYER,),
     scoring=_scoring,
-    by_layer=("moe_topk",),
+    completed=_with_one_topk,
     stacks=STACKS,
     gguf=Gguf(
         "hunyuan-moe",

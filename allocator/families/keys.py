@@ -27,6 +27,17 @@ class LinearKeys:
 
 
 @dataclass(frozen=True)
+class StateSpaceKeys:
+    """Keys of a state space model; Nemotron-H's by default."""
+
+    heads: str = "mamba_num_heads"
+    head: str = "mamba_head_dim"
+    state: str = "ssm_state_size"
+    groups: str = "n_groups"
+    kernel: str = "conv_kernel"
+
+
+@dataclass(frozen=True)
 class Keys:
     """Keys of an architecture; transformers' usual ones by default.
 
@@ -34,6 +45,8 @@ class Keys:
         experts: routed experts of a layer: alternatives, of which the first that is present counts.
         latent: None for grouped attention.
         linear: None where no layer has linear attention.
+        state_space: None where no layer is a state space model.
+        expert_hidden: width of what routed experts get; None where they get states as they are.
         conv_kernel: tokens that a short convolution reaches over; None where no layer is one.
         heads_by_layer: a list of heads of queries, where layers have several numbers of them.
         default_epsilon: what transformers adds to a norm's mean square where no key says.
@@ -59,6 +72,8 @@ class Keys:
     norm_epsilon: str = "rms_norm_eps"
     latent: LatentKeys | None = None
     linear: LinearKeys | None = None
+    state_space: StateSpaceKeys | None = None
+    expert_hidden: str | None = None
     conv_kernel: str | None = None
     heads_by_layer: str | None = None
     default_epsilon: float = 1e-6

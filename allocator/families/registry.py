@@ -24,6 +24,7 @@ from allocator.families.laguna import LAGUNA
 from allocator.families.lfm2_moe import LFM2_MOE
 from allocator.families.minimax_m2 import MINIMAX_M2
 from allocator.families.mixtral import MIXTRAL
+from allocator.families.nemotron_h import NEMOTRON_H
 from allocator.families.olmoe import OLMOE
 from allocator.families.qwen2_moe import QWEN2_MOE
 from allocator.families.qwen3_5_moe import QWEN3_5_MOE, QWEN3_5_MOE_TEXT
@@ -55,6 +56,7 @@ _FAMILIES: dict[str, Family] = {
         HUNYUAN_V1_MOE,
         GEMMA4,
         GEMMA4_TEXT,
+        NEMOTRON_H,
     )
 }
 

@@ -38,6 +38,11 @@ class Role(StrEnum):
     LINEAR_OUT = "linear.out"
     LINEAR_AB = "linear.ab"
     LINEAR_STATE = "linear.state"
+    SSM_IN = "ssm.in"
+    SSM_OUT = "ssm.out"
+    SSM_STATE = "ssm.state"
+    LATENT_IN = "latent.in"
+    LATENT_OUT = "latent.out"
     CONV_IN = "conv.in"
     CONV_OUT = "conv.out"
     CONV_KERNEL = "conv.kernel"
@@ -62,6 +67,6 @@ class Role(StrEnum):
         """Whether its format is searched; routers, norms, biases and the like are never encoded."""
         other = (
             Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE,
-            Role.CONV_KERNEL, Role.LAYER_SCALE, Role.NEXTN,
+            Role.SSM_STATE, Role.CONV_KERNEL, Role.LAYER_SCALE, Role.NEXTN,
         )  # fmt: skip
         return not self.is_router and self not in other

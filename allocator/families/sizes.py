@@ -97,6 +97,35 @@ class LinearAttention:
         return self.value_heads // self.key_heads
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """Sizes of a state space model (Mamba-2), whose state no token makes longer.
+
+    Attributes:
+        heads: of values.
+        head: a head's width.
+        state: numbers that are remembered for every value.
+        groups: of heads that share what writes and what reads their states.
+        kernel: tokens that the convolution before it reaches over.
+    """
+
+    heads: int
+    head: int
+    state: int
+    groups: int
+    kernel: int
+
+    @property
+    def values(self) -> int:
+        """Width of all heads."""
+        return self.heads * self.head
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: values, and what writes and reads states."""
+        return self.values + 2 * self.groups * self.state
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """Sizes of a model.
@@ -116,6 +145,8 @@ class Dimensions:
             routed experts.
         latent: sizes of latent attention; None for grouped attention.
         linear: sizes of linear attention; None where no layer has it.
+        state_space: sizes of a state space model; None where no layer is one.
+        expert_hidden: width of what routed experts get and give; None for `hidden`.
         conv_kernel: tokens that a short convolution reaches over; None where no layer is one.
     """
 
@@ -132,6 +163,8 @@ class Dimensions:
     shared_width: int | None = None
     latent: LatentAttention | None = None
     linear: LinearAttention | None = None
+    state_space: StateSpace | None = None
+    expert_hidden: int | None = None
     conv_kernel: int | None = None
 
     @cached_property
@@ -147,6 +180,7 @@ class Dimensions:
             "vocabulary": self.vocabulary,
             "experts": self.experts,
             "expert_width": width,
+            "expert_hidden": self.expert_hidden or self.hidden,
             "shared_width": shared,
             "one": 1,
             "conv_kernel": self.conv_kernel,
@@ -176,5 +210,15 @@ class Dimensions:
                 "linear_channels": 2 * y.keys + y.values,
                 "linear_inputs": 2 * y.keys + 2 * y.values,
                 "kernel": y.kernel,
+            }
+        if (z := self.state_space) is not None:
+            named |= {
+                "ssm_heads": z.heads,
+                "ssm_values": z.values,
+                "ssm_channels": z.channels,
+                "ssm_inputs": z.values + z.channels + z.heads,
+                "ssm_groups": z.groups,
+                "ssm_group": z.values // z.groups,
+                "kernel": z.kernel,
             }
         return named

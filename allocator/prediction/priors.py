@@ -39,6 +39,7 @@ ROLE_WEIGHTS = {
     Role.Q_A: 0.026, Role.Q_B: 0.041,
     Role.KV_A: 0.40, Role.KV_B: 0.28, Role.K_B: 0.019, Role.V_B: 0.265,
     Role.LINEAR_QKVZ: 0.76, Role.LINEAR_QKV: 0.42, Role.LINEAR_Z: 0.34, Role.LINEAR_OUT: 0.34,
+    Role.SSM_IN: 0.76, Role.SSM_OUT: 0.34, Role.LATENT_IN: 0.124, Role.LATENT_OUT: 0.180,
     Role.CONV_IN: 1.02, Role.CONV_OUT: 0.34, Role.ATTENTION_GATE: 0.34,
     Role.MLP_GATE: 0.29, Role.MLP_UP: 0.27, Role.MLP_DOWN: 0.64,
     Role.EXPERT_GATE: 0.154, Role.EXPERT_UP: 0.124, Role.EXPERT_DOWN: 0.180,
@@ -55,7 +56,8 @@ values and `o`, so V is given what O has. `kv_b` is its two halves together. No 
 linear attention: the gate `z` multiplies what `out` gets, so both are given what O has, as is a
 gate of plain attention, and one matrix for several is given what these have together. Nor does it
 have short convolutions: what goes through them is taken for values, and their two gates are given
-as much each."""
+as much each. A state space model is taken for linear attention; projections to and from the space
+that experts compute in are given what `up` and `down` have, with whose errors theirs add up."""
 
 _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.HEAD: (Role.EMBEDDING,),
@@ -66,6 +68,8 @@ _ALIKE: Mapping[Role, tuple[Role, ...]] = {
     Role.V_B: (Role.KV_B, Role.V),
     Role.LINEAR_QKV: (Role.V, Role.V_B), Role.LINEAR_Z: (Role.O,), Role.LINEAR_OUT: (Role.O,),
     Role.LINEAR_QKVZ: (Role.LINEAR_QKV, Role.V, Role.V_B),
+    Role.SSM_IN: (Role.LINEAR_QKVZ, Role.V, Role.V_B), Role.SSM_OUT: (Role.LINEAR_OUT, Role.O),
+    Role.LATENT_IN: (Role.EXPERT_UP,), Role.LATENT_OUT: (Role.EXPERT_DOWN,),
     Role.CONV_IN: (Role.V, Role.V_B), Role.CONV_OUT: (Role.O,), Role.ATTENTION_GATE: (Role.O,),
     Role.MLP_GATE: (Role.EXPERT_GATE,), Role.MLP_UP: (Role.EXPERT_UP,),
     Role.MLP_DOWN: (Role.EXPERT_DOWN,),

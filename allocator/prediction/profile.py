@@ -92,5 +92,5 @@ def bundle_of(group: Group) -> str:
     """Returns the bundle of a group: a layer's attention, its MLP and experts, or the group."""
     if group.layer is None:
         return group.name
-    attention = str(group.role).startswith(("attention", "linear", "conv"))
+    attention = str(group.role).startswith(("attention", "linear", "ssm", "conv"))
     return f"layers.{group.layer}.{'attention' if attention else 'mlp'}"

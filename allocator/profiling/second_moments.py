@@ -241,7 +241,7 @@ def moments_bytes(n: int, width: int) -> int:
 
 _ONE_INPUT = {
     Role.EXPERT_GATE: "experts", Role.EXPERT_UP: "experts",
-    Role.SHARED_GATE: "shared", Role.SHARED_UP: "shared",
+    Role.SHARED_GATE: "shared", Role.SHARED_UP: "shared", Role.LATENT_IN: "shared",
     Role.MLP_GATE: "mlp", Role.MLP_UP: "mlp",
     Role.Q: "attention", Role.K: "attention", Role.V: "attention",
     Role.Q_A: "attention", Role.KV_A: "attention",

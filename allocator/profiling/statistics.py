@@ -88,9 +88,9 @@ class _MeanSquare:
 class _Experts:
     """Sums of one MoE layer, per expert."""
 
-    def __init__(self, n_experts: int, hidden: int, width: int) -> None:
+    def __init__(self, n_experts: int, inputs: int, width: int) -> None:
         self.counts = np.zeros(n_experts, np.int64)
-        self.inputs = torch.zeros(n_experts, hidden, dtype=torch.float64)
+        self.inputs = torch.zeros(n_experts, inputs, dtype=torch.float64)
         self.inner = torch.zeros(n_experts, width, dtype=torch.float64)
         self.norms, self.gates, self.products = (np.zeros(n_experts) for _ in range(3))
 
@@ -358,10 +358,11 @@ def _resume(
 
 def _of_layers(layout: Layout) -> dict[int, _Experts]:
     inventory = layout.inventory
-    hidden = inventory.dimensions.hidden
     return {
         layer: _Experts(
-            inventory.n_experts, hidden, inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1]
+            inventory.n_experts,
+            inventory.of_role(Role.EXPERT_UP, layer)[0].shape[-1],
+            inventory.of_role(Role.EXPERT_DOWN, layer)[0].shape[-1],
         )
         for layer in layout.layers
     }

@@ -84,6 +84,7 @@ class FullPrecision:
         stored_as: its name in the target's file.
         dtype: `F32`, `F16` or `BF16`, as the target stores it.
         transforms: of its values in the target's file.
+        shape_in_file: what the target's file has; None for `shape`.
     """
 
     source: str
@@ -93,10 +94,15 @@ class FullPrecision:
     shape: tuple[int, ...]
     dtype: str
     transforms: tuple[Transform, ...] = ()
+    shape_in_file: tuple[int, ...] | None = None
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape when its layer retains `n_experts`."""
         return (n_experts, *self.shape[1:]) if self.role.is_router else self.shape
+
+    def stored_shape_with(self, n_experts: int) -> tuple[int, ...]:
+        """Returns its shape in the target's file when its layer retains `n_experts`."""
+        return self.shape_in_file or self.shape_with(n_experts)
 
     def nbytes(self, n_experts: int) -> int:
         """Returns its bytes when its layer retains `n_experts`."""

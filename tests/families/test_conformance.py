@@ -201,6 +201,17 @@ class TestHunyuanV1Moe(FamilyConformance):
     family = planned_family_of(config)
 
 
+class TestNemotronH(FamilyConformance):
+    config = SMALL | {
+        "model_type": "nemotron_h", "num_hidden_layers": 3, "layer_norm_epsilon": 1e-6,
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2,
+        "conv_kernel": 4, "moe_intermediate_size": 48, "moe_latent_size": 32,
+        "moe_shared_expert_intermediate_size": 40, "n_routed_experts": 8,
+    }  # fmt: skip
+    family = planned_family_of(config)
+
+
 class TestGptOss(FamilyConformance):
     config = SMALL | {
         "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 8,

@@ -55,8 +55,8 @@ def test_roles():
     assert [r for r in Role if r.is_router] == routers
     kept = [r for r in Role if not r.is_encoded]
     names = (
-        "norm router router_bias shared.router linear.ab linear.state conv.kernel bias "
-        "experts.bias experts.scale layer.scale nextn"
+        "norm router router_bias shared.router linear.ab linear.state ssm.state conv.kernel "
+        "bias experts.bias experts.scale layer.scale nextn"
     )
     assert kept == names.split()
 

@@ -363,3 +363,29 @@ class TestGemma4(Runs):
                 path.unlink()
 
         return run
+
+
+class TestNemotronH(Runs):
+    differs = (
+        "attention.head_count_kv attention.layer_norm_rms_epsilon expert_group_count "
+        "expert_group_used_count rope.dimension_count rope.freq_base rope.scaling.finetuned"
+    )
+    config = {k: v for k, v in SMALL.items() if k != "rms_norm_eps"} | {
+        "model_type": "nemotron_h", "num_hidden_layers": 4, "layer_norm_epsilon": 1e-6,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
+        "conv_kernel": 4, "chunk_size": 16, "time_step_min": 1e-30, "time_step_floor": 0.5,
+        "moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 64,
+        "n_routed_experts": 8, "routed_scaling_factor": 2.5,
+    }  # fmt: skip
+
+
+class TestNemotronHInLatents(TestNemotronH):
+    differs = (
+        "attention.head_count_kv attention.layer_norm_rms_epsilon rope.dimension_count "
+        "rope.freq_base rope.scaling.finetuned"
+    )
+    config = TestNemotronH.config | {
+        "moe_latent_size": 32, "n_group": 2, "topk_group": 1, "num_hidden_layers": 3,
+        "layers_block_type": ["moe", "full_attention", "linear_attention"],
+    }  # fmt: skip

@@ -22,7 +22,6 @@ from allocator.errors import VerifyError
 from allocator.formats import FORMATS, Format
 from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Group, Layout
-from allocator.targets.gguf.contract import file_shape
 from allocator.targets.gguf.metadata import metadata
 
 Tensors = dict[str, tuple[str, tuple[int, ...], Bytes]]
@@ -109,7 +108,7 @@ def _add_tensors(
         for g in layout.groups.values()
     ]
     rows += [
-        (k.stored_as, file_shape(k.shape_with(counts.get(_layer(k.layer), 0))), FORMATS[k.dtype])
+        (k.stored_as, k.stored_shape_with(counts.get(_layer(k.layer), 0)), FORMATS[k.dtype])
         for k in layout.full_precision
     ]
     for name, shape, chosen in rows:

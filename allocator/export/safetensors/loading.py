@@ -173,7 +173,8 @@ def _as_head(group: Group) -> Group:
 
 def _modules_of(group: Group, *, tied: bool) -> tuple[str, ...]:
     if group.role is Role.EMBEDDING:
-        return ("model.embed_tokens", "lm_head") if tied else ("model.embed_tokens",)
+        own = group.sources[0].removesuffix(".weight")
+        return (own, "lm_head") if tied else (own,)
     return ("lm_head",) if group.role is Role.HEAD else (f"model.layers.{group.layer}",)
 
 

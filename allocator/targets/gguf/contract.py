@@ -79,7 +79,7 @@ class GgufTarget(Target):
             groups += _pieces(inventory, piece)
         groups = [self.arranged(group, family, inventory.dimensions) for group in groups]
         full_precision = tuple(
-            _full_precision(_rule_of(inventory, t), t)
+            _full_precision(inventory, t)
             for t in inventory.tensors.values()
             if not t.role.is_encoded and t.role is not Role.NEXTN
         )
@@ -126,7 +126,7 @@ class GgufTarget(Target):
         n_experts = max(map(len, retained.values()))
         fields = metadata(layout.inventory, n_experts=n_experts, experts_used=experts_used)
         rows = [(g.stored_as, len(g.shape)) for g in layout.groups.values()]
-        rows += [(k.stored_as, len(file_shape(k.shape))) for k in layout.full_precision]
+        rows += [(k.stored_as, len(k.shape_in_file or k.shape)) for k in layout.full_precision]
         rows += [(made.name, 1) for made in layout.made]
         # a table row: name with its length, number of dimensions, dimensions, type, offset
         table = sum(8 + len(name.encode()) + 4 + 8 * n_dims + 4 + 8 for name, n_dims in rows)
@@ -247,22 +247,21 @@ def _pieces(inventory: Inventory, piece: Piece) -> Iterator[Group]:
             )
 
 
-def file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns what a file has: llama.cpp knows no axis of one channel in a convolution's kernel."""
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+def _file_shape(inventory: Inventory, rule: Rule, tensor: TensorInfo) -> tuple[int, ...] | None:
+    """What a file has instead: llama.cpp knows no axis of one channel in a convolution's kernel."""
+    if len(tensor.shape) == 3 and tensor.shape[1] == 1:
+        return tensor.shape[0], tensor.shape[2]
+    return inventory.family.gguf_shape(inventory.config, rule)
 
 
-def _rule_of(inventory: Inventory, tensor: TensorInfo) -> Rule:
+def _full_precision(inventory: Inventory, tensor: TensorInfo) -> FullPrecision:
     match = inventory.family.match(tensor.name)
     assert match is not None
-    return match[0]
-
-
-def _full_precision(rule: Rule, tensor: TensorInfo) -> FullPrecision:
+    rule = match[0]
     assert rule.gguf is not None
     return FullPrecision(
         tensor.name, rule.gguf.format(layer=tensor.layer), tensor.role, tensor.layer,
-        tensor.shape, "F32", rule.transforms,
+        tensor.shape, "F32", rule.transforms, _file_shape(inventory, rule, tensor),
     )  # fmt: skip
 
 

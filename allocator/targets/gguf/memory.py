@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.errors import TargetError
-from allocator.families import ComputeGraph, LinearAttention, Role, Scoring
+from allocator.families import ComputeGraph, LinearAttention, Role, Scoring, StateSpace
 from allocator.formats import FORMATS
 from allocator.targets.gguf.graph import Graph, Tensor, padded
 from allocator.targets.layout import CacheRows
@@ -89,25 +89,25 @@ def kv_read_bytes(inventory: Inventory, *, kv_format: str, context: int) -> int:
     """Returns the bytes of keys and values that decoding a token reads of a full context.
 
     Cells outside a sliding window are masked, and not read (ggml-cpu/ops.cpp, flash attention).
-    Layers with linear attention, or a short convolution, have a state in their place, float32
-    whatever the format.
+    Layers with linear attention, a state space model or a short convolution have a state in their
+    place, float32 whatever the format; others nothing.
 
     Raises:
         TargetError: as `kv_cache_bytes`.
     """
     dims = _dims(inventory)
     whole = padded_context(context)
-    linear, short = (
-        {x for x in range(dims.n_layers) if inventory.of_role(role, x)}
-        for role in (Role.LINEAR_OUT, Role.CONV_OUT)
+    attended, linear, spaces, short = (
+        [x for x in range(dims.n_layers) if inventory.of_role(role, x)]
+        for role in (Role.O, Role.LINEAR_OUT, Role.SSM_OUT, Role.CONV_OUT)
     )
-    attended = (x for x in range(dims.n_layers) if x not in linear | short)
     read = sum(
         (min(whole, dims.window) if dims.slides(x) else whole)
         * sum(_kv_bytes(_of_layer(inventory, dims, x), kv_format))
         for x in attended
     )
     states = len(linear) * _state_bytes(inventory.dimensions.linear)
+    states += len(spaces) * _space_bytes(inventory.dimensions.state_space)
     states += len(short) * 4 * ((inventory.dimensions.conv_kernel or 1) - 1) * dims.hidden
     return read + states
 
@@ -127,6 +127,13 @@ def _state_bytes(linear: LinearAttention | None) -> int:
         return 0
     channels = 2 * linear.keys + linear.values
     return 4 * (linear.values * linear.key_head + (linear.kernel - 1) * channels)
+
+
+def _space_bytes(space: StateSpace | None) -> int:
+    """Bytes that a state space model remembers of a sequence: its state, and tokens."""
+    if space is None:
+        return 0
+    return 4 * (space.values * space.state + (space.kernel - 1) * space.channels)
 
 
 def padded_context(context: int) -> int:
