@@ -87,7 +87,7 @@ def inspect(
     `attrs["notes"]` of the table are lines on what is left out, what the runtime must be told, and
     what a gguf file of it could not have: a tokenizer.
     """
-    from allocator.checkpoint.inventory import read_inventory
+    from allocator.checkpoint.reading import read_inventory
     from allocator.errors import CheckpointError, TargetError
 
     inventory = _padded(read_inventory(checkpoint), expert_width)

@@ -22,7 +22,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.files.digests import Identity
 from allocator.formats import FORMATS

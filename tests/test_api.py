@@ -22,7 +22,7 @@ from allocator.app.explanation import explanation
 from allocator.app.importance import StudyEncodings
 from allocator.app.pick import N_FINALISTS, finalists_of
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
 from allocator.codecs import encodings as encodings
 from allocator.codecs.encodings import Encodings

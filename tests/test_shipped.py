@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from allocator.app.device_presets import read_device_preset
 from allocator.app.study_file import StudySpec
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.decision.search_space import SearchSpace
 from allocator.profiling.statistics import importance_digest

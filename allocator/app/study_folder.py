@@ -25,8 +25,9 @@ from allocator.app.request import Launch, SearchRequest
 from allocator.app.resources import Resources, StudyOptions
 from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
 from allocator.app.study_path import study_path
-from allocator.checkpoint.inventory import Inventory, read_inventory
+from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.padding import padded
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import Floats
 from allocator.checkpoint.tokenizer import has_tokenizer
 from allocator.codecs.encodings import Encodings, open_encodings

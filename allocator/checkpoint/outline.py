@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 
 from allocator.checkpoint.gguf.model import gguf_files, read_model
-from allocator.checkpoint.inventory import MXFP4, Inventory, TensorInfo, read_json
+from allocator.checkpoint.inventory import MXFP4, Inventory, TensorInfo
 from allocator.checkpoint.refusals import no_directory
+from allocator.checkpoint.safetensors import read_json
 from allocator.errors import CheckpointError
 from allocator.families import Config, Family, Role, planned_family_of
 from allocator.families.config import encoding

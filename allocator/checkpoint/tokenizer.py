@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from allocator.checkpoint.gguf import tokenizer as gguf_tokenizer
-from allocator.checkpoint.inventory import GgufModel, Inventory, read_json
+from allocator.checkpoint.inventory import GgufModel, Inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.errors import CheckpointError, first_line
 from allocator.families.config import token_ids
 

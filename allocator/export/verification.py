@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.checkpoint.inventory import read_json
+from allocator.checkpoint.safetensors import read_json
 from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import Allocation
 from allocator.decision.pricing import FileBytes

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from allocator.checkpoint.inventory import Inventory, read_json
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line

@@ -18,8 +18,8 @@ import gguf
 import pytest
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
-from allocator.checkpoint.inventory import read_header
 from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.safetensors import read_header
 from allocator.errors import CheckpointError, TargetError
 from allocator.families import Family, Role, Support, family_of, planned_family_of
 from allocator.targets import GGUF, SAFETENSORS

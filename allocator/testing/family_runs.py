@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.codecs import Bytes, Floats, codec_of
 from allocator.decision.allocation import Allocation

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_tensor
 from allocator.targets import TARGETS
 

@@ -9,7 +9,7 @@ import torch
 
 from allocator import api
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError, StudyError, VerifyError
 from allocator.finishing import finish

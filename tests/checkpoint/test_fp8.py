@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from allocator import api
-from allocator.checkpoint.inventory import read_inventory, read_json
+from allocator.checkpoint.reading import read_inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation

@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allocator import api, load
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.cli import main

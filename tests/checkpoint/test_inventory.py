@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from allocator.checkpoint.inventory import read_header, read_inventory
+from allocator.checkpoint.reading import read_inventory
+from allocator.checkpoint.safetensors import read_header
 from allocator.checkpoint.tensors import read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from allocator.checkpoint.inventory import MXFP4, read_inventory
+from allocator.checkpoint.inventory import MXFP4
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.codecs import codec_of
 from allocator.errors import CheckpointError

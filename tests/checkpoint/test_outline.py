@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allocator.app.planning import summarised
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.errors import CheckpointError
 from allocator.families import Support, family_of, registry
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator import api
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.padding import padded
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.errors import AllocatorError, CheckpointError
 from allocator.scoring.swap_model import SwapModel

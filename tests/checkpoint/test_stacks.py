@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.errors import CheckpointError
 from allocator.families import Role, family_of, registry

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from allocator.checkpoint.halves import join_kv_b, split_kv_b
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.errors import CheckpointError
 from allocator.targets import GGUF, SAFETENSORS

@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from allocator import api
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.cli import main
 from allocator.errors import CheckpointError, TargetError

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows
 from allocator.codecs import encodings as bank_module
 from allocator.codecs.encodings import Encodings
@@ -505,7 +505,7 @@ DIE = """
 import os, signal, sys
 from pathlib import Path
 from allocator.codecs import encodings as module
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.targets import GGUF
 layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
 piece_bytes, left = int(sys.argv[4]), int(sys.argv[3])
@@ -553,7 +553,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from allocator.codecs import encodings as module
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.targets import GGUF
 layout = GGUF.layout(read_inventory(Path(sys.argv[1])))
 options = {"cap_bytes": int(sys.argv[3]), "piece_bytes": 64 * 64 * 4}

@@ -14,7 +14,7 @@ import torch
 
 from allocator import api
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.registry import CODECS, codec_of, identity_of, register_codec
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord

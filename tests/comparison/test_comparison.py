@@ -16,7 +16,7 @@ import pytest
 
 from allocator import api
 from allocator.app.study_file import CompareSpec, LongRun
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.comparison import table as compare
 from allocator.comparison.bench import Bench
 from allocator.comparison.pool import estimate_runs, run_all

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.baselines import baselines, hand_rule, mixed
 from allocator.export.gguf.runtime import GgufRuntime
 from allocator.formats import FORMATS, fallback

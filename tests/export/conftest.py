@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.export.checkpoint import materialize

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGUFReader
 from safetensors import safe_open
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.errors import CheckpointError, SpaceError, TargetError, VerifyError
 from allocator.export import checkpoint
@@ -196,7 +196,7 @@ import os, signal, sys
 from pathlib import Path
 from allocator.decision.allocation import Allocation
 from allocator.codecs.encodings import Encodings
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.export import checkpoint
 from allocator.export.tensors import EncodedTensors
 from allocator.targets import TARGETS

@@ -301,7 +301,7 @@ def test_a_manifest_that_no_directory_has_is_refused(case, copy, change, match, 
 
 
 def test_another_checkpoint_is_refused(case, precise, make_checkpoint, which, tmp_path):
-    from allocator.checkpoint.inventory import read_inventory
+    from allocator.checkpoint.reading import read_inventory
     from allocator.targets import TARGETS
 
     name, target, _ = which

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, TargetError, VerifyError
 from allocator.export.gguf.exact import kl_divergence

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from allocator import api
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF
 from allocator.targets.gguf.metadata import hyperparameters

@@ -12,7 +12,7 @@ import torch
 from gguf import GGUFReader
 
 from allocator import api
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
 from allocator.export.gguf.files import write_gguf

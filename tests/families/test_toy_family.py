@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import CheckpointError, TargetError

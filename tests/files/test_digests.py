@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from allocator.checkpoint.inventory import Inventory, read_inventory
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.errors import CheckpointError
 from allocator.files import digests as digests_module
 from allocator.files.digests import Digests, Identity
@@ -207,7 +208,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from allocator.files import digests
-from allocator.checkpoint.inventory import Inventory, read_inventory
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.reading import read_inventory
 digests._SAVE_SECONDS = 0
 left, plain = 80, Inventory.compute_digest
 def dying(inventory, info):

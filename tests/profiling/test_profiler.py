@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.ggml import GGML
 from allocator.decision.allocation import Allocation
 from allocator.decision.search_space import SALIENCIES

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.families import Role
 from allocator.profiling.statistics import collect
 from allocator.scoring.swap_model import SwapModel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.ggml import GGML
 from allocator.profiling.in_memory_profiler import InMemoryProfiler
 from allocator.profiling.inputs import ProfileInputs

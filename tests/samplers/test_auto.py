@@ -9,7 +9,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.budget import Budget
 from allocator.prediction.surrogate import LocalPrices
 from allocator.samplers import GradientStep, Problem

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.search_space import Experts, Pin, SearchSpace, bind

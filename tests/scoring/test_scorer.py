@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.scoring.candidates import Candidate

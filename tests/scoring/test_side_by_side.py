@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.finishing.kl_gradient import KlGradient
 from allocator.profiling.curvature import measure
 from allocator.profiling.products import Calls, run_backward

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.errors import CheckpointError
 from allocator.scoring import swap_model as model

@@ -8,7 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-from allocator.checkpoint.inventory import Inventory, read_json
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tokenizer import Tokenizer, carried_files, read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, VerifyError

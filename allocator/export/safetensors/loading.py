@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from allocator.checkpoint.inventory import read_json
+from allocator.checkpoint.safetensors import read_json
 from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError

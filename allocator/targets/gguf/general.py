@@ -8,7 +8,8 @@ from math import prod
 
 from gguf import GGUFValueType
 
-from allocator.checkpoint.inventory import Inventory, read_json
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.errors import CheckpointError
 from allocator.families import Role
 from allocator.families.config import hub_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from optuna.storages import InMemoryStorage
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.budget import Budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.formats import format_named, parts

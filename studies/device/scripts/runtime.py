@@ -137,7 +137,7 @@ def main():
     if args.measure:
         return measure(Path(args.measure[0]), args.measure[1], args.threads)
 
-    from allocator.checkpoint.inventory import read_inventory
+    from allocator.checkpoint.reading import read_inventory
     from allocator.codecs.encodings import Encodings
     from allocator.export.checkpoint import materialize
     from allocator.export.tensors import EncodedTensors

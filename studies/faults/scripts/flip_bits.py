@@ -30,7 +30,7 @@ import make
 from allocator import api
 from allocator.app.study_folder import StudyFolder
 from allocator.app.tables import front_table
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.comparison.bench import Bench
 from allocator.comparison.runs import chosen_runs, results
 from allocator.decision.allocation_record import AllocationRecord

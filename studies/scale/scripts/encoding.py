@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs.encodings import Encodings
 from allocator.codecs.ggml import GGML, library

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from build_checkpoint import build
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_tensor
 from allocator.codecs import codec_of
 from allocator.codecs.encodings import Encodings

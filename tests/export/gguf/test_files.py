@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import FormatError, SpaceError, VerifyError
 from allocator.export.gguf.files import read_gguf, write_gguf

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import TargetError, VerifyError
 from allocator.export.gguf.files import write_gguf

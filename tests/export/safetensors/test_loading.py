@@ -103,7 +103,7 @@ def test_parts_that_are_missing_or_of_other_sizes_are_refused(written, tmp_path)
 
 
 def test_tied_embeddings(checkpoints, tmp_path):
-    from allocator.checkpoint.inventory import read_inventory
+    from allocator.checkpoint.reading import read_inventory
     from allocator.codecs.encodings import Encodings
     from allocator.decision.allocation import Allocation
     from allocator.export.checkpoint import materialize

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf

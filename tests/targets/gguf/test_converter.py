@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.export.gguf.files import write_gguf
 from allocator.targets import GGUF

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.errors import TargetError
 from allocator.export.gguf.llamacpp import LlamaCpp

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import TargetError, VerifyError
 from allocator.export.gguf.files import write_gguf

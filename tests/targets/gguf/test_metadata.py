@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.errors import CheckpointError, TargetError
 from allocator.targets.gguf.general import short_count
 from allocator.targets.gguf.metadata import Field, metadata, metadata_bytes, tokenizer

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from allocator.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.errors import TargetError
 from allocator.targets.gguf.tokenizer import tokenizer
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from allocator.checkpoint.inventory import read_inventory
+from allocator.checkpoint.reading import read_inventory
 from allocator.errors import CheckpointError, TargetError
 from allocator.targets.gguf.tokenizer import tokenizer
 
