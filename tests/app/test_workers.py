@@ -109,6 +109,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.slow  # tests/study/test_leases.py has its parts
 def test_three_join_on_postgresql_and_one_is_killed(search, trials, postgresql):
     options = ("--join", "--storage", postgresql, "--trials", 24)
     workers = [search(*options) for _ in range(3)]
