@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator import api
-from allocator.checkpoint.inventory import read_inventory
 from allocator.checkpoint.outline import planned_inventory
 from allocator.checkpoint.padding import padded
+from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, TargetError
 from allocator.export.gguf.exact import kl_divergence
