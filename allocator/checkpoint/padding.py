@@ -16,6 +16,9 @@ from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError
 from allocator.families import Role, Rule
 
+_WIDTHS = frozenset({"expert_width", "shared_width"})
+"""Axes of `Rule.shape` that follow the width of experts, the second if no key says otherwise."""
+
 
 def padded(inventory: Inventory, expert_width: int) -> Inventory:
     """Returns a checkpoint with experts of `expert_width` neurons; shared ones where they follow.
@@ -45,7 +48,7 @@ def padded(inventory: Inventory, expert_width: int) -> Inventory:
 
     def wider(tensor: TensorInfo) -> TensorInfo:
         match = None if tensor.role is Role.NEXTN else family.match(tensor.name)
-        if match is None:
+        if match is None or not _WIDTHS & {*match[0].shape.split(" x ")}:
             return tensor
         before, after = shapes(match[0])
         if before == after:

@@ -214,8 +214,8 @@ def width_notes(inventory: Inventory, groups: Iterable[Group]) -> tuple[str, ...
         return ()
     return (
         f"experts are {width} wide: no format below {least.bits:.3g} bits ({least.name}) holds "
-        f"rows of down; expert_width = {padded} in study.toml pads them with zeros, "
-        f"{padded / width - 1:.1%} more weights, for formats down to 1.6 bits (docs/families.md)",
+        f"rows of down; expert_width = {padded} in study.toml pads experts with zeros, "
+        f"{padded / width - 1:.1%} more weights, and formats of fewer bits do (docs/families.md)",
     )
 
 

@@ -12,12 +12,14 @@ import torch
 from gguf import GGUFReader
 
 from allocator import api
+from allocator.checkpoint.padding import padded
 from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
 from allocator.export.gguf.files import write_gguf
+from allocator.families import Role
 from allocator.scoring.swap_model import SwapModel
-from allocator.targets import GGUF
+from allocator.targets import GGUF, SAFETENSORS
 from allocator.testing.family_runs import FamilyRuns
 from allocator.testing.tensors import CheckpointTensors
 
@@ -103,6 +105,22 @@ class Runs(FamilyRuns):
             return
         layout = GGUF.layout(read_inventory(tmp_path / "theirs.gguf"))
         swap = SwapModel(layout, lambda *_: pytest.fail("nothing is encoded"))
+        for ids, logits in zip(case.ids, case.logits, strict=True):
+            with torch.no_grad():
+                own = swap.model(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(own, logits, rtol=0, atol=self.rounding)
+
+    @pytest.mark.slow
+    def test_padded_experts_compute_the_same(self, case):
+        inventory = read_inventory(case.path)
+        width = inventory.dimensions.expert_width + 32
+        if any(tensor.role is Role.EXPERT_BIAS for tensor in inventory.tensors.values()):
+            with pytest.raises(CheckpointError, match="leave expert_width out"):
+                padded(inventory, width)
+            return
+        wide = padded(inventory, width)
+        assert any(tensor.unpadded is not None for tensor in wide.tensors.values())
+        swap = SwapModel(SAFETENSORS.layout(wide), lambda *_: pytest.fail("nothing is encoded"))
         for ids, logits in zip(case.ids, case.logits, strict=True):
             with torch.no_grad():
                 own = swap.model(torch.tensor([ids])).logits[0]
