@@ -229,7 +229,7 @@ class Measured:
         """A tuning step: weights put into the model, forward, backward, gradient by changes."""
         documents = self.case.documents[:STEP_DOCUMENTS]
         changes = RelativeChanges(EncodedTensors(self.case.encodings, self.case.allocations[0]))
-        gradient = KlGradient(self.swap, documents, changes.parameters)
+        gradient = KlGradient(self.swap, documents, changes.parameters(self.swap.model))
         nothing = np.zeros(changes.n, np.float32)
         names = map(str, count())  # another one each time, else nothing would be put anew
 
