@@ -30,7 +30,7 @@ from allocator.prediction.solver import solve as solve_surrogate
 from allocator.scoring.documents import batches
 from allocator.scoring.experts import use_sorted_experts, use_watcher
 from allocator.scoring.scorer import mean
-from allocator.scoring.swap_model import destination, view_of
+from allocator.scoring.swap_model import destination, expert_form, view_of
 
 HERE = Path(__file__).resolve().parent.parent
 BATCH, CHECKS, COLDEST, SPREAD = 8, 4, 0.1, 0.3
@@ -103,7 +103,7 @@ class Relaxed:
 
     def install(self, odds):
         """Puts the mean weights into the model."""
-        config = self.space.layout.inventory.config
+        dimensions = self.space.layout.inventory.dimensions
         with torch.no_grad():
             for group, p in odds.items():
                 share = torch.from_numpy(np.einsum("c,cfe->fe", p, self.stores[group])).float()
@@ -114,21 +114,22 @@ class Relaxed:
                     if expert
                     else share.view(-1, *[1] * (values.ndim - 1))
                 )
-                destination(self.swap.model, config, self.space.layout.groups[group]).copy_(
+                destination(self.swap.model, dimensions, self.space.layout.groups[group]).copy_(
                     (shaped * values).sum(0)
                 )
                 self.swap.state.pop(group, None)  # it holds no format
 
     def slopes(self, gradients):
         """Derivative of the loss by the odds of every choice."""
-        config = self.space.layout.inventory.config
-        found = {}
-        for group, values in self.decoded.items():
-            gradient = view_of(gradients.__getitem__, config, self.space.layout.groups[group])
+        layout, found = self.space.layout, {}
+        for name, values in self.decoded.items():
+            group = layout.groups[name]
+            form = expert_form(self.swap.model, group.layer)
+            gradient = view_of(gradients.__getitem__, layout.inventory.dimensions, group, form)
             product = gradient * values  # formats x (experts x) out x in
-            expert = self.space.layout.groups[group].role.is_expert
+            expert = group.role.is_expert
             per = product.flatten(2).sum(-1) if expert else product.flatten(1).sum(-1, keepdim=True)
-            found[group] = np.einsum("cfe,fe->c", self.stores[group], per.double().numpy())
+            found[name] = np.einsum("cfe,fe->c", self.stores[name], per.double().numpy())
         return found
 
     def rounded(self):
