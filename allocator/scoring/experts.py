@@ -19,7 +19,7 @@ from allocator.errors import CheckpointError
 from allocator.scoring.modules import experts_of
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Gets expert, inputs `(n, hidden)`, inner `(n, width)`, outputs `(n, hidden)`, gates `(n,)`."""
+"""Gets expert, inputs `(n, in)`, inner `(n, width)`, outputs `(n, in)`, gates `(n,)`."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
 """Where a model has its routed experts, their router and its last norm.
 
 In: a transformers model. Out: its modules, and their names. Invariant: places are read off the
-model, so no table names them: `experts` is what every architecture of transformers calls a layer's
-routed experts, in whatever block they lie, and the router lies beside them.
+model, so no family names them: `experts` is what every architecture of transformers calls a
+layer's routed experts, in whatever block they lie, and the router lies beside them. What is called
+otherwise than here is an error.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+from allocator.errors import CheckpointError
+
 _EXPERTS = "experts"
 _ROUTERS = ("gate", "router")
 _OF_EXPERTS = ("weight", "bias", "per_expert_scale")
 """Parameters of a router, or of a module in it, that have a row per expert."""
-_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
-"""Tensors of a router, or of the block around it, with a value per expert."""
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+"""Tensors of a router, or of the block around it, with a value per expert, some in one row."""
 
 
 def experts_path(model: Any, layer: int) -> str | None:
@@ -39,10 +42,20 @@ def block_path(model: Any, layer: int) -> str:
 
 
 def router_path(model: Any, layer: int) -> str:
-    """Returns the name in the model of the router of a layer's experts."""
+    """Returns the name in the model of the router of a layer's experts.
+
+    Raises:
+        CheckpointError: if it has another name than is known.
+    """
     path = block_path(model, layer)
     block = model.get_submodule(path)
-    return next(f"{path}.{name}" for name in _ROUTERS if hasattr(block, name))
+    for name in _ROUTERS:
+        if hasattr(block, name):
+            return f"{path}.{name}"
+    raise CheckpointError(
+        f"{type(block).__name__} has experts, but no {' or '.join(_ROUTERS)}; this architecture is "
+        "not supported"
+    )
 
 
 def expert_rows(model: Any, layer: int) -> Iterator[tuple[str, Any, str]]:
@@ -53,12 +66,12 @@ def expert_rows(model: Any, layer: int) -> Iterator[tuple[str, Any, str]]:
     """
     router = router_path(model, layer)
     for path, module in model.get_submodule(router).named_modules(prefix=router):
-        for name in (*_OF_EXPERTS, *_SELECTION_BIASES):
+        for name in (*_OF_EXPERTS, *SELECTION_BIASES):
             if getattr(module, name, None) is not None:
                 yield f"{path}.{name}", module, name
     path = block_path(model, layer)
     block = model.get_submodule(path)
-    for name in _SELECTION_BIASES:
+    for name in SELECTION_BIASES:
         if getattr(block, name, None) is not None:
             yield f"{path}.{name}", block, name
 

@@ -17,7 +17,7 @@ import torch
 from allocator.scoring.layer_arguments import LayerArguments
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Inputs of a batch's routed experts `(tokens, hidden)`; chosen experts and gates `(tokens, k)`."""
+"""Inputs of a batch's routed experts `(tokens, in)`; chosen experts and gates `(tokens, k)`."""
 _SAMPLE = 8
 """Tokens of that trial."""
 _ROUNDING = 1e-3

@@ -100,9 +100,9 @@ class StreamedModel:
         self.inventory = layout.inventory
         self.weights = weights
         self._rows_bytes = rows_bytes
-        self.model = skeleton(self.inventory.path, device, layout.computed or self.inventory.config)
+        self.model = skeleton(self.inventory.path, layout.computed or self.inventory.config, device)
         arrange(self.model, layout.groups.values(), torch.device(device))
-        self.inventory.check_unchanged()  # transformers has read config.json again
+        self.inventory.check_unchanged()
         self.device = torch.device(device)
         check_names(self.model, layout)
         self.original = Candidate.original(layout)

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from allocator.checkpoint.inventory import Inventory
-from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tensors import Floats, read_tensor
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
@@ -33,6 +32,7 @@ from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
 from allocator.scoring.model_ends import check_head
 from allocator.scoring.modules import (
+    SELECTION_BIASES,
     expert_rows,
     experts_of,
     experts_path,
@@ -44,15 +44,15 @@ from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
 
-def skeleton(path: Path, device: str = "cpu", config: Config | None = None) -> Any:
+def skeleton(path: Path, config: Config, device: str = "cpu") -> Any:
     """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, for messages.
+        config: of the model.
         device: torch's, where buffers are, and parameters will be.
-        config: of the model, where it is not what its `config.json` says.
 
     Raises:
         CheckpointError: if transformers does not accept its config.
@@ -62,8 +62,7 @@ def skeleton(path: Path, device: str = "cpu", config: Config | None = None) -> A
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        settings = read_json(path / "config.json") if config is None else config
-        named, settings = family_of(settings).settings(settings)
+        named, settings = family_of(config).settings(config)
         built = AutoConfig.for_model(named, **settings)
         plain_skeleton(built)
         with init_empty_weights(include_buffers=False):
@@ -147,7 +146,7 @@ def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.d
         old = getattr(module, name, None)
         if old is None:
             continue
-        one_row = old.dim() == 2 and len(old) == 1
+        one_row = name in SELECTION_BIASES and old.dim() == 2  # and a column per expert
         shape = (1, n_experts) if one_row else (n_experts, *old.shape[1:])
         new = _memory(shape, device)
         if isinstance(old, nn.Parameter):
@@ -164,16 +163,25 @@ def empty(module: nn.Module) -> None:
 
 
 def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:
-    """Sets the routed experts per token, in every MoE layer."""
+    """Sets the routed experts per token, in every MoE layer.
+
+    Raises:
+        CheckpointError: if nothing in a layer is known to say how many.
+    """
     for layer in layers:
-        for module in routing_modules(model, layer):
-            if hasattr(module, "top_k"):
-                module.top_k = experts_used
+        known = [m for m in routing_modules(model, layer) if hasattr(m, "top_k")]
+        for module in known:
+            module.top_k = experts_used
         router = model.get_submodule(router_path(model, layer))
-        own = getattr(getattr(router, "config", None), "top_k_experts", experts_used)
-        if own != experts_used:  # read when the router runs
+        own = getattr(getattr(router, "config", None), "top_k_experts", None)
+        if own not in (None, experts_used):  # read when the router runs
             router.config = copy.copy(router.config)  # which all layers share
             router.config.top_k_experts = experts_used
+        if own is None and not known:
+            raise CheckpointError(
+                f"{type(router).__name__} has no top_k, needed what says how many experts a token "
+                "uses; this architecture is not supported"
+            )
 
 
 def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -457,9 +465,9 @@ class SwapModel:
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
         _check_memory(self.inventory, device)
-        self.model = skeleton(self.inventory.path, device, layout.computed or self.inventory.config)
+        self.model = skeleton(self.inventory.path, layout.computed or self.inventory.config, device)
         arrange(self.model, layout.groups.values(), torch.device(device))
-        self.inventory.check_unchanged()  # transformers has read config.json again
+        self.inventory.check_unchanged()
         if not self.inventory.tied_embeddings:  # the head of the checkpoint, whatever config says
             self.model.config.tie_word_embeddings = False
         check_names(self.model, layout)

@@ -183,9 +183,9 @@ def test_what_llama_cpp_lacks_is_said_before_a_profile(
 
 def test_a_config_that_transformers_refuses_is_one_line(tmp_path, checkpoints):
     config = json.loads((checkpoints["qwen3"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "1e-6"}))
+    config |= {"rms_norm_eps": "1e-6"}
     with pytest.raises(CheckpointError, match=r"transformers refuses .*rms_norm_eps") as caught:
-        skeleton(tmp_path)
+        skeleton(tmp_path, config)
     assert "\n" not in str(caught.value)
 
 

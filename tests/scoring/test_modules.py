@@ -5,6 +5,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from allocator.errors import CheckpointError
 from allocator.scoring.modules import (
     block_path,
     expert_rows,
@@ -13,7 +14,7 @@ from allocator.scoring.modules import (
     router_path,
     routing_modules,
 )
-from allocator.scoring.swap_model import resize_router, set_experts_used
+from allocator.scoring.swap_model import resize_experts, resize_router, set_experts_used
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -82,3 +83,38 @@ def test_what_routes_is_the_block_and_the_router():
     model = model_of("gpt_oss")
     block = model.model.layers[2].mlp
     assert list(routing_modules(model, 2)) == [block, block.router]
+
+
+@pytest.mark.parametrize("model_type", [*PLACES, "ernie4_5_moe"])
+def test_one_retained_expert_may_be_several_again(model_type):
+    model = model_of(model_type)
+
+    def shapes():
+        rows = {name: getattr(module, own).shape for name, module, own in expert_rows(model, 2)}
+        experts = model.get_submodule(experts_path(model, 2)).named_parameters()
+        return rows | {name: tensor.shape for name, tensor in experts}
+
+    before = shapes()
+    n_experts = model.get_submodule(experts_path(model, 2)).num_experts
+    for n in (1, n_experts):
+        resize_experts(model, 2, n)
+    assert shapes() == before
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_model_that_does_not_say_how_many_are_used_is_refused(model_type):
+    model = model_of(model_type)
+    for module in routing_modules(model, 2):
+        if hasattr(module, "top_k"):
+            del module.top_k
+    with pytest.raises(CheckpointError, match=r"Router has no top_k, needed what says how many"):
+        set_experts_used(model, (2,), 3)
+
+
+def test_a_router_of_another_name_is_refused():
+    model = model_of("qwen3_moe")
+    block = model.model.layers[2].mlp
+    block.chooser = block.gate
+    del block.gate
+    with pytest.raises(CheckpointError, match="has experts, but no gate or router"):
+        router_path(model, 2)

@@ -72,7 +72,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     config = read_json(folder / "config.json")
     allocation = described_allocation(folder)
     target = target_named(allocation.target)
-    model = skeleton(folder, config=target.computed(family_of(config), config))
+    model = skeleton(folder, target.computed(family_of(config), config) or config)
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
