@@ -32,6 +32,7 @@ from allocator.families.gguf import (
     GgufFacts,
     ModelFacts,
     Pair,
+    Window,
     grouped_pairs,
     scaled_router_pairs,
 )
@@ -85,6 +86,12 @@ def _kinds(config: Config, n_layers: int) -> list[str]:
     return list(kinds) if isinstance(kinds, (list, tuple)) else [repr(kinds)]
 
 
+def _window(config: Config, n_layers: int) -> Window:
+    kinds = _kinds(config, n_layers)
+    sliding = frozenset(i for i, kind in enumerate(kinds) if kind == _SLIDING)
+    return Window(count(config, "sliding_window"), sliding)
+
+
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     n_layers = facts.dimensions.n_layers
     own = [_SLIDING if (number + 1) % _INTERVAL else _FULL for number in range(n_layers)]
@@ -95,7 +102,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
             " use target safetensors"
         )
     yield from grouped_pairs(facts)
-    yield "attention.sliding_window", count(facts.config, "sliding_window")
+    yield "attention.sliding_window", _window(facts.config, n_layers).tokens
     yield "attention.sliding_window_pattern", _INTERVAL
     yield "expert_gating_func", SIGMOID
     yield from scaled_router_pairs(facts)
@@ -127,6 +134,7 @@ AFMOE = Family(
         _hyperparameters,
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"), Fixed("mup_enabled", True, False)),
+        window=_window,
         source=_source,
         absent={
             "attention.sliding_window_pattern": lambda pairs: _INTERVAL,

@@ -36,6 +36,7 @@ from allocator.families.gguf import (
     Gguf,
     ModelFacts,
     Pair,
+    Window,
     grouped_pairs,
     leading_dense,
 )
@@ -134,6 +135,12 @@ def _rotated(config: Config, head: int, kind: str) -> int:
     return int(head * number(rope, "partial_rotary_factor"))
 
 
+def _window(config: Config, n_layers: int) -> Window:
+    sliding = frozenset(i for i, kind in enumerate(_kinds(config)) if kind == _SLIDING)
+    tokens = count(config, "sliding_window", default=512) if sliding else 0
+    return Window(tokens, sliding)
+
+
 def _windows(config: Config, head: int) -> Iterator[Pair]:
     """What a file says of layers with a sliding window."""
     kinds = _kinds(config)
@@ -150,7 +157,7 @@ def _windows(config: Config, head: int) -> Iterator[Pair]:
             f"gguf: llama.cpp rotates layers of laguna with a sliding window without scaling, "
             f"config.json has {rope.get('rope_type')!r}; use target safetensors"
         )
-    yield "attention.sliding_window", count(config, "sliding_window", default=512)
+    yield "attention.sliding_window", _window(config, len(kinds)).tokens
     yield "attention.sliding_window_pattern", every
     yield "rope.freq_base_swa", number(rope, "rope_theta")
     yield "rope.dimension_count_swa", _rotated(config, head, _SLIDING)
@@ -191,6 +198,7 @@ LAGUNA = Family(
             Fixed("hidden_act", "silu", "silu"),
             Fixed("moe_router_logit_softcapping", 0.0, 0.0),
         ),
+        window=_window,
         rotation=_full_rope,
     ),
     selection_bias=True,

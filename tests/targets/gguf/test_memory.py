@@ -443,6 +443,26 @@ def test_a_window_is_read_alone():
     assert kv_read_bytes(inventory, kv_format="f16", context=20) == 18 * (256 + 128) * 2 * 8 * 128
 
 
+def test_windows_of_other_families_are_read_alone():
+    """Four layers of 2 heads of 16, keys and values; three of AFMoE's and two of Laguna's slide."""
+    small = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_experts_per_tok": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 4, "num_experts": 8,
+        "moe_intermediate_size": 32, "sliding_window": 40,
+    }  # fmt: skip
+    afmoe = small | {"model_type": "afmoe", "num_shared_experts": 1, "num_dense_layers": 1}
+    laguna = small | {
+        "model_type": "laguna", "shared_expert_intermediate_size": 48,
+        "num_attention_heads_per_layer": [4, 2, 2, 4],
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }  # fmt: skip
+    for config, n_sliding in ((afmoe, 3), (laguna, 2)):
+        read = kv_read_bytes(planned_inventory(config), kv_format="f16", context=512)
+        cells = n_sliding * 40 + (4 - n_sliding) * 512
+        assert read == cells * 2 * 2 * 16 * 2
+
+
 def test_windows_are_llama_cpps():
     config = json.loads((CONFIGS / "gpt-oss-120b.json").read_text())
     for wrong, message in (
