@@ -55,7 +55,7 @@ def _read(config: Path | Config) -> tuple[Path, Config]:
     """The file, and its content."""
     if not isinstance(config, Path):
         return Path("config.json"), config
-    if files := gguf_files(config):
+    if not (config / "config.json").is_file() and (files := gguf_files(config)):
         model, _ = read_model(files)
         return model.path, model.config
     path = config / "config.json" if config.is_dir() else config

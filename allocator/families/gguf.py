@@ -146,6 +146,17 @@ class GgufFacts:
             )
         return self.pairs[key]
 
+    def by_layer(self, key: str) -> tuple[Any, ...]:
+        """Returns a pair's value of each layer; of equal ones, `pairs` has one.
+
+        A list may have layers of multi-token prediction, too: these are left out.
+
+        Raises:
+            CheckpointError: if the file has none.
+        """
+        value, n_layers = self[key], self["block_count"]
+        return value[:n_layers] if isinstance(value, tuple) else (value,) * n_layers
+
 
 class ComputeGraph(Enum):
     """A graph of llama.cpp's whose memory is predicted to the byte, by how its layers attend."""
@@ -194,13 +205,13 @@ class Gguf:
             checkpoint's rows.
         column_orders: by role, the columns of a matrix as its file has them. What is encoded
             together then are other weights, so a model computes in that order, too.
-        window: the sliding window of a config with so many layers.
+        window: returns the sliding window of a config with so many layers; none by default.
         divides_mscale: see `rope_pairs`.
         reads_yarn_betas: whether its loader reads YaRN's betas from the file.
-        computed: a config by which transformers computes as llama.cpp does, which cannot be told
-            what a checkpoint's own says; that itself by default.
-        rotation: a config that says under the usual keys how positions are rotated, where layers
-            differ, in those of full attention.
+        computed: returns a config by which transformers computes as llama.cpp does, where llama.cpp
+            cannot be told what a checkpoint's own config says; by default that config itself.
+        rotation: returns a config that says under the usual keys how positions are rotated, of
+            layers of full attention where layers differ.
         otherwise: lines on what llama.cpp computes otherwise than a config says.
         made: tensors that a file has beside those of the checkpoint.
         source: returns what `config.json` has that the pairs of all architectures do not say, from
@@ -228,6 +239,15 @@ class Gguf:
     made: Callable[[ModelFacts], tuple[Made, ...]] = _none_made
     source: Callable[[GgufFacts], Config] | None = None
     absent: Mapping[str, Callable[[Mapping[str, Any]], Value]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        moved = [*self.row_orders, *self.column_orders, *(piece.role for piece in self.pieces)]
+        assert len(moved) == len(set(moved)), self.architecture  # one change of places per role
+
+    @property
+    def parts(self) -> tuple[Half, ...]:
+        """Tensors that are parts of a checkpoint's: halves and pieces."""
+        return (*self.halves, *self.pieces)
 
     def known_graph(self) -> ComputeGraph:
         """Returns the graph that llama.cpp builds.

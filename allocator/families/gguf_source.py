@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from allocator.errors import AllocatorError, CheckpointError
+from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families.base import Family, Support
-from allocator.families.config import Config
+from allocator.families.config import MOST_LISTED, MOST_WIDE, Config
 from allocator.families.gguf import SIGMOID, SOFTMAX, Gguf, GgufFacts, ModelFacts
 from allocator.families.registry import families
 from allocator.families.roles import Role
@@ -123,6 +123,8 @@ def family_of_gguf(
             differences = list(_differences(family, gguf, facts, file))
         except AllocatorError as error:
             differences = [str(error)]
+        except (ArithmeticError, TypeError, ValueError) as error:  # of values of another kind
+            differences = [f"its pairs make no sense ({first_line(error)}); {_WAY_OUT}"]
         if differences:
             problems.append(differences)
         else:
@@ -170,10 +172,11 @@ def _plain(pairs: Mapping[str, Any], architecture: str, where: str) -> dict[str,
         own.setdefault("feed_forward_length", own["expert_feed_forward_length"])
     needed = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
     for key in (*needed, "expert_used_count"):
-        value = own.get(key)
-        if type(value) is not int or value < 1:
+        value, most = own.get(key), MOST_LISTED if key == "block_count" else MOST_WIDE
+        if type(value) is not int or not 1 <= value <= most:
             raise CheckpointError(
-                f"{where}: {begin}{key} is {value!r}, needed one number from 1; {_WAY_OUT}"
+                f"{where}: {begin}{key} is {value!r}, needed one number from 1 to {most}; "
+                f"{_WAY_OUT}"
             )
     if type(nextn) is not int or not 0 <= nextn < own["block_count"]:
         raise CheckpointError(
@@ -283,8 +286,7 @@ def _differences(family: Family, gguf: Gguf, facts: ModelFacts, file: GgufFacts)
         facts, n_experts=file["expert_count"], experts_used=file["expert_used_count"]
     )
     wanted = {key.removeprefix(f"{architecture}."): value for key, value in pairs}
-    parts = (*gguf.halves, *gguf.pieces)
-    known = {*(rule.gguf for rule in family.rules), *(part.name for part in parts)}
+    known = {*(rule.gguf for rule in family.rules), *(part.name for part in gguf.parts)}
     for name in sorted(file.names - known):
         yield f"{name.format(layer='N')} is no tensor of {family.model_type}; use the original"
     absent = {**_ABSENT, **gguf.absent}

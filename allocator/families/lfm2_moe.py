@@ -38,7 +38,7 @@ _RULES = (
     Rule(L + "conv.in_proj.weight", Role.CONV_IN, "thrice_hidden x hidden",
          B + "shortconv.in_proj.weight"),
     Rule(L + "conv.conv.weight", Role.CONV_KERNEL, "hidden x one x conv_kernel",
-         B + "shortconv.conv.weight"),
+         B + "shortconv.conv.weight", gguf_shape="hidden x conv_kernel"),
     Rule(L + "conv.out_proj.weight", Role.CONV_OUT, "hidden x hidden",
          B + "shortconv.out_proj.weight"),
     Rule(L + "self_attn.q_proj.weight", Role.Q, "queries x hidden", B + "attn_q.weight"),
@@ -116,7 +116,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 
 def _source(file: GgufFacts) -> Config:
-    heads = file["attention.head_count_kv"]
+    heads = file.by_layer("attention.head_count_kv")
     return {
         "num_key_value_heads": max(heads),
         "layer_types": [_ATTENTION if n else _CONVOLUTION for n in heads],
@@ -154,7 +154,7 @@ LFM2_MOE = Family(
             Fixed("routed_scaling_factor", 1.0, 1.0),
             Fixed("use_expert_bias", True, True),
         ),
-        computed=with_base(1_000_000.0),
+        rotation=with_base(1_000_000.0),
         source=_source,
     ),
     selection_bias=True,

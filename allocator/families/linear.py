@@ -91,7 +91,7 @@ def linear_rules(
     """
     return (
         Rule(_A + "conv1d.weight", Role.LINEAR_STATE, "linear_channels x one x kernel",
-             B + "ssm_conv1d.weight", transforms=channels),
+             B + "ssm_conv1d.weight", transforms=channels, gguf_shape="linear_channels x kernel"),
         Rule(_A + "A_log", Role.LINEAR_STATE, "linear_heads", B + "ssm_a",
              transforms=(MINUS_EXP, *heads)),
         Rule(_A + "dt_bias", Role.LINEAR_STATE, "linear_heads", B + "ssm_dt.bias",
@@ -195,13 +195,12 @@ def mixed_source(file: GgufFacts) -> dict[str, Any]:
 
 
 def _linear_layers(file: GgufFacts) -> list[bool]:
-    """Which layers have linear attention; a list may have layers of multi-token prediction, too."""
-    n_layers, listed = file["block_count"], file.pairs.get("attention.recurrent_layers")
-    if listed is None:
+    """Which layers have linear attention."""
+    key = "attention.recurrent_layers"
+    if key not in file.pairs:
         every = file.pairs.get("full_attention_interval", _INTERVAL)
-        return [(layer + 1) % every != 0 for layer in range(n_layers)]
-    each = listed if isinstance(listed, tuple) else (listed,) * n_layers  # equal ones are one
-    return [bool(linear) for linear in each[:n_layers]]
+        return [(layer + 1) % every != 0 for layer in range(file["block_count"])]
+    return [bool(linear) for linear in file.by_layer(key)]
 
 
 @lru_cache

@@ -14,6 +14,8 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allocator import api, load
+from allocator.checkpoint.outline import planned_inventory
+from allocator.checkpoint.padding import padded
 from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.checkpoint.tokenizer import read_tokenizer
@@ -26,12 +28,14 @@ from allocator.export.checkpoint import materialize
 from allocator.export.gguf.files import read_gguf, write_gguf
 from allocator.export.safetensors.directory import write_config
 from allocator.export.tensors import EncodedTensors
-from allocator.families import family_of, registry
+from allocator.families import Role, family_of, registry
+from allocator.families.gguf_source import family_of_gguf
 from allocator.formats import format_named
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, read_windows
 from allocator.scoring.streamed_model import States, StreamedModel
 from allocator.targets import GGUF, SAFETENSORS, TARGETS
+from allocator.targets.gguf.metadata import hyperparameters
 from allocator.targets.group_weights import group_digest, group_weights
 from allocator.testing.family_runs import random_checkpoint
 
@@ -41,6 +45,12 @@ MIXTRAL = {
     "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False,
     "sliding_window": None, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+LFM2 = {
+    "model_type": "lfm2_moe", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "num_experts": 8,
+    "num_experts_per_tok": 2, "num_dense_layers": 1, "moe_intermediate_size": 32,
+    "conv_L_cache": 3, "norm_eps": 1e-5, "max_position_embeddings": 128,
 }  # fmt: skip
 
 
@@ -194,6 +204,37 @@ def test_q8_0_is_decoded_as_gguf_py_decodes(file_of, kind):
     assert layout.groups["layers.1.experts.up"].offered()[0].name == "Q8_0"
     digests = {inventory.tensor_digest(t.name) for t in experts}
     assert len(digests) == len(experts)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "conv"])
+def test_layers_of_one_kind_are_read_back(kind):
+    """A list of equal values may be one value in a file's pairs."""
+    planned = planned_inventory(LFM2 | {"layer_types": [kind] * 3})
+    layout = GGUF.layout(planned)
+    pairs = {f.key: f.value for f in hyperparameters(planned, n_experts=8, experts_used=2)}
+    pairs["general.architecture"] = "lfm2moe"
+    shapes = {g.stored_as: g.shape for g in layout.groups.values()}
+    shapes |= {k.stored_as: k.shape for k in layout.full_precision}
+    family, config = family_of_gguf(pairs, shapes, "model.gguf")
+    assert family.model_type == "lfm2_moe"
+    assert config["layer_types"] == [kind] * 3
+
+
+def test_padded_experts_are_those_of_the_checkpoint(sources, file_of):
+    """96 neurons, in rows of a stacked tensor, as 128."""
+    plain, ours = (
+        GGUF.layout(padded(read_inventory(path), 128))
+        for path in (sources["mixtral"], file_of("mixtral", "BF16"))
+    )
+    for name, group in plain.groups.items():
+        assert group_digest(ours, ours.groups[name]) == group_digest(plain, group)
+    low = read_inventory(file_of("mixtral", "Q8_0"))
+    wide = padded(low, 128)
+    for role, added in ((Role.EXPERT_UP, ((0, 32), (0, 0))), (Role.EXPERT_DOWN, ((0, 0), (0, 32)))):
+        name = low.of_role(role, 1)[7].name
+        wanted = np.pad(read_tensor(low, name), added)
+        np.testing.assert_array_equal(read_tensor(wide, name), wanted)
+        np.testing.assert_array_equal(read_rows(wide, name, 60, 64), wanted[60:64])
 
 
 @pytest.mark.parametrize("fmt", ["F16", "F32"])
@@ -444,6 +485,16 @@ BAD = {  # changed pairs and tensors: what is said
     ),
     "no experts": ({"deepseek2.expert_count": None}, {}, "without deepseek2.expert_count"),
     "no layers": ({"deepseek2.block_count": 0}, {}, "block_count is 0, needed one number"),
+    "more layers than any model has": (
+        {"deepseek2.block_count": 4_000_000_000}, {}, "block_count is 4000000000, needed one",
+    ),
+    "a value of another kind": (
+        {
+            "deepseek2.rope.scaling.type": "yarn", "deepseek2.rope.scaling.factor": 2.0,
+            "deepseek2.rope.scaling.yarn_log_multiplier": "ten",
+        },
+        {}, "its pairs make no sense",
+    ),
     "another kind of rotation": (
         {"deepseek2.rope.scaling.type": "linear", "deepseek2.rope.scaling.factor": 2.0}, {},
         "'linear'",

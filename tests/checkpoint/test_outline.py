@@ -139,3 +139,10 @@ def test_what_is_refused(name, changes, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         planned_inventory(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_goes_before_gguf_files_beside_it(tmp_path):
+    (tmp_path / "config.json").write_bytes((CONFIGS / "mixtral-8x7b.json").read_bytes())
+    for name in ("Q4_K_M", "Q8_0"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
+    assert rows(planned_inventory(tmp_path)) == rows(planned_inventory(tmp_path / "config.json"))

@@ -29,7 +29,7 @@ from allocator.checkpoint.inventory import (
     check_whole,
 )
 from allocator.errors import CheckpointError
-from allocator.families import Config, Dimensions, Family, Half, Role, Rule, Transform
+from allocator.families import Config, Dimensions, Family, Role, Rule, Transform
 from allocator.families.gguf_source import family_of_gguf
 from allocator.files.digests import Digests, Identity
 
@@ -187,15 +187,14 @@ def _tensors(
     """Yields every tensor of the checkpoint, and what it is called within its layer."""
     family, config = model.family, model.config
     rules = {rule.gguf: rule for rule in family.rules if rule.gguf is not None}
-    parts = (*family.for_gguf().halves, *family.for_gguf().pieces)
-    halves: dict[str, Half] = {part.name: part for part in parts}
+    parts = {part.name: part for part in family.for_gguf().parts}
     shapes = {rule.pattern: family.shape(config, rule) for rule in _asked(family, config)}
     waiting: dict[tuple[Role, int], dict[Role, Stored]] = defaultdict(dict)
     for file, entry in entries:
         number = _layer(entry)
         layer = None if number < 0 else number
         name = _LAYER.sub("blk.{layer}.", entry.name)
-        if name not in rules and name not in halves:
+        if name not in rules and name not in parts:
             raise CheckpointError(
                 f"{model.path}: {entry.name} is no tensor of {family.model_type} in a GGUF file; "
                 "use the original"
@@ -206,10 +205,10 @@ def _tensors(
                 f"{model.path}: {entry.name} is stored in {stored.dtype}, low-bit already; "
                 f"{_WAY_OUT}"
             )
-        if name in halves:
-            half = halves[name]
+        if name in parts:
+            part = parts[name]
             assert layer is not None
-            waiting[half.of, layer][half.role] = stored
+            waiting[part.of, layer][part.role] = stored
             continue
         rule = rules[name]
         if rule.pattern not in shapes:
@@ -252,21 +251,21 @@ def _of_rule(
             f"{model.path}: {stored.name} is stored in {stored.dtype}, needed F32; {_WAY_OUT}"
         )
     make = _make(model, rule)
-    made = None if make is None else Rearranged((replace(stored, shape=shape),), make)
     nbytes = stored.nbytes // n_experts
     for expert in range(n_experts):
+        own = replace(stored, shape=shape, offset=stored.offset + expert * nbytes, nbytes=nbytes)
         yield (
             TensorInfo(
                 rule.pattern.format(layer=layer, expert=expert),
                 shape,
-                stored.dtype,
-                stored.file,
-                stored.offset + expert * nbytes,
+                own.dtype,
+                own.file,
+                own.offset,
                 nbytes,
                 rule.role,
                 layer,
                 expert if rule.has_expert else None,
-                made=made,
+                made=None if make is None else Rearranged((own,), make),
             ),
             rule.part,
         )
@@ -351,7 +350,7 @@ def _of_pieces(
     shape = family.shape(model.config, rule)
     places: list[Stored] = []
     rows: list[int] = []
-    for piece in family.for_gguf().pieces:
+    for piece in (piece for piece in family.for_gguf().pieces if piece.of is role):
         own, numbers = stored.get(piece.role), piece.rows(dimensions)
         needed = (len(numbers), shape[1])
         if own is None or own.shape != needed:
