@@ -270,21 +270,25 @@ class Family:
 
     def __post_init__(self) -> None:
         assert self.gguf is not None or self.no_gguf, self.model_type
+        encoded = {rule.role for rule in self.rules if rule.role.is_encoded}
+        changed = {rule.role for rule in self.rules if rule.transforms or rule.gguf_shape}
+        assert not changed & encoded, self.model_type
+        if self.gguf is not None:
+            assert {*self.gguf.row_orders, *self.gguf.column_orders} <= encoded, self.model_type
 
     # -- names
 
     @cached_property
     def roles(self) -> frozenset[Role]:
-        """Roles of its groups and tensors, of halves too."""
-        return frozenset((*(r.role for r in self.rules), *self._halves))
+        """Roles of its groups and tensors, of parts too."""
+        return frozenset((*(r.role for r in self.rules), *self._parts))
 
     @cached_property
-    def _halves(self) -> dict[Role, Half]:
+    def _parts(self) -> dict[Role, Half]:
         """Tensors that llama.cpp stores in parts, by the role of the part."""
         if self.gguf is None:
             return {}
-        parts: tuple[Half, ...] = (*self.gguf.halves, *self.gguf.pieces)
-        return {part.role: part for part in parts}
+        return {part.role: part for part in self.gguf.parts}
 
     def plain_name(self, name: str) -> str:
         """Returns a tensor's name as the rules begin it."""
@@ -372,14 +376,14 @@ class Family:
 
     def source_name(self, role: Role, layer: int | None) -> str:
         """Returns the checkpoint's name of the first tensor with this role, or of its whole."""
-        half = self._halves.get(role)
-        whole = role if half is None else half.of
+        part = self._parts.get(role)
+        whole = role if part is None else part.of
         return self.rule_of(whole).pattern.format(layer=layer, expert=0)
 
     def gguf_name(self, role: Role, layer: int | None) -> str:
         """Returns llama.cpp's name of the tensor with this role, for roles once per layer."""
-        half = self._halves.get(role)
-        name = self.rule_of(role).gguf if half is None else half.name
+        part = self._parts.get(role)
+        name = self.rule_of(role).gguf if part is None else part.name
         assert name is not None, f"{self.model_type}: {role} has no name in llama.cpp"
         return name.format(layer=layer)
 
@@ -635,7 +639,7 @@ class Family:
         return {rule: self._shape(config, sizes, rule.shape) for rule in rules}
 
     def shape(self, config: Config, rule: Rule) -> tuple[int, ...]:
-        """Returns the shape that a config gives a tensor, whichever layers have it.
+        """Returns the shape that a config gives a tensor in layers without `layer_sizes`.
 
         Raises:
             CheckpointError: if it lacks or contradicts what shapes are made of.

@@ -107,7 +107,7 @@ ERNIE4_5_MOE = Family(
         _hyperparameters,
         None,
         fixed=(Fixed("hidden_act", "silu", "silu"), Fixed("moe_norm_min", 1e-12, 1e-12)),
-        computed=with_base(500000.0),
+        rotation=with_base(500000.0),
         source=_source,
     ),
     ignored=(r"model\.mtp_.*",),

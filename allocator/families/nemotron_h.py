@@ -40,7 +40,7 @@ _RULES = (
     Rule(L + "norm.weight", Role.NORM, "hidden", B + "attn_norm.weight"),
     Rule(_M + "in_proj.weight", Role.SSM_IN, "ssm_inputs x hidden", B + "ssm_in.weight"),
     Rule(_M + "conv1d.weight", Role.SSM_STATE, "ssm_channels x one x kernel",
-         B + "ssm_conv1d.weight"),
+         B + "ssm_conv1d.weight", gguf_shape="ssm_channels x kernel"),
     Rule(_M + "conv1d.bias", Role.BIAS, "ssm_channels", B + "ssm_conv1d.bias"),
     Rule(_M + "dt_bias", Role.SSM_STATE, "ssm_heads", B + "ssm_dt.bias"),
     Rule(_M + "A_log", Role.SSM_STATE, "ssm_heads", B + "ssm_a", transforms=(MINUS_EXP,),

@@ -187,7 +187,7 @@ class FamilyConformance:
         known = MODEL_TENSORS[_architecture(self.family.gguf.architecture)]
         names = {TENSOR_NAMES[kind].replace("{bid}", "{layer}") for kind in known}
         rules = [r for r in self.family.rules if r.role not in self.without_gguf_names]
-        for name in (*(r.gguf for r in rules), *(h.name for h in self.family.gguf.halves)):
+        for name in (*(r.gguf for r in rules), *(part.name for part in self.family.gguf.parts)):
             assert name is not None
             for ending in (".weight", ".bias", ".scale"):
                 name = name.removesuffix(ending)

@@ -142,3 +142,18 @@ def test_a_wrong_table_fails(config, wrong, case_of, tmp_path, monkeypatch):
     monkeypatch.setitem(registry._FAMILIES, right.model_type, wrong(right))
     with pytest.raises((AssertionError, VerifyError)):  # llama.cpp does not load some at all
         run()
+
+
+def test_no_part_of_a_table_is_without_effect():
+    """What moves places is of an encoded role, once; what changes values is of others."""
+    family = family_of(MIXED)
+    gguf = family.gguf
+    order = gguf.column_orders[Role.LINEAR_OUT]
+    with pytest.raises(AssertionError, match="qwen35moe"):
+        replace(gguf, row_orders={Role.LINEAR_OUT: order})
+    with pytest.raises(AssertionError, match="qwen3_5_moe_text"):
+        replace(family, gguf=replace(gguf, row_orders={Role.NORM: order}))
+    changed = {r.role: r.transforms for r in family.rules}[Role.LINEAR_AB]
+    rules = tuple(replace(r, transforms=changed) if r.role is Role.Q else r for r in family.rules)
+    with pytest.raises(AssertionError, match="qwen3_5_moe_text"):
+        replace(family, rules=rules)

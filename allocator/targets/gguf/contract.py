@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from allocator.checkpoint.inventory import Inventory, TensorInfo
 from allocator.errors import CheckpointError, TargetError
-from allocator.families import Config, Dimensions, Family, Half, Piece, Role, Rule
+from allocator.families import Config, Dimensions, Family, Half, Piece, Role
 from allocator.formats.ggml import CODEC
 from allocator.targets.base import Target
 from allocator.targets.device_memory import DeviceMemory, RuntimeSettings, Workload
@@ -69,9 +69,8 @@ class GgufTarget(Target):
             for t in inventory.tensors.values()
             if t.role.is_encoded
         }
-        parts: tuple[Half, ...] = (*gguf.halves, *gguf.pieces)
         groups = plain_groups(
-            inventory, names, skip={part.of for part in parts}, codecs=self.codecs
+            inventory, names, skip={part.of for part in gguf.parts}, codecs=self.codecs
         )
         for half in gguf.halves:
             groups += _halves(inventory, half)
@@ -247,13 +246,6 @@ def _pieces(inventory: Inventory, piece: Piece) -> Iterator[Group]:
             )
 
 
-def _file_shape(inventory: Inventory, rule: Rule, tensor: TensorInfo) -> tuple[int, ...] | None:
-    """What a file has instead: llama.cpp knows no axis of one channel in a convolution's kernel."""
-    if len(tensor.shape) == 3 and tensor.shape[1] == 1:
-        return tensor.shape[0], tensor.shape[2]
-    return inventory.family.gguf_shape(inventory.config, rule)
-
-
 def _full_precision(inventory: Inventory, tensor: TensorInfo) -> FullPrecision:
     match = inventory.family.match(tensor.name)
     assert match is not None
@@ -261,7 +253,7 @@ def _full_precision(inventory: Inventory, tensor: TensorInfo) -> FullPrecision:
     assert rule.gguf is not None
     return FullPrecision(
         tensor.name, rule.gguf.format(layer=tensor.layer), tensor.role, tensor.layer,
-        tensor.shape, "F32", rule.transforms, _file_shape(inventory, rule, tensor),
+        tensor.shape, "F32", rule.transforms, inventory.family.gguf_shape(inventory.config, rule),
     )  # fmt: skip
 
 
