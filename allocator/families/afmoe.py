@@ -24,7 +24,7 @@ from allocator.families.common import (
     layer,
     shared_expert,
 )
-from allocator.families.config import Config, count
+from allocator.families.config import FULL, SLIDING, Config, count
 from allocator.families.gguf import (
     SIGMOID,
     Fixed,
@@ -40,7 +40,6 @@ from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 _INTERVAL = 4  # llama.cpp's own, which no key changes: the last of every four layers is full
 
 _RULES = (
@@ -82,19 +81,17 @@ def _kinds(config: Config, n_layers: int) -> list[str]:
     kinds = config.get("layer_types")
     if kinds is None:
         every = count(config, "global_attn_every_n_layers", default=4)
-        return [_SLIDING if (number + 1) % every else _FULL for number in range(n_layers)]
+        return [SLIDING if (number + 1) % every else FULL for number in range(n_layers)]
     return list(kinds) if isinstance(kinds, (list, tuple)) else [repr(kinds)]
 
 
 def _window(config: Config, n_layers: int) -> Window:
-    kinds = _kinds(config, n_layers)
-    sliding = frozenset(i for i, kind in enumerate(kinds) if kind == _SLIDING)
-    return Window(count(config, "sliding_window"), sliding)
+    return Window.over(count(config, "sliding_window"), _kinds(config, n_layers))
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     n_layers = facts.dimensions.n_layers
-    own = [_SLIDING if (number + 1) % _INTERVAL else _FULL for number in range(n_layers)]
+    own = [SLIDING if (number + 1) % _INTERVAL else FULL for number in range(n_layers)]
     if _kinds(facts.config, n_layers) != own:
         raise TargetError(
             f"gguf: llama.cpp gives the last of every {_INTERVAL} layers of afmoe full attention "

@@ -7,10 +7,11 @@ name that no rule matches is an error upstream, so no tensor is overlooked.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from types import EllipsisType
+from typing import TypeVar
 
 from allocator.errors import CheckpointError, TargetError
 from allocator.families.config import (
@@ -478,9 +479,15 @@ class Family:
             n_shared=optional(config, keys.shared_experts) or 0,
             shared_width=optional(config, keys.shared_width),
             latent=None if keys.latent is None else _latent(config, keys.latent),
-            linear=None if keys.linear is None else _linear(config, keys.linear),
+            linear=(
+                _in_groups(config, keys.linear, LinearAttention, "value_heads", "key_heads")
+                if keys.linear is not None
+                else None
+            ),
             state_space=(
-                None if keys.state_space is None else _state_space(config, keys.state_space)
+                _in_groups(config, keys.state_space, StateSpace, "heads", "groups")
+                if keys.state_space is not None
+                else None
             ),
             expert_hidden=optional(config, keys.expert_hidden) if keys.expert_hidden else None,
             conv_kernel=None if keys.conv_kernel is None else count(config, keys.conv_kernel),
@@ -597,13 +604,9 @@ class Family:
         if keys.latent is not None:
             latent = keys.latent
             yield from (latent.rank, latent.q_rank, latent.nope, latent.rope, latent.value)
-        if keys.linear is not None:
-            linear = keys.linear
-            yield from (linear.key_heads, linear.value_heads, linear.key_head, linear.value_head)
-            yield linear.kernel
-        if keys.state_space is not None:
-            space = keys.state_space
-            yield from (space.heads, space.head, space.state, space.groups, space.kernel)
+        for sizes in (keys.linear, keys.state_space):
+            if sizes is not None:
+                yield from asdict(sizes).values()
         for key in (keys.expert_hidden, keys.conv_kernel):
             if key is not None:
                 yield key
@@ -694,33 +697,18 @@ def _latent(config: Config, keys: LatentKeys) -> LatentAttention:
     )
 
 
-def _linear(config: Config, keys: LinearKeys) -> LinearAttention:
-    sizes = LinearAttention(
-        key_heads=count(config, keys.key_heads),
-        value_heads=count(config, keys.value_heads),
-        key_head=count(config, keys.key_head),
-        value_head=count(config, keys.value_head),
-        kernel=count(config, keys.kernel),
-    )
-    if sizes.value_heads % sizes.key_heads:
-        raise CheckpointError(
-            f"config.json: {keys.value_heads} is {sizes.value_heads}, needed a multiple of "
-            f"{keys.key_heads}, {sizes.key_heads}"
-        )
-    return sizes
+_Sizes = TypeVar("_Sizes", LinearAttention, StateSpace)
 
 
-def _state_space(config: Config, keys: StateSpaceKeys) -> StateSpace:
-    sizes = StateSpace(
-        heads=count(config, keys.heads),
-        head=count(config, keys.head),
-        state=count(config, keys.state),
-        groups=count(config, keys.groups),
-        kernel=count(config, keys.kernel),
-    )
-    if sizes.heads % sizes.groups:
+def _in_groups(
+    config: Config, keys: LinearKeys | StateSpaceKeys, kind: type[_Sizes], heads: str, groups: str
+) -> _Sizes:
+    """Sizes by the keys of the same names; as many heads in every group."""
+    key_of = asdict(keys)
+    sizes = {name: count(config, key) for name, key in key_of.items()}
+    if sizes[heads] % sizes[groups]:
         raise CheckpointError(
-            f"config.json: {keys.heads} is {sizes.heads}, needed a multiple of {keys.groups}, "
-            f"{sizes.groups}"
+            f"config.json: {key_of[heads]} is {sizes[heads]}, needed a multiple of "
+            f"{key_of[groups]}, {sizes[groups]}"
         )
-    return sizes
+    return kind(**sizes)

@@ -143,9 +143,18 @@ def hub_name(config: Config) -> str | None:
     return None
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Kinds of attention in `layer_types`, as transformers names them."""
+
+
 def is_tied(config: Config) -> bool:
     """Returns whether the head is to be the embedding."""
     return bool(config.get("tie_word_embeddings", False))
+
+
+def is_tied_by_default(config: Config) -> bool:
+    """Returns whether the head is to be the embedding, as it is where `config` does not say."""
+    return bool(config.get("tie_word_embeddings", True))
 
 
 def plain_floats(value: Any) -> Any:

@@ -22,7 +22,7 @@ from allocator.families.common import (
     layers,
     shared_expert,
 )
-from allocator.families.config import Config
+from allocator.families.config import SLIDING, Config
 from allocator.families.gguf import (
     SIGMOID,
     Fixed,
@@ -54,7 +54,7 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
 
 def _check(facts: ModelFacts) -> None:
     check_equal_heads(facts, "dots1")
-    if "sliding_attention" in (facts.config.get("layer_types") or ()):
+    if SLIDING in (facts.config.get("layer_types") or ()):
         raise TargetError(
             "gguf: llama.cpp computes dots1 without a sliding window, layer_types in config.json "
             "have one; use target safetensors"

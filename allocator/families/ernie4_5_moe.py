@@ -27,7 +27,7 @@ from allocator.families.common import (
     layers,
     shared_expert,
 )
-from allocator.families.config import Config, count
+from allocator.families.config import Config, count, is_tied_by_default
 from allocator.families.gguf import (
     Fixed,
     Gguf,
@@ -59,10 +59,6 @@ def _layer_parts(config: Config, number: int) -> Parts:
 
 def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SOFTMAX, True
-
-
-def _is_tied(config: Config) -> bool:
-    return bool(config.get("tie_word_embeddings", True))
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
@@ -100,7 +96,7 @@ ERNIE4_5_MOE = Family(
     layer_parts=_layer_parts,
     layers=layers((GROUPED_ATTENTION,), (DENSE, _ROUTED, _WITH_SHARED)),
     scoring=_scoring,
-    tied=_is_tied,
+    tied=is_tied_by_default,
     stacks=STACKS,
     gguf=Gguf(
         "ernie4_5-moe",

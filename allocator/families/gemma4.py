@@ -27,17 +27,24 @@ from allocator.families.common import (
     expert_rules,
     layer,
 )
-from allocator.families.config import Config, count, number
+from allocator.families.config import (
+    FULL,
+    SLIDING,
+    Config,
+    count,
+    is_tied_by_default,
+    number,
+)
 from allocator.families.gguf import Fixed, Gguf, Made, ModelFacts, Pair, Window
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
+from allocator.families.rope import rope_of_kind
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 _INTERVAL = 6  # transformers' own: the last of every six layers is full
 _GELU = "gelu_pytorch_tanh"
 _ROPE = {  # transformers' own, where a config has none
-    _SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
-    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
 }
 _UNROTATED = 1e30
 """What llama.cpp divides the angle of a channel by that is not rotated, as its converter does."""
@@ -103,14 +110,14 @@ def _kinds(config: Config) -> list[str]:
     """Kinds of the layers; transformers makes the last one full, whatever config.json says."""
     n_layers, kinds = count(config, "num_hidden_layers"), config.get("layer_types")
     if kinds is None:
-        kinds = [_SLIDING if (i + 1) % _INTERVAL else _FULL for i in range(n_layers)]
-    known = isinstance(kinds, list) and all(kind in (_SLIDING, _FULL) for kind in kinds)
+        kinds = [SLIDING if (i + 1) % _INTERVAL else FULL for i in range(n_layers)]
+    known = isinstance(kinds, list) and all(kind in (SLIDING, FULL) for kind in kinds)
     if not known or len(kinds) != n_layers:
         raise CheckpointError(
-            f"config.json: layer_types is {kinds!r}, needed a list of {n_layers}, each {_SLIDING} "
-            f"or {_FULL}"
+            f"config.json: layer_types is {kinds!r}, needed a list of {n_layers}, each {SLIDING} "
+            f"or {FULL}"
         )
-    return [*kinds[:-1], _FULL]
+    return [*kinds[:-1], FULL]
 
 
 def _own_sizes(config: Config, number: int) -> Mapping[str, Any]:
@@ -126,7 +133,7 @@ def _own_sizes(config: Config, number: int) -> Mapping[str, Any]:
             for key, sizes in layers.items()  # padded with zeros
         }
         return own.get(str(number), {})
-    if _kinds(config)[number] == _SLIDING:
+    if _kinds(config)[number] == SLIDING:
         return {}
     sizes = {"head_dim": config.get("global_head_dim", 512)}
     heads = config.get("num_global_key_value_heads") if _keys_are_values(config) else None
@@ -157,22 +164,14 @@ def _layer_sizes(config: Config, number: int) -> Mapping[str, int]:
 
 def _layer_parts(config: Config, number: int) -> Parts:
     _check(config)
-    alone = _keys_are_values(config) and _kinds(config)[number] == _FULL
+    alone = _keys_are_values(config) and _kinds(config)[number] == FULL
     return _KEYS_ALONE if alone else _LAYER
-
-
-def _tied(config: Config) -> bool:
-    return bool(config.get("tie_word_embeddings", True))
 
 
 def _rope_of(config: Config, kind: str) -> dict[str, Any]:
     """How positions are rotated in layers of a kind."""
-    rope = (config.get("rope_parameters") or _ROPE).get(kind)
-    if not isinstance(rope, dict):
-        raise CheckpointError(
-            f"config.json: rope_parameters has {rope!r} for {kind}, needed a table"
-        )
-    known = ("default",) if kind == _SLIDING else ("default", "proportional")
+    rope = rope_of_kind(config, kind, _ROPE)
+    known = ("default",) if kind == SLIDING else ("default", "proportional")
     if (got := rope.get("rope_type", "default")) not in known:
         raise TargetError(
             f"gguf: llama.cpp rotates layers of gemma4 with {kind} as {' or '.join(known)}, "
@@ -183,18 +182,18 @@ def _rope_of(config: Config, kind: str) -> dict[str, Any]:
 
 def _full_rope(config: Config) -> Config:
     """The config with the base of layers of full attention alone; `_made` says the rest."""
-    rope = {"rope_type": "default", "rope_theta": number(_rope_of(config, _FULL), "rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": number(_rope_of(config, FULL), "rope_theta")}
     return {**config, "rope_parameters": rope}
 
 
 def _full_head(config: Config) -> int:
-    return _heads(config, _kinds(config).index(_FULL))[0]
+    return _heads(config, _kinds(config).index(FULL))[0]
 
 
 def _made(facts: ModelFacts) -> tuple[Made, ...]:
     """Factors that angles of layers of full attention are divided by, one per pair of channels."""
     head = _full_head(facts.config)
-    rope = {"partial_rotary_factor": 1.0, "factor": 1.0, **_rope_of(facts.config, _FULL)}
+    rope = {"partial_rotary_factor": 1.0, "factor": 1.0, **_rope_of(facts.config, FULL)}
     if rope.get("rope_type", "default") == "default":
         return (Made("rope_freqs.weight", (1.0,) * (head // 2)),)
     rotated = int(number(rope, "partial_rotary_factor") * head // 2)
@@ -203,9 +202,7 @@ def _made(facts: ModelFacts) -> tuple[Made, ...]:
 
 
 def _window(config: Config, n_layers: int) -> Window:
-    kinds = _kinds(config)
-    sliding = frozenset(i for i in range(n_layers) if kinds[i] == _SLIDING)
-    return Window(count(config, "sliding_window", default=512), sliding)
+    return Window.over(count(config, "sliding_window", default=512), _kinds(config))
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
@@ -213,14 +210,14 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     kinds = _kinds(config)
     sizes = [_heads(config, i) for i in range(len(kinds))]
     widths = {kind: {head for (head, _), k in zip(sizes, kinds, strict=True) if k == kind}
-              for kind in (_SLIDING, _FULL)}  # fmt: skip
+              for kind in (SLIDING, FULL)}  # fmt: skip
     if max(map(len, widths.values())) > 1:
         raise TargetError(
             "gguf: llama.cpp gives all layers of gemma4 with one kind of attention heads of one "
             f"width, config.json has {sorted(map(sorted, widths.values()))}; use target safetensors"
         )
     full = _full_head(config)
-    sliding = min(widths[_SLIDING], default=full)
+    sliding = min(widths[SLIDING], default=full)
     kv_heads = tuple(heads for _, heads in sizes)
     yield "attention.head_count_kv", kv_heads
     yield "attention.key_length", full
@@ -228,12 +225,12 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "attention.key_length_swa", sliding
     yield "attention.value_length_swa", sliding
     yield "attention.sliding_window", _window(config, 0).tokens
-    yield "attention.sliding_window_pattern", tuple(int(kind == _SLIDING) for kind in kinds)
+    yield "attention.sliding_window_pattern", tuple(int(kind == SLIDING) for kind in kinds)
     yield "attention.shared_kv_layers", 0
     yield "embedding_length_per_layer_input", 0
     yield "rope.dimension_count", full
     yield "rope.dimension_count_swa", sliding
-    yield "rope.freq_base_swa", number(_rope_of(config, _SLIDING), "rope_theta")
+    yield "rope.freq_base_swa", number(_rope_of(config, SLIDING), "rope_theta")
     if config.get("final_logit_softcapping") is not None:
         yield "final_logit_softcapping", number(config, "final_logit_softcapping")
 
@@ -246,7 +243,7 @@ GEMMA4_TEXT = Family(
     layer_parts=_layer_parts,
     layers=(_LAYER, _KEYS_ALONE),
     layer_sizes=_layer_sizes,
-    tied=_tied,
+    tied=is_tied_by_default,
     stacks=_STACKS,
     gguf=Gguf(
         "gemma4",

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from typing import Any
 
 from allocator.errors import CheckpointError, TargetError
-from allocator.families.config import Config, number, whole
+from allocator.families.config import SLIDING, Config, number, whole
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.rope import rope_pairs, rotated_width, yarn_betas
@@ -118,6 +118,11 @@ class Window:
 
     tokens: int = 0
     layers: frozenset[int] = frozenset()
+
+    @classmethod
+    def over(cls, tokens: int, kinds: Sequence[str]) -> "Window":
+        """Returns the window of the layers whose kind, of `layer_types`, says so."""
+        return cls(tokens, frozenset(i for i, kind in enumerate(kinds) if kind == SLIDING))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from allocator.families.common import (
     L,
     layer,
 )
-from allocator.families.config import Config
+from allocator.families.config import FULL, SLIDING, Config
 from allocator.families.gguf import (
     ComputeGraph,
     Fixed,
@@ -36,7 +36,7 @@ from allocator.families.roles import Role
 from allocator.families.rope import rope_parameters
 from allocator.families.sizes import Scoring
 
-_ALTERNATING = ("sliding_attention", "full_attention")
+_ALTERNATING = (SLIDING, FULL)
 _ATTENTION = (*GROUPED_ATTENTION, *(f"{name}.bias" for name in GROUPED_ATTENTION), "sinks")
 _KINDS = ("gate", "up", "down")
 _ROUTED = (

@@ -29,7 +29,7 @@ from allocator.families.common import (
     layer,
     shared_expert,
 )
-from allocator.families.config import Config, count, number, whole
+from allocator.families.config import FULL, SLIDING, Config, count, number, whole
 from allocator.families.gguf import (
     SIGMOID,
     Fixed,
@@ -42,12 +42,12 @@ from allocator.families.gguf import (
 )
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
+from allocator.families.rope import rope_of_kind
 from allocator.families.sizes import Scoring
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 _ROPE = {  # transformers' own, where a config has none
-    _FULL: {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
-    _SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    FULL: {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
 }
 _ON_DISK = {
     "mlp.gate.e_score": "mlp.experts.e_score",
@@ -90,7 +90,7 @@ def _heads(config: Config) -> list[int]:
 
 
 def _kinds(config: Config) -> list[str]:
-    return _listed(config, "layer_types", [_FULL] * count(config, "num_hidden_layers"))
+    return _listed(config, "layer_types", [FULL] * count(config, "num_hidden_layers"))
 
 
 def _layer_sizes(config: Config, number: int) -> Mapping[str, int]:
@@ -114,44 +114,36 @@ def _scoring(config: Config) -> tuple[str, bool]:
     return Scoring.SIGMOID, True
 
 
-def _rope_of(config: Config, kind: str) -> dict[str, Any]:
-    """How positions are rotated in layers of a kind."""
-    rope = (config.get("rope_parameters") or _ROPE).get(kind)
-    if not isinstance(rope, dict):
-        raise CheckpointError(
-            f"config.json: rope_parameters has {rope!r} for {kind}, needed a table"
-        )
-    return rope
-
-
 def _full_rope(config: Config) -> Config:
     """The config with the rotation of layers of full attention alone, of the part of a head."""
-    rope = {k: v for k, v in _rope_of(config, _FULL).items() if k != "partial_rotary_factor"}
+    rope = {
+        k: v for k, v in rope_of_kind(config, FULL, _ROPE).items() if k != "partial_rotary_factor"
+    }
     return {**config, "rope_parameters": rope}
 
 
 def _rotated(config: Config, head: int, kind: str) -> int:
-    rope = {"partial_rotary_factor": 1.0, **_rope_of(config, kind)}
+    rope = {"partial_rotary_factor": 1.0, **rope_of_kind(config, kind, _ROPE)}
     return int(head * number(rope, "partial_rotary_factor"))
 
 
 def _window(config: Config, n_layers: int) -> Window:
-    sliding = frozenset(i for i, kind in enumerate(_kinds(config)) if kind == _SLIDING)
-    tokens = count(config, "sliding_window", default=512) if sliding else 0
-    return Window(tokens, sliding)
+    kinds = _kinds(config)
+    tokens = count(config, "sliding_window", default=512) if SLIDING in kinds else 0
+    return Window.over(tokens, kinds)
 
 
 def _windows(config: Config, head: int) -> Iterator[Pair]:
     """What a file says of layers with a sliding window."""
     kinds = _kinds(config)
-    every = next((i for i, kind in enumerate(kinds) if i and kind == _FULL), len(kinds))
-    if kinds != [_SLIDING if i % every else _FULL for i in range(len(kinds))]:
+    every = next((i for i, kind in enumerate(kinds) if i and kind == FULL), len(kinds))
+    if kinds != [SLIDING if i % every else FULL for i in range(len(kinds))]:
         raise TargetError(
             "gguf: llama.cpp gives laguna full attention in the first of every few layers, as many "
             "each time, and a sliding window in the others; config.json has other layer_types: use "
             "target safetensors"
         )
-    rope = _rope_of(config, _SLIDING)
+    rope = rope_of_kind(config, SLIDING, _ROPE)
     if rope.get("rope_type", "default") != "default":
         raise TargetError(
             f"gguf: llama.cpp rotates layers of laguna with a sliding window without scaling, "
@@ -160,15 +152,15 @@ def _windows(config: Config, head: int) -> Iterator[Pair]:
     yield "attention.sliding_window", _window(config, len(kinds)).tokens
     yield "attention.sliding_window_pattern", every
     yield "rope.freq_base_swa", number(rope, "rope_theta")
-    yield "rope.dimension_count_swa", _rotated(config, head, _SLIDING)
+    yield "rope.dimension_count_swa", _rotated(config, head, SLIDING)
 
 
 def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     config, head = facts.config, facts.dimensions.head
     for key, value in grouped_pairs(facts):
         full = key == "rope.dimension_count"
-        yield key, _rotated(config, head, _FULL) if full else value
-    if _SLIDING in _kinds(config):
+        yield key, _rotated(config, head, FULL) if full else value
+    if SLIDING in _kinds(config):
         yield from _windows(config, head)
     yield "expert_shared_feed_forward_length", whole(config, facts.keys.shared_width)
     yield "leading_dense_block_count", leading_dense(facts)

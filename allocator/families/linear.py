@@ -28,7 +28,7 @@ from allocator.families.common import (
     layer,
     shared_expert,
 )
-from allocator.families.config import Config, count, whole
+from allocator.families.config import FULL, Config, count, whole
 from allocator.families.gguf import (
     GgufFacts,
     ModelFacts,
@@ -41,7 +41,7 @@ from allocator.families.roles import Role
 from allocator.families.sizes import Dimensions, LinearAttention
 from allocator.families.transforms import MINUS_EXP, PLUS_ONE, Transform
 
-LINEAR, FULL = "linear_attention", "full_attention"
+LINEAR = "linear_attention"
 _INTERVAL = 4  # transformers' own, and llama.cpp's
 _ROTATED = 0.25  # of a head, where config.json does not say
 _A = L + "linear_attn."

@@ -5,7 +5,7 @@ rotation that llama.cpp would compute in another way is an error.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from allocator.errors import CheckpointError, TargetError
@@ -36,6 +36,25 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     if f"original_{longest}" in config:
         rope[f"original_{longest}"] = config[f"original_{longest}"]
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return rope
+
+
+def rope_of_kind(config: Config, kind: str, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads how positions are rotated in layers of one kind, where kinds differ.
+
+    Args:
+        config: of the language model.
+        kind: of `layer_types`.
+        usual: transformers' own tables by kind, where a config has none.
+
+    Raises:
+        CheckpointError: if it is no table.
+    """
+    rope = (config.get("rope_parameters") or usual).get(kind)
+    if not isinstance(rope, dict):
+        raise CheckpointError(
+            f"config.json: rope_parameters has {rope!r} for {kind}, needed a table"
+        )
     return rope
 
 

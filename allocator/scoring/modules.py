@@ -29,16 +29,18 @@ def experts_path(model: Any, layer: int) -> str | None:
 
 def experts_of(model: Any, layer: int) -> Any:
     """Returns the routed experts of a layer that has some."""
-    path = experts_path(model, layer)
-    assert path is not None, f"layer {layer} of {type(model).__name__} has no routed experts"
-    return model.get_submodule(path)
+    return model.get_submodule(_known_path(model, layer))
 
 
 def block_path(model: Any, layer: int) -> str:
     """Returns the name in the model of what holds a layer's routed experts and their router."""
+    return _known_path(model, layer).rpartition(".")[0]
+
+
+def _known_path(model: Any, layer: int) -> str:
     path = experts_path(model, layer)
     assert path is not None, f"layer {layer} of {type(model).__name__} has no routed experts"
-    return path.rpartition(".")[0]
+    return path
 
 
 def router_path(model: Any, layer: int) -> str:
