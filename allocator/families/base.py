@@ -36,7 +36,7 @@ from allocator.families.sizes import (
     Scoring,
     StateSpace,
 )
-from allocator.families.transforms import Transform
+from allocator.families.transforms import PLUS_ONE, Transform
 
 _NUMBER = "0|[1-9][0-9]{0,5}"
 
@@ -72,9 +72,11 @@ class Rule:
             llama.cpp has no such tensor.
         aliases: other names under which checkpoints have it; an inventory calls it by `pattern`.
         transforms: what llama.cpp has in place of its values, one after the other; of a tensor
-            that is not encoded.
+            that is not encoded. `in_gguf` has these, and what `adds_one` means.
         gguf_shape: its axes in llama.cpp, where these are others.
         in_one_row: a vector that checkpoints, and transformers' model, have as a matrix of one row.
+        adds_one: of a norm, whether transformers multiplies by one more than its values. Files of
+            transformers have the values, files of llama.cpp what is multiplied by.
     """
 
     pattern: str
@@ -85,6 +87,17 @@ class Rule:
     transforms: tuple[Transform, ...] = ()
     gguf_shape: str | None = None
     in_one_row: bool = False
+    adds_one: bool = False
+
+    def __post_init__(self) -> None:
+        assert PLUS_ONE not in self.transforms, self.pattern  # `adds_one` says so
+        if self.adds_one:
+            assert self.role is Role.NORM, self.pattern
+
+    @property
+    def in_gguf(self) -> tuple[Transform, ...]:
+        """What llama.cpp has in place of its values, one after the other."""
+        return (PLUS_ONE, *self.transforms) if self.adds_one else self.transforms
 
     @cached_property
     def expressions(self) -> tuple[re.Pattern[str], ...]:
@@ -272,7 +285,7 @@ class Family:
     def __post_init__(self) -> None:
         assert self.gguf is not None or self.no_gguf, self.model_type
         encoded = {rule.role for rule in self.rules if rule.role.is_encoded}
-        changed = {rule.role for rule in self.rules if rule.transforms or rule.gguf_shape}
+        changed = {rule.role for rule in self.rules if rule.in_gguf or rule.gguf_shape}
         assert not changed & encoded, self.model_type
         if self.gguf is not None:
             assert {*self.gguf.row_orders, *self.gguf.column_orders} <= encoded, self.model_type

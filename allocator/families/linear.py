@@ -39,7 +39,7 @@ from allocator.families.gguf import (
 from allocator.families.keys import LinearKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Dimensions, LinearAttention
-from allocator.families.transforms import MINUS_EXP, PLUS_ONE, Transform
+from allocator.families.transforms import MINUS_EXP, Transform
 
 LINEAR = "linear_attention"
 _INTERVAL = 4  # transformers' own, and llama.cpp's
@@ -49,7 +49,7 @@ _A = L + "linear_attn."
 
 def _centered(rule: Rule) -> Rule:
     """A norm whose weight transformers adds one to."""
-    return replace(rule, transforms=(PLUS_ONE,)) if rule.role is Role.NORM else rule
+    return replace(rule, adds_one=True) if rule.role is Role.NORM else rule
 
 
 def _gated(rule: Rule) -> Rule:

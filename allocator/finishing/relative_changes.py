@@ -25,7 +25,6 @@ from allocator.codecs import Bytes, codec_of
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
 from allocator.families import Role
-from allocator.families.transforms import PLUS_ONE
 from allocator.formats import Format
 from allocator.scoring.swap_model import SwapModel, expert_form, parameter_name, view_of
 from allocator.targets import FullPrecision, Group, Layout
@@ -290,7 +289,6 @@ def _full_precision(source: TensorSource) -> Iterator[_Values | _Fixed]:
 
 
 def _factors(layout: Layout, tensor: FullPrecision, values: torch.Tensor) -> torch.Tensor:
-    """What a model multiplies by, `(...)`; of norms that add one to their weights, these sums."""
+    """What a model multiplies by, `(...)`; of norms that add one to their values, these sums."""
     match = layout.inventory.family.match(tensor.source)
-    added = match is not None and PLUS_ONE in match[0].transforms
-    return values + 1 if added else values
+    return values + 1 if match is not None and match[0].adds_one else values

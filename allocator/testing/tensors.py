@@ -3,15 +3,17 @@
 In: a layout. Out: what a runtime writes. Invariant: bytes have the predicted shapes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from allocator.checkpoint.inventory import DTYPE_BYTES
 from allocator.checkpoint.tensors import Floats, read_tensor
-from allocator.codecs import Bytes
+from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import Allocation
 from allocator.export.tensors import encoded_shape
+from allocator.formats import format_named
 from allocator.scoring.candidates import Candidate
 from allocator.targets import FullPrecision, Layout
 from allocator.targets.group_weights import group_weights
@@ -65,19 +67,20 @@ class ZeroTensors:
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """A checkpoint's own weights in F32, all experts retained: for files beside other writers'.
+    """A checkpoint's own weights, all experts retained: for files beside other writers'.
 
     Attributes:
         layout: of the checkpoint.
+        formats: of groups, by name, where it is not F32.
     """
 
     layout: Layout
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     def encoded(self, name: str) -> Bytes:
-        """Returns a group in F32, `(..., rows, 4 * in_features)`."""
-        values = group_weights(self.layout, self.layout.groups[name])
-        data: Bytes = np.ascontiguousarray(values).view(np.uint8)
-        return data
+        """Returns a group in its format, `(..., rows, bytes per row)`."""
+        fmt = format_named(self.formats.get(name, "F32"))
+        return codec_of(fmt).encode(group_weights(self.layout, self.layout.groups[name]), fmt)
 
     def full_precision(self, tensor: FullPrecision) -> Floats:
         """Returns a norm, a bias or a router, as the checkpoint has it; float32."""

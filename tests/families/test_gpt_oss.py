@@ -15,18 +15,15 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from allocator import api
 from allocator.checkpoint.reading import read_inventory
-from allocator.checkpoint.tensors import read_tensor
-from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import TargetError
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.files import read_gguf, write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
-from allocator.formats import format_named
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, SAFETENSORS
-from allocator.targets.group_weights import group_weights
 from allocator.testing.family_runs import EXACT, FamilyCase, random_checkpoint
+from allocator.testing.tensors import CheckpointTensors
 
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -95,7 +92,7 @@ def written(layout, path, fmt):
     formats = {n: fmt if g.role.is_expert else "F32" for n, g in layout.groups.items()}
     everyone = dict.fromkeys(layout.layers, tuple(range(8)))
     allocation = Allocation.of(target="gguf", retained=everyone, formats=formats, experts_used=2)
-    write_gguf(path, layout, allocation, _Source(layout, formats))
+    write_gguf(path, layout, allocation, CheckpointTensors(layout, formats))
     return path
 
 
@@ -129,20 +126,6 @@ def test_experts_in_mxfp4_are_those_of_the_checkpoint(case, tmp_path):
             assert fmt == "MXFP4"
             decoded = dequantize(data, GGMLQuantizationType.MXFP4)
             np.testing.assert_array_equal(decoded, matrices.numpy())
-
-
-class _Source:
-    """The checkpoint's own tensors, encoded."""
-
-    def __init__(self, layout, formats):
-        self._layout, self._formats = layout, formats
-
-    def encoded(self, name):
-        fmt = format_named(self._formats[name])
-        return codec_of(fmt).encode(group_weights(self._layout, self._layout.groups[name]), fmt)
-
-    def full_precision(self, tensor):
-        return read_tensor(self._layout.inventory, tensor.source)
 
 
 def test_layers_in_another_order_are_refused_for_gguf(case, tmp_path):

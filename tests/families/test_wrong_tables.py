@@ -92,10 +92,10 @@ def one_after_the_other(family: Family) -> Family:
 
 
 def untransformed(family: Family) -> Family:
-    """The family that writes norms as they are."""
+    """The family whose norms do not add one."""
 
     def rule(rule):
-        return replace(rule, transforms=()) if rule.role is Role.NORM else rule
+        return replace(rule, adds_one=False) if rule.role is Role.NORM else rule
 
     return replace(family, rules=tuple(map(rule, family.rules)))
 

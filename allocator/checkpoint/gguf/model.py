@@ -246,7 +246,7 @@ def _of_rule(
             f"{model.path}: {stored.name} ({rule.role}) is stored in {stored.dtype}, needed F32, "
             f"F16 or BF16; {_WAY_OUT}"
         )
-    if stored.dtype != "F32" and not all(transform.moves for transform in rule.transforms):
+    if stored.dtype != "F32" and not all(transform.moves for transform in rule.in_gguf):
         raise CheckpointError(
             f"{model.path}: {stored.name} is stored in {stored.dtype}, needed F32; {_WAY_OUT}"
         )
@@ -279,8 +279,8 @@ def _make(model: GgufModel, rule: Rule) -> Callable[[Sequence[_Array]], _Array] 
     if rule.role in gguf.column_orders:
         order = np.array(gguf.column_orders[rule.role](dimensions))
         return lambda stored: _in_order(order, [stored[0].T]).T
-    if rule.transforms:
-        return partial(_untransformed, rule.transforms, dimensions)
+    if rule.in_gguf:
+        return partial(_untransformed, rule.in_gguf, dimensions)
     return None
 
 

@@ -253,7 +253,7 @@ def _full_precision(inventory: Inventory, tensor: TensorInfo) -> FullPrecision:
     assert rule.gguf is not None
     return FullPrecision(
         tensor.name, rule.gguf.format(layer=tensor.layer), tensor.role, tensor.layer,
-        tensor.shape, "F32", rule.transforms, inventory.family.gguf_shape(inventory.config, rule),
+        tensor.shape, "F32", rule.in_gguf, inventory.family.gguf_shape(inventory.config, rule),
     )  # fmt: skip
 
 
