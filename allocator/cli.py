@@ -179,7 +179,7 @@ def _device(args: argparse.Namespace) -> Any:
     from allocator.app.study_file import DeviceBudgetSpec
 
     given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
-    if "preset" in given:
+    if "preset" in given and os.path.exists(given["preset"]):  # else it is a name
         given["preset"] = os.path.realpath(given["preset"])
     return DeviceBudgetSpec(**given) if given else None
 
@@ -495,7 +495,7 @@ def _expert_width(p: argparse.ArgumentParser) -> None:
 
 
 def _device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", type=Path, help="a preset, e.g. search_spaces/devices/....toml")
+    p.add_argument("--device", help="a preset by its name, e.g. geforce-rtx-4090, or its file")
     p.add_argument("--device-memory", help="bytes of everything on the device, e.g. 128GiB")
     p.add_argument("--context", type=_positive, help="tokens of a sequence (default: 4096)")
     p.add_argument("--sequences", type=_positive, help="held at once (default: 1)")

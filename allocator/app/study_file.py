@@ -10,6 +10,7 @@ from allocator.app.device_presets import read_device_preset
 from allocator.decision.budget import Budget
 from allocator.errors import AllocatorError, StudyError
 from allocator.files.atomic import read_toml
+from allocator.files.shipped import DEVICES, named_file
 from allocator.samplers import check_sampler
 from allocator.targets import target_named
 from allocator.targets.device_memory import Workload
@@ -20,7 +21,8 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole device as the limit, and what runs on it; sizes as `128GiB` or plain bytes.
 
     Attributes:
-        preset: a file of `search_spaces/devices`, for `memory` and `bandwidth`.
+        preset: a shipped device by its name, e.g. `geforce-rtx-4090`, or a file of that grammar;
+            gives `memory` and `bandwidth`.
         memory: of the device.
         context: tokens of a sequence; 4096 by default.
         sequences: in memory at once; 1 by default.
@@ -51,7 +53,10 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             AllocatorError: if there is no memory, or a number makes no sense.
         """
-        preset = None if self.preset is None else read_device_preset(folder / self.preset)
+        preset = None
+        if self.preset is not None:
+            file = named_file(self.preset, kind=DEVICES, relative_to=folder)
+            preset = read_device_preset(file)
         memory, bandwidth = self.memory, self.bandwidth
         if preset is not None:
             memory = preset.memory if memory is None else memory

@@ -37,6 +37,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.costs import check_budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.decision.space import Space
+from allocator.files.shipped import SEARCH_SPACES, named_file
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
 from allocator.samplers import GradientStep, Problem, check_sampler, check_seed, make_sampler
@@ -105,7 +106,8 @@ class StudyFolder:
         """The search-space file; everything is offered where study.toml names none."""
         if not self.spec.space:
             return SearchSpace(schema=1)
-        return SearchSpace.read(self.path / self.spec.space)
+        file = named_file(self.spec.space, kind=SEARCH_SPACES, relative_to=self.path)
+        return SearchSpace.read(file)
 
     def budget(self, asked: BudgetSpec | None = None) -> Budget:
         """Returns the limits that are asked for, else study.toml's, checked against the floor."""
