@@ -107,10 +107,14 @@ class Rearranged:
     Attributes:
         stored: these, each with its own shape.
         make: returns the matrix, `(rows, in_features)`, of their weights, whatever the type.
+        places: names which weights go where; other places have another name.
+        columns: of the matrix, as the only stored one has them; None where rows stay whole.
     """
 
     stored: tuple[Stored, ...]
     make: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+    places: str
+    columns: tuple[int, ...] | None = None
 
     @property
     def has_raw(self) -> bool:
@@ -339,7 +343,7 @@ class Inventory:
         if info.dtype == FP8:
             part += f" in blocks of {self.scale_block}"
         if info.made is not None:
-            part += f" as {info.name} {info.shape}"
+            part += f" as {info.name} {info.shape} {info.made.places}"
         files = {self.folder / s.file: self.files[s.file] for s in stored}
         return self.digests.of(files, part, lambda: self.compute_digest(info))
 
@@ -383,6 +387,7 @@ class Inventory:
             yield self.read_raw(stored).data
             return
         if made is not None:
+            yield f"{made.places}\n".encode()
             for place in made.stored:
                 yield f"{place.dtype} {place.shape}\n".encode()
                 yield from self._chunks(place)

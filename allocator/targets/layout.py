@@ -4,10 +4,12 @@ In: an inventory, and the target's names. Out: `Group`s, `FullPrecision` tensors
 both. Invariant: groups stand outside the layers first, then layer by layer, in every target's file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+
+import numpy as np
 
 from allocator.checkpoint.inventory import DTYPE_BYTES, MXFP4, Inventory, TensorInfo
 from allocator.families import Config, Made, Role, Transform
@@ -29,7 +31,8 @@ class Group:
         sources: the checkpoint's tensors, in expert order.
         stored_as: its name in the target's file.
         importance: whether its input channels have an importance vector.
-        source_format: the format that the checkpoint holds it in; None if it holds floats.
+        source_format: the format that the checkpoint holds its blocks in; None if it holds floats,
+            or blocks of other columns.
         codecs: those whose formats the target's file can hold; None for all.
         rows: of its source, of which it has some alone, in this order; None for all.
         columns: of its source, in this order; None for the source's own.
@@ -184,16 +187,33 @@ def plain_groups(
             stored_as=stored_as.get(tensor.name, name),
             # an embedding that is only looked up multiplies nothing
             importance=tensor.role is not Role.EMBEDDING or inventory.tied_embeddings,
-            source_format=_source_format(tensor),
+            source_format=source_format(tensor),
             codecs=codecs,
         )
     return list(groups.values())
 
 
-def _source_format(tensor: TensorInfo) -> Format | None:
-    """The format that a checkpoint holds the rows of a matrix in; None for floats."""
+def source_format(tensor: TensorInfo, columns: Sequence[int] | None = None) -> Format | None:
+    """Returns the format that a checkpoint holds whole blocks of a matrix in; None for no such.
+
+    Args:
+        tensor: the matrix.
+        columns: of the matrix, in the order that a target's file has them; None for its own.
+    """
     joined = tensor.made is not None and len(tensor.made.stored) > 1  # of rows of other matrices
-    return FORMATS[tensor.dtype] if tensor.dtype in _FORMATS and not joined else None
+    if tensor.dtype not in _FORMATS or joined:
+        return None
+    fmt = FORMATS[tensor.dtype]
+    stored = None if tensor.made is None else tensor.made.columns
+    if stored is columns is None:
+        return fmt
+    every = range(tensor.shape[-1])
+    places = np.argsort(every if stored is None else stored)  # in the file, by column
+    places = places[list(every if columns is None else columns)]
+    blocks = places.reshape(-1, fmt.block)
+    first = blocks[:, :1]
+    whole = not (first % fmt.block).any() and (blocks == first + np.arange(fmt.block)).all()
+    return fmt if whole else None
 
 
 _WIDE = 256

@@ -54,6 +54,20 @@ LFM2 = {
 }  # fmt: skip
 
 
+QWEN3_5 = {
+    "model_type": "qwen3_5_moe_text", "vocab_size": 64, "hidden_size": 32, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "linear_conv_kernel_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
+}  # fmt: skip
+
+
 class Plain:
     """Every group in one format, without importance."""
 
@@ -258,6 +272,52 @@ def test_q8_0_is_written_again_as_it_is(file_of, tmp_path):
         again = read_gguf(tmp_path / "again.gguf")[name]
         assert again[0] == fmt
         np.testing.assert_array_equal(again[2], data)
+
+
+@pytest.mark.parametrize(("head", "whole"), [(16, False), (32, True)])
+def test_blocks_of_other_columns_are_no_exact_q8_0(tmp_path, monkeypatch, head, whole):
+    """llama.cpp has heads of `linear.out` in another order: whole blocks of 32 where heads are."""
+    (tmp_path / "model").mkdir()
+    config = QWEN3_5 | {"linear_key_head_dim": head, "linear_value_head_dim": head}
+    layout = GGUF.layout(read_inventory(random_checkpoint(config, tmp_path / "model").path))
+    path = tmp_path / "model.gguf"
+    write_gguf(path, layout, everything(layout, "Q8_0"), Plain(layout, "Q8_0"))
+    inventory = read_inventory(path)
+    for target in (GGUF, SAFETENSORS):
+        layout = target.layout(inventory)
+        for name in ("layers.0.linear.out", "layers.1.attention.o"):
+            weights = group_weights(layout, layout.groups[name])
+            fmt = format_named("Q8_0")
+            again = codec_of(fmt).decode(codec_of(fmt).encode(weights, fmt), fmt)
+            exact = target is GGUF or whole or "linear" not in name
+            assert np.array_equal(again, weights) == exact
+            assert layout.groups[name].offered()[0].name == ("Q8_0" if exact else "BF16")
+    name = layout.groups["layers.0.linear.out"].sources[0]
+    own = inventory.tensor_digest(name)
+    family = family_of(config)
+    other = replace(family, gguf=replace(family.gguf, column_orders={}))
+    monkeypatch.setitem(registry._FAMILIES, "qwen3_5_moe_text", other)
+    monkeypatch.delitem(registry._FAMILIES, "qwen3_5_moe")
+    unordered = read_inventory(path)
+    assert not np.array_equal(read_tensor(unordered, name), read_tensor(inventory, name))
+    assert unordered.tensor_digest(name) != own
+
+
+def test_the_order_of_rows_is_a_part_of_a_digest(file_of, tmp_path):
+    """The same bytes in heads of another width are another matrix."""
+    pairs = {"attention.head_count": 2, "attention.head_count_kv": 1}
+    pairs |= dict.fromkeys(("attention.key_length", "attention.value_length"), 64)
+    pairs |= {"rope.dimension_count": 64}
+    path = file_of("mixtral", "Q8_0")
+    wide = rewritten(
+        path, tmp_path / "wide.gguf", pairs={f"llama.{key}": value for key, value in pairs.items()}
+    )
+    one, other = (
+        {r: inventory.tensor_digest(inventory.of_role(r, 1)[0].name) for r in (Role.Q, Role.V)}
+        for inventory in map(read_inventory, (path, wide))
+    )
+    assert one[Role.V] == other[Role.V]
+    assert one[Role.Q] != other[Role.Q]
 
 
 # -- the tokenizer, and what else is carried over

@@ -6,6 +6,7 @@ of the checkpoint that it was made of, under the names that transformers has. In
 that equal weights have equal digests whichever file they are in.
 """
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,7 +251,7 @@ def _of_rule(
         raise CheckpointError(
             f"{model.path}: {stored.name} is stored in {stored.dtype}, needed F32; {_WAY_OUT}"
         )
-    make = _make(model, rule)
+    made_of = _made_of(model, rule)
     nbytes = stored.nbytes // n_experts
     for expert in range(n_experts):
         own = replace(stored, shape=shape, offset=stored.offset + expert * nbytes, nbytes=nbytes)
@@ -265,23 +266,48 @@ def _of_rule(
                 rule.role,
                 layer,
                 expert if rule.has_expert else None,
-                made=None if make is None else Rearranged((own,), make),
+                made=None if made_of is None else made_of(own),
             ),
             rule.part,
         )
 
 
-def _make(model: GgufModel, rule: Rule) -> Callable[[Sequence[_Array]], _Array] | None:
+def _made_of(model: GgufModel, rule: Rule) -> Callable[[Stored], Rearranged] | None:
     """How a checkpoint's tensor is made of a file's; None where it is the same."""
     gguf, dimensions = model.family.for_gguf(), model.family.dimensions(model.config)
     if rule.role in gguf.row_orders:
-        return partial(_in_order, np.array(gguf.row_orders[rule.role](dimensions)))
+        return partial(_in_rows, gguf.row_orders[rule.role](dimensions))
     if rule.role in gguf.column_orders:
-        order = np.array(gguf.column_orders[rule.role](dimensions))
-        return lambda stored: _in_order(order, [stored[0].T]).T
+        return partial(_in_columns, gguf.column_orders[rule.role](dimensions))
     if rule.in_gguf:
-        return partial(_untransformed, rule.in_gguf, dimensions)
+        names = "; ".join(transform.name for transform in rule.in_gguf)
+        make = partial(_untransformed, rule.in_gguf, dimensions)
+        return lambda own: Rearranged((own,), make, names)
     return None
+
+
+def _in_rows(order: Sequence[int], *stored: Stored) -> Rearranged:
+    """A matrix of the rows of stored ones, one after the other, in an order."""
+    numbers = np.array(order)
+
+    def make(rows: Sequence[_Array]) -> _Array:
+        return _in_order(numbers, rows[0] if len(rows) == 1 else np.concatenate(rows))
+
+    return Rearranged(stored, make, f"rows {_digest(order)}")
+
+
+def _in_columns(order: Sequence[int], stored: Stored) -> Rearranged:
+    """A matrix of the columns of a stored one in an order."""
+    numbers = np.array(order)
+
+    def make(own: Sequence[_Array]) -> _Array:
+        return _in_order(numbers, own[0].T).T
+
+    return Rearranged((stored,), make, f"columns {_digest(order)}", tuple(order))
+
+
+def _digest(order: Sequence[int]) -> str:
+    return hashlib.sha256(np.array(order, "<i8").tobytes()).hexdigest()
 
 
 def _untransformed(
@@ -295,10 +321,10 @@ def _untransformed(
     return own.view(values.dtype)
 
 
-def _in_order(order: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _in_order(order: npt.NDArray[np.int64], rows: _Array) -> _Array:
     """A matrix, `(rows, in_features)`, from its rows as a file has them."""
-    ordered = np.empty_like(rows[0])
-    ordered[order] = rows[0]
+    ordered = np.empty_like(rows)
+    ordered[order] = rows
     return ordered
 
 
@@ -336,7 +362,7 @@ def _joined(
         role,
         layer,
         None,
-        made=Rearranged(halves, _join),
+        made=Rearranged(halves, _join, "halves, one after the other in each head"),
     )
     return tensor, rule.part
 
@@ -361,7 +387,6 @@ def _of_pieces(
             )
         places.append(own)
         rows += numbers
-    order = np.array(rows)
     tensor = TensorInfo(
         rule.pattern.format(layer=layer),
         shape,
@@ -372,7 +397,7 @@ def _of_pieces(
         role,
         layer,
         None,
-        made=Rearranged(tuple(places), lambda found: _in_order(order, [np.concatenate(found)])),
+        made=_in_rows(rows, *places),
     )
     return tensor, rule.part
 

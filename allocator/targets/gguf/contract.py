@@ -37,6 +37,7 @@ from allocator.targets.layout import (
     Layout,
     in_file_order,
     plain_groups,
+    source_format,
     width_notes,
 )
 
@@ -77,6 +78,12 @@ class GgufTarget(Target):
         for piece in gguf.pieces:
             groups += _pieces(inventory, piece)
         groups = [self.arranged(group, family, inventory.dimensions) for group in groups]
+        groups = [
+            g
+            if g.columns is None
+            else replace(g, source_format=source_format(inventory.tensors[g.sources[0]], g.columns))
+            for g in groups
+        ]
         full_precision = tuple(
             _full_precision(inventory, t)
             for t in inventory.tensors.values()
