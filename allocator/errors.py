@@ -1,8 +1,11 @@
-"""Everything the library raises for a user's input; each message is one line with a way out."""
+"""Everything the library raises for a user's input; each message says what is wrong and a way out.
+
+A message is one line; on a TOML file that has several faults, it is one line per fault.
+"""
 
 
 class AllocatorError(Exception):
-    """Base of all errors that a user can mend; the CLI prints it as one line and exits with 2."""
+    """Base of all errors that a user can mend; the CLI prints it and exits with 2."""
 
 
 class CheckpointError(AllocatorError):

@@ -292,12 +292,12 @@ def an_index_twice(study, other):
 
 def no_trials(study, other):
     edit(study / "study.toml", "trials = 8", "trials = 0")
-    return "must be positive"
+    return "needed a whole number"
 
 
 def no_search_documents(study, other):
     edit(study / "study.toml", "search_documents = 6", "search_documents = 0")
-    return "must be positive"
+    return "needed a whole number"
 
 
 def unknown_saliency(study, other):

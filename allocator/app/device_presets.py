@@ -1,35 +1,40 @@
 """Device presets: how much memory a device has, and how many of its bytes are read in a second.
 
-In: a TOML file (grammar: `search_spaces/README.md`). Out: a frozen `DevicePreset`. Invariant: both
+In: a TOML file (grammar: `docs/search-spaces.md`). Out: a frozen `DevicePreset`. Invariant: both
 figures are sizes, and name where they were published.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
-from allocator.errors import AllocatorError, SpaceError
-from allocator.files.atomic import read_toml
-from allocator.units import parse_bytes
+from allocator.errors import SpaceError
+from allocator.files.keys import About
+from allocator.files.toml_files import read_toml
 
 
 class DevicePreset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device as it is sold.
+    """A device as it is sold."""
 
-    Attributes:
-        name: of the product.
-        memory: all of it, e.g. `128GiB`.
-        bandwidth: bytes read from it in a second, e.g. `273GB`.
-        source: where both figures were published.
-        note: what else should be known.
-    """
-
-    schema: int
-    name: str
-    memory: str
-    bandwidth: str
-    source: str
-    note: str = ""
+    schema: Annotated[int, About("Version of this grammar.", least=1, most=1, example=1)]
+    name: Annotated[str, About("The product, as it is sold.", example="NVIDIA DGX Spark")]
+    memory: Annotated[
+        str,
+        About(
+            "All of the device's memory, as the vendor says it: GB are 10^9 bytes, GiB 2^30. What "
+            "the system holds for itself is not subtracted: that is `reserve` of a study.",
+            size=True,
+            example="128GB",
+        ),
+    ]
+    bandwidth: Annotated[
+        str, About("Bytes read from that memory in a second.", size=True, example="273GB")
+    ]
+    source: Annotated[
+        str, About("Where both figures were published.", example="https://vendor.example/device")
+    ]
+    note: Annotated[str, About("What else should be known.", example="unified memory")] = ""
 
 
 def read_device_preset(path: Path) -> DevicePreset:
@@ -38,13 +43,4 @@ def read_device_preset(path: Path) -> DevicePreset:
     Raises:
         SpaceError: if the file is missing, has an unknown key, or a figure that is no size.
     """
-    preset = read_toml(path, DevicePreset, SpaceError)
-    if preset.schema != 1:
-        raise SpaceError(f"{path}: schema {preset.schema}, needed 1; use a newer allocator")
-    try:
-        sizes = parse_bytes(preset.memory), parse_bytes(preset.bandwidth)
-    except AllocatorError as error:
-        raise SpaceError(f"{path}: {error}") from None
-    if min(sizes) < 1:
-        raise SpaceError(f"{path}: memory and bandwidth must be positive")
-    return preset
+    return read_toml(path, DevicePreset, SpaceError)

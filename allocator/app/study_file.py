@@ -1,43 +1,89 @@
-"""`study.toml`: the question a study asks, parsed once into frozen typed values."""
+"""`study.toml`: the question a study asks, parsed once into frozen typed values.
 
+In: a study folder. Out: a `StudySpec`. Invariant: the descriptions of its fields are the only ones;
+`docs/study-toml.md`, the JSON schema, the commented file of `allocator init` and error texts are
+made from them.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from allocator.app.device_presets import read_device_preset
+from allocator.app.study_path import STUDY_FILE
 from allocator.decision.budget import Budget
-from allocator.errors import AllocatorError, StudyError
-from allocator.files.atomic import read_toml
-from allocator.files.shipped import DEVICES, named_file
-from allocator.samplers import check_sampler
-from allocator.targets import target_named
+from allocator.errors import StudyError
+from allocator.files.keys import About
+from allocator.files.shipped import DEVICES, SEARCH_SPACES, named_file
+from allocator.files.toml_files import check_files, read_toml
+from allocator.samplers import MOST_SEED, SAMPLERS
+from allocator.targets import TARGETS
 from allocator.targets.device_memory import Workload
 from allocator.units import parse_bytes
 
 
 class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole device as the limit, and what runs on it; sizes as `128GiB` or plain bytes.
+    """A whole device as the limit, and what runs on it: see `docs/study-toml.md`."""
 
-    Attributes:
-        preset: a shipped device by its name, e.g. `geforce-rtx-4090`, or a file of that grammar;
-            gives `memory` and `bandwidth`.
-        memory: of the device.
-        context: tokens of a sequence; 4096 by default.
-        sequences: in memory at once; 1 by default.
-        reserve: for everything else on the device; nothing by default.
-        bandwidth: bytes read from memory in a second.
-        min_tokens_per_second: a limit on what the bandwidth allows.
-    """
-
-    preset: str | None = None
-    memory: str | int | None = None
-    context: int | None = None
-    sequences: int | None = None
-    reserve: str | int | None = None
-    bandwidth: str | int | None = None
-    min_tokens_per_second: float | None = None
+    preset: Annotated[
+        str | None,
+        About(
+            "A device by its name, or a file (docs/search-spaces.md); gives `memory` and "
+            "`bandwidth`.",
+            path=True,
+            shipped=DEVICES,
+            example="geforce-rtx-4090",
+        ),
+    ] = None
+    memory: Annotated[
+        str | int | None,
+        About(
+            "All memory that the model may take at run time: weights, keys and values, compute "
+            "buffers, reserve. Required without `preset`.",
+            size=True,
+            default="the preset's",
+            example="24GiB",
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        About(
+            "Tokens of a sequence, all of whose keys and values are in memory.",
+            least=1,
+            default="4096",
+            example=8192,
+        ),
+    ] = None
+    sequences: Annotated[
+        int | None,
+        About("Sequences in memory at once.", least=1, default="1", example=1),
+    ] = None
+    reserve: Annotated[
+        str | int | None,
+        About("Bytes for everything else on the device.", size=True, default="0", example="1GiB"),
+    ] = None
+    bandwidth: Annotated[
+        str | int | None,
+        About(
+            "Bytes read from memory in a second; limits tokens per second.",
+            size=True,
+            default="the preset's",
+            example="1008GB",
+        ),
+    ] = None
+    min_tokens_per_second: Annotated[
+        float | None,
+        About(
+            "Least tokens per second when decoding: a token may read bandwidth / this number of "
+            "bytes.",
+            above=0,
+            default="no such limit",
+            example=40,
+        ),
+    ] = None
 
     def over(self, other: "DeviceBudgetSpec") -> "DeviceBudgetSpec":
         """Returns this budget, with the other's values where this one has none."""
@@ -79,50 +125,127 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the three limits, or a device and one of the others."""
+    """The hard limit in bytes: `file`, `weights` or `device`, or `device` and one of the others."""
 
-    weights: str | int | None = None
-    file: str | int | None = None
-    device: DeviceBudgetSpec | None = None
+    weights: Annotated[
+        str | int | None,
+        About(
+            "Bytes of the searched matrices alone: everything but routers, norms and the file's "
+            "header.",
+            size=True,
+            example="11GiB",
+        ),
+    ] = None
+    file: Annotated[
+        str | int | None, About("Bytes of the whole file.", size=True, example="12GiB")
+    ] = None
+    device: Annotated[
+        DeviceBudgetSpec | None, About("A whole device as the limit, and what runs on it.")
+    ] = None
+
+    def faults(self) -> Iterator[str]:
+        """Lists what is wrong beyond single keys."""
+        if self.weights is not None and self.file is not None:
+            yield "weights and file: needed one of the two; remove the other"
 
 
 class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where tokens come from, and how many each stage uses.
+    """Where tokens come from, and how many documents each stage reads."""
 
-    Attributes:
-        documents: JSON lines with `ids` or `text`, for search and selection.
-        splits: JSON with lists `search` and `selection` of record indices; else every third
-            document (of its domain) is for selection.
-        report: JSON lines for the published figures.
-        statistics_documents: documents of the search split behind importance and routing
-            statistics; all by default.
-        search_documents: documents that a COMPLETE trial is scored on, from the search split.
-        selection_documents: documents of the selection split that the pick is made on.
-        rungs: documents after which a losing trial is stopped.
-        measured_documents: documents behind each measured change; up to 8 by default.
-        curvature_documents: documents behind the curvature; up to 16 by default.
-        window: tokens per document when records hold text.
-    """
+    documents: Annotated[
+        str,
+        About(
+            "JSON lines with `ids` or `text`, and optionally `domain`, for search and selection.",
+            path=True,
+            example="calibration.jsonl",
+        ),
+    ]
+    splits: Annotated[
+        str | None,
+        About(
+            "JSON with lists `search` and `selection` of record indices, counted from 0.",
+            path=True,
+            default="every third document of its domain is for selection",
+            example="splits.json",
+        ),
+    ] = None
+    report: Annotated[
+        str | None,
+        About(
+            "JSON lines of held-out documents for published figures: `evaluate` and `compare`.",
+            path=True,
+            example="report.jsonl",
+        ),
+    ] = None
+    statistics_documents: Annotated[
+        int | None,
+        About(
+            "Search documents behind importance vectors and routing statistics.",
+            least=1,
+            default="all of the search split",
+            example=128,
+        ),
+    ] = None
+    search_documents: Annotated[
+        int | None,
+        About(
+            "Search documents that a COMPLETE trial is scored on.",
+            least=1,
+            default="all of the search split",
+            example=64,
+        ),
+    ] = None
+    selection_documents: Annotated[
+        int | None,
+        About(
+            "Selection documents that the pick is made on.",
+            least=1,
+            default="all of the selection split",
+            example=64,
+        ),
+    ] = None
+    rungs: Annotated[
+        tuple[int, ...],
+        About(
+            "Documents after which a losing trial stops. Empty: every trial is scored in full.",
+            least=1,
+            rising=True,
+        ),
+    ] = (8, 32)
+    measured_documents: Annotated[
+        int | None,
+        About(
+            "Search documents behind each measured change of the profile.",
+            least=1,
+            default="up to 8",
+            example=8,
+        ),
+    ] = None
+    curvature_documents: Annotated[
+        int | None,
+        About("Search documents behind the curvature.", least=1, default="up to 16", example=16),
+    ] = None
+    window: Annotated[int, About("Tokens per document where records have text.", least=1)] = 256
 
-    documents: str
-    splits: str | None = None
-    report: str | None = None
-    statistics_documents: int | None = None
-    search_documents: int | None = None
-    selection_documents: int | None = None
-    rungs: tuple[int, ...] = (8, 32)
-    measured_documents: int | None = None
-    curvature_documents: int | None = None
-    window: int = 256
+
+def _sampler_names() -> Iterable[str]:
+    return SAMPLERS
+
+
+def _target_names() -> Iterable[str]:
+    return TARGETS
 
 
 class LongRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Runs of one seed with more forward tokens."""
 
-    sampler: str
-    target: str
-    weights: list[int | str]
-    tokens: int
+    sampler: Annotated[str, About("The sampler.", names=_sampler_names, example="evolution")]
+    target: Annotated[str, About("The target.", names=_target_names, example="gguf")]
+    weights: Annotated[
+        list[int | str],
+        About("Budgets of the searched matrices.", size=True, filled=True, example=["8MiB"]),
+    ]
+    tokens: Annotated[int, About("Forward tokens of the run.", least=1, example=4_000_000)]
 
     @property
     def budgets(self) -> list[int]:
@@ -134,26 +257,59 @@ _OWN_REFERENCES = ("knapsack", "baseline")
 
 
 class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The runs of `compare`.
+    """The runs of `allocator compare`: searchers side by side, with equal forward tokens."""
 
-    Attributes:
-        samplers: by name.
-        weights: budgets of the searched matrices, bytes or sizes such as `8MiB`.
-        seeds: number of seeds by target.
-        tokens: forward tokens of every run, profile included.
-        report_documents: documents of the report split behind the figures.
-        references: allocation files to stand beside, by name; `{target}`, `{bits}` (effective, e.g.
-            2.25 or 3.0) and `{weights}` are filled in, paths are relative to study.toml.
-        long: runs with more tokens.
-    """
+    samplers: Annotated[
+        list[str],
+        About("The samplers.", names=_sampler_names, filled=True, example=["auto", "knapsack"]),
+    ]
+    weights: Annotated[
+        list[int | str],
+        About("Budgets of the searched matrices.", size=True, filled=True, example=["8MiB"]),
+    ]
+    seeds: Annotated[
+        dict[str, int],
+        About(
+            "The number of seeds by target.",
+            names=_target_names,
+            least=1,
+            filled=True,
+            example={"gguf": 3},
+        ),
+    ]
+    tokens: Annotated[
+        int,
+        About("Forward tokens of each run: profile, original, trials, gradients, pick.", least=1),
+    ] = 400_000
+    report_documents: Annotated[
+        int | None,
+        About("Report documents behind the figures.", least=1, default="all", example=48),
+    ] = None
+    references: Annotated[
+        dict[str, str],
+        About(
+            "Allocation files to stand beside, by name. `{target}`, `{bits}` (effective, such as "
+            "2.25 or 3.0) and `{weights}` are filled in; paths are relative to this file.",
+            default="none",
+            example={"frozen": "allocations/{target}-{bits}.json"},
+        ),
+    ] = {}  # msgspec copies it
+    long: Annotated[
+        list[LongRun], About("Runs of one seed with more tokens.", default="none")
+    ] = []  # msgspec copies it
 
-    samplers: list[str]
-    weights: list[int | str]
-    seeds: dict[str, int]
-    tokens: int = 400_000
-    report_documents: int | None = None
-    references: dict[str, str] = {}  # msgspec copies it
-    long: list[LongRun] = []  # msgspec copies it
+    def faults(self) -> Iterator[str]:
+        """Lists what is wrong beyond single keys."""
+        for name, pattern in self.references.items():
+            if name in _OWN_REFERENCES:
+                yield f"references: {name!r} is in the table already; rename it"
+            try:
+                pattern.format(target="", weights=0, bits=0.0)
+            except (LookupError, ValueError, AttributeError):
+                yield (
+                    f"references: {pattern!r}; only {{target}}, {{bits}} and {{weights}} are "
+                    "filled in"
+                )
 
     @property
     def budgets(self) -> list[int]:
@@ -170,125 +326,108 @@ MOST_CANDIDATES = 256
 class StreamedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model that does not fit in memory is read: layer by layer, from the checkpoint.
 
-    Attributes:
-        candidates: scored in one pass; each has hidden states of its own.
-        rows: share of a matrix's rows that its prices are measured on.
+    A study without this table has the model in memory.
     """
 
-    candidates: int = 4
-    rows: float = 1 / 16
+    candidates: Annotated[
+        int,
+        About(
+            "Candidates scored in one pass over the checkpoint; each has hidden states of its own.",
+            least=1,
+            most=MOST_CANDIDATES,
+        ),
+    ] = 4
+    rows: Annotated[
+        float, About("Share of a matrix's rows that its prices are measured on.", above=0, most=1)
+    ] = 1 / 16
 
 
 class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `study.toml`; paths are relative to it.
+    """The question that a study asks; paths are relative to its study.toml."""
 
-    Attributes:
-        target: name of the runtime's contract, e.g. `gguf` or `safetensors`.
-        tokenizer: the checkpoint's own goes into a gguf, or `none`: that file reads ids alone.
-        streamed: for a model that does not fit in memory.
-        expert_width: to which experts are padded with zeros, so that formats of few bits hold
-            their rows of down.
-    """
-
-    schema: int
-    checkpoint: str
-    target: str
-    calibration: CalibrationSpec
-    space: str = ""
-    budget: BudgetSpec = BudgetSpec()
-    sampler: str = "auto"
-    seed: int = 0
-    trials: int = 100
-    tokenizer: Literal["checkpoint", "none"] = "checkpoint"
-    streamed: StreamedSpec | None = None
-    expert_width: int | None = None
-    compare: CompareSpec | None = None
+    schema: Annotated[int, About("Version of this grammar.", least=1, most=1, example=1)]
+    checkpoint: Annotated[
+        str,
+        About(
+            "The model: a directory with safetensors and config.json, or a GGUF in BF16, F16, F32 "
+            "or Q8_0.",
+            path=True,
+            example="/models/my-moe",
+        ),
+    ]
+    target: Annotated[
+        str,
+        About(
+            "What the written checkpoint is for: `gguf` for llama.cpp, `safetensors` for "
+            "transformers.",
+            names=_target_names,
+            example="gguf",
+        ),
+    ]
+    calibration: Annotated[CalibrationSpec, About("Where tokens come from.")]
+    space: Annotated[
+        str,
+        About(
+            "A search-space file: formats, pins and limits set by hand (docs/search-spaces.md).",
+            path=True,
+            shipped=SEARCH_SPACES,
+            default="everything that the target can store",
+            example="space.toml",
+        ),
+    ] = ""
+    budget: Annotated[
+        BudgetSpec, About("The hard limit in bytes; the command line may name another one.")
+    ] = BudgetSpec()
+    sampler: Annotated[
+        str, About("What proposes trials; `auto` is the best one known.", names=_sampler_names)
+    ] = "auto"
+    seed: Annotated[int, About("Of everything that is drawn.", least=0, most=MOST_SEED)] = 0
+    trials: Annotated[
+        int,
+        About(
+            "Trials of the study in all; `--time` and `--tokens` limit a search, too.",
+            least=1,
+            most=MOST_TRIALS,
+        ),
+    ] = 100
+    tokenizer: Annotated[
+        Literal["checkpoint", "none"],
+        About("Whether a GGUF gets the checkpoint's tokenizer, or none and reads token ids alone."),
+    ] = "checkpoint"
+    streamed: Annotated[StreamedSpec | None, About("For a model that does not fit in memory.")] = (
+        None
+    )
+    expert_width: Annotated[
+        int | None,
+        About(
+            "Neurons to which experts are padded with zeros, so that formats of few bits hold "
+            "their rows of down (docs/families.md).",
+            least=1,
+            default="no padding",
+            example=1536,
+        ),
+    ] = None
+    compare: Annotated[CompareSpec | None, About("The runs of `allocator compare`.")] = None
 
     @classmethod
     def read(cls, folder: Path) -> "StudySpec":
         """Reads `folder/study.toml`.
 
         Raises:
-            StudyError: if it is missing, or something in it is wrong.
+            StudyError: if it is missing; else one line per fault of the file.
         """
-        path = folder / "study.toml"
-        spec = read_toml(path, cls, StudyError)
-        if spec.schema != 1:
-            raise StudyError(f"{path}: schema {spec.schema}, needed 1; use a newer allocator")
-        try:
-            _check_names(spec)
-        except AllocatorError as error:
-            raise StudyError(f"{path}: {error}") from None
-        c = spec.calibration
-        counts = (
-            c.statistics_documents,
-            c.measured_documents,
-            c.curvature_documents,
-            c.search_documents,
-            c.selection_documents,
-            c.window,
-        )
-        if any(n is not None and n < 1 for n in (*c.rungs, *counts, spec.trials)):
-            raise StudyError(f"{path}: trials and the counts of [calibration] must be positive")
-        if spec.trials > MOST_TRIALS:
+        path = folder / STUDY_FILE
+        if not path.exists():
             raise StudyError(
-                f"{path}: trials = {spec.trials}, needed at most {MOST_TRIALS:,}; --time and "
-                "--tokens limit a search, too"
+                f"{path}: no such file; `allocator init MODEL --out {folder}` writes one"
             )
-        if list(c.rungs) != sorted(set(c.rungs)):
-            raise StudyError(
-                f"{path}: [calibration] rungs = {list(c.rungs)}, needed rising numbers of "
-                f"documents, each once: {sorted(set(c.rungs))}"
-            )
-        if spec.compare is not None:
-            _check_compare(path, spec.compare)
-        if spec.streamed is not None:
-            _check_streamed(path, spec.streamed)
-        return spec
+        return read_toml(path, cls, StudyError)
 
-
-def _check_names(spec: StudySpec) -> None:
-    check_sampler(spec.sampler)
-    target_named(spec.target)
-    if spec.compare is not None:
-        for name in (*spec.compare.samplers, *(long.sampler for long in spec.compare.long)):
-            check_sampler(name)
-        for target in (*spec.compare.seeds, *(long.target for long in spec.compare.long)):
-            target_named(target)
-
-
-def _check_streamed(path: Path, spec: StreamedSpec) -> None:
-    if not 1 <= spec.candidates <= MOST_CANDIDATES or not 0 < spec.rows <= 1:
-        raise StudyError(
-            f"{path}: [streamed] candidates = {spec.candidates}, rows = {spec.rows:g}; needed 1 to "
-            f"{MOST_CANDIDATES}, and a share above 0 and up to 1"
-        )
-
-
-def _check_compare(path: Path, spec: CompareSpec) -> None:
-    where = f"{path}: [compare]"
-    for name in ("samplers", "weights", "seeds"):
-        if not getattr(spec, name):
-            raise StudyError(f"{where} {name} is empty; name at least one")
-    counts = {
-        "tokens": (spec.tokens, *(long.tokens for long in spec.long)),
-        "weights": (*spec.budgets, *(n for long in spec.long for n in long.budgets)),
-        "seeds": spec.seeds.values(),
-        "report_documents": () if spec.report_documents is None else (spec.report_documents,),
-    }
-    for name, numbers in counts.items():
-        if least := [n for n in numbers if n < 1]:
-            raise StudyError(f"{where} {name}: {least[0]}, needed a positive number")
-    for name, pattern in spec.references.items():
-        if name in _OWN_REFERENCES:
-            raise StudyError(f"{where} references: {name!r} is in the table already; rename it")
-        try:
-            pattern.format(target="", weights=0, bits=0.0)
-        except (LookupError, ValueError, AttributeError):
-            raise StudyError(
-                f"{where} references: {pattern!r}; only {{target}}, {{bits}} and {{weights}} are "
-                "filled in"
-            ) from None
+    def check_files(self, folder: Path) -> None:
+        """Raises:
+        StudyError: one line per file that is named in `folder/study.toml` and does not exist.
+        """
+        check_files(folder / STUDY_FILE, self, StudyError)
 
 
 def chosen_budget(spec: BudgetSpec, folder: Path, asked: BudgetSpec | None = None) -> Budget:

@@ -270,9 +270,10 @@ class StudyFolder:
             request: of this folder; by default everything is study.toml's.
 
         Raises:
-            AllocatorError: one line on whatever is wrong.
+            AllocatorError: one line on whatever is wrong; one per file that is missing.
         """
         asked = request or SearchRequest(self.path)
+        self.spec.check_files(self.path)
         budget = self.budget(asked.budget)
         _ = self.calibration.splits
         sampler = asked.sampler or self.spec.sampler

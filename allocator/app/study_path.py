@@ -7,6 +7,9 @@ from pathlib import Path
 
 from allocator.errors import StudyError
 
+STUDY_FILE = "study.toml"
+"""The file that says what a study asks."""
+
 
 def study_path(folder: str | Path) -> Path:
     """Returns the path of a study folder.

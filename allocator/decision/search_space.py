@@ -1,6 +1,6 @@
 """The search-space file, and its binding to a checkpoint in a target.
 
-In: a TOML file (grammar: `search_spaces/README.md`), a layout, and the experts' saliencies. Out: a
+In: a TOML file (grammar: `docs/search-spaces.md`), a layout, and the experts' saliencies. Out: a
 `Space`. Invariant: every group and layer has a choice, or an error is raised; every format offered
 stores its group as named.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -18,7 +19,8 @@ from allocator.decision.mixes import mix
 from allocator.decision.pricing import part_bytes
 from allocator.decision.space import Space
 from allocator.errors import SpaceError
-from allocator.files.atomic import read_toml
+from allocator.files.keys import About
+from allocator.files.toml_files import read_toml
 from allocator.formats import FORMATS, format_named
 from allocator.targets import Group, Layout, Target, target_named
 
@@ -32,82 +34,154 @@ HEAD_SHARES = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 """Shares of a layer's experts that a mix stores in its first format: 4, 8, 12, 16, 20 of 24."""
 
 
+def _format_names() -> tuple[str, ...]:
+    return tuple(FORMATS)
+
+
 class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A limit on the formats of some groups.
+    """A limit on the formats of some groups; pins apply in order, each narrows what is left."""
 
-    Attributes:
-        pattern: names of the groups, with shell wildcards.
-        format: the one format that is offered.
-        minimum: the format of least bits that is offered.
-        maximum: the format of most bits that is offered.
-    """
-
-    pattern: str
-    format: str | None = None
-    minimum: str | None = None
-    maximum: str | None = None
+    pattern: Annotated[
+        str,
+        About(
+            "Groups by name, with shell wildcards; `allocator inspect` lists the names.",
+            example="*.attention.*",
+        ),
+    ]
+    format: Annotated[
+        str | None,
+        About(
+            "The one format that these groups get.",
+            names=_format_names,
+            example="Q8_0",
+            default="any",
+        ),
+    ] = None
+    minimum: Annotated[
+        str | None,
+        About(
+            "The format of least bits that these groups may get.",
+            names=_format_names,
+            example="IQ4_XS",
+            default="any",
+        ),
+    ] = None
+    maximum: Annotated[
+        str | None,
+        About(
+            "The format of most bits that these groups may get.",
+            names=_format_names,
+            example="Q8_0",
+            default="any",
+        ),
+    ] = None
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits on retained experts.
+    """Limits on retained experts."""
 
-    Attributes:
-        minimum: retained experts per layer at least; a quarter by default.
-        maximum: retained experts per layer at most; all by default.
-        same: whether all layers retain as many.
-        mixes: whether routed experts of a projection may have two formats.
-        saliency: the ranking of experts, one of `SALIENCIES`.
-        protected: experts that always stay, by MoE layer.
-    """
-
-    minimum: int | None = None
-    maximum: int | None = None
-    same: bool = False
-    mixes: bool = True
-    saliency: str = "fisher"
-    protected: dict[int, list[int]] = {}  # msgspec copies it
+    minimum: Annotated[
+        int | None,
+        About(
+            "Least retained experts per MoE layer.",
+            least=1,
+            default="a quarter of them",
+            example=16,
+        ),
+    ] = None
+    maximum: Annotated[
+        int | None,
+        About("Most retained experts per MoE layer.", least=1, default="all", example=64),
+    ] = None
+    same: Annotated[
+        bool,
+        About("Whether all layers retain as many experts; target `gguf` always has it so."),
+    ] = False
+    mixes: Annotated[
+        bool,
+        About(
+            "Whether the routed experts of a projection may have two formats; target `gguf` has "
+            "one in any case."
+        ),
+    ] = True
+    saliency: Annotated[
+        str,
+        About(
+            "The ranking that says which experts stay, and which get the larger format of a mix. "
+            "`fisher` is their loss in a small format, the others are observed in a forward pass.",
+            names=lambda: SALIENCIES,
+        ),
+    ] = "fisher"
+    protected: Annotated[
+        dict[int, list[int]],
+        About(
+            "Experts that always stay: indices from 0, by index of the MoE layer.",
+            default="none",
+            example={3: [0, 7]},
+        ),
+    ] = {}  # msgspec copies it
 
 
 class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A search-space file."""
+    """What a search may choose; `schema = 1` alone offers everything that the target can store."""
 
-    schema: int
-    formats: list[str] | None = None
-    experts: Experts = Experts()
-    experts_used: list[int] | None = None
-    kv_format: list[str] | None = None
-    micro_batch: list[int] | None = None
-    pin: list[Pin] = []  # msgspec copies it
+    schema: Annotated[int, About("Version of this grammar.", least=1, most=1, example=1)]
+    formats: Annotated[
+        list[str] | None,
+        About(
+            "Formats offered to every group, among those that store the group as named.",
+            names=_format_names,
+            filled=True,
+            default="all",
+            example=["Q8_0", "Q6_K", "Q4_K", "IQ3_S", "IQ2_S"],
+        ),
+    ] = None
+    experts: Annotated[Experts, About("Limits on retained experts.")] = Experts()
+    experts_used: Annotated[
+        list[int] | None,
+        About(
+            "Numbers of routed experts per token to choose from, up to the original's. Fewer read "
+            "less per token.",
+            least=1,
+            filled=True,
+            default="the original's",
+            example=[6, 8],
+        ),
+    ] = None
+    kv_format: Annotated[
+        list[str] | None,
+        About(
+            "Formats of cached keys and values to choose from (target `gguf`): `f16`, `q8_0` or "
+            "`q4_0`, or one for keys and one for values as in `q8_0/q4_0`.",
+            filled=True,
+            default="f16",
+            example=["f16", "q8_0", "q4_0"],
+        ),
+    ] = None
+    micro_batch: Annotated[
+        list[int] | None,
+        About(
+            "Numbers of tokens computed at once to choose from (target `gguf`). They cost memory "
+            "and prompt speed, no loss.",
+            least=1,
+            filled=True,
+            default="llama.cpp's 512",
+            example=[512, 256, 128],
+        ),
+    ] = None
+    pin: Annotated[
+        list[Pin],
+        About("Limits on the formats of some groups, applied in order.", default="none"),
+    ] = []  # msgspec copies it
 
     @classmethod
     def read(cls, path: Path) -> "SearchSpace":
         """Reads a search space from TOML.
 
         Raises:
-            SpaceError: if the file is missing, no TOML, or has an unknown key or format.
+            SpaceError: one line per fault of the file.
         """
-        space = read_toml(path, cls, SpaceError)
-        if space.schema != 1:
-            raise SpaceError(f"{path}: schema {space.schema}, needed 1; use a newer allocator")
-        if space.experts.saliency not in SALIENCIES:
-            raise SpaceError(
-                f"{path}: [experts] saliency {space.experts.saliency!r}, needed one of "
-                f"{', '.join(SALIENCIES)}"
-            )
-        for name in ("minimum", "maximum"):
-            limit = getattr(space.experts, name)
-            if limit is not None and limit < 1:
-                raise SpaceError(f"{path}: [experts] {name} = {limit}, needed 1 or more per layer")
-        for name in ("formats", "experts_used", "kv_format", "micro_batch"):
-            if getattr(space, name) == []:
-                raise SpaceError(f"{path}: {name} is empty; name at least one, or leave it out")
-        for name in (
-            *(space.formats or ()),
-            *(f for p in space.pin for f in (p.format, p.minimum, p.maximum) if f),
-        ):
-            if name not in FORMATS:
-                raise SpaceError(f"{path}: unknown format {name!r}; known: {', '.join(FORMATS)}")
-        return space
+        return read_toml(path, cls, SpaceError)
 
 
 def bind(

@@ -1,19 +1,13 @@
-"""Files that appear whole or not at all, typed TOML, and locks between processes of a machine."""
+"""Files that appear whole or not at all, and locks between processes of a machine."""
 
 import fcntl
 import os
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-import msgspec
-
-from allocator.errors import StudyError, reason
-
-T = TypeVar("T")
+from allocator.errors import StudyError
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
@@ -41,20 +35,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def read_toml(path: Path, kind: type[T], error: type[Exception]) -> T:
-    """Reads a TOML file as a typed value.
-
-    Raises:
-        error: one line with the file, and the place in the file.
-    """
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind, strict=False)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except (OSError, ValueError, msgspec.ValidationError) as why:
-        raise error(f"{path}: {reason(why)}") from None
 
 
 @contextmanager

@@ -23,6 +23,11 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def shipped_names(kind: str) -> list[str]:
+    """Returns the names of the shipped files of a kind, `SEARCH_SPACES` or `DEVICES`."""
+    return sorted(file.stem for file in shipped_folder(kind).glob("*.toml"))
+
+
 def named_file(text: str, *, kind: str, relative_to: Path) -> Path:
     """Returns the TOML file that a text means: a path, or the name of a shipped file.
 

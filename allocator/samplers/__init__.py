@@ -22,7 +22,8 @@ from allocator.samplers.seeded import SeededSampler
 from allocator.study.protocols import StudySampler
 from allocator.units import check_whole
 
-_MOST_SEED = 2**32 - 1  # of Optuna's samplers
+MOST_SEED = 2**32 - 1
+"""Largest seed of Optuna's samplers."""
 
 SamplerMaker = Callable[[Problem, int], BaseSampler]
 """Makes the sampler of one trial, from a problem and the trial's seed."""
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, SamplerMaker] = {
 """Every sampler by its name in study.toml."""
 
 __all__ = [
+    "MOST_SEED",
     "SAMPLERS",
     "GradientStep",
     "Problem",
@@ -96,4 +98,4 @@ def check_seed(seed: int) -> None:
     """Raises:
     AllocatorError: if Optuna's samplers do not take the seed.
     """
-    check_whole("seed", seed, 0, _MOST_SEED)
+    check_whole("seed", seed, 0, MOST_SEED)

@@ -30,7 +30,7 @@ def test_a_preset_is_a_budget(tmp_path):
         ({"source": None}, "source"),
         ({"schema": 2}, "schema 2, needed 1"),
         ({"memory": "8 potatoes"}, "8 potatoes"),
-        ({"bandwidth": "0GB"}, "must be positive"),
+        ({"bandwidth": "0GB"}, "needed a size above 0"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, message):

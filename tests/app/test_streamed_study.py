@@ -126,7 +126,7 @@ def test_wrong_settings_are_refused(fresh_study, tmp_path, wrong):
     folder = shutil.copytree(fresh_study, tmp_path / "study")
     with (folder / "study.toml").open("a") as file:
         file.write(f"\n[streamed]\n{wrong}\n")
-    with pytest.raises(StudyError, match=r"\[streamed\] candidates"):
+    with pytest.raises(StudyError, match=r"\[streamed\] (candidates|rows) = .*: needed"):
         StudyFolder(folder)
 
 

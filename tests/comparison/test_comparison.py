@@ -243,11 +243,11 @@ def test_bad_input(fresh_study, folder, tmp_path):
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     text = (copy / "study.toml").read_text()
     for old, new, match in (
-        ('"random"]', '"luck"]', "unknown sampler 'luck'"),
+        ('"random"]', '"luck"]', 'samplers has "luck": needed one'),
         ("safetensors = 1", "onnx = 1", "onnx"),
-        ("safetensors = 1", "safetensors = 0", "positive"),
-        (f"tokens = {TOKENS}", "tokens = 0", "tokens: 0, needed a positive"),
-        ("report_documents = 3", "report_documents = 0", "report_documents: 0, needed"),
+        ("safetensors = 1", "safetensors = 0", "seeds.safetensors = 0: needed"),
+        (f"tokens = {TOKENS}", "tokens = 0", "tokens = 0: needed"),
+        ("report_documents = 3", "report_documents = 0", "report_documents = 0: needed"),
         ('"random"]', '"auto"]', "plans .* twice"),
         ('samplers = ["auto", "knapsack", "evolution", "random"]', "samplers = []", "is empty"),
         ("safetensors = 1", "", "seeds is empty"),
