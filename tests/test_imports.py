@@ -29,6 +29,7 @@ PACKAGES = [  # innermost first: a module may import from its own package or fro
     "evaluation",
     "comparison",
     "testing",
+    "transformers",
     "api",
     "cli",
     "__main__",

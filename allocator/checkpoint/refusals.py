@@ -62,8 +62,6 @@ def no_weights(path: Path) -> str:
         return f"{path}: no weights yet: an interrupted download; run it again"
     names = {p.name for p in path.iterdir()}
     shards = sorted(n for n in names if n.endswith(".safetensors"))
-    if "encoded.safetensors" in names:
-        return f"{path}: written by `allocator materialize`: already quantized; {ORIGINAL}"
     if "adapter_model.safetensors" in names:
         return f"{path}: an adapter (adapter_model.safetensors); merge it into its model first"
     if shards:
@@ -80,6 +78,11 @@ def no_weights(path: Path) -> str:
         f"{path}: neither model.safetensors nor model.safetensors.index.json; "
         "needed a directory with a safetensors checkpoint"
     )
+
+
+def already_quantized(path: Path) -> str:
+    """Says that a directory is one of ours."""
+    return f"{path}: written by `allocator materialize`: already quantized; {ORIGINAL}"
 
 
 def interrupted(path: Path) -> bool:

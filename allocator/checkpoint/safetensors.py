@@ -32,6 +32,7 @@ from allocator.checkpoint.refusals import (
     FETCH_LFS,
     LFS_POINTER,
     ORIGINAL,
+    already_quantized,
     missing_shards,
     no_directory,
     no_weights,
@@ -51,7 +52,7 @@ from allocator.families import (
     Stack,
     family_of,
 )
-from allocator.families.config import check_fp8, quantization_method
+from allocator.families.config import OWN_METHOD, check_fp8, quantization_method
 from allocator.files.digests import Digests, Identity
 
 _STORED_BYTES = DTYPE_BYTES | {
@@ -426,6 +427,8 @@ def read_safetensors_inventory(path: Path, *, digests: Path | None = None) -> In
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}/config.json: needed an object")
+    if quantization_method(config) == OWN_METHOD:
+        raise CheckpointError(already_quantized(path))
     family = family_of(config, f"{path}/config.json")
     family.check(config, f"{path}/config.json")
     stored = _stored(path, opened)

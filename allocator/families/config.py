@@ -19,6 +19,8 @@ MOST_LISTED = 1 << 14
 
 ENCODING = "quantization_config"
 """The key under which transformers says how a checkpoint's weights are encoded."""
+OWN_METHOD = "moe-allocator"
+"""Names us as the quantizer of a checkpoint."""
 SHARED_KEYS = (
     ENCODING, "tie_word_embeddings", "_name_or_path", "bos_token_id", "eos_token_id",
     "unk_token_id", "sep_token_id", "pad_token_id", "mask_token_id",

@@ -15,6 +15,7 @@ token.
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,41 @@ def attach(model: Any, current: Callable[[], KeysValues | None]) -> None:
         return args, {**kwargs, "past_key_values": current()}
 
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def attach_to_caches(model: Any, stored: KeysValues) -> None:
+    """Makes a model store keys and values so in whatever cache it is given, as `generate` does.
+
+    Without a cache, each forward pass reads its own keys and values so.
+
+    Args:
+        model: of transformers.
+        stored: how the runtime stores keys and values.
+    """
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        from transformers import DynamicCache
+
+        cache = kwargs.get("past_key_values")
+        asked = kwargs.get("use_cache")
+        if cache is None and (model.config.use_cache if asked is None else asked):
+            cache = DynamicCache(config=model.config)
+        if cache is None:
+            cache = stored
+        elif "update" not in vars(cache):  # of the class alone: not changed yet
+            cache.update = MethodType(partial(_update, stored), cache)
+        return args, {**kwargs, "past_key_values": cache}
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _update(
+    stored: KeysValues, cache: Any, keys: torch.Tensor, values: torch.Tensor, layer_idx: int,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Appends keys and values as the runtime stores them; see `KeysValues.update`."""
+    read = stored.update(keys, values, layer_idx)
+    return type(cache).update(cache, *read, layer_idx, *args, **kwargs)
 
 
 def _stored(rows: torch.Tensor, fmt: Format | None, rotation: torch.Tensor | None) -> torch.Tensor:

@@ -44,8 +44,10 @@ from allocator.targets.group_weights import group_weights
 from allocator.units import show_bytes
 
 
-def skeleton(path: Path, config: Config, device: str = "cpu") -> Any:
-    """Builds a checkpoint's architecture in float32, parameters on the meta device, buffers real.
+def skeleton(
+    path: Path, config: Config, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Builds a checkpoint's architecture, parameters on the meta device, buffers real.
 
     How the checkpoint's weights are encoded is no matter of the model: what is put in is decoded.
 
@@ -53,6 +55,7 @@ def skeleton(path: Path, config: Config, device: str = "cpu") -> Any:
         path: of the checkpoint, for messages.
         config: of the model.
         device: torch's, where buffers are, and parameters will be.
+        dtype: that the model computes in; what transformers never rounds stays in float32.
 
     Raises:
         CheckpointError: if transformers does not accept its config.
@@ -67,7 +70,7 @@ def skeleton(path: Path, config: Config, device: str = "cpu") -> Any:
         plain_skeleton(built)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                built, dtype=torch.float32, attn_implementation="eager"
+                built, dtype=dtype, attn_implementation="eager"
             )
     except (
         OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError
@@ -78,7 +81,21 @@ def skeleton(path: Path, config: Config, device: str = "cpu") -> Any:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if dtype != torch.float32:
+        _keep_float32(model)
     return model.eval().requires_grad_(False)
+
+
+def _keep_float32(model: Any) -> None:
+    """Gives the parameters that transformers never rounds their float32 again."""
+    unrounded = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, module in model.named_modules():
+        for own, tensor in [*module.named_parameters(recurse=False)]:
+            if any(part in f"{name}.{own}" for part in unrounded):
+                setattr(module, own, nn.Parameter(tensor.float(), requires_grad=False))
+        for own, tensor in [*module.named_buffers(recurse=False)]:
+            if any(part in f"{name}.{own}" for part in unrounded):
+                setattr(module, own, tensor.float())
 
 
 _REASON = 120  # characters: torch lists all that it knows
@@ -148,7 +165,7 @@ def _resize(module: Any, names: tuple[str, ...], n_experts: int, device: torch.d
             continue
         one_row = name in SELECTION_BIASES and old.dim() == 2  # and a column per expert
         shape = (1, n_experts) if one_row else (n_experts, *old.shape[1:])
-        new = _memory(shape, device)
+        new = _memory(shape, device, old.dtype)
         if isinstance(old, nn.Parameter):
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         else:
@@ -184,9 +201,11 @@ def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> 
             )
 
 
-def _memory(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _memory(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     with torch.inference_mode(False):  # else nothing could be put in outside of inference mode
-        return torch.empty(shape, dtype=torch.float32, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def parameter_of(model: Any, name: str) -> torch.Tensor:

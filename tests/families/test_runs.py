@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
 
 from allocator import api
 from allocator.checkpoint.padding import padded
 from allocator.checkpoint.reading import read_inventory
+from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
+from allocator.export.checkpoint import materialize
 from allocator.export.gguf.files import write_gguf
+from allocator.export.tensors import EncodedTensors
 from allocator.families import Role
+from allocator.formats import format_named
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, SAFETENSORS
 from allocator.testing.family_runs import FamilyRuns
@@ -141,6 +146,49 @@ class Runs(FamilyRuns):
             tolerance = ROUNDING if container == "gguf" else None
             api.verify(study, folder, tolerance=tolerance, **options)
 
+    @pytest.mark.slow
+    def test_from_pretrained_is_the_candidate(self, case, tmp_path):
+        self.compare_from_pretrained(case, tmp_path)
+
+    def compare_from_pretrained(self, case, tmp_path):
+        """A pruned model that transformers opens, with a cache and without, has its logits."""
+        import allocator.transformers  # noqa: F401 - registers the quantizer
+
+        target = GGUF if self.with_gguf else SAFETENSORS
+        layout = target.layout(replace(read_inventory(case.path), without_tokenizer=True))
+        allocation = Allocation.of(
+            target=target.name,
+            retained=dict.fromkeys(layout.layers, self.retained),
+            formats={
+                name: "Q8_0" if group.can_hold(format_named("Q8_0")) else "BF16"
+                for name, group in layout.groups.items()
+            },
+            experts_used=layout.inventory.experts_used,
+        )
+        encodings = Encodings(tmp_path / "bank", layout, {})
+        source = EncodedTensors(encodings, allocation)
+        folder = tmp_path / "out"
+        materialize(source, folder, container="safetensors", importance="i" * 64)
+        swap = SwapModel(layout, encodings.decoded)
+        swap.put_allocation(allocation)
+        opener = AutoModelForCausalLM if self.renamed is None else type(case.model)
+        model = opener.from_pretrained(folder)
+        ids = torch.tensor(case.ids)
+        with torch.no_grad():
+            wanted = swap.model(ids).logits
+            assert torch.allclose(model(ids).logits, wanted, rtol=0, atol=1e-5)
+            assert not torch.allclose(wanted[0], case.logits[0], atol=1e-3)  # it is pruned
+            options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
+                output_logits=True, **options,
+            )  # fmt: skip
+            for step, logits in enumerate(made.logits):
+                whole = swap.model(made.sequences[:, : ids.shape[1] + step], use_cache=False)
+                torch.testing.assert_close(
+                    logits, whole.logits[:, -1], rtol=0, atol=max(self.rounding, 1e-4)
+                )
+
 
 class TestQwen3Moe(Runs):
     differs = "rope.dimension_count vocab_size"
@@ -250,7 +298,10 @@ LINEAR = {
 }  # fmt: skip
 
 
-class TestQwen3Next(Runs):
+class TestQwen3Next(Runs):  # llama.cpp has its heads in another order
+    def test_from_pretrained_is_the_candidate(self, case, tmp_path):
+        self.compare_from_pretrained(case, tmp_path)
+
     released: ClassVar = {"full_attention_interval": 2}
     differs = "full_attention_interval vocab_size"
     rounding = 1e-4  # linear attention divides by norms of short vectors
@@ -276,7 +327,10 @@ class TestQwen35MoeText(Runs):
     }  # fmt: skip
 
 
-class TestGptOss(Runs):
+class TestGptOss(Runs):  # its experts are stacked in the checkpoint
+    def test_from_pretrained_is_the_candidate(self, case, tmp_path):
+        self.compare_from_pretrained(case, tmp_path)
+
     differs = "rope.dimension_count vocab_size"
     config = SMALL | {
         "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 16,

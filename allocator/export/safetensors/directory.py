@@ -12,21 +12,32 @@ from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tokenizer import Tokenizer, carried_files, read_tokenizer
 from allocator.decision.allocation import Allocation
-from allocator.errors import CheckpointError, VerifyError
-from allocator.families.config import encoding, quantization_method, with_encoding
+from allocator.errors import CheckpointError, SpaceError, VerifyError
+from allocator.families.config import OWN_METHOD, encoding, quantization_method, with_encoding
 from allocator.targets import Layout
 
-FILE_NAME = "encoded.safetensors"
-"""Not `model.safetensors`: stock transformers skips an unknown quantization method with a warning,
-and would then run on random weights; without that file it refuses the directory."""
-QUANT_METHOD = "moe-allocator"
-"""Names us in config.json, as other quantizers name themselves."""
+FILE_NAME = "model.safetensors"
+SCHEMA = 1
+"""Of what config.json says of the encoding."""
+WEIGHTS_KEY = "transformers_weights"
+"""The key of config.json under which transformers looks for another name of the weights' file."""
+_REFUSAL = (
+    "these weights are encoded by moe-allocator: run `import allocator.transformers` before "
+    "from_pretrained"
+)
+"""No name of a file, so transformers says it and stops. It would skip an unknown quantization
+method with a warning, and then run on random weights."""
 
 
 def write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
     """Writes config.json with the allocation, and copies what a runtime needs beside it."""
     inventory = layout.inventory
-    config = with_encoding(inventory.config, QUANT_METHOD, {"allocation": allocation.to_json()})
+    described = {"schema": SCHEMA, "allocation": allocation.to_json()}
+    config = with_encoding(inventory.config, OWN_METHOD, described)
+    config[WEIGHTS_KEY] = _REFUSAL
+    for key, inner in config.items():  # transformers may open the language model alone
+        if isinstance(inner, dict) and key == "text_config":
+            config[key] = {**inner, WEIGHTS_KEY: _REFUSAL}
     (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in carried_files(inventory.path):
         (place / name).parent.mkdir(exist_ok=True)
@@ -47,12 +58,20 @@ def described_allocation(folder: Path) -> Allocation:
         SpaceError: if the allocation is malformed.
     """
     config = read_json(folder / "config.json")
-    if (method := quantization_method(config)) != QUANT_METHOD:
+    if (method := quantization_method(config)) != OWN_METHOD:
         raise VerifyError(
-            f"{folder}: config.json has quant_method {method!r}, needed {QUANT_METHOD!r}; open "
+            f"{folder}: config.json has quant_method {method!r}, needed {OWN_METHOD!r}; open "
             "other checkpoints with transformers"
         )
-    return Allocation.from_json(encoding(config).get("allocation"))
+    if (schema := encoding(config).get("schema")) != SCHEMA:
+        raise VerifyError(
+            f"{folder}: config.json says schema {schema} of its encoding, needed {SCHEMA}; open it "
+            "with the allocator that wrote it, or materialize it again"
+        )
+    try:
+        return Allocation.from_json(encoding(config).get("allocation"))
+    except SpaceError as error:
+        raise SpaceError(f"{folder}/config.json: {error}; materialize it again") from None
 
 
 def _converted_tokenizer(inventory: Inventory) -> Tokenizer | None:

@@ -25,7 +25,7 @@ from allocator.families import Dimensions, Family, Place, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
 from allocator.scoring.arranged import arrange
-from allocator.scoring.kv_cache import attach, keys_values
+from allocator.scoring.kv_cache import attach_to_caches, keys_values
 from allocator.scoring.swap_model import (
     destination,
     device_of,
@@ -48,21 +48,22 @@ class _Part:
             they are (None: all, or no experts).
         full_precision: stored tensors by parameter name.
         places: stored tensors that are parts of a parameter, each with its name and which part.
-        shapes: of the parameters that are filled, by name.
+        templates: of the parameters that are filled, by name: shape and dtype, no memory.
     """
 
     groups: list[tuple[Group, Format, torch.Tensor, list[int] | None]] = field(default_factory=list)
     full_precision: dict[str, torch.Tensor] = field(default_factory=dict)
     places: list[tuple[str, Place, torch.Tensor]] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    templates: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def load(path: str | Path, *, dense: bool = False) -> Any:
-    """Loads the model of a written safetensors checkpoint, float32, for inference.
+def load(path: str | Path, *, dense: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads the model of a written safetensors checkpoint for inference.
 
     Args:
         path: the directory.
-        dense: decode all weights once; faster, and as large as the float32 model.
+        dense: decode all weights once; faster, and as large as the model was.
+        dtype: that the model computes in; losses were measured in float32.
 
     Raises:
         VerifyError: if the directory was not written by `materialize`.
@@ -72,7 +73,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     config = read_json(folder / "config.json")
     allocation = described_allocation(folder)
     target = target_named(allocation.target)
-    model = skeleton(folder, target.computed(family_of(config), config) or config)
+    model = skeleton(folder, target.computed(family_of(config), config) or config, dtype=dtype)
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
@@ -80,7 +81,7 @@ def load(path: str | Path, *, dense: bool = False) -> Any:
     dimensions = family_of(config).dimensions(config)
     stored = keys_values(target, dimensions, allocation.kv_format)
     if stored is not None:
-        attach(model, lambda: stored)
+        attach_to_caches(model, stored)
     encoded = _stored(family_of(config), allocation, dimensions)
     arrange(model, [group for group, *_ in encoded.values()], device_of(model))
     try:
@@ -112,15 +113,15 @@ def _parts(
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
     parts: dict[str, _Part] = {}
-    with _opened(folder / FILE_NAME) as file:
+    with opened(folder / FILE_NAME) as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())
                 parameter, place = family.place_in_model(name)
-                part.shapes[parameter] = tuple(_shape(model, parameter))
+                part.templates[parameter] = _template(model, parameter)
                 if place == (...,):
-                    part.full_precision[name] = file.get_tensor(name)
-                    part.shapes[name] = tuple(part.full_precision[name].shape)
+                    stored_as = part.full_precision[name] = file.get_tensor(name)
+                    part.templates[name] = _template(model, parameter, stored_as.shape)
                 else:
                     part.places.append((parameter, place, file.get_tensor(name)))
                 continue
@@ -133,7 +134,7 @@ def _parts(
                 target = group if module != "lm_head" else _as_head(group)
                 part.groups.append((target, fmt, data, places))
                 for parameter in _parameters_of(model, target):
-                    part.shapes[parameter] = tuple(_shape(model, parameter))
+                    part.templates[parameter] = _template(model, parameter)
     return parts
 
 
@@ -153,7 +154,12 @@ def _stored(
     return stored
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """Opens a safetensors file.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -194,8 +200,11 @@ def _parameter(model: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def _shape(model: Any, name: str) -> torch.Size:
-    return _parameter(model, name).shape
+def _template(model: Any, name: str, shape: torch.Size | None = None) -> torch.Tensor:
+    parameter = _parameter(model, name)
+    return torch.empty(
+        parameter.shape if shape is None else shape, dtype=parameter.dtype, device="meta"
+    )
 
 
 def _set(model: Any, name: str, values: torch.Tensor) -> None:
@@ -209,9 +218,12 @@ def _set(model: Any, name: str, values: torch.Tensor) -> None:
 
 def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
     with torch.no_grad():
-        for name, shape in part.shapes.items():
+        for name, template in part.templates.items():
             stored = part.full_precision.get(name)
-            _set(model, name, torch.empty(shape) if stored is None else stored.to(torch.float32))
+            if stored is None:
+                _set(model, name, torch.empty_like(template, device="cpu"))
+            else:
+                _set(model, name, stored.to(template.dtype))
         for name, place, stored in part.places:
             _parameter(model, name)[place] = stored
         for group, fmt, data, places in part.groups:
@@ -220,19 +232,21 @@ def _fill(model: Any, dimensions: Dimensions, part: _Part) -> None:
 
 
 def _empty(model: Any, part: _Part) -> None:
-    for name in part.shapes:
+    for name, template in part.templates.items():
         stored = part.full_precision.get(name)
-        if stored is None or stored.dtype != torch.float32:  # those are the file's own memory
-            _set(model, name, _NONE)
-
-
-_NONE = torch.empty(0)
+        if stored is None or stored.dtype != template.dtype:  # those are the file's own memory
+            _set(model, name, torch.empty(0, dtype=template.dtype))
 
 
 def _decode_into(view: torch.Tensor | list[torch.Tensor], fmt: Format, data: torch.Tensor) -> None:
     """Decodes without a second copy where the destination's rows lie together."""
     codec = codec_of(fmt)
-    if isinstance(view, torch.Tensor) and view.is_contiguous():
+    if isinstance(view, torch.Tensor) and view.dtype != torch.float32 and view.dim() < 3:
+        view.copy_(torch.from_numpy(codec.decode(data.numpy(), fmt)))
+    elif view[0].dtype != torch.float32:
+        for matrix, encoded in zip(view, data, strict=True):
+            matrix.copy_(torch.from_numpy(codec.decode(encoded.numpy(), fmt)))
+    elif isinstance(view, torch.Tensor) and view.is_contiguous():
         codec.decode(data.numpy(), fmt, out=view.numpy())
     elif isinstance(view, list) or (view.dim() == 3 and view[0].is_contiguous()):
         for matrix, encoded in zip(view, data, strict=True):
