@@ -242,6 +242,8 @@ class Family:
         ranks_groups: whether groups are ranked by their two best experts, even a single one.
         selection_bias: whether a bias per expert takes part in the choice alone.
         scales_gates: whether gates are multiplied by a factor.
+        router_reads_config: whether transformers' router reads `keys.experts_used` of its config
+            whenever it runs; else modules have the number as `top_k`.
         never_null: keys of `config.json` that may be left out, but with which transformers refuses
             null.
         bias_keys: keys of `config.json` that add biases, which no rule names.
@@ -278,6 +280,7 @@ class Family:
     ranks_groups: bool = False
     selection_bias: bool = False
     scales_gates: bool = False
+    router_reads_config: bool = False
     never_null: frozenset[str] = frozenset()
     bias_keys: tuple[str, ...] = ()
     plan_notes: Callable[[Config], tuple[str, ...]] = field(default=lambda config: ())

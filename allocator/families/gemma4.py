@@ -240,6 +240,7 @@ GEMMA4_TEXT = Family(
     models="the language model of Gemma-4, as transformers saves it alone",
     rules=_RULES,
     keys=Keys(experts=("num_experts",), experts_used="top_k_experts"),
+    router_reads_config=True,
     layer_parts=_layer_parts,
     layers=(_LAYER, _KEYS_ALONE),
     layer_sizes=_layer_sizes,

@@ -314,7 +314,8 @@ class StreamedModel:
         if retained is not None:
             resize_router(self.model, layer, len(retained))
             resize_biases(self.model, layer, len(retained))
-            set_experts_used(self.model, (layer,), candidate.experts_used)
+            family = self.inventory.family
+            set_experts_used(self.model, family, (layer,), candidate.experts_used)
         for group in self._groups[layer]:
             if not group.role.is_expert:
                 values = self.weights.of(candidate, group)

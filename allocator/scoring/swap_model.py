@@ -179,26 +179,41 @@ def empty(module: nn.Module) -> None:
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def set_experts_used(model: Any, layers: tuple[int, ...], experts_used: int) -> None:
+def set_experts_used(
+    model: Any, family: Family, layers: tuple[int, ...], experts_used: int
+) -> None:
     """Sets the routed experts per token, in every MoE layer.
 
     Raises:
         CheckpointError: if nothing in a layer is known to say how many.
     """
     for layer in layers:
+        if family.router_reads_config:
+            _set_in_config(model, family.keys.experts_used, layer, experts_used)
+            continue
         known = [m for m in routing_modules(model, layer) if hasattr(m, "top_k")]
         for module in known:
             module.top_k = experts_used
-        router = model.get_submodule(router_path(model, layer))
-        own = getattr(getattr(router, "config", None), "top_k_experts", None)
-        if own not in (None, experts_used):  # read when the router runs
-            router.config = copy.copy(router.config)  # which all layers share
-            router.config.top_k_experts = experts_used
-        if own is None and not known:
-            raise CheckpointError(
-                f"{type(router).__name__} has no top_k, needed what says how many experts a token "
-                "uses; this architecture is not supported"
-            )
+        if not known:
+            raise _does_not_say(model, layer, "top_k")
+
+
+def _set_in_config(model: Any, key: str, layer: int, experts_used: int) -> None:
+    router = model.get_submodule(router_path(model, layer))
+    own = getattr(getattr(router, "config", None), key, None)
+    if own is None:
+        raise _does_not_say(model, layer, f"config.{key}")
+    if own != experts_used:
+        router.config = copy.copy(router.config)  # which all layers share
+        setattr(router.config, key, experts_used)
+
+
+def _does_not_say(model: Any, layer: int, attribute: str) -> CheckpointError:
+    router = type(model.get_submodule(router_path(model, layer))).__name__
+    return CheckpointError(
+        f"{router} has no {attribute}, needed what says how many experts a token uses; this "
+        "architecture is not supported"
+    )
 
 
 def _memory(
@@ -561,7 +576,7 @@ class SwapModel:
             self.state[name] = wanted
         self.weights = own
         self.experts_used = candidate.experts_used
-        set_experts_used(self.model, self.layout.layers, self.experts_used)
+        set_experts_used(self.model, self.inventory.family, self.layout.layers, self.experts_used)
         if candidate.kv_format != self.kv_format:
             self._keys_values = keys_values(
                 target_named(self.layout.target), self.inventory.dimensions, candidate.kv_format

@@ -1,11 +1,14 @@
 """Where experts, router and last norm are, in architectures that have them in other places."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from allocator.errors import CheckpointError
+from allocator.families import family_of
 from allocator.scoring.modules import (
     block_path,
     expert_rows,
@@ -55,7 +58,7 @@ def test_experts_their_router_and_the_last_norm(model_type):
 def test_a_resized_router_chooses_among_its_experts(model_type):
     model = model_of(model_type)
     resize_router(model, 2, 5)
-    set_experts_used(model, (2,), 3)
+    set_experts_used(model, family_of(model.config.to_dict()), (2,), 3)
     for _, module, name in expert_rows(model, 2):
         assert getattr(module, name).shape[0] == 5
         with torch.no_grad():
@@ -108,7 +111,18 @@ def test_a_model_that_does_not_say_how_many_are_used_is_refused(model_type):
         if hasattr(module, "top_k"):
             del module.top_k
     with pytest.raises(CheckpointError, match=r"Router has no top_k, needed what says how many"):
-        set_experts_used(model, (2,), 3)
+        set_experts_used(model, family_of(model.config.to_dict()), (2,), 3)
+
+
+def test_a_router_whose_config_does_not_say_is_refused():
+    model = model_of("qwen3_moe")
+    model.model.layers[2].mlp.gate.config = PretrainedConfig(num_experts_per_tok=4)
+    family = replace(family_of(model.config.to_dict()), router_reads_config=True)
+    set_experts_used(model, family, (2,), 3)
+    assert model.model.layers[2].mlp.gate.config.num_experts_per_tok == 3
+    other = replace(family, keys=replace(family.keys, experts_used="experts_chosen"))
+    with pytest.raises(CheckpointError, match=r"Router has no config\.experts_chosen, needed"):
+        set_experts_used(model, other, (2,), 3)
 
 
 def test_a_router_of_another_name_is_refused():

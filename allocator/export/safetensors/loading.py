@@ -77,7 +77,7 @@ def load(path: str | Path, *, dense: bool = False, dtype: torch.dtype = torch.fl
     layers = tuple(allocation.counts)
     for layer, count in allocation.counts.items():
         resize_experts(model, layer, count)
-    set_experts_used(model, layers, allocation.experts_used)
+    set_experts_used(model, family_of(config), layers, allocation.experts_used)
     dimensions = family_of(config).dimensions(config)
     stored = keys_values(target, dimensions, allocation.kv_format)
     if stored is not None:
