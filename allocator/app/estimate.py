@@ -178,7 +178,7 @@ def _in_memory(study_folder: StudyFolder) -> _Seconds:
     from allocator.profiling.in_memory_profiler import InMemoryProfiler
 
     per_token = seconds_per_token(study_folder, documents=16, threads=study_folder.threads)
-    weights = study_folder.inventory.n_searched_weights
+    weights = study_folder.inventory.n_computed_weights
     pricing = weights / _PRICE_WEIGHTS_PER_SECOND
     encoding = _Encoding.of(study_folder)
     passes = study_folder.profiler.forward_tokens
@@ -240,5 +240,5 @@ def _one_expert(study_folder: StudyFolder) -> tuple[float, float]:
     experts = sum(
         math.prod(g.shape) for g in study_folder.layout.groups.values() if g.role.is_expert
     )
-    active = inventory.n_searched_weights - idle * experts
-    return reading * inventory.n_searched_weights, computing * active
+    active = inventory.n_computed_weights - idle * experts
+    return reading * inventory.n_computed_weights, computing * active

@@ -35,7 +35,7 @@ RUNTIME = next(target.name for target in TARGETS.values() if target.predicts_mem
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A model in numbers; parameters without those of multi-token prediction.
+    """A model in numbers; parameters without those of multi-token prediction and without padding.
 
     Attributes:
         family: transformers' name of the architecture.
@@ -185,7 +185,7 @@ def plan(
 def summarised(inventory: Inventory) -> Summary:
     """Returns a model in numbers."""
     sizes: dict[str, int] = {"": 0, "nextn": 0, "routed": 0, "embedding": 0}
-    for tensor in inventory.tensors.values():
+    for tensor in (each.as_stored for each in inventory.tensors.values()):
         nextn = tensor.role is Role.NEXTN
         sizes["nextn" if nextn else ""] += prod(tensor.shape)
         if not nextn and (tensor.role.is_expert or tensor.role is Role.EXPERT_BIAS):

@@ -307,6 +307,11 @@ class Inventory:
         return sum(prod(tensor.shape) for tensor in encoded)
 
     @cached_property
+    def n_computed_weights(self) -> int:
+        """The same weights with the zeros of padded experts, which take time and memory as well."""
+        return sum(prod(t.shape) for t in self.tensors.values() if t.role.is_encoded)
+
+    @cached_property
     def scale_block(self) -> tuple[int, int]:
         """Rows and columns of an FP8 matrix that share one factor; needs a checkpoint with FP8."""
         return weight_block(self.config)

@@ -87,8 +87,8 @@ def _by_kind(layout: Layout, experts: str, rest: str, down: str | None = None) -
 def _other_formats(layout: Layout, allocation: Allocation, wanted: Mapping[str, str]) -> str:
     """The suffix of a name that lists groups in another format than wanted."""
     groups = [layout.groups[n] for n, fmt in allocation.formats if fmt != wanted[n]]
-    searched = layout.inventory.n_searched_weights
-    if sum(prod(group.shape) for group in groups) <= _MOST_UNNAMED * searched:
+    weights = layout.inventory.n_computed_weights
+    if sum(prod(group.shape) for group in groups) <= _MOST_UNNAMED * weights:
         return ""
     counted = Counter(allocation.format_of[group.name] for group in groups)
     rows = [f"{fmt} in {n} group{'s' * (n > 1)}" for fmt, n in counted.most_common()]

@@ -112,7 +112,7 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
 
 def _gradient_bytes(finisher: Finisher) -> int:
     """Gradients of the passes that run at once, of one that waits for its turn, and their sum."""
-    each = 4 * finisher.plain.layout.inventory.n_searched_weights
+    each = 4 * finisher.plain.layout.inventory.n_computed_weights
     threads = affordable_threads(finisher.model.model, finisher.threads, each)
     return each * (threads + 2 if threads > 1 else 2)
 

@@ -223,8 +223,33 @@ _MOST_PADDING = 1.5
 
 
 def width_notes(inventory: Inventory, groups: Iterable[Group]) -> tuple[str, ...]:
-    """Returns a line on experts that formats of few bits cannot hold, but would if padded."""
-    down = next((group for group in groups if group.role is Role.EXPERT_DOWN), None)
+    """Returns lines on matrices of experts that formats of few bits cannot hold.
+
+    Padding changes the rows of down, and no others.
+
+    Args:
+        inventory: the checkpoint.
+        groups: of the layout.
+    """
+    by_role = {group.role: group for group in groups if group.role.is_expert}
+    return (*_width_of_down(inventory, by_role), *_width_of_up(by_role))
+
+
+def _width_of_up(by_role: Mapping[Role, Group]) -> tuple[str, ...]:
+    up = by_role.get(Role.EXPERT_UP)
+    if up is None or up.shape[-1] % _WIDE == 0:
+        return ()
+    width, least = up.shape[-1], up.offered()[-1]
+    kinds = "gate and up" if Role.EXPERT_GATE in by_role else "up"
+    return (
+        f"experts read {width} values: no format below {least.bits:.3g} bits ({least.name}) holds "
+        f"rows of {kinds}, nor rows of other matrices that read {width} values; padding experts "
+        "does not change these",
+    )
+
+
+def _width_of_down(inventory: Inventory, by_role: Mapping[Role, Group]) -> tuple[str, ...]:
+    down = by_role.get(Role.EXPERT_DOWN)
     biased = any(tensor.role is Role.EXPERT_BIAS for tensor in inventory.tensors.values())
     if down is None or down.shape[-1] % _WIDE == 0 or biased:
         return ()

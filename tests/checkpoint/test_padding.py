@@ -1,6 +1,8 @@
 """Experts padded with zeros: against a checkpoint with the zeros in its files, and transformers."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator import api
+from allocator.app import estimate as searching
+from allocator.app.planning import summarised
 from allocator.checkpoint.padding import padded
 from allocator.checkpoint.reading import read_inventory
 from allocator.checkpoint.tensors import read_rows, read_tensor
 from allocator.errors import AllocatorError, CheckpointError
+from allocator.finishing import estimate as finishing
+from allocator.scoring.candidates import Weights
+from allocator.scoring.streamed_model import StreamedModel
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import TARGETS
 from allocator.targets.group_weights import group_digest
+from allocator.targets.layout import width_notes
 from allocator.testing.family_runs import random_checkpoint
 
 CONFIG = {
@@ -170,6 +178,45 @@ def test_whoever_needs_it_is_told(case, target):
     assert "expert_width = 256" in note
     assert "14.3% more weights" in note
     assert noted(padded(inventory, 256)) == []
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+def test_padding_does_not_help_rows_of_the_hidden_width(case, tiny, target):
+    def noted(inventory):
+        layout = TARGETS[target].layout(inventory)
+        return layout, [note for note in layout.notes if "experts read" in note]
+
+    assert noted(padded(read_inventory(case.path), 224))[1] == []  # it reads 256
+    layout, (note,) = noted(tiny)
+    assert note.startswith("experts read 64 values: no format below 4.5 bits (")
+    assert "rows of gate and up, nor rows of other matrices that read 64 values" in note
+    least = {g.offered()[-1].bits for g in layout.groups.values() if g.shape[-1] == 64}
+    assert least == {4.5}
+    latent = replace(layout.groups["layers.0.experts.up"], shape=(4, 32, 512))
+    down = replace(layout.groups["layers.0.experts.down"], shape=(4, 512, 32))
+    assert width_notes(tiny, (latent, down)) == ()
+
+
+def test_zeros_count_in_time_and_memory_and_in_no_number_of_parameters(case, monkeypatch):
+    inventory = read_inventory(case.path)
+    layout = TARGETS["safetensors"].layout(padded(inventory, 256))
+    added = 256 * 96 * 3 * (4 + 2)  # columns and rows of four routed and two shared experts
+    computed = inventory.n_searched_weights + added
+    assert layout.inventory.n_computed_weights == computed
+    assert summarised(layout.inventory) == summarised(inventory)
+
+    model = StreamedModel(layout, Weights(layout, lambda: pytest.fail("encoded")))
+    finisher = SimpleNamespace(plain=SimpleNamespace(layout=layout), model=model, threads=1)
+    assert finishing._gradient_bytes(finisher) == 2 * 4 * computed
+
+    scorers = SimpleNamespace(model=model)
+    study = SimpleNamespace(scorers=scorers, inventory=layout.inventory, layout=layout)
+    clock = iter(range(10))  # seconds: one expert is read in one, and computed in one
+    monkeypatch.setattr(searching.time, "perf_counter", lambda: next(clock))
+    reading, computing = searching._one_expert(study)
+    one, idle = 3 * 256 * 256, 2 / 4
+    assert reading == pytest.approx(computed / one)
+    assert computing * 256 == pytest.approx((computed - idle * 4 * one) / one)
 
 
 def test_inspected_and_planned_with_a_width(case):
