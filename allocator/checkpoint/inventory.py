@@ -107,12 +107,13 @@ class Rearranged:
     Attributes:
         stored: these, each with its own shape.
         make: returns the matrix, `(rows, in_features)`, of their weights, whatever the type.
-        places: names which weights go where; other places have another name.
+        places: names which weights go where; other places have another name, so that what is made
+            of the same weights alike is equal.
         columns: of the matrix, as the only stored one has them; None where rows stay whole.
     """
 
     stored: tuple[Stored, ...]
-    make: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+    make: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]] = field(compare=False)
     places: str
     columns: tuple[int, ...] | None = None
 
@@ -475,7 +476,7 @@ def _check_experts(inventory: Inventory) -> None:
                     f"needed experts 0..{n - 1} of one shape as config.json says"
                 )
 
-        for role in (role for role in Role if role.is_router):
+        for role in (role for role in Role if role.has_row_per_expert):
             for tensor in inventory.of_role(role, layer):
                 if tensor.shape[0] != n:
                     raise CheckpointError(

@@ -95,7 +95,7 @@ class Costs:
     def _routers(self) -> dict[int, list[FullPrecision]]:
         routers: dict[int, list[FullPrecision]] = {}
         for tensor in self.space.layout.full_precision:
-            if tensor.role.is_router and tensor.layer is not None:
+            if tensor.role.has_row_per_expert and tensor.layer is not None:
                 routers.setdefault(tensor.layer, []).append(tensor)
         return routers
 
@@ -130,7 +130,7 @@ class Costs:
         if not self._padded:
             return 0
         layout = self.space.layout
-        norms = (k for k in layout.full_precision if not k.role.is_router)
+        norms = (k for k in layout.full_precision if not k.role.has_row_per_expert)
         header = self.space.largest.stored(layout).header if self.budget.counts_header else 0
         return header + sum(self._full_precision(k, 0) for k in norms)
 

@@ -58,7 +58,7 @@ class Role(StrEnum):
         return self in (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
     @property
-    def is_router(self) -> bool:
+    def has_row_per_expert(self) -> bool:
         """Whether it has one row or value per routed expert."""
         return self in (Role.ROUTER, Role.ROUTER_BIAS, Role.EXPERT_BIAS, Role.EXPERT_SCALE)
 
@@ -69,4 +69,4 @@ class Role(StrEnum):
             Role.NORM, Role.BIAS, Role.SHARED_ROUTER, Role.LINEAR_AB, Role.LINEAR_STATE,
             Role.SSM_STATE, Role.CONV_KERNEL, Role.LAYER_SCALE, Role.NEXTN,
         )  # fmt: skip
-        return not self.is_router and self not in other
+        return not self.has_row_per_expert and self not in other

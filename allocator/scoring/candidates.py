@@ -251,7 +251,11 @@ def retained_rows(
         tensor: of a layout.
         retained: experts by MoE layer.
     """
-    return retained[tensor.layer] if tensor.role.is_router and tensor.layer is not None else None
+    return (
+        retained[tensor.layer]
+        if tensor.role.has_row_per_expert and tensor.layer is not None
+        else None
+    )
 
 
 def rows_of(values: Floats, experts: Sequence[int] | None) -> Floats:

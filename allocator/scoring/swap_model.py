@@ -623,7 +623,7 @@ class SwapModel:
             if group.role.is_expert and group.layer == layer:
                 self.state.pop(name, None)
         for tensor in self.layout.full_precision:
-            if tensor.role.is_router and tensor.layer == layer:
+            if tensor.role.has_row_per_expert and tensor.layer == layer:
                 self._full_precision_of.pop(tensor.source, None)
         resize_experts(self.model, layer, len(experts))
         self.retained[layer] = experts

@@ -101,7 +101,7 @@ class FullPrecision:
 
     def shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape when its layer retains `n_experts`."""
-        return (n_experts, *self.shape[1:]) if self.role.is_router else self.shape
+        return (n_experts, *self.shape[1:]) if self.role.has_row_per_expert else self.shape
 
     def stored_shape_with(self, n_experts: int) -> tuple[int, ...]:
         """Returns its shape in the target's file when its layer retains `n_experts`."""

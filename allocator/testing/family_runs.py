@@ -38,7 +38,15 @@ from allocator.targets.group_weights import group_digest
 
 EXACT = 1e-8
 """Most KL(transformers || llama.cpp) of a file in F32 in exact arithmetic, nats per token."""
-_TOKENS = 40
+_TOKENS, _DOCUMENTS = 40, 2
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "head_dim": 16,
+    "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+"""Sizes that a small `config.json` has in most families."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def random_checkpoint(config: Mapping[str, Any], folder: Path, seed: int = 0) ->
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = [torch.randint(vocabulary, (_TOKENS,)).tolist() for _ in range(3)]
+    ids = [torch.randint(vocabulary, (_TOKENS,)).tolist() for _ in range(_DOCUMENTS)]
     return FamilyCase(folder, loaded.eval(), ids)
 
 
@@ -255,6 +263,7 @@ class FamilyRuns:
                 read_inventory(path)
             return
         again = GGUF.layout(read_inventory(path))
+        assert again.inventory == read_inventory(path)
         assert list(again.groups) == list(layout.groups)
         for name, group in layout.groups.items():
             assert group_digest(again, again.groups[name]) == group_digest(layout, group)

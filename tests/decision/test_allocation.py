@@ -207,7 +207,7 @@ def test_bytes_of_gguf_groups_in_a_safetensors_container(layouts):
     tensors = layout.inventory.tensors
     assert inside.full_precision == sum(
         tensors[k.source].nbytes // k.shape[0]
-        * (len(allocation.retained_experts[k.layer]) if k.role.is_router else k.shape[0])
+        * (len(allocation.retained_experts[k.layer]) if k.role.has_row_per_expert else k.shape[0])
         for k in layout.full_precision
     )  # fmt: skip
     assert inside.overhead % 8 == 0

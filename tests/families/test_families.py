@@ -52,7 +52,7 @@ def test_foreign_names_match_nothing(name):
 def test_roles():
     assert [r for r in Role if r.is_expert] == ["experts.gate", "experts.up", "experts.down"]
     routers = ["router", "router_bias", "experts.bias", "experts.scale"]
-    assert [r for r in Role if r.is_router] == routers
+    assert [r for r in Role if r.has_row_per_expert] == routers
     kept = [r for r in Role if not r.is_encoded]
     names = (
         "norm router router_bias shared.router linear.ab linear.state ssm.state conv.kernel "

@@ -25,15 +25,9 @@ from allocator.families import Role
 from allocator.formats import format_named
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, SAFETENSORS
-from allocator.testing.family_runs import FamilyRuns
+from allocator.testing.family_runs import SMALL, FamilyRuns
 from allocator.testing.tensors import CheckpointTensors
 
-SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
-    "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 2, "head_dim": 16,
-    "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
 LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4,
@@ -58,6 +52,10 @@ class Runs(FamilyRuns):
     differs = ""
     released: ClassVar[dict[str, Any]] = {}
     misread = ""
+
+    @pytest.mark.parametrize("pruned", [pytest.param(False, marks=pytest.mark.slow), True])
+    def test_llama_cpp_computes_the_same(self, case, tmp_path, pruned):
+        super().test_llama_cpp_computes_the_same(case, tmp_path, pruned)
 
     @pytest.mark.slow
     def test_beside_llama_cpps_converter(self, case, convert, tmp_path):

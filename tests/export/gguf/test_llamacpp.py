@@ -62,7 +62,7 @@ class Modules:
 
     def full_precision(self, kept):
         weight = self.state[kept.source].float()
-        if kept.role.is_router:
+        if kept.role.has_row_per_expert:
             weight = weight[list(self.retained[kept.layer])]
         return weight.numpy()
 
