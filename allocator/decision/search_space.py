@@ -42,9 +42,10 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A limit on the formats of some groups; pins apply in order, each narrows what is left."""
 
     pattern: Annotated[
-        str,
+        str | list[str],
         About(
-            "Groups by name, with shell wildcards; `allocator inspect` lists the names.",
+            "Groups by name, with shell wildcards; of several, one has to match. `allocator "
+            "inspect` lists the names.",
             example="*.attention.*",
         ),
     ]
@@ -75,6 +76,11 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             default="any",
         ),
     ] = None
+
+    def matches(self, name: str) -> bool:
+        """Tells whether a group's name has one of the patterns."""
+        patterns = [self.pattern] if isinstance(self.pattern, str) else self.pattern
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -200,7 +206,7 @@ def bind(
     """
     inventory = layout.inventory
     for pin in spec.pin:
-        if not any(fnmatchcase(name, pin.pattern) for name in layout.groups):
+        if not any(pin.matches(name) for name in layout.groups):
             raise SpaceError(f"pin {pin.pattern!r} matches no group; groups are named like "
                              f"{', '.join(list(layout.groups)[:4])}")  # fmt: skip
     used = tuple(spec.experts_used or (inventory.experts_used,))
@@ -246,7 +252,7 @@ def _formats(spec: SearchSpace, group: Group) -> tuple[str, ...]:
         offered = tuple(f for f in offered if f.name in spec.formats)
     low, high, pinned = 0.0, float("inf"), offered
     for pin in spec.pin:
-        if not fnmatchcase(group.name, pin.pattern):
+        if not pin.matches(group.name):
             continue
         if pin.format is not None:
             fmt = format_named(pin.format)

@@ -185,6 +185,8 @@ def needed(kind: Any, about: About) -> str:
         several = ", or a list of paths" if list_of(kind) else ""
         named = _one_of(shipped_names(about.shipped)) if about.shipped else ""
         return f"a path relative to this file{several}" + (named and f", or the name {named}")
+    if origin in (Union, UnionType):
+        return ", or ".join(needed(choice, about) for choice in get_args(kind))
     return {bool: "true or false", str: "a text in quotes"}.get(kind, "a table")
 
 

@@ -17,6 +17,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.errors import SpaceError, TargetError
+from allocator.families import Role
 from allocator.formats import FORMATS
 from allocator.targets import SAFETENSORS, TARGETS
 
@@ -51,6 +52,16 @@ def test_shipped_spaces_bind(layouts, profiles, path, target):
     space.smallest.check(layout)
     space.largest.check(layout)
     assert space.smallest.nbytes(layout).file < space.largest.nbytes(layout).file
+
+
+def test_careful_spares_attention_and_what_layers_have_in_its_place():
+    careful = SearchSpace.read(next(path for path in SHIPPED if path.stem == "careful"))
+    (pin,) = (pin for pin in careful.pin if pin.minimum == "IQ4_XS")
+    kinds = {True: set(), False: set()}
+    for role in (role for role in Role if role.is_encoded):
+        kinds[pin.matches(f"layers.3.{role}")].add(role.split(".")[0])
+    assert kinds[True] == {"attention", "linear", "ssm", "conv"}
+    assert kinds[False] == {"embedding", "head", "experts", "shared", "mlp", "latent"}
 
 
 def test_something_is_shipped():
@@ -143,6 +154,16 @@ def pin(pattern, **keys):
 DOWN, KV_B = "layers.1.experts.down", "layers.1.attention.kv_b"
 ALL = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS")
 ALL += ("IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+
+
+def test_of_several_patterns_one_has_to_match(spec, layouts):
+    text = '[[pin]]\npattern = ["*.linear.*", "*.kv_b"]\nformat = "Q5_0"'
+    found = formats(spec, layouts["safetensors"], text)
+    assert {n for n, offered in found.items() if offered == ("Q5_0",)} == {
+        n for n in found if n.endswith(".kv_b")
+    }
+    with pytest.raises(SpaceError, match=r"pin \['\*.linear.\*', '\*.conv.\*'\] matches no group"):
+        formats(spec, layouts["gguf"], text.replace("*.kv_b", "*.conv.*"))
 
 
 def test_without_limits(spec, layouts):
