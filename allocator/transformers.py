@@ -63,7 +63,7 @@ class AllocatorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def __init__(self, quantization_config: AllocatorConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: AllocatorConfig, **kwargs: object) -> None:
         super().__init__(quantization_config, **kwargs)
         self._attention: str | None = None
         self._folder = Path()
@@ -91,7 +91,7 @@ class AllocatorQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: object
     ) -> None:
         """Checks the folder, and takes all parameters from the model: there are none to fill.
 
@@ -116,7 +116,7 @@ class AllocatorQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_unexpected = {"."}
         model.all_tied_weights_keys = {}
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **_: object) -> None:
         """Makes the model the one that `allocator.load` opens.
 
         Raises:
@@ -147,7 +147,7 @@ class AllocatorQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _save(model: Any, save_directory: str | Path, **options: Any) -> None:
+def _save(model: Any, save_directory: str | Path, **options: object) -> None:
     """Copies the files that the model was opened from: weights and config, byte by byte.
 
     The generation config is the model's own.

@@ -179,7 +179,7 @@ def attach_to_caches(model: Any, stored: KeysValues) -> None:
 
 def _update(
     stored: KeysValues, cache: Any, keys: torch.Tensor, values: torch.Tensor, layer_idx: int,
-    *args: Any, **kwargs: Any,
+    *args: object, **kwargs: object,
 ) -> Any:  # fmt: skip
     """Appends keys and values as the runtime stores them; see `KeysValues.update`."""
     read = stored.update(keys, values, layer_idx)
