@@ -30,8 +30,10 @@ from allocator.prediction.profile import Change, Profile, bundle_of
 from allocator.prediction.surrogate import from_profile
 from allocator.targets import TARGETS
 
-# files of many processes that load torch, the longest of all
-LONGEST = ("test_workers", "test_comparison", "test_cli", "test_notebooks", "test_quickstart")
+# files of many processes that load torch, and of all families, the longest of all
+LONGEST = (
+    "test_runs", "test_workers", "test_comparison", "test_cli", "test_notebooks", "test_quickstart",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,7 @@ from allocator.targets.device_memory import Workload
 TARGET_NAMES = list(TARGETS)
 BOUNDS = ["file", "weights"]
 WORK = Workload(context=256, sequences=8, reserve=1 << 20)
-quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
+quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 
 
 def loss_of(space):
