@@ -121,7 +121,7 @@ class Rearranged:
     def has_raw(self) -> bool:
         """Whether the matrix can be made of stored bytes, and not of decoded values alone."""
         dtypes = {place.dtype for place in self.stored}
-        return len(dtypes) == 1 and dtypes <= DTYPE_BYTES.keys()
+        return len(dtypes) == 1 and dtypes <= _PLACE_BYTES.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,7 @@ class GgufModel:
         pairs: of that file, by key, in its order.
         family: whose files have such pairs.
         config: that such pairs are written of.
+        made: names of tensors that are made of the config alone.
         files: as they were when they were opened.
     """
 
@@ -173,6 +174,7 @@ class GgufModel:
     pairs: Mapping[str, Pair]
     family: Family
     config: Config
+    made: frozenset[str]
     files: Mapping[str, Identity]
 
     @cached_property
@@ -373,7 +375,7 @@ class Inventory:
         """
         if isinstance(info, TensorInfo) and info.made is not None:
             assert info.made.has_raw, info.name
-            unit = f"u{DTYPE_BYTES[info.dtype]}"
+            unit = f"u{_PLACE_BYTES[info.dtype]}"
             pieces = [self.read_raw(s).view(unit).reshape(s.shape) for s in info.made.stored]
             return np.ascontiguousarray(info.made.make(pieces)).reshape(-1).view(np.uint8)
         part = info.part

@@ -121,13 +121,13 @@ def _rows_of(stored: _Stored, start: int, stop: int) -> _Stored:
 
 
 def _read(inventory: Inventory, info: TensorInfo) -> Floats:
-    if info.made is not None:
-        stored = info.made.stored
-        pieces = [floats_of(read_raw(inventory, s), s.dtype).reshape(s.shape) for s in stored]
-        values: Floats = np.ascontiguousarray(info.made.make(pieces))
-    elif info.dtype == MXFP4:
+    if info.dtype == MXFP4:
         assert info.scale is not None, info.name
         values = _in_blocks(read_raw(inventory, info), read_raw(inventory, info.scale))
+    elif info.made is not None:
+        stored = info.made.stored
+        pieces = [floats_of(read_raw(inventory, s), s.dtype).reshape(s.shape) for s in stored]
+        values = np.ascontiguousarray(info.made.make(pieces))
     elif info.scale is not None:
         scale = floats_of(read_raw(inventory, info.scale), info.scale.dtype)
         scaled = _scaled(

@@ -35,7 +35,7 @@ from allocator.families.config import (
     is_tied_by_default,
     number,
 )
-from allocator.families.gguf import Fixed, Gguf, Made, ModelFacts, Pair, Window
+from allocator.families.gguf import Fixed, Gguf, GgufFacts, Made, ModelFacts, Pair, Window
 from allocator.families.keys import Keys
 from allocator.families.roles import Role
 from allocator.families.rope import rope_of_kind
@@ -235,6 +235,48 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
         yield "final_logit_softcapping", number(config, "final_logit_softcapping")
 
 
+def _source(file: GgufFacts) -> Config:
+    windows = file.by_layer("attention.sliding_window_pattern")
+    kinds = [SLIDING if window else FULL for window in windows]
+    kv_heads = {SLIDING: 1, FULL: 1}  # of kinds that no layer has
+    kv_heads |= dict(zip(kinds, file.by_layer("attention.head_count_kv"), strict=True))
+    full = [i for i, kind in enumerate(kinds) if kind == FULL]
+    has_values = any(f"blk.{i}.attn_v.weight" in file.shapes for i in full)
+    base = file.rope()["rope_theta"]
+    sliding = {
+        "rope_type": "default",
+        "rope_theta": file.pairs.get("rope.freq_base_swa", base),
+    }
+    return {
+        "layer_types": kinds,
+        "sliding_window": file["attention.sliding_window"],
+        "head_dim": file["attention.key_length_swa"],
+        "global_head_dim": file["attention.key_length"],
+        "attention_k_eq_v": not has_values,
+        "num_key_value_heads": kv_heads[SLIDING if SLIDING in kinds else FULL],
+        "num_global_key_value_heads": kv_heads[FULL],
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": file["embedding_length_per_layer_input"],
+        "num_kv_shared_layers": file.pairs.get("attention.shared_kv_layers", 0),
+        "final_logit_softcapping": file.pairs.get("final_logit_softcapping"),
+        "rope_parameters": {SLIDING: sliding, FULL: _rope_of_factors(file, base)},
+    }
+
+
+def _rope_of_factors(file: GgufFacts, base: float) -> dict[str, Any]:
+    """How layers of full attention are rotated, of the tensor that `_made` makes."""
+    factors = file.read("rope_freqs.weight")
+    rotated = sum(factor < _UNROTATED / 2 for factor in factors)
+    if not rotated or set(factors) == {1.0}:
+        return {"rope_type": "default", "rope_theta": base}
+    return {
+        "rope_type": "proportional",
+        "rope_theta": base,
+        "partial_rotary_factor": rotated / len(factors),
+        "factor": factors[0],
+    }
+
+
 GEMMA4_TEXT = Family(
     model_type="gemma4_text",
     models="the language model of Gemma-4, as transformers saves it alone",
@@ -254,6 +296,11 @@ GEMMA4_TEXT = Family(
         window=_window,
         rotation=_full_rope,
         made=_made,
+        source=_source,
+        absent={
+            "attention.shared_kv_layers": lambda pairs: 0,
+            "rope.freq_base_swa": lambda pairs: pairs.get("rope.freq_base", 10000.0),
+        },
     ),
     never_null=NEVER_NULL
     | {
@@ -263,8 +310,10 @@ GEMMA4_TEXT = Family(
     },
     bias_keys=("attention_bias",),
 )  # fmt: skip
+assert GEMMA4_TEXT.gguf is not None
 GEMMA4 = replace(
     GEMMA4_TEXT,
+    gguf=replace(GEMMA4_TEXT.gguf, source=None),
     model_type="gemma4",
     models="Gemma-4-26B-A4B: its language model",
     ignored=(r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*",),

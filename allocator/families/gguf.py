@@ -133,11 +133,15 @@ class GgufFacts:
         architecture: llama.cpp's name.
         pairs: of the file, without the architecture before their keys.
         names: of its tensors in layers, with `{layer}`.
+        shapes: of all its tensors, by llama.cpp's names.
+        read: returns the values of a tensor in F32 with one axis.
     """
 
     architecture: str
     pairs: Mapping[str, Any]
     names: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], tuple[float, ...]]
 
     def __getitem__(self, key: str) -> Any:
         """Returns the value of a pair.
@@ -161,6 +165,33 @@ class GgufFacts:
         """
         value, n_layers = self[key], self["block_count"]
         return value[:n_layers] if isinstance(value, tuple) else (value,) * n_layers
+
+    def rope(self) -> dict[str, Any]:
+        """Returns how positions are rotated, as transformers has it in one table.
+
+        Of another kind of scaling than YaRN it names the kind, which is refused.
+
+        Raises:
+            CheckpointError: if the file lacks a pair.
+        """
+        table = {"rope_type": "default", "rope_theta": self.pairs.get("rope.freq_base", 10000.0)}
+        if (kind := self.pairs.get("rope.scaling.type", "none")) == "none":
+            return table
+        original = self.pairs.get("rope.scaling.original_context_length")
+        table |= {
+            "rope_type": kind,
+            "factor": self["rope.scaling.factor"],
+            "original_max_position_embeddings": original,
+        }
+        for beta in ("beta_fast", "beta_slow"):
+            if (value := self.pairs.get(f"rope.scaling.yarn_{beta}")) is not None:
+                table[beta] = value
+        return table
+
+
+GATE_UP = "blk.{layer}.ffn_gate_up_exps.weight"
+"""llama.cpp's name of a tensor `(experts, gate's rows, then up's, hidden)`, which it reads in place
+of gate and up."""
 
 
 class ComputeGraph(Enum):
@@ -221,9 +252,10 @@ class Gguf:
         made: tensors that a file has beside those of the checkpoint.
         source: returns what `config.json` has that the pairs of all architectures do not say, from
             a file of this one; None where a file is no checkpoint that is read. The pairs of the
-            config are held against the file's.
+            config, and the tensors made of it, are held against the file's.
         absent: what its loader takes where a file lacks a pair, from the file's other pairs, in
             addition to what it takes in all architectures.
+        unread: pairs of a file that change nothing in what is computed.
     """
 
     architecture: str
@@ -244,6 +276,7 @@ class Gguf:
     made: Callable[[ModelFacts], tuple[Made, ...]] = _none_made
     source: Callable[[GgufFacts], Config] | None = None
     absent: Mapping[str, Callable[[Mapping[str, Any]], Value]] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         moved = [*self.row_orders, *self.column_orders, *(piece.role for piece in self.pieces)]

@@ -1,9 +1,9 @@
 """The config of a model from the pairs of its GGUF file: the inverse of what a family writes.
 
-In: the pairs of a file and the names of its tensors. Out: the family, and a `config.json` as a
-mapping. Invariant: the pairs that the family writes of that config are those of the file, so that
-nothing is guessed: a pair that is missing, contradicts others or is not known is a
-`CheckpointError`.
+In: the pairs of a file, and names and shapes of its tensors. Out: the family, and what is known of
+the model, a `config.json` as a mapping among it. Invariant: the pairs that the family writes of
+that config, and the tensors that it makes of it, are those of the file, so that nothing is guessed:
+a pair that is missing, contradicts others or is not known is a `CheckpointError`.
 
 A file says what is computed, and not whose model it is: of families with one architecture the first
 whose pairs are the file's is taken, and they must agree on sizes and router.
@@ -18,7 +18,7 @@ import numpy as np
 from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families.base import Family, Support
 from allocator.families.config import MOST_LISTED, MOST_WIDE, Config
-from allocator.families.gguf import SIGMOID, SOFTMAX, Gguf, GgufFacts, ModelFacts
+from allocator.families.gguf import GATE_UP, SIGMOID, SOFTMAX, Gguf, GgufFacts, ModelFacts
 from allocator.families.registry import families
 from allocator.families.roles import Role
 from allocator.families.sizes import Router, Scoring
@@ -37,7 +37,7 @@ _ABSENT: Mapping[str, Callable[[_Pairs], Any]] = {
     "attention.head_count_kv": lambda pairs: pairs["attention.head_count"],
     "attention.key_length": _head,
     "attention.value_length": _head,
-    "rope.dimension_count": lambda pairs: pairs.get("attention.key_length", _head(pairs)),
+    "rope.dimension_count": lambda pairs: pairs.get("attention.key_length") or _head(pairs),
     "rope.freq_base": lambda pairs: 10000.0,
     "expert_feed_forward_length": lambda pairs: pairs["feed_forward_length"],
     "expert_shared_count": lambda pairs: 0,
@@ -73,15 +73,23 @@ def _no_scaling(pairs: _Pairs) -> bool:
     return bool(pairs.get("rope.scaling.type", "none") == "none")
 
 
+def _no_values(name: str) -> tuple[float, ...]:
+    raise CheckpointError(f"no values of {name}")
+
+
 def family_of_gguf(
-    pairs: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> tuple[Family, Config]:
-    """Returns the family of a GGUF file, and the config that its pairs say.
+    pairs: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    read: Callable[[str], tuple[float, ...]] = _no_values,
+) -> tuple[Family, ModelFacts]:
+    """Returns the family of a GGUF file, and what its pairs say of the model.
 
     Args:
         pairs: of the whole file, by key.
         shapes: of its tensors, by llama.cpp's names.
         where: the file, for messages.
+        read: returns the values of a tensor in F32 with one axis.
 
     Raises:
         CheckpointError: if no family is read from such a file, or its pairs do not say the config.
@@ -95,8 +103,8 @@ def family_of_gguf(
         if family.gguf is not None and family.gguf.architecture == architecture
     ]
     if not candidates:
-        read = (family.gguf for family in families(Support.READ))
-        known = dict.fromkeys(g.architecture for g in read if g is not None and g.source)
+        ggufs = (family.gguf for family in families(Support.READ))
+        known = dict.fromkeys(g.architecture for g in ggufs if g is not None and g.source)
         raise CheckpointError(
             f"{where}: architecture {architecture!r}, needed one of {', '.join(known)}"
         )
@@ -112,7 +120,7 @@ def family_of_gguf(
             f"{where}: {architecture} without {architecture}.expert_count; needed a "
             "Mixture-of-Experts model"
         )
-    file = GgufFacts(architecture, own, _names(shapes, own["block_count"]))
+    file = GgufFacts(architecture, own, _names(shapes, own["block_count"]), shapes, read)
     fits: list[tuple[Family, ModelFacts]] = []
     problems: list[list[str]] = []
     for family, gguf in candidates:
@@ -138,8 +146,7 @@ def family_of_gguf(
             f"{where}: {models} compute {architecture} otherwise, and the file does not say which "
             "it is; use the original"
         )
-    family, facts = fits[0]
-    return family, facts.config
+    return fits[0]
 
 
 def _names(shapes: Mapping[str, tuple[int, ...]], n_layers: int) -> frozenset[str]:
@@ -160,19 +167,18 @@ def _distance(differences: list[str]) -> tuple[bool, int]:
 
 
 def _plain(pairs: Mapping[str, Any], architecture: str, where: str) -> dict[str, Any]:
-    """The architecture's own pairs; layers of multi-token prediction are not counted."""
+    """The architecture's own pairs, without layers of multi-token prediction."""
     begin = f"{architecture}."
-    own = {
-        key.removeprefix(begin): _value(value)
-        for key, value in pairs.items()
-        if key.startswith(begin)
-    }
+    own = {key.removeprefix(begin): value for key, value in pairs.items() if key.startswith(begin)}
     nextn = own.pop("nextn_predict_layers", 0)
     if "expert_feed_forward_length" in own:  # where no layer is dense, a file need not say how wide
         own.setdefault("feed_forward_length", own["expert_feed_forward_length"])
     needed = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
     for key in (*needed, "expert_used_count"):
         value, most = own.get(key), MOST_LISTED if key == "block_count" else MOST_WIDE
+        listed = value if key in _BY_LAYER and isinstance(value, tuple) else ()
+        if all(type(n) is int and 0 <= n <= most for n in listed) and any(listed):
+            continue
         if type(value) is not int or not 1 <= value <= most:
             raise CheckpointError(
                 f"{where}: {begin}{key} is {value!r}, needed one number from 1 to {most}; "
@@ -183,8 +189,18 @@ def _plain(pairs: Mapping[str, Any], architecture: str, where: str) -> dict[str,
             f"{where}: {begin}nextn_predict_layers is {nextn!r} of {own['block_count']} layers; "
             f"{_WAY_OUT}"
         )
+    whole = own["block_count"]
     own["block_count"] -= nextn
-    return own
+    return {
+        key: _value(
+            value[:-nextn] if nextn and isinstance(value, tuple) and len(value) == whole else value
+        )
+        for key, value in own.items()
+    }
+
+
+_BY_LAYER = ("attention.head_count", "feed_forward_length")
+"""Pairs that may be lists by layer."""
 
 
 def _value(value: Any) -> Any:
@@ -218,60 +234,60 @@ def _facts(
 
 def _config(family: Family, gguf: Gguf, file: GgufFacts, vocabulary: int) -> Config:
     """The config of a file, if it is of this family."""
-    keys, pairs = family.keys, file.pairs
+    keys, absent = family.keys, {**_ABSENT, **gguf.absent}
+
+    def stored(key: str) -> Any:
+        lacks = key not in file.pairs and key in absent
+        return absent[key](file.pairs) if lacks else file[key]
+
     config = {
         "model_type": family.model_type,
         keys.experts[0]: file["expert_count"],
         keys.experts_used: file["expert_used_count"],
         keys.layers: file["block_count"],
-        keys.nextn: 0,
         keys.hidden: file["embedding_length"],
         keys.vocabulary: vocabulary,
         keys.dense_width: file["feed_forward_length"],
         keys.heads: file["attention.head_count"],
         keys.context: file["context_length"],
-        keys.norm_epsilon: file["attention.layer_norm_rms_epsilon"],
-        "rope_theta": pairs.get("rope.freq_base", _ABSENT["rope.freq_base"](pairs)),
+        keys.norm_epsilon: stored("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.names,
     }
+    if keys.nextn:
+        config[keys.nextn] = 0
     if keys.expert_width != keys.dense_width:
         config[keys.expert_width] = file["expert_feed_forward_length"]
     if keys.latent is None:
-        config[keys.kv_heads] = pairs.get("attention.head_count_kv", config[keys.heads])
-        config[keys.head] = pairs.get("attention.key_length", _head(pairs))
+        config[keys.kv_heads] = stored("attention.head_count_kv")
+        config[keys.head] = stored("attention.key_length")
     else:
         latent, rotated = keys.latent, file["rope.dimension_count"]
         config |= {
             keys.kv_heads: config[keys.heads],
             latent.rank: file["attention.kv_lora_rank"],
-            latent.q_rank: pairs.get("attention.q_lora_rank"),
+            latent.q_rank: file.pairs.get("attention.q_lora_rank"),
             latent.nope: file["attention.key_length_mla"] - rotated,
             latent.rope: rotated,
             latent.value: file["attention.value_length_mla"],
         }
-    if pairs.get("rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = _scaling(file, divides_mscale=gguf.divides_mscale)
-    config |= {fixed.key: fixed.value for fixed in gguf.fixed}
     assert gguf.source is not None
-    return config | dict(gguf.source(file))
+    own = {fixed.key: fixed.value for fixed in gguf.fixed} | dict(gguf.source(file))
+    if "rope_parameters" not in own:
+        config |= _rotation(file, divides_mscale=gguf.divides_mscale)
+    return config | own
 
 
-def _scaling(file: GgufFacts, *, divides_mscale: bool) -> dict[str, Any]:
-    """The table on a longer context; of another kind than YaRN its name alone, which is refused."""
-    kind = file["rope.scaling.type"]
-    scaling = {
-        "rope_type": kind,
-        "factor": file["rope.scaling.factor"],
-        "original_max_position_embeddings": file.pairs.get("rope.scaling.original_context_length"),
-    }
-    for beta in ("beta_fast", "beta_slow"):
-        if (value := file.pairs.get(f"rope.scaling.yarn_{beta}")) is not None:
-            scaling[beta] = value
+def _rotation(file: GgufFacts, *, divides_mscale: bool) -> dict[str, Any]:
+    """The keys on rotation of families that do not tell layers apart."""
+    rope = file.rope()
+    base = {"rope_theta": rope.pop("rope_theta")}
+    if rope["rope_type"] == "default":
+        return base
     if divides_mscale and "rope.scaling.yarn_log_multiplier" in file.pairs:
         # a tenth is stored (TAG_DEEPSEEK2_YARN_LOG_MUL_FIX)
         scale = round(10 * file["rope.scaling.yarn_log_multiplier"], 6)
-        scaling |= {"mscale": scale, "mscale_all_dim": scale}
-    return scaling
+        rope |= {"mscale": scale, "mscale_all_dim": scale}
+    return base | {"rope_scaling": rope}
 
 
 def _differences(family: Family, gguf: Gguf, facts: ModelFacts, file: GgufFacts) -> Iterator[str]:
@@ -286,11 +302,17 @@ def _differences(family: Family, gguf: Gguf, facts: ModelFacts, file: GgufFacts)
         facts, n_experts=file["expert_count"], experts_used=file["expert_used_count"]
     )
     wanted = {key.removeprefix(f"{architecture}."): value for key, value in pairs}
+    made = gguf.made(facts)
     known = {*(rule.gguf for rule in family.rules), *(part.name for part in gguf.parts)}
+    known |= {tensor.name for tensor in made}
+    if Role.EXPERT_GATE in family.roles:
+        known.add(GATE_UP)
     for name in sorted(file.names - known):
         yield f"{name.format(layer='N')} is no tensor of {family.model_type}; use the original"
     absent = {**_ABSENT, **gguf.absent}
     for key, value in wanted.items():
+        if key in gguf.unread:
+            continue
         if key not in stored and key not in absent:
             yield f"no {architecture}.{key}, which says how the model is computed; {_WAY_OUT}"
             continue
@@ -301,7 +323,10 @@ def _differences(family: Family, gguf: Gguf, facts: ModelFacts, file: GgufFacts)
                 f"{architecture}.{key} {verb} {own!r}, but {value!r} in a {family.model_type} of "
                 f"its other pairs; {_WAY_OUT}"
             )
-    for key in sorted(stored.keys() - wanted.keys()):
+    for tensor in made:
+        if file.read(tensor.name) != tuple(np.array(tensor.values, np.float32).tolist()):
+            yield f"{tensor.name} has other values than the pairs mean; {_WAY_OUT}"
+    for key in sorted(stored.keys() - wanted.keys() - gguf.unread):
         if not _is_neutral(key, stored[key], file.pairs, facts.router):
             yield (
                 f"{architecture}.{key} is {stored[key]!r}, with which {family.model_type} is not "

@@ -34,6 +34,7 @@ from allocator.families.gguf import (
     SIGMOID,
     Fixed,
     Gguf,
+    GgufFacts,
     ModelFacts,
     Pair,
     Window,
@@ -169,6 +170,39 @@ def _hyperparameters(facts: ModelFacts) -> Iterator[Pair]:
     yield "expert_weights_scale", facts.router.scale
 
 
+_INTERVAL = 4  # llama.cpp's own: the first of every four layers is full
+
+
+def _source(file: GgufFacts) -> Config:
+    n_layers, n_dense = file["block_count"], file.pairs.get("leading_dense_block_count", 0)
+    head, heads = file["attention.key_length"], file.by_layer("attention.head_count")
+    gates = file.shapes["blk.0.attn_gate.weight"][0]
+    full = file.rope() | {"partial_rotary_factor": file["rope.dimension_count"] / head}
+    own: dict[str, Any] = {
+        "num_attention_heads": max(heads),
+        "num_attention_heads_per_layer": list(heads),
+        "gating": "per-head" if gates == heads[0] else "per-element",
+        "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense),
+        "shared_expert_intermediate_size": file["expert_shared_feed_forward_length"],
+        "moe_routed_scaling_factor": file.pairs.get("expert_weights_scale", 1.0),
+        "layer_types": [FULL] * n_layers,
+        "rope_parameters": {FULL: full, SLIDING: _ROPE[SLIDING]},
+    }
+    if not (window := file.pairs.get("attention.sliding_window", 0)):
+        return own
+    every = file.pairs.get("attention.sliding_window_pattern", _INTERVAL)
+    sliding = {
+        "rope_type": "default",
+        "rope_theta": file.pairs.get("rope.freq_base_swa", full["rope_theta"]),
+        "partial_rotary_factor": file["rope.dimension_count_swa"] / head,
+    }
+    return own | {
+        "sliding_window": window,
+        "layer_types": [SLIDING if i % every else FULL for i in range(n_layers)],
+        "rope_parameters": {FULL: full, SLIDING: sliding},
+    }
+
+
 LAGUNA = Family(
     model_type="laguna",
     models="Laguna-XS.2, S.2, M.1",
@@ -192,6 +226,12 @@ LAGUNA = Family(
         ),
         window=_window,
         rotation=_full_rope,
+        source=_source,
+        absent={
+            "attention.sliding_window_pattern": lambda pairs: _INTERVAL,
+            "expert_gating_func": lambda pairs: SIGMOID,
+            "rope.freq_base_swa": lambda pairs: pairs.get("rope.freq_base", 10000.0),
+        },
     ),
     selection_bias=True,
     scales_gates=True,

@@ -13,7 +13,7 @@ from allocator.errors import CheckpointError, TargetError
 from allocator.families.base import Family, Parts, Rule, Stack
 from allocator.families.common import B, L
 from allocator.families.config import Config, count, number, whole
-from allocator.families.gguf import Fixed, Gguf, ModelFacts, Pair, grouped_pairs
+from allocator.families.gguf import Fixed, Gguf, GgufFacts, ModelFacts, Pair, grouped_pairs
 from allocator.families.keys import Keys, StateSpaceKeys
 from allocator.families.roles import Role
 from allocator.families.sizes import Scoring
@@ -195,6 +195,35 @@ def _otherwise(config: Config) -> tuple[str, ...]:
     )
 
 
+def _source(file: GgufFacts) -> Config:
+    keys = StateSpaceKeys()
+    layers = zip(
+        file.by_layer("attention.head_count_kv"), file.by_layer("feed_forward_length"), strict=True
+    )
+    width, heads = file["expert_feed_forward_length"], file["ssm.time_step_rank"]
+    return {
+        "layers_block_type": [
+            _ATTENTION if kv_heads else _ROUTED if ff_width else _MAMBA
+            for kv_heads, ff_width in layers
+        ],
+        "intermediate_size": width,  # of dense blocks, which no layer is
+        "num_key_value_heads": max(file.by_layer("attention.head_count_kv")),
+        "moe_shared_expert_intermediate_size": file["expert_shared_feed_forward_length"],
+        "n_shared_experts": file["expert_shared_count"],
+        "norm_topk_prob": file.pairs.get("expert_weights_norm", False),
+        "routed_scaling_factor": file.pairs.get("expert_weights_scale", 1.0),
+        "n_group": file.pairs.get("expert_group_count", 1),
+        "topk_group": file.pairs.get("expert_group_used_count", 1),
+        "moe_latent_size": file.pairs.get("moe_latent_size"),
+        "time_step_min": _LEAST,  # llama.cpp knows no other
+        keys.kernel: file["ssm.conv_kernel"],
+        keys.heads: heads,
+        keys.head: file["ssm.inner_size"] // heads,
+        keys.state: file["ssm.state_size"],
+        keys.groups: file["ssm.group_count"],
+    }
+
+
 NEMOTRON_H = Family(
     model_type="nemotron_h",
     models="Nemotron-3 Nano 30B-A3B, Super 120B-A12B",
@@ -226,6 +255,13 @@ NEMOTRON_H = Family(
         computed=_computed,
         rotation=lambda config: {},  # whatever a config says of it
         otherwise=_otherwise,
+        source=_source,
+        absent={
+            "attention.layer_norm_rms_epsilon": lambda pairs: pairs["attention.layer_norm_epsilon"],
+        },
+        unread=frozenset({  # nothing is rotated, and no layer of multi-token prediction computed
+            "attention.layer_norm_epsilon", "rope.dimension_count", "rope.freq_base",
+        }),
     ),
     ignored=(r"mtp\..*",),
     prefixes=(("backbone.", "model."),),

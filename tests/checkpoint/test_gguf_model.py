@@ -229,9 +229,9 @@ def test_layers_of_one_kind_are_read_back(kind):
     pairs["general.architecture"] = "lfm2moe"
     shapes = {g.stored_as: g.shape for g in layout.groups.values()}
     shapes |= {k.stored_as: k.shape for k in layout.full_precision}
-    family, config = family_of_gguf(pairs, shapes, "model.gguf")
+    family, facts = family_of_gguf(pairs, shapes, "model.gguf")
     assert family.model_type == "lfm2_moe"
-    assert config["layer_types"] == [kind] * 3
+    assert facts.config["layer_types"] == [kind] * 3
 
 
 def test_padded_experts_are_those_of_the_checkpoint(sources, file_of):

@@ -1,27 +1,33 @@
 """gpt-oss as it is released: experts in MXFP4, and YaRN whose bounds are not whole channels."""
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from allocator import api
+from allocator.checkpoint.inventory import MXFP4
 from allocator.checkpoint.reading import read_inventory
+from allocator.checkpoint.tensors import read_rows, read_tensor
+from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
-from allocator.errors import TargetError
+from allocator.errors import CheckpointError, TargetError
 from allocator.export.gguf.exact import kl_divergence
 from allocator.export.gguf.files import read_gguf, write_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
+from allocator.formats import format_named
 from allocator.scoring.swap_model import SwapModel
 from allocator.targets import GGUF, SAFETENSORS
+from allocator.targets.group_weights import group_digest
 from allocator.testing.family_runs import EXACT, FamilyCase, random_checkpoint
 from allocator.testing.tensors import CheckpointTensors
 
@@ -87,9 +93,9 @@ def test_safetensors_computes_as_the_config_says(case):
         torch.testing.assert_close(logits(own, ids), wanted, rtol=0, atol=2e-5)
 
 
-def written(layout, path, fmt):
-    """A file with the experts in a format, all else in F32."""
-    formats = {n: fmt if g.role.is_expert else "F32" for n, g in layout.groups.items()}
+def written(layout, path, fmt, formats=None):
+    """A file with the experts in a format, all else in F32 or as `formats` say."""
+    formats = formats or {n: fmt if g.role.is_expert else "F32" for n, g in layout.groups.items()}
     everyone = dict.fromkeys(layout.layers, tuple(range(8)))
     allocation = Allocation.of(target="gguf", retained=everyone, formats=formats, experts_used=2)
     write_gguf(path, layout, allocation, CheckpointTensors(layout, formats))
@@ -126,6 +132,114 @@ def test_experts_in_mxfp4_are_those_of_the_checkpoint(case, tmp_path):
             assert fmt == "MXFP4"
             decoded = dequantize(data, GGMLQuantizationType.MXFP4)
             np.testing.assert_array_equal(decoded, matrices.numpy())
+
+
+@pytest.fixture(scope="module")
+def file(case, tmp_path_factory):
+    """The checkpoint in a GGUF: experts in MXFP4, all else in BF16, but for one matrix in Q8_0."""
+    layout = GGUF.layout(read_inventory(case.path))
+    formats = {n: "MXFP4" if g.role.is_expert else "BF16" for n, g in layout.groups.items()}
+    formats["layers.0.attention.q"] = "Q8_0"
+    path = tmp_path_factory.mktemp("mxfp4") / "model.gguf"
+    everyone = dict.fromkeys(layout.layers, tuple(range(8)))
+    allocation = Allocation.of(target="gguf", retained=everyone, formats=formats, experts_used=2)
+    released = load_file(case.path / "model.safetensors")
+    write_gguf(path, layout, allocation, _Repacked(layout, formats, released))
+    return path
+
+
+@dataclass(frozen=True)
+class _Repacked(CheckpointTensors):
+    """Experts as released, in blocks of an exponent and 32 codes: `i` and `i + 16` in a byte."""
+
+    released: dict = field(default_factory=dict)
+
+    def encoded(self, name):
+        group = self.layout.groups[name]
+        if not group.role.is_expert:
+            return super().encoded(name)
+        kind = str(group.role).rpartition(".")[2]
+        whole = "down_proj" if kind == "down" else "gate_up_proj"
+        rows = {"down": slice(None), "gate": slice(0, None, 2), "up": slice(1, None, 2)}[kind]
+        stem = f"model.layers.{group.layer}.mlp.experts.{whole}"
+        pairs, exponents = (
+            self.released[f"{stem}_{part}"][:, rows] for part in ("blocks", "scales")
+        )
+        codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)  # (..., blocks, 32)
+        data = codes[..., :16] | codes[..., 16:] << 4
+        return torch.cat([exponents[..., None], data], -1).flatten(-2).numpy()
+
+
+def test_a_file_in_mxfp4_is_the_released_checkpoint(case, file):
+    """Digests are those of the released safetensors, values those that gguf-py decodes."""
+    own, again = map(read_inventory, (case.path, file))
+    stored = {t.name: t for t in GGUFReader(file).tensors}
+    experts = [t for t in own.tensors.values() if t.role.is_expert]
+    assert {t.dtype for t in experts} == {MXFP4}
+    for tensor in experts:
+        assert again.tensor_digest(tensor.name) == own.tensor_digest(tensor.name)
+        assert again.tensors[tensor.name].total_bytes == tensor.total_bytes
+        kind = str(tensor.role).rpartition(".")[2]
+        of_all = stored[f"blk.{tensor.layer}.ffn_{kind}_exps.weight"]
+        values = dequantize(of_all.data, GGMLQuantizationType.MXFP4)[tensor.expert]
+        np.testing.assert_array_equal(read_tensor(again, tensor.name), values)
+        np.testing.assert_array_equal(read_rows(again, tensor.name, 3, 7), values[3:7])
+    layouts = [GGUF.layout(inventory) for inventory in (own, again)]
+    for name, group in layouts[0].groups.items():
+        ours = layouts[1].groups[name]
+        same = group_digest(layouts[1], ours) == group_digest(layouts[0], group)
+        assert same == (name != "layers.0.attention.q")
+        assert ours.offered()[0].name == (
+            "MXFP4" if group.role.is_expert else "BF16" if same else "Q8_0"
+        )
+    sizes = [
+        sum(t.total_bytes for t in of.tensors.values() if t.role.is_expert) for of in (own, again)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_file_in_mxfp4_is_computed_and_written_again(case, file, tmp_path):
+    """As stock llama.cpp computes it; the values stay, where a zero may lose its sign."""
+    layout = GGUF.layout(read_inventory(file))
+    formats = {n: g.offered()[0].name for n, g in layout.groups.items()}
+    again = read_gguf(written(layout, tmp_path / "again.gguf", "MXFP4", formats))
+    for name, (fmt, shape, data) in read_gguf(file).items():
+        assert again[name][:2] == (fmt, shape)
+        known = format_named(fmt)
+        one, other = (codec_of(known).decode(d, known) for d in (data, again[name][2]))
+        np.testing.assert_array_equal(one, other)
+    own = swap(layout).model
+    with LlamaCpp(file, context=64, threads=1) as runtime:
+        off = [kl_divergence(logits(own, ids).numpy(), runtime.logits(ids)) for ids in case.ids]
+    assert np.mean(off) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_the_converters_file_of_the_released_form_is_the_checkpoint(case, convert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(case.path, source)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["GptOssForCausalLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "theirs.gguf", vocabulary=False)
+    own, again = map(read_inventory, (case.path, tmp_path / "theirs.gguf"))
+    for tensor in own.tensors.values():
+        if tensor.role.is_expert:
+            assert again.tensor_digest(tensor.name) == own.tensor_digest(tensor.name)
+        else:
+            values = (read_tensor(of, tensor.name) for of in (own, again))
+            np.testing.assert_array_equal(*values)
+
+
+def test_experts_in_mxfp4_are_of_gpt_oss_alone(tmp_path):
+    """Another model in MXFP4 is low-bit already."""
+    (tmp_path / "model").mkdir()
+    config = {k: v for k, v in CONFIG.items() if not k.startswith(("rope", "sliding"))}
+    config |= {"model_type": "mixtral"}
+    layout = GGUF.layout(read_inventory(random_checkpoint(config, tmp_path / "model").path))
+    written(layout, tmp_path / "model.gguf", "MXFP4")
+    with pytest.raises(CheckpointError, match="is stored in MXFP4, low-bit already"):
+        read_inventory(tmp_path / "model.gguf")
 
 
 def test_layers_in_another_order_are_refused_for_gguf(case, tmp_path):

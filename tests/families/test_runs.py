@@ -361,6 +361,15 @@ class TestAfmoe(Runs):
 
 
 class TestLaguna(Runs):
+    @pytest.mark.slow
+    def test_a_file_of_llama_cpps_converter_is_the_checkpoint(self, case, convert, tmp_path):
+        """It does not say which layers have a window: they are read as llama.cpp takes them."""
+        convert(case.path, tmp_path / "theirs.gguf", vocabulary=False)
+        own, theirs = map(read_inventory, (case.path, tmp_path / "theirs.gguf"))
+        assert theirs.config["layer_types"] == ["full_attention"] + ["sliding_attention"] * 3
+        for name in own.tensors:
+            assert own.tensors[name].shape == theirs.tensors[name].shape
+
     differs = "attention.sliding_window_pattern"
     config = SMALL | {
         "model_type": "laguna", "moe_intermediate_size": 96, "num_experts": 8,
@@ -441,6 +450,7 @@ class TestGemma4(Runs):
 
 
 class TestNemotronH(Runs):
+    released: ClassVar = {"hybrid_override_pattern": "ME*E", "rms_norm_eps": 1e-6}
     differs = (
         "attention.head_count_kv attention.layer_norm_rms_epsilon expert_group_count "
         "expert_group_used_count rope.dimension_count rope.freq_base rope.scaling.finetuned"
@@ -456,6 +466,7 @@ class TestNemotronH(Runs):
 
 
 class TestNemotronHInLatents(TestNemotronH):
+    released: ClassVar = {"hybrid_override_pattern": "E*M", "rms_norm_eps": 1e-6}
     differs = (
         "attention.head_count_kv attention.layer_norm_rms_epsilon rope.dimension_count "
         "rope.freq_base rope.scaling.finetuned"

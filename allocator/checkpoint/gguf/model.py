@@ -22,6 +22,8 @@ from allocator.checkpoint.gguf.reader import MAGIC, Entry, Header, read_header
 from allocator.checkpoint.halves import join_kv_b
 from allocator.checkpoint.inventory import (
     FLOATS,
+    MXFP4,
+    MXFP4_BLOCK,
     GgufModel,
     Inventory,
     Rearranged,
@@ -30,7 +32,8 @@ from allocator.checkpoint.inventory import (
     check_whole,
 )
 from allocator.errors import CheckpointError
-from allocator.families import Config, Dimensions, Family, Role, Rule, Transform
+from allocator.families import Dimensions, Role, Rule, Transform
+from allocator.families.gguf import GATE_UP
 from allocator.families.gguf_source import family_of_gguf
 from allocator.files.digests import Digests, Identity
 
@@ -115,8 +118,19 @@ def read_model(files: Sequence[Path]) -> tuple[GgufModel, list[tuple[str, Entry]
     shapes = {entry.name: entry.shape for _, entry in entries}
     pairs = headers[0].pairs
     values = {key: pair.value for key, pair in pairs.items()}
-    family, config = family_of_gguf(values, shapes, str(files[0]))
-    return GgufModel(files[0], pairs, family, config, opened), entries
+    places = {entry.name: (header.path, entry) for header in headers for entry in header.entries}
+
+    def read(name: str) -> tuple[float, ...]:
+        if name not in places:
+            raise CheckpointError(f"no {name}; {_WAY_OUT}")
+        path, entry = places[name]
+        if _stored(path.name, entry).dtype != "F32" or len(entry.shape) > 1:
+            raise CheckpointError(f"{name} of shape {entry.shape} is no vector in F32; {_WAY_OUT}")
+        return tuple(np.fromfile(path, "<f4", entry.shape[0], offset=entry.offset).tolist())
+
+    family, facts = family_of_gguf(values, shapes, str(files[0]), read)
+    made = frozenset(tensor.name for tensor in family.for_gguf().made(facts))
+    return GgufModel(files[0], pairs, family, facts.config, made, opened), entries
 
 
 def _check_part(header: Header, number: int, n_parts: int) -> None:
@@ -148,7 +162,12 @@ def read_gguf_inventory(files: Sequence[Path], *, digests: Path | None = None) -
     family, config = model.family, model.config
     n_layers = family.n_layers(config)
     ignored = [_stored(*place) for place in entries if _layer(place[1]) >= n_layers]
-    kept = [place for place in entries if _layer(place[1]) < n_layers]
+    made = [_stored(*place) for place in entries if place[1].name in model.made]
+    kept = [
+        place
+        for place in entries
+        if _layer(place[1]) < n_layers and place[1].name not in model.made
+    ]
     tensors: dict[str, TensorInfo] = {}
     parts: dict[int | None, set[str]] = defaultdict(set)
     for tensor, part in _tensors(model, kept):
@@ -165,6 +184,7 @@ def read_gguf_inventory(files: Sequence[Path], *, digests: Path | None = None) -
         tensors,
         model.files,
         None if digests is None else Digests(digests),
+        computed=tuple(made),
         ignored=tuple(ignored),
         gguf=model,
     )
@@ -189,19 +209,26 @@ def _tensors(
     family, config = model.family, model.config
     rules = {rule.gguf: rule for rule in family.rules if rule.gguf is not None}
     parts = {part.name: part for part in family.for_gguf().parts}
-    shapes = {rule.pattern: family.shape(config, rule) for rule in _asked(family, config)}
+    roles = (Role.EXPERT_GATE, Role.EXPERT_UP)
+    both = [family.rule_of(role) for role in roles] if family.roles.issuperset(roles) else []
+    in_mxfp4 = {family.rule_of(r) for stack in family.stacks if stack.in_mxfp4 for r in stack.roles}
+    asked = {n: family.shapes(config, n) for n in (None, *range(family.n_layers(config)))}
     waiting: dict[tuple[Role, int], dict[Role, Stored]] = defaultdict(dict)
     for file, entry in entries:
         number = _layer(entry)
         layer = None if number < 0 else number
         name = _LAYER.sub("blk.{layer}.", entry.name)
-        if name not in rules and name not in parts:
+        own_rules = both if name == GATE_UP else [rules[name]] if name in rules else []
+        if not own_rules and name not in parts:
             raise CheckpointError(
                 f"{model.path}: {entry.name} is no tensor of {family.model_type} in a GGUF file; "
                 "use the original"
             )
         stored = _stored(file, entry)
-        if stored.dtype not in READ:
+        is_read = stored.dtype in READ or (
+            stored.dtype == MXFP4 and bool(own_rules) and in_mxfp4.issuperset(own_rules)
+        )
+        if not is_read:
             raise CheckpointError(
                 f"{model.path}: {entry.name} is stored in {stored.dtype}, low-bit already; "
                 f"{_WAY_OUT}"
@@ -211,13 +238,14 @@ def _tensors(
             assert layer is not None
             waiting[part.of, layer][part.role] = stored
             continue
-        rule = rules[name]
-        if rule.pattern not in shapes:
-            raise CheckpointError(
-                f"{model.path}: {entry.name} is there, which a {family.model_type} of its pairs "
-                "does not have; fetch it again"
-            )
-        yield from _of_rule(model, rule, shapes[rule.pattern], stored, layer)
+        for number, rule in enumerate(own_rules):
+            if rule not in asked[layer]:
+                raise CheckpointError(
+                    f"{model.path}: {entry.name} is there, which a {family.model_type} of its "
+                    "pairs does not have; fetch it again"
+                )
+            rows = (len(own_rules), number)
+            yield from _of_rule(model, rule, asked[layer][rule], stored, layer, rows)
     for (role, layer), of_role in waiting.items():
         if any(piece.of is role for piece in family.for_gguf().pieces):
             yield _of_pieces(model, role, layer, of_role)
@@ -225,21 +253,32 @@ def _tensors(
             yield _joined(model, role, layer, of_role)
 
 
-def _asked(family: Family, config: Config) -> Iterator[Rule]:
-    """Rules of tensors that a config has anywhere."""
-    for layer in (None, *range(family.n_layers(config))):
-        yield from family.shapes(config, layer)
-
-
 def _of_rule(
-    model: GgufModel, rule: Rule, shape: tuple[int, ...], stored: Stored, layer: int | None
+    model: GgufModel,
+    rule: Rule,
+    shape: tuple[int, ...],
+    stored: Stored,
+    layer: int | None,
+    rows: tuple[int, int],
 ) -> Iterator[tuple[TensorInfo, str]]:
-    """Yields the tensors of a checkpoint that one of a file holds."""
-    n_experts = model.family.n_experts(model.config) if rule.has_expert else 1
-    whole = (n_experts, *shape) if rule.has_expert else shape
-    if [n for n in stored.shape if n > 1] != [n for n in whole if n > 1]:
+    """Yields the tensors of a checkpoint that one of a file holds.
+
+    Args:
+        model: of the file.
+        rule: of the tensors.
+        shape: of each.
+        stored: all of them, in the file.
+        layer: theirs, if they have one.
+        rows: of how many kinds each expert has rows in the file, and which of these are meant.
+    """
+    family, (n_kinds, kind) = model.family, rows
+    n_experts = family.n_experts(model.config) if rule.has_expert else 1
+    needed = family.gguf_shape(model.config, rule) or shape
+    if rule.has_expert:
+        needed = (n_experts, n_kinds * shape[0], *shape[1:])
+    if [n for n in stored.shape if n > 1] != [n for n in needed if n > 1]:
         raise CheckpointError(
-            f"{model.path}: {stored.name} has shape {stored.shape}, needed {whole} as its pairs "
+            f"{model.path}: {stored.name} has shape {stored.shape}, needed {needed} as its pairs "
             "say; fetch it again"
         )
     if stored.dtype not in FLOATS and not rule.role.is_encoded:
@@ -252,24 +291,57 @@ def _of_rule(
             f"{model.path}: {stored.name} is stored in {stored.dtype}, needed F32; {_WAY_OUT}"
         )
     made_of = _made_of(model, rule)
-    nbytes = stored.nbytes // n_experts
+    nbytes = stored.nbytes // n_experts // n_kinds
     for expert in range(n_experts):
-        own = replace(stored, shape=shape, offset=stored.offset + expert * nbytes, nbytes=nbytes)
-        yield (
-            TensorInfo(
-                rule.pattern.format(layer=layer, expert=expert),
-                shape,
-                own.dtype,
-                own.file,
-                own.offset,
-                nbytes,
-                rule.role,
-                layer,
-                expert if rule.has_expert else None,
-                made=None if made_of is None else made_of(own),
-            ),
-            rule.part,
+        offset = stored.offset + (expert * n_kinds + kind) * nbytes
+        own = replace(stored, shape=shape, offset=offset, nbytes=nbytes)
+        tensor = TensorInfo(
+            rule.pattern.format(layer=layer, expert=expert),
+            shape,
+            own.dtype,
+            own.file,
+            own.offset,
+            nbytes,
+            rule.role,
+            layer,
+            expert if rule.has_expert else None,
+            made=None if made_of is None else made_of(own),
         )
+        yield (_in_mxfp4(tensor) if tensor.dtype == MXFP4 else tensor), rule.part
+
+
+_EXPONENT, _CODES = 1, MXFP4_BLOCK // 2
+"""Bytes of a block of MXFP4 in a file."""
+
+
+def _in_mxfp4(tensor: TensorInfo) -> TensorInfo:
+    """A matrix in MXFP4 with codes and exponents apart, as transformers has them."""
+    rows, columns = tensor.shape
+    blocks = columns // MXFP4_BLOCK
+    whole = (rows, blocks, _EXPONENT + _CODES)
+    place = Stored(tensor.name, whole, "U8", tensor.file, tensor.offset, tensor.nbytes)
+    exponents = replace(
+        tensor,
+        name=f"exponents of {tensor.name}",
+        shape=(rows, blocks),
+        dtype="U8",
+        nbytes=rows * blocks * _EXPONENT,
+        made=Rearranged((place,), lambda stored: stored[0][..., 0], "exponents"),
+    )
+    codes = Rearranged((place,), _neighbours_paired, "codes, neighbours paired")
+    return replace(tensor, nbytes=rows * blocks * _CODES, scale=exponents, made=codes)
+
+
+def _neighbours_paired(stored: Sequence[_Array]) -> _Array:
+    """Codes as transformers has them, `(rows, blocks, 16)`, of blocks `(rows, blocks, 17)`.
+
+    A byte of a file has codes `i` and `i + 16` of a block, one of transformers codes `2i` and
+    `2i + 1`; the first is in the lower four bits of either.
+    """
+    pairs = stored[0][..., _EXPONENT:]
+    codes = np.concatenate([pairs & 15, pairs >> 4], -1)
+    paired: _Array = codes[..., ::2] | codes[..., 1::2] << 4
+    return paired
 
 
 def _made_of(model: GgufModel, rule: Rule) -> Callable[[Stored], Rearranged] | None:
