@@ -199,6 +199,7 @@ def test_a_lost_database_is_one_line_without_its_password(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow  # tests/study/test_leases.py has it, of processes that score a formula
 def test_tokens_hold_for_workers(fresh, study_cache, shared):
     options = {"cache": study_cache, "threads": 2}
     study_folder = StudyFolder(fresh, **options)
