@@ -22,6 +22,7 @@ from tqdm import tqdm
 from allocator.app.resources import StudyOptions
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
 from allocator.scoring.documents import Document, interleaved
@@ -272,8 +273,16 @@ class _Tasks:
         from transformers import AutoConfig, AutoTokenizer
 
         from allocator.evaluation.lm_eval_tasks import check_tasks, write_tasks
+        from allocator.export.safetensors.directory import write_tokenizer
 
-        path = study_folder.inventory.path
+        inventory = study_folder.inventory
+        path = inventory.path
+        if inventory.gguf is not None:  # of its vocabulary; one that is not known is refused
+            if read_tokenizer(inventory) is None:
+                raise CalibrationError(f"{path}: no tokenizer, which --tasks needs")
+            path = study_folder.cache / "lm-eval/tokenizer"
+            path.mkdir(parents=True, exist_ok=True)
+            write_tokenizer(path, inventory)
         if not (path / "tokenizer.json").is_file():
             raise CalibrationError(f"{path}: no tokenizer.json, which --tasks needs")
         try:
@@ -285,7 +294,10 @@ class _Tasks:
         self._study_folder = study_folder
         self._folder = study_folder.cache / "lm-eval"
         self._names = write_tasks(documents, self._tokenizer, self._folder)
-        window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+        if inventory.gguf is None:
+            window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+        else:
+            window = int(inventory.config[inventory.family.keys.context])
         check_tasks(self._tokenizer, self._folder, self._names, window=window)
 
     def add(

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -23,7 +24,8 @@ from allocator.cli import main
 from allocator.codecs import codec_of
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
-from allocator.errors import CheckpointError
+from allocator.errors import CalibrationError, CheckpointError
+from allocator.evaluation.held_out import _Tasks
 from allocator.export.checkpoint import materialize
 from allocator.export.gguf.files import read_gguf, write_gguf
 from allocator.export.safetensors.directory import write_config
@@ -445,6 +447,22 @@ def test_tokenizer_files_are_written_beside_safetensors(with_tokenizer, tmp_path
     text = (REFERENCE / "README.md").read_text()
     assert made(text).input_ids == own(text).input_ids
     assert (made.bos_token, made.eos_token) == (own.bos_token, own.eos_token)
+
+
+def test_lm_eval_gets_a_tokenizer_made_of_the_vocabulary(with_tokenizer, file_of, tmp_path):
+    """Tasks of a GGUF are those of the directory whose tokenizer it has."""
+    documents = [Document(tuple(range(10 + i, 110 + i)), "text") for i in range(4)]
+    written = []
+    for name, path in (("gguf", with_tokenizer), ("directory", with_tokenizer.parent)):
+        study = SimpleNamespace(inventory=read_inventory(path), cache=tmp_path / name)
+        _Tasks(study, documents)
+        files = sorted((tmp_path / name / "lm-eval").glob("*.jsonl"))
+        written.append([file.read_bytes() for file in files])
+    assert len(written[0]) == 2
+    assert written[0] == written[1]
+    study = SimpleNamespace(inventory=read_inventory(file_of("mixtral", "BF16")), cache=tmp_path)
+    with pytest.raises(CalibrationError, match="no tokenizer, which --tasks needs"):
+        _Tasks(study, documents)
 
 
 @pytest.mark.slow

@@ -39,6 +39,11 @@ def write_config(place: Path, layout: Layout, allocation: Allocation) -> None:
         if isinstance(inner, dict) and key == "text_config":
             config[key] = {**inner, WEIGHTS_KEY: _REFUSAL}
     (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_tokenizer(place, inventory)
+
+
+def write_tokenizer(place: Path, inventory: Inventory) -> None:
+    """Writes the files of a checkpoint's tokenizer, as it has them or as they are made of it."""
     for name in carried_files(inventory.path):
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(inventory.path / name, place / name)
