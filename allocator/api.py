@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from allocator.finishing.estimate import FinishEstimate
     from allocator.prediction.priors import Prior
     from allocator.prediction.profile import Profile
+    from allocator.reporting.report import report
 
 
 _STAGES = {  # verbs that are written where their stage is
     "evaluate": "allocator.evaluation.held_out",
+    "report": "allocator.reporting.report",
     "trials_table": "allocator.app.trial_table",
 }
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "materialize",
     "plan",
     "profile",
+    "report",
     "reproduce",
     "score",
     "search",

@@ -410,6 +410,19 @@ def _check_writable(path: Path) -> None:
         raise AllocatorError(f"--csv {path}: cannot be written; name another file")
 
 
+def _report(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    path = api.report(
+        args.study,
+        out=args.out,
+        allocation=args.allocation,
+        storage=args.storage,
+        **_options(args),
+    )
+    print(f"wrote {path}: open it in a browser; it needs no network and may be mailed")
+
+
 def _reproduce(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -690,6 +703,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
     p.add_argument("--csv", type=Path, help="write the table there too")
     _runs_forward(p)
+
+    p = verb("report", _report, "one HTML page of what a study found; measures nothing")
+    _study(p)
+    p.add_argument("--out", type=Path, help="file to write (default: STUDY/report.html)")
+    p.add_argument(
+        "--allocation", type=Path, help="record to report (default: STUDY/allocations/pick.json)"
+    )
+    p.add_argument("--storage", help="as for search")
 
     p = verb("compare", _compare, "searchers side by side at equal forward tokens; resumable")
     _study(p)

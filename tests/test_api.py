@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from allocator import api
 from allocator.app import estimate
 from allocator.app.explanation import explanation
+from allocator.app.held_out_file import HeldOut
 from allocator.app.importance import StudyEncodings
 from allocator.app.pick import N_FINALISTS, finalists_of
 from allocator.app.study_folder import StudyFolder
@@ -589,6 +590,20 @@ def test_evaluate_puts_everything_in_one_table(study, options):
     record = AllocationRecord.read(study / "allocations/pick.json")
     assert named.loc["* pick", "bytes"] == record.bytes["encoded"]
     assert named.loc["* pick", "kl"] > 0
+    (kept,) = HeldOut.read(study).splits  # what a report reads: the same figures, by document
+    assert (kept.split, len(kept.tokens)) == ("report", 3)
+    figures = {row.name: row for row in kept.rows}
+    assert figures.keys() == {name.removeprefix("* ") for name in named.index}
+    assert figures["pick"].allocation == record.digest
+    for name, row in figures.items():
+        known = named.loc[name if row.kind != "allocation" else f"* {name}"]
+        assert (row.kl, row.perplexity, row.top1) == (
+            known["kl"],
+            known["perplexity"],
+            known["top1"],
+        )
+        by_hand = np.average(row.kl_of, weights=kept.tokens)
+        assert row.kl == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
 
 
 def test_baselines_stand_beside_an_allocation_by_their_bytes(study, options):

@@ -28,6 +28,7 @@ PACKAGES = [  # innermost first: a module may import from its own package or fro
     "app",
     "evaluation",
     "comparison",
+    "reporting",
     "testing",
     "transformers",
     "api",

@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
 VERBS = (
     "compare", "diff", "evaluate", "explain", "finish", "front", "inspect", "materialize", "plan",
-    "profile", "reproduce", "score", "search", "verify",
+    "profile", "report", "reproduce", "score", "search", "verify",
 )  # fmt: skip
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
@@ -106,6 +106,7 @@ WRONG = {
     "materialize": ["nowhere.json", "out"],
     "plan": ["nowhere"],
     "profile": ["nowhere"],
+    "report": ["nowhere"],
     "reproduce": ["nowhere.json"],
     "score": ["nowhere.json"],
     "search": ["nowhere"],
@@ -123,12 +124,13 @@ def test_a_wrong_path_is_refused_before_anything_heavy_is_loaded(verb):
     assert not loaded & set(HEAVY if verb in light else NOT_FOR_PATHS)
 
 
-def test_inspect_plan_front_and_diff_never_load_torch(checkpoints, finished_study):
+def test_inspect_plan_front_diff_and_report_never_load_torch(checkpoints, finished_study, tmp_path):
     pick = finished_study / "allocations/pick.json"
     for arguments in (
         ["inspect", checkpoints["qwen3"], "--target", "gguf"],
         ["plan", CONFIG, "--device-memory", "24GiB"],
         ["front", finished_study],
+        ["report", finished_study, "--out", tmp_path / "report.html"],
         ["diff", pick, finished_study / "allocations/knapsack.json"],
     ):
         code, lines, _, loaded = command(*arguments)

@@ -5,7 +5,7 @@ committed files alone are read, and no checkpoint or journal; torch is never loa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +16,8 @@ from allocator.errors import StudyError, reason
 from allocator.files.checksums import unseal
 from allocator.formats import format_named
 
-SEARCHED = ("knapsack", "proposal")
-"""Kinds of trials that are not baselines; a baseline's kind is its name."""
+SEARCHED = {"knapsack": "knapsack", "pruned": "knapsack", "proposal": "proposal"}
+"""Series by kind, of trials that are not baselines; a baseline's kind is its name."""
 BASELINE_COLUMNS = ("calibration", "target", "split", "name", "bytes", "kl")
 OUTSIDE = "outside"
 """Row of an allocation's grid for the tensors outside the layers: embedding and head."""
@@ -50,11 +50,20 @@ def front_table(folder: str | Path) -> pd.DataFrame:
         raise StudyError(f"{path}: schema {schema}, needed 1; write it again: `allocator front`")
     if not trials:
         raise StudyError(f"{path}: no scored trial yet; give the search more --trials or --time")
-    table = pd.DataFrame(trials)
+    return with_series(pd.DataFrame(trials), chosen)
+
+
+def with_series(table: pd.DataFrame, on_front: Collection[int]) -> pd.DataFrame:
+    """Returns rows of `api.trials_table` with the further columns of `front_table`.
+
+    Args:
+        table: with at least one row.
+        on_front: numbers of the trials on the front.
+    """
     return table.assign(
-        series=table["kind"].where(table["kind"].isin(SEARCHED), "baseline"),
+        series=[SEARCHED.get(kind, "baseline") for kind in table["kind"]],
         complete=table["state"] == "COMPLETE",
-        on_front=table["trial"].isin(chosen),
+        on_front=table["trial"].isin(list(on_front)),
     )
 
 

@@ -57,19 +57,9 @@ def _on_device(allocation: Allocation, result: dict[str, Any]) -> dict[str, Any]
 
 
 def write_front(study_folder: StudyFolder, study: optuna.Study) -> pd.DataFrame:
-    """Writes `front.json`; returns the front's rows of `trials_table`.
-
-    Under a device budget the front has three axes: memory, loss, and bytes read per token.
-    """
+    """Writes `front.json`; returns the front's rows of `trials_table`, as of `front_rows`."""
     table = trials_table(study)
-    done = table[table["state"] == "COMPLETE"] if len(table) else table
-    size, read = ("memory_bytes", "token_bytes") if "memory_bytes" in done else ("bytes", None)
-    points = [
-        Point(str(r["trial"]), int(r[size]), float(r["loss"]), int(r[read]) if read else 0)
-        for r in done.to_dict("records")
-    ]
-    chosen = [int(p.name) for p in front_of(points)]
-    rows = done.set_index("trial").loc[chosen].reset_index() if chosen else done
+    rows = front_rows(table)
     data = {
         "schema": 1,
         "split": "search",
@@ -79,3 +69,18 @@ def write_front(study_folder: StudyFolder, study: optuna.Study) -> pd.DataFrame:
     }
     write_whole(study_folder.path / "front.json", seal(data))
     return rows
+
+
+def front_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the non-dominated COMPLETE rows of `trials_table`, smallest first.
+
+    Under a device budget the front has three axes: memory, loss, and bytes read per token.
+    """
+    done = table[table["state"] == "COMPLETE"] if len(table) else table
+    size, read = ("memory_bytes", "token_bytes") if "memory_bytes" in done else ("bytes", None)
+    points = [
+        Point(str(r["trial"]), int(r[size]), float(r["loss"]), int(r[read]) if read else 0)
+        for r in done.to_dict("records")
+    ]
+    chosen = [int(p.name) for p in front_of(points)]
+    return done.set_index("trial").loc[chosen].reset_index() if chosen else done

@@ -2,7 +2,7 @@
 
 In: a study and allocation files. Out: one table. Invariant: every figure is on documents that
 neither search nor selection has seen, or on a text file that the caller names; the column `split`
-says which.
+says which. They are kept in the study folder's `held-out.json`, too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from allocator.app.held_out_file import HeldOutRow, HeldOutSplit, keep_row, rounded
 from allocator.app.resources import StudyOptions
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
-from allocator.scoring.documents import Document, interleaved
+from allocator.scoring.documents import Document, digest, interleaved
 
 if TYPE_CHECKING:
     from allocator.scoring.candidates import Candidate
@@ -58,6 +59,7 @@ def evaluate(
 
     Baselines are uniform formats, and role mixes that a skilled person would write.
     An allocation file that names finished weights has two rows: with them, and unfinished.
+    Every row is kept in the study's `held-out.json`, for reports and notebooks.
 
     Args:
         study: its folder.
@@ -105,11 +107,16 @@ def evaluate(
             on_table(frame)
         return frame
 
-    frame = measured(original_row(study_folder.inventory, scorer))
+    kept = _Kept(study_folder, held_out, "report" if text is None else Path(text).name)
+    losses = scorer.score_original()
+    row = original_row(study_folder.inventory, held_out, losses)
+    frame = measured(row)
+    kept.add("original", row, losses)
     shown = tqdm(rows.items(), desc="evaluate", disable=not study_folder.progress)
     for (name, wanted), its in zip(shown, _each(rows.values()), strict=True):
         row = _row(study_folder, scorer.documents, name, wanted.allocation, its, domains=domains)
         frame = measured(row)
+        kept.add("baseline" if name in plain else "allocation", row, its, wanted)
     if suite is not None:
         for _ in suite.add(frame, rows, from_files):
             if on_table is not None:
@@ -170,11 +177,13 @@ class _Wanted:
         allocation: of the row, whose bytes are shown.
         candidate: what is scored: the allocation, or its finished weights.
         scorer: whose model holds what the allocation is encoded with.
+        weights: digest of finished weights; empty for plain ones.
     """
 
     allocation: Allocation
     candidate: Allocation | Candidate
     scorer: AnyScorer
+    weights: str = ""
 
 
 def _from_files(
@@ -184,7 +193,7 @@ def _from_files(
     paths: Mapping[str, Path],
 ) -> dict[str, _Wanted]:
     """The rows of allocation files; where one names finished weights, two: with and without."""
-    from allocator.app.record_weights import finished_candidate
+    from allocator.app.record_weights import finished_candidate, record_of
 
     by_importance: dict[str | None, AnyScorer] = {
         None: scorer,
@@ -201,7 +210,9 @@ def _from_files(
         if candidate is None:
             rows[name] = plain
         else:
-            rows[name] = _Wanted(allocation, candidate, plain.scorer)
+            record = record_of(paths[name])
+            assert record is not None  # which names the finished weights
+            rows[name] = _Wanted(allocation, candidate, plain.scorer, record.weights_digest)
             rows[f"{name}, unfinished"] = plain
     return rows
 
@@ -213,20 +224,87 @@ def _each(rows: Iterable[_Wanted]) -> Iterator[DocumentLosses]:
         yield from together[0].scorer.each([row.candidate for row in together])
 
 
-def original_row(inventory: Inventory, scorer: AnyScorer) -> dict[str, Any]:
-    """Returns the table's row of the original: sizes of what is encoded, and what it scores."""
+def original_row(
+    inventory: Inventory, documents: Sequence[Document], losses: DocumentLosses
+) -> dict[str, Any]:
+    """Returns the table's row of the original: sizes of what is encoded, and what it scores.
+
+    Args:
+        inventory: the original.
+        documents: that were scored.
+        losses: of the original on them.
+    """
     from allocator.scoring.scorer import mean, perplexity
 
-    losses = scorer.score_original()
     stored = sum(t.total_bytes for t in inventory.tensors.values() if t.role.is_encoded)
     return {
         "name": "original",
         "bits": stored * 8 / inventory.n_searched_weights,
         "bytes": stored,
-        "kl": mean(losses.kl, scorer.documents),
-        "perplexity": perplexity(losses.nll, scorer.documents),
-        "top1": mean(losses.top1, scorer.documents),
+        "kl": mean(losses.kl, documents),
+        "perplexity": perplexity(losses.nll, documents),
+        "top1": mean(losses.top1, documents),
     }
+
+
+class _Kept:
+    """What is kept in the study folder of the rows of one table.
+
+    Args:
+        study_folder: of the study.
+        documents: that are scored.
+        split: the name of the documents.
+    """
+
+    def __init__(
+        self, study_folder: StudyFolder, documents: Sequence[Document], split: str
+    ) -> None:
+        self._study_folder = study_folder
+        self._split = HeldOutSplit(
+            split=split,
+            documents=digest(documents),
+            tokens=[len(d.ids) for d in documents],
+            domains=[d.domain for d in documents],
+            rows=[],
+        )
+
+    def add(
+        self,
+        kind: str,
+        row: Mapping[str, Any],
+        losses: DocumentLosses,
+        wanted: _Wanted | None = None,
+    ) -> None:
+        """Keeps a row of the table.
+
+        Args:
+            kind: as of `HeldOutRow`.
+            row: as the table has it.
+            losses: behind it.
+            wanted: what was scored; None for the original.
+        """
+        keep_row(
+            self._study_folder.path,
+            self._study_folder.inventory.digest,
+            self._study_folder.target,
+            self._split,
+            HeldOutRow(
+                name=str(row["name"]).removeprefix("* "),
+                kind=kind,
+                allocation="" if wanted is None else wanted.allocation.digest,
+                weights="" if wanted is None else wanted.weights,
+                bits=row["bits"],
+                bytes=row["bytes"],
+                experts=row.get("experts", ""),
+                kl=row["kl"],
+                perplexity=row["perplexity"],
+                top1=row["top1"],
+                kl_of=rounded(losses.kl),
+                nll_of=rounded(losses.nll),
+                top1_of=rounded(losses.top1),
+                file_bytes=row.get("file_bytes"),
+            ),
+        )
 
 
 def _row(

@@ -76,6 +76,16 @@ class Lines:
             os.fsync(file.fileno())
 
 
+def profile_folder(cache: Path, digest: str) -> Path:
+    """Returns where the files of a profile are, or would be.
+
+    Args:
+        cache: that holds it.
+        digest: of the profile's inputs.
+    """
+    return cache / "profiles" / f"{digest[:32]}-{_FORM}"
+
+
 class ProfileFolder:
     """The folder of one profile.
 
@@ -89,7 +99,7 @@ class ProfileFolder:
     """
 
     def __init__(self, cache: Path, digest: str) -> None:
-        self.path = cache / "profiles" / f"{digest[:32]}-{_FORM}"
+        self.path = profile_folder(cache, digest)
         self.digest = digest
         self.path.mkdir(parents=True, exist_ok=True)
         self._building = False

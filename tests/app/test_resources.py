@@ -13,7 +13,7 @@ from allocator.study.stop_rule import StopRule
 VERBS = {
     "search": (), "estimate": (), "profile": (), "front": (), "score": ("pick.json",),
     "explain": ("pick.json",), "materialize": ("pick.json", "out"), "verify": ("out",),
-    "evaluate": (),
+    "evaluate": (), "report": (),
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_the_model_is_transformers_with_the_decoded_weights(two, target):
 def test_bytes_of_the_original(two, make_documents):
     """The size that `evaluate` prints beside the original has the scales."""
     scorer = Scorer(swap_model(two.fp8, "gguf"), make_documents([16], seed=1))
-    row = original_row(read_inventory(two.fp8), scorer)
+    row = original_row(read_inventory(two.fp8), scorer.documents, scorer.score_original())
     nbytes = 0
     for path in two.fp8.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
