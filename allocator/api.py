@@ -53,6 +53,7 @@ __all__ = [
     "explain",
     "finish",
     "front",
+    "imatrix",
     "inspect",
     "materialize",
     "plan",
@@ -545,6 +546,38 @@ def _finish_request(
     )
 
 
+def imatrix(
+    study: str | Path,
+    out: str | Path,
+    *,
+    allocation: str | Path | None = None,
+    **options: Unpack[StudyOptions],
+) -> tuple[Path, ...]:
+    """Writes importance vectors as a file that llama-quantize takes.
+
+    Args:
+        study: the folder whose calibration pass gives the vectors, or whose imatrix does.
+        out: of the file; `.dat` gives the binary form, anything else GGUF.
+        allocation: an allocation file of target gguf: its own vectors, of the experts that it
+            retains, and beside `out` its formats, as `<out without suffix>.tensor-types.txt`.
+        options: as of `StudyOptions`.
+
+    Returns:
+        The files.
+
+    Raises:
+        TargetError: if llama.cpp has not the model's tensors, or not the allocation's.
+    """
+    from allocator.app.study_folder import StudyFolder
+
+    options["target"] = "gguf"
+    study_folder = StudyFolder(study, **options)
+
+    from allocator.app.imatrix_stage import write
+
+    return write(study_folder, Path(out), None if allocation is None else Path(allocation))
+
+
 def materialize(
     study: str | Path,
     allocation: str | Path,
@@ -553,6 +586,7 @@ def materialize(
     container: str | None = None,
     record: bool = False,
     unfinished: bool = False,
+    floats: str | None = None,
     **options: Unpack[StudyOptions],
 ) -> Written:
     """Writes the checkpoint of an allocation file, with its finished weights if it names some.
@@ -565,9 +599,12 @@ def materialize(
         record: note the weights' sha256 in the allocation file, for `reproduce`.
         unfinished: writes the weights as their codecs encode them, also where the file names
             finished ones.
+        floats: `BF16`, `F16` or `F32`: writes every matrix of the retained experts and of the rest
+            in this format, e.g. for llama-quantize.
         options: as of `StudyOptions`.
 
     Raises:
+        SpaceError: if `floats` is no such format, or asked for with `record`.
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
         CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
@@ -588,6 +625,8 @@ def materialize(
     from allocator.export.runtimes import runtime_named
 
     runtime = runtime_named(container)
+    if floats is not None:
+        wanted = _in_floats(wanted, floats, record=record)
     runtime.check_can_write(wanted.decision)
     wanted.decision.check(study_folder.layout)
     chosen = wanted.unfinished if unfinished else wanted
@@ -609,6 +648,30 @@ def materialize(
         digests = {container: written.manifest.sha256[written.manifest.file]}
         note_digests(path, wanted, digests, unfinished=unfinished)
     return written
+
+
+def _in_floats(wanted: AllocationRecord, fmt: str, *, record: bool) -> AllocationRecord:
+    from msgspec.structs import replace
+
+    from allocator.decision.allocation import Allocation
+    from allocator.errors import SpaceError
+
+    known = ("BF16", "F16", "F32")
+    if fmt not in known or record:
+        raise SpaceError(
+            f"floats = {fmt!r}{' with record' if record else ''}: needed one of "
+            f"{', '.join(known)}, and no record of it: the file holds other weights than the "
+            "allocation's"
+        )
+    decision = wanted.decision
+    written = Allocation.of(
+        target=decision.target,
+        retained=decision.retained_experts,
+        formats=dict.fromkeys(decision.format_of, fmt),
+        experts_used=decision.experts_used,
+    )
+    plain = wanted.unfinished
+    return replace(plain, allocation=written.to_json(), digest=written.digest, sha256={})
 
 
 def verify(

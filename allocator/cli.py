@@ -155,8 +155,6 @@ def _search(args: argparse.Namespace) -> None:
         print(message)
     for limit in result.budget.limits:
         _print_limit(limit)
-    for line in result.calibration:
-        print(f"calibration: {line}")
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
@@ -204,7 +202,6 @@ def _print_estimate(e: Any) -> None:
     for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
         print(f"{name}, itemised")
         _print_memory(memory)
-    print("text     {}\n         {}".format(*e.calibration))
     print(f"groups   {e.groups} with a choice; retained experts {e.counts[0]}..{e.counts[-1]}")
     print(
         f"trial    {e.seconds_per_full_trial:.1f} s on the full search split; losers stop earlier"
@@ -322,6 +319,13 @@ def _print_finish_estimate(e: Any) -> None:
     )
 
 
+def _imatrix(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    for path in api.imatrix(args.study, args.out, allocation=args.allocation, **_options(args)):
+        print(f"wrote {path}")
+
+
 def _materialize(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -330,6 +334,7 @@ def _materialize(args: argparse.Namespace) -> None:
         args.allocation,
         args.out,
         container=args.container,
+        floats=args.floats,
         record=args.record,
         unfinished=args.unfinished,
         **_options(args),
@@ -670,6 +675,23 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the weights as their codecs encode them, not the finished ones",
     )
+
+    p.add_argument(
+        "--floats",
+        metavar="FORMAT",
+        help="write all matrices in BF16, F16 or F32, e.g. the retained experts for llama-quantize",
+    )
+
+    p = verb("imatrix", _imatrix, "write the importance as an imatrix for llama-quantize")
+    _study(p)
+    p.add_argument("out", type=Path, help="file to write: .gguf, or .dat for the binary form")
+    p.add_argument(
+        "--allocation",
+        type=Path,
+        help="its importance and retained experts (default: all experts); writes its formats too, "
+        "for --tensor-type-file",
+    )
+    _runs_forward(p)
 
     p = verb("verify", _verify, "re-open a written checkpoint in its runtime and compare")
     p.add_argument("folder", type=Path, help="directory written by materialize")

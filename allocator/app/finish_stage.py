@@ -344,6 +344,9 @@ class _Stage:
         """A record of the unfinished weights."""
         if self._record is not None:
             return msgspec.structs.replace(self._record.unfinished, name=self._path.stem)
+
+        from allocator.app.pick import recorded_imatrix
+
         of, size = artifact.description, self._allocation.nbytes(self._folder.layout)
         return AllocationRecord(
             name=self._path.stem,
@@ -356,6 +359,7 @@ class _Stage:
             bytes=(self._resolved.budget.by_name if self._resolved else {}) | recorded_bytes(size),
             effective_bits=size.encoded * 8 / self._folder.inventory.n_searched_weights,
             loss=of.finishing.before,
+            imatrix=recorded_imatrix(self._folder),
         )
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from optuna.trial import FrozenTrial
 from safetensors.numpy import save
 
@@ -97,6 +98,12 @@ def write_importance(study_folder: StudyFolder) -> None:
     write_whole(study_folder.encodings.path(importance_digest(vectors)), save(vectors))
 
 
+def recorded_imatrix(study_folder: StudyFolder) -> str | UnsetType:
+    """Returns the sha256 of the imatrix that the study's importance was taken from, if any."""
+    given = study_folder.given_importance
+    return UNSET if given is None else given.sha256
+
+
 def _record(
     study_folder: StudyFolder, budget: Budget, name: str, trial: FrozenTrial, selection_loss: float
 ) -> Path:
@@ -119,6 +126,7 @@ def _record(
         effective_bits=size.encoded * 8 / study_folder.inventory.n_searched_weights,
         loss={"search": float(trial.values[0]), "selection": selection_loss},
         workload=budget.recorded_workload,
+        imatrix=recorded_imatrix(study_folder),
     )
     with changing(path):
         known = _known(path, record)

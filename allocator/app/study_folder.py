@@ -51,6 +51,7 @@ from allocator.targets import Layout, target_named
 if TYPE_CHECKING:  # these load torch: whatever is refused is refused before that
     from allocator.app.importance import StudyEncodings
     from allocator.app.scorers import StudyScorers
+    from allocator.profiling.imatrix import GivenImportance
     from allocator.profiling.profiler import Profiler
 
 
@@ -120,6 +121,21 @@ class StudyFolder:
         """The documents of every stage."""
         return Calibration(self.path, self.spec.calibration, self.inventory)
 
+    @cached_property
+    def given_importance(self) -> GivenImportance | None:
+        """Importance from study.toml's `imatrix`, held against the checkpoint; None without."""
+        if self.spec.calibration.imatrix is None:
+            return None
+
+        from allocator.profiling.imatrix import given_importance
+
+        return given_importance(self.path / self.spec.calibration.imatrix, self.layout)
+
+    @property
+    def importance_notes(self) -> tuple[str, ...]:
+        """Lines on what of study.toml's `imatrix` was taken otherwise, or was not there."""
+        return () if self.given_importance is None else self.given_importance.notes
+
     # -- profile
 
     @cached_property
@@ -127,6 +143,7 @@ class StudyFolder:
         """Builds or continues this study's profile."""
         layout, documents = self.layout, tuple(self.calibration.statistics_documents)
         saliency = self.search_space.experts.saliency  # read, and refused, before torch is loaded
+        given = self.given_importance
         _use_threads(self.threads)
         streamed = self.spec.streamed
 
@@ -139,6 +156,7 @@ class StudyFolder:
             n_curvature=self.calibration.n_curvature,
             saliency=saliency,
             sampled_rows=None if streamed is None else streamed.rows,
+            given_importance=None if given is None else given.vectors,
         )
 
         from allocator.profiling.in_memory_profiler import InMemoryProfiler
@@ -275,7 +293,7 @@ class StudyFolder:
         asked = request or SearchRequest(self.path)
         self.spec.check_files(self.path)
         budget = self.budget(asked.budget)
-        _ = self.calibration.splits
+        _ = self.calibration.splits, self.given_importance
         sampler = asked.sampler or self.spec.sampler
         seed = self.spec.seed if asked.seed is None else asked.seed
         check_sampler(sampler)
@@ -297,6 +315,8 @@ class StudyFolder:
         stored = target_named(self.target).stores_tokenizer
         if stored and self.spec.tokenizer == "none" and has_tokenizer(self.inventory):
             together["tokenizer"] = "none"  # files of other sizes
+        if self.given_importance is not None:
+            together["imatrix"] = self.given_importance.sha256
         return together | {
             "checkpoint": self.inventory.digest,
             "target": self.target,

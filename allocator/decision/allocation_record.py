@@ -71,6 +71,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weights: digest of weights that the other digests do not determine, e.g. finished ones;
             absent where they do. The file of finished weights is named for it.
         finishing: what finished the weights; absent where nothing did.
+        imatrix: sha256 of the file of llama-imatrix that importance was taken from; absent where
+            the calibration pass measured it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workload: dict[str, int] = {}  # msgspec copies it
     weights: str | UnsetType = UNSET
     finishing: Finishing | UnsetType = UNSET
+    imatrix: str | UnsetType = UNSET
 
     @property
     def finished(self) -> Finishing | None:

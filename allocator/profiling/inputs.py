@@ -7,10 +7,13 @@ digest.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from allocator.checkpoint.tensors import Floats
 from allocator.codecs import versions_of
+from allocator.profiling.statistics import importance_digest
 from allocator.scoring import documents as calibration
 from allocator.scoring.documents import Document
 from allocator.targets import Layout
@@ -37,6 +40,8 @@ class ProfileInputs:
             in memory.
         anchor_bits: effective bits of the formats that bundles are measured in.
         pruned_shares: shares of a layer's experts that are retained where pruning is measured.
+        given_importance: vectors by group that are not measured, see `profiling.imatrix`; None
+            where all are.
     """
 
     layout: Layout
@@ -47,6 +52,7 @@ class ProfileInputs:
     sampled_rows: float | None = None
     anchor_bits: tuple[float, ...] = ANCHOR_BITS
     pruned_shares: tuple[float, ...] = PRUNED_SHARES
+    given_importance: Mapping[str, Floats] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -65,6 +71,8 @@ class ProfileInputs:
         if self.sampled_rows is not None:
             parts["sampled_rows"] = self.sampled_rows
             parts["fast"] = FAST_WEIGHTS_PER_SECOND
+        if self.given_importance is not None:
+            parts["importance"] = importance_digest(self.given_importance)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -166,6 +166,9 @@ class Profiler(ABC):
 
         def build() -> None:
             measured = self.measure_statistics()
+            if self.inputs.given_importance is not None:
+                vectors = {**measured.importance, **self.inputs.given_importance}
+                measured = replace(measured, importance=vectors)
             save_arrays(weights, measured.importance, self.files.digest)
             self.files.write(
                 name,

@@ -39,12 +39,18 @@ def llama_cpp_options(layout: Layout, allocation: Allocation, workload: Mapping[
 
 
 def tensor_type_file(layout: Layout, allocation: Allocation) -> str:
-    """Writes lines `regex=type` that make llama-quantize choose the same format for every group."""
-    lines = [
-        f"^{re.escape(group.stored_as)}$={allocation.format_of[name].lower()}"
-        for name, group in layout.groups.items()
-    ]
-    return "\n".join(lines) + "\n"
+    """Writes lines `regex=type` that make llama-quantize choose the same format for every tensor.
+
+    Full-precision matrices beside routers are among them: some, such as those of linear attention,
+    it would take for any other.
+    """
+    types = {g.stored_as: allocation.format_of[name] for name, g in layout.groups.items()}
+    types |= {
+        t.stored_as: t.dtype
+        for t in layout.full_precision
+        if len(t.shape) > 1 and not t.role.has_row_per_expert
+    }
+    return "".join(f"^{re.escape(name)}$={fmt.lower()}\n" for name, fmt in types.items())
 
 
 def parse_tensor_type_file(text: str, layout: Layout) -> dict[str, str]:
