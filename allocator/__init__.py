@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         explain,
         finish,
         front,
+        init,
         inspect,
         materialize,
         plan,
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
         score,
         search,
         verify,
+    )
+    from allocator.app.study_file import (
+        BudgetSpec,
+        CalibrationSpec,
+        DeviceBudgetSpec,
+        StreamedSpec,
+        StudySpec,
     )
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation import Allocation
@@ -40,7 +48,12 @@ __all__ = [
     "Allocation",
     "AllocationRecord",
     "AllocatorError",
+    "BudgetSpec",
+    "CalibrationSpec",
+    "DeviceBudgetSpec",
+    "StreamedSpec",
     "StudyFolder",
+    "StudySpec",
     "__version__",
     "allocation_of",
     "api",
@@ -51,6 +64,7 @@ __all__ = [
     "explain",
     "finish",
     "front",
+    "init",
     "inspect",
     "load",
     "materialize",
@@ -66,7 +80,12 @@ _ELSEWHERE = {  # the other names are of `allocator.api`
     "Allocation": "allocator.decision.allocation",
     "AllocationRecord": "allocator.decision.allocation_record",
     "AllocatorError": "allocator.errors",
+    "BudgetSpec": "allocator.app.study_file",
+    "CalibrationSpec": "allocator.app.study_file",
+    "DeviceBudgetSpec": "allocator.app.study_file",
+    "StreamedSpec": "allocator.app.study_file",
     "StudyFolder": "allocator.app.study_folder",
+    "StudySpec": "allocator.app.study_file",
     "allocation_of": "allocator.study.trials",
     "load": "allocator.export.safetensors.loading",
 }

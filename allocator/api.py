@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from allocator.app.estimate import SearchEstimate
     from allocator.app.finish_stage import FinishRequest, FinishResult
+    from allocator.app.new_study import NewStudy, StudyValues
     from allocator.app.planning import Plan
     from allocator.app.resources import ResourceOptions, StudyOptions
     from allocator.app.search_stage import SearchResult
@@ -54,6 +55,7 @@ __all__ = [
     "finish",
     "front",
     "imatrix",
+    "init",
     "inspect",
     "materialize",
     "plan",
@@ -127,6 +129,41 @@ def _padded(inventory: Inventory, expert_width: int | None) -> Inventory:
     from allocator.checkpoint.padding import padded
 
     return inventory if expert_width is None else padded(inventory, expert_width)
+
+
+def init(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    progress: bool = False,
+    **values: Unpack[StudyValues],
+) -> NewStudy:
+    """Makes a study of a model: a folder with a study.toml and a space.toml, every key explained.
+
+    A study may also be made from typed values, `StudySpec(...).write(folder)`.
+
+    Args:
+        model: directory with safetensors, a GGUF model, or an id on the Hugging Face hub.
+        out: folder of the study; `<name of the model>-study` by default.
+        progress: shows bars of what is fetched.
+        values: as of `StudyValues`; what is left out has its default.
+
+    Raises:
+        AllocatorError: if there is a study already, the model cannot be opened, or values are
+            wrong: one line per fault. Nothing is written then.
+    """
+    from allocator.app.study_path import check_new
+
+    if out is not None:
+        check_new(Path(out))
+
+    from allocator.checkpoint.hub import model_path
+
+    path = model_path(model, progress=progress)
+
+    from allocator.app.new_study import new_study
+
+    return new_study(path, None if out is None else Path(out), values)
 
 
 def plan(

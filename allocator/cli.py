@@ -58,6 +58,23 @@ def _print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}")
 
 
+def _init(args: argparse.Namespace) -> None:
+    from allocator import api
+
+    names = (
+        "target", "budget", "weights_budget", "bits", "calibration", "report", "space",
+        "sampler", "trials", "seed", "tokenizer", "expert_width",
+    )  # fmt: skip
+    values: Any = {name: getattr(args, name) for name in names}
+    made = api.init(args.model, args.out, progress=not args.quiet, device=_device(args), **values)
+    print(f"wrote {made.folder}/study.toml: every key, with what it means")
+    for limit in made.budget.limits:
+        _print_limit(limit)
+    print(f"floor    {show_bytes(made.floor)}\nceiling  {show_bytes(made.ceiling)}")
+    _print_notes(made.notes)
+    print(f"next: allocator search {made.folder} --dry-run, then without --dry-run")
+
+
 def _plan(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -565,6 +582,23 @@ def _parser() -> argparse.ArgumentParser:
         help="directory with safetensors and config.json, or a GGUF in BF16, F16, F32 or Q8_0",
     )
     p.add_argument("--target", default="safetensors", help="gguf or safetensors (default)")
+    _expert_width(p)
+
+    p = verb("init", _init, "make a study of a model: a study.toml with every key, explained")
+    p.add_argument("model", help="directory, GGUF, or an id on the Hugging Face hub")
+    p.add_argument("--out", type=Path, help="folder of the study (default: MODEL-study, here)")
+    p.add_argument("--target", help="gguf (default) or safetensors")
+    p.add_argument("--budget", help="bytes of the whole file, e.g. 12GiB")
+    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    p.add_argument("--bits", type=float, help="effective bits of these (default: 3)")
+    _device_options(p)
+    p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
+    p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")
+    p.add_argument("--space", help="search-space file, or a shipped one by its name")
+    p.add_argument("--sampler", help="default: auto")
+    p.add_argument("--trials", type=int, help="default: 100")
+    p.add_argument("--seed", type=int, help="default: 0")
+    p.add_argument("--tokenizer", help="checkpoint (default) or none: a gguf that reads token ids")
     _expert_width(p)
 
     p = verb("plan", _plan, "what a model takes on a device, from its config.json alone")

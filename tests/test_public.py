@@ -16,8 +16,8 @@ from allocator.files.checksums import seal, unseal
 HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
 VERBS = (
-    "compare", "diff", "evaluate", "explain", "finish", "front", "inspect", "materialize", "plan",
-    "profile", "report", "reproduce", "score", "search", "verify",
+    "compare", "diff", "evaluate", "explain", "finish", "front", "init", "inspect", "materialize",
+    "plan", "profile", "report", "reproduce", "score", "search", "verify",
 )  # fmt: skip
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
@@ -102,6 +102,7 @@ WRONG = {
     "explain": ["nowhere.json"],
     "finish": ["nowhere.json"],
     "front": ["nowhere"],
+    "init": ["nowhere"],
     "inspect": ["nowhere"],
     "materialize": ["nowhere.json", "out"],
     "plan": ["nowhere"],
@@ -120,7 +121,7 @@ def test_a_wrong_path_is_refused_before_anything_heavy_is_loaded(verb):
     assert (code, lines) == (2, [])
     assert len(errors) == 1
     assert errors[0].startswith(f"allocator {verb}: nowhere")
-    light = ("plan", "diff")  # which parse what they are given by the tables behind it
+    light = ("init", "plan", "diff")  # which parse what they are given by the tables behind it
     assert not loaded & set(HEAVY if verb in light else NOT_FOR_PATHS)
 
 

@@ -13,12 +13,13 @@ from typing import Annotated, Literal
 import msgspec
 
 from allocator.app.device_presets import read_device_preset
-from allocator.app.study_path import STUDY_FILE
+from allocator.app.study_path import STUDY_FILE, check_new
 from allocator.decision.budget import Budget
 from allocator.errors import StudyError
 from allocator.files.keys import About
 from allocator.files.shipped import DEVICES, SEARCH_SPACES, named_file
 from allocator.files.toml_files import check_files, read_toml
+from allocator.files.toml_template import write_toml
 from allocator.samplers import MOST_SEED, SAMPLERS
 from allocator.targets import TARGETS
 from allocator.targets.device_memory import Workload
@@ -63,7 +64,13 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     reserve: Annotated[
         str | int | None,
-        About("Bytes for everything else on the device.", size=True, default="0", example="1GiB"),
+        About(
+            "Bytes for everything else on the device.",
+            size=True,
+            least=0,
+            default="0",
+            example="1GiB",
+        ),
     ] = None
     bandwidth: Annotated[
         str | int | None,
@@ -283,7 +290,7 @@ class CompareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             names=_target_names,
             least=1,
             filled=True,
-            example={"gguf": 3},
+            example=dict(gguf=3),
         ),
     ]
     tokens: Annotated[
@@ -431,6 +438,21 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{path}: no such file; `allocator init MODEL --out {folder}` writes one"
             )
         return read_toml(path, cls, StudyError)
+
+    def write(self, folder: Path) -> Path:
+        """Writes `folder/study.toml`, with every key and what it means; makes the folder.
+
+        Returns:
+            Its path.
+
+        Raises:
+            StudyError: if there is one already, or values are wrong: one line per fault.
+        """
+        check_new(folder)
+        path = folder / STUDY_FILE
+        title = "What this study asks; paths are relative to this file. Launch: allocator search."
+        write_toml(path, self, StudyError, title=title, schema="study")
+        return path
 
     def check_files(self, folder: Path) -> None:
         """Raises:

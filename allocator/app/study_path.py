@@ -15,9 +15,31 @@ def study_path(folder: str | Path) -> Path:
     """Returns the path of a study folder.
 
     Raises:
-        StudyError: if there is no such folder.
+        StudyError: if there is no such folder, or it is a model.
     """
     path = Path(folder)
+    is_study = (path / STUDY_FILE).exists()
+    if path.match("*.gguf") or ((path / "config.json").exists() and not is_study):
+        raise StudyError(
+            f"{folder}: a model, needed a study folder; `allocator init {folder}` makes one"
+        )
+    if path.name == STUDY_FILE and path.is_file():
+        raise StudyError(f"{folder}: a file; name its folder, {path.parent}")
     if not path.is_dir():
-        raise StudyError(f"{folder}: no such study folder; needed one with a study.toml")
+        raise StudyError(
+            f"{folder}: no such study folder; needed one with a {STUDY_FILE}, which `allocator "
+            f"init MODEL --out {folder}` writes"
+        )
     return path
+
+
+def check_new(folder: Path) -> None:
+    """Raises:
+    StudyError: if there is a study already, which is never overwritten.
+    """
+    path = folder / STUDY_FILE
+    if path.exists():
+        raise StudyError(
+            f"{path}: exists already, and is not overwritten; edit it, launch it with `allocator "
+            f"search {folder}`, or name another folder with --out"
+        )

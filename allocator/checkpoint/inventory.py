@@ -309,6 +309,12 @@ class Inventory:
         encoded = (t.as_stored for t in self.tensors.values() if t.role.is_encoded)
         return sum(prod(tensor.shape) for tensor in encoded)
 
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of the model in memory: all weights as float32, multi-token prediction left out."""
+        tensors = (tensor for tensor in self.tensors.values() if tensor.role != "nextn")
+        return 4 * sum(prod(tensor.shape) for tensor in tensors)
+
     @cached_property
     def n_computed_weights(self) -> int:
         """The same weights with the zeros of padded experts, which take time and memory as well."""

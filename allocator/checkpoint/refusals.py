@@ -35,6 +35,8 @@ _TAIL = re.compile(r"(?<![\w])(layers\.[0-9]+\..+|embed_tokens\.weight|norm\.wei
 
 def no_directory(path: Path) -> str:
     """Says why `path` is no directory, or has no `config.json`."""
+    if (path / "study.toml").exists() or path.name == "study.toml":
+        return f"{path}: a study, needed a model: what its study.toml names as checkpoint"
     if path.is_file():
         kind = {
             ".safetensors": "one file of a checkpoint: needed the directory that it lies in, "

@@ -21,6 +21,7 @@ from allocator.decision.space import Space
 from allocator.errors import SpaceError
 from allocator.files.keys import About
 from allocator.files.toml_files import read_toml
+from allocator.files.toml_template import write_toml
 from allocator.formats import FORMATS, format_named
 from allocator.targets import Group, Layout, Target, target_named
 
@@ -188,6 +189,15 @@ class SearchSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             SpaceError: one line per fault of the file.
         """
         return read_toml(path, cls, SpaceError)
+
+    def write(self, path: Path) -> None:
+        """Writes the search space, with every key and what it means.
+
+        Raises:
+            SpaceError: if values are wrong: one line per fault.
+        """
+        title = "What the search may choose. As it stands, whatever is not set here is offered."
+        write_toml(path, self, SpaceError, title=title, schema="search-space")
 
 
 def bind(

@@ -173,8 +173,12 @@ def needed(kind: Any, about: About) -> str:
         named = _one_of(about.names()) if about.names else "a whole number" if key is int else "any"
         free = About(about.text, least=about.least)
         return f"a table, each key {named}, each value {needed(value, free)}"
+    if (several := list_of(kind)) is not None and not about.path:
+        one = next(k for k in get_args(kind) if k is not several)
+        return f"{needed(one, about)}, or a list of those"
     if about.size:
-        return 'a size above 0 such as "12GiB" or "1.5GB", or a number of bytes'
+        above = "" if about.least == 0 else " above 0"
+        return f'a size{above} such as "12GiB" or "1.5GB", or a number of bytes'
     if about.names is not None:
         return _one_of(about.names())
     if origin is Literal:
@@ -183,14 +187,14 @@ def needed(kind: Any, about: About) -> str:
         return _number("a whole number" if kind is int else "a number", about)
     if about.path:
         several = ", or a list of paths" if list_of(kind) else ""
-        named = _one_of(shipped_names(about.shipped)) if about.shipped else ""
-        return f"a path relative to this file{several}" + (named and f", or the name {named}")
-    if origin in (Union, UnionType):
-        return ", or ".join(needed(choice, about) for choice in get_args(kind))
+        names = ", ".join(map(toml_value, shipped_names(about.shipped))) if about.shipped else ""
+        return f"a path relative to this file{several}" + (names and f", or a name: {names}")
     return {bool: "true or false", str: "a text in quotes"}.get(kind, "a table")
 
 
 def _number(what: str, about: About) -> str:
+    if about.least is not None and about.least == about.most:
+        return str(about.least)
     if about.least is not None and about.most is not None:
         return f"{what} from {about.least:,} to {about.most:,}"
     limits = [

@@ -23,6 +23,11 @@ def shipped_folder(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def schema_file(name: str) -> Path:
+    """Returns the path of a JSON schema, `study`, `search-space` or `device`."""
+    return _PACKAGE / "data" / f"{name}.schema.json"
+
+
 def shipped_names(kind: str) -> list[str]:
     """Returns the names of the shipped files of a kind, `SEARCH_SPACES` or `DEVICES`."""
     return sorted(file.stem for file in shipped_folder(kind).glob("*.toml"))

@@ -56,11 +56,18 @@ def typed(data: dict[str, Any], kind: type[T]) -> T:
     return msgspec.convert(data, kind, str_keys=True)
 
 
+def without_nones(data: Any) -> Any:
+    """Returns the data of a file without keys that have no value; TOML has no None."""
+    if isinstance(data, dict):
+        return {k: without_nones(v) for k, v in data.items() if v is not None}
+    return [without_nones(v) for v in data] if isinstance(data, list | tuple) else data
+
+
 def check_files(path: Path, value: msgspec.Struct, error: type[AllocatorError]) -> None:
     """Raises:
     error: one line per file that `value`, read from `path`, names and that does not exist.
     """
-    data = msgspec.to_builtins(value)
+    data = without_nones(msgspec.to_builtins(value, str_keys=True))
     if faults := list(missing_files(data, type(value), path.parent)):
         raise error(_listed(path, faults))
 
@@ -180,7 +187,7 @@ def _refusal(value: Any, kind: Any, about: About) -> str:
     """What is wrong with a value; empty if nothing is."""
     what = f"needed {needed(kind, about)}"
     if about.size:
-        return _size_refusal(value, what)
+        return _size_refusal(value, about, what)
     if about.names is not None:
         names = list(about.names())
         if isinstance(value, str) and value in names:
@@ -190,15 +197,16 @@ def _refusal(value: Any, kind: Any, about: About) -> str:
         return what + (f"; did you mean {toml_value(lower[close[0]])}?" if close else "")
     if get_origin(kind) is Literal:
         return "" if value in get_args(kind) else what
-    kinds = get_args(kind) if get_origin(kind) is Union else (kind,)
+    choices = get_args(kind) if get_origin(kind) is Union else (kind,)
+    kinds = [k for k in choices if k is not list_of(kind)]
     return "" if any(_is(value, k) for k in kinds) and _is_within(value, about) else what
 
 
-def _size_refusal(value: Any, what: str) -> str:
+def _size_refusal(value: Any, about: About, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return what
     try:
-        return "" if parse_bytes(value) > 0 else what
+        return "" if parse_bytes(value) >= (1 if about.least is None else about.least) else what
     except AllocatorError:
         return what
 

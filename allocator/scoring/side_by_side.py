@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from allocator.scoring.swap_model import device_of, free_memory
+from allocator.files.machine import free_memory
+from allocator.scoring.swap_model import device_of
 
 T = TypeVar("T")
 R = TypeVar("R")

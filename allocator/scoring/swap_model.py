@@ -7,7 +7,6 @@ own router code, and the weights are the decoded ones of the file.
 """
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
 from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Config, Dimensions, Family, Role, family_of
 from allocator.families.config import plain_skeleton
+from allocator.files.machine import free_memory
 from allocator.formats import parts
 from allocator.scoring.arranged import arrange, matrix_name
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
@@ -441,9 +441,7 @@ def _check_memory(inventory: Inventory, device: str) -> None:
     """Raises:
     CheckpointError: if the model is larger than the memory that the device has free.
     """
-    tensors = (t for t in inventory.tensors.values() if t.role != "nextn")
-    needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
-    free = free_on(torch.device(device))
+    needed, free = inventory.float32_bytes, free_on(torch.device(device))
     if needed > free:
         raise CheckpointError(
             f"{inventory.path}: {show_bytes(needed)} in float32, {show_bytes(int(free))} of memory "
@@ -457,15 +455,6 @@ def free_on(device: torch.device) -> float:
         return free_memory()
     free: int = torch.cuda.mem_get_info(device)[0]
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def free_memory() -> float:
-    """Returns the bytes of memory that are free; infinite where the machine does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return math.inf
 
 
 class SwapModel:

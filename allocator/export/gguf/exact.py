@@ -34,12 +34,12 @@ from allocator.export.base import Exact
 from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.stored import StoredWeights
+from allocator.files.machine import free_memory
 from allocator.formats import FORMATS
 from allocator.formats.ggml import TYPES
 from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document
 from allocator.scoring.streamed_model import States, StreamedModel
-from allocator.scoring.swap_model import free_memory
 
 EXACT_TOLERANCE = 1e-5
 """KL(torch || llama.cpp) in exact mode, nats per token; above it llama.cpp computes something else.
