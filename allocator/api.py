@@ -680,6 +680,7 @@ def materialize(
         container=container,
         importance=wanted.importance,
         workload=wanted.workload,
+        record=wanted,
     )
     if record:
         digests = {container: written.manifest.sha256[written.manifest.file]}

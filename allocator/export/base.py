@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allocator.checkpoint.inventory import Inventory
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
 from allocator.errors import SpaceError, TargetError, VerifyError
@@ -68,10 +69,12 @@ class Runtime(ABC):
     Attributes:
         target: its contract.
         file_name: of the weights' file in a written directory.
+        earlier_names: of that file in directories of earlier versions.
         tolerance: how far the runtime may be off torch by default, nats per token.
         program: what runs the file, for messages.
         divergence_name: what `Comparison.divergence` is, for messages.
         options_file: in a written directory, what the program must be told; empty if never.
+        library: that opens the directory, as the Hugging Face hub names it; empty if none.
     """
 
     target: Target
@@ -80,6 +83,8 @@ class Runtime(ABC):
     program: str
     divergence_name: str
     options_file: str = ""
+    library: str = ""
+    earlier_names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -117,6 +122,15 @@ class Runtime(ABC):
         Raises:
             TargetError: if the runtime cannot express the checkpoint.
         """
+
+    def usage(self, inventory: Inventory, options: str) -> list[str]:
+        """Returns lines of Markdown that say how to run a written directory.
+
+        Args:
+            inventory: the checkpoint that it was made of.
+            options: what the program must be told, as `write` returned it.
+        """
+        return [f"Runs with {self.program}."]
 
     @abstractmethod
     def read(self, path: Path, layout: Layout) -> dict[str, StoredTensor]:

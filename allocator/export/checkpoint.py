@@ -23,8 +23,10 @@ import numpy as np
 from msgspec import UNSET
 
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import VerifyError
 from allocator.export.base import Runtime
+from allocator.export.card import CARD, CardFacts, licence_files, model_card
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import seal
@@ -55,8 +57,11 @@ def materialize(
     container: str,
     importance: str,
     workload: Mapping[str, int] | None = None,
+    record: AllocationRecord | None = None,
 ) -> Written:
     """Writes a checkpoint directory; an earlier one of the same weights is replaced.
+
+    With a record, the directory has a model card and the checkpoint's licence, ready to upload.
 
     Args:
         source: the tensors of an allocation.
@@ -65,6 +70,7 @@ def materialize(
         importance: digest of the importance vectors that weights were encoded with, for the
             manifest.
         workload: what a device's memory was budgeted for, as in `AllocationRecord`.
+        record: of the allocation, as its file has it.
 
     Raises:
         SpaceError: if the allocation does not fit the source's layout.
@@ -83,6 +89,9 @@ def materialize(
         options = runtime.write(place, source, workload or {})
         (place / ALLOCATION).write_text(json.dumps(allocation.to_json(), indent=1) + "\n")
         file = place / runtime.file_name
+        if record is not None:
+            for licence in licence_files(layout.inventory):
+                shutil.copyfile(licence, place / licence.name)
         manifest = Manifest(
             container=container,
             allocation=allocation.digest,
@@ -100,6 +109,16 @@ def materialize(
         _check_written(file, folder, runtime, source, size.header)
         layout.inventory.check_unchanged()
         (place / MANIFEST).write_bytes(seal(manifest))
+        if record is not None:
+            facts = CardFacts(
+                runtime,
+                options,
+                manifest.file_bytes,
+                manifest.sha256[file.name],
+                unfinished=record.weights_digest != source.digest,
+            )
+            written = record.unfinished if facts.unfinished else record
+            (place / CARD).write_text(model_card(layout, written, facts), encoding="utf-8")
     return Written(folder, manifest, options)
 
 
@@ -140,7 +159,7 @@ def _holds(folder: Path, allocation: Allocation, weights: str, container: str) -
     manifest = Manifest.read(folder)
     wanted = (allocation.digest, weights, container)
     same = (manifest.allocation, manifest.weights_digest, manifest.container) == wanted
-    return same and set(files_in(folder)) <= {*manifest.sha256, MANIFEST}
+    return same and set(files_in(folder)) <= {*manifest.sha256, MANIFEST, CARD}
 
 
 @contextmanager

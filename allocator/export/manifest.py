@@ -73,7 +73,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.container not in RUNTIMES:
             raise ValueError(f"container {self.container!r}, needed {' or '.join(RUNTIMES)}")
         needed = RUNTIMES[self.container].file_name
-        if self.file != needed:
+        if self.file not in (needed, *RUNTIMES[self.container].earlier_names):
             raise ValueError(f"file {self.file!r}, needed {needed!r} beside it")
         for name in self.sha256:
             parts = name.split("/")

@@ -22,6 +22,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.pricing import FileBytes
 from allocator.errors import VerifyError
 from allocator.export.base import Exact, Runtime, check_tolerance
+from allocator.export.card import CARD
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.export.stored import StoredTensor, StoredWeights
@@ -131,7 +132,7 @@ def verify(
 
 
 def _check_digests(folder: Path, manifest: Manifest) -> None:
-    if unknown := {*files_in(folder)} - {*manifest.sha256, MANIFEST}:
+    if unknown := {*files_in(folder)} - {*manifest.sha256, MANIFEST, CARD}:
         raise VerifyError(
             f"{folder / min(unknown)}: not in the manifest; move it away, or materialize it again"
         )

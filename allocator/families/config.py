@@ -137,12 +137,17 @@ def _first(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def hub_id(config: Config) -> str | None:
+    """Returns the model's id on the Hub, `OWNER/NAME`; None where it came from a folder."""
+    path = config.get("_name_or_path")
+    named = isinstance(path, str) and path.count("/") == 1 and path[0] not in "./"
+    return str(path) if named else None
+
+
 def hub_name(config: Config) -> str | None:
     """Returns the model's name on the Hub, without its owner; None where it came from a folder."""
-    path = config.get("_name_or_path")
-    if isinstance(path, str) and path.count("/") == 1 and path[0] not in "./":
-        return path.split("/")[1] or path
-    return None
+    path = hub_id(config)
+    return None if path is None else path.split("/")[1] or path
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"

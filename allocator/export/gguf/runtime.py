@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from allocator.checkpoint.inventory import Inventory
 from allocator.codecs import Bytes
 from allocator.errors import VerifyError
 from allocator.export.base import Comparison, Runtime
@@ -44,6 +45,12 @@ class GgufRuntime(Runtime):
     program = "llama.cpp"
     divergence_name = "KL(torch || llama.cpp)"
     options_file = "llama-cpp-options.txt"
+    library = "gguf"
+
+    def usage(self, inventory: Inventory, options: str) -> list[str]:
+        """Returns lines of Markdown with a command of llama.cpp."""
+        command = f"llama-cli -m {self.file_name}{f' {options}' if options else ''}"
+        return ["With stock llama.cpp:", "", "```sh", command, "```"]
 
     def write(self, folder: Path, source: TensorSource, workload: Mapping[str, int]) -> str:
         """Writes the file, llama-quantize's recipe, and options if there are any.

@@ -17,6 +17,8 @@ from allocator.families.config import OWN_METHOD, encoding, quantization_method,
 from allocator.targets import Layout
 
 FILE_NAME = "model.safetensors"
+EARLIER_NAME = "encoded.safetensors"
+"""Of the weights' file in directories of earlier versions."""
 SCHEMA = 1
 """Of what config.json says of the encoding."""
 WEIGHTS_KEY = "transformers_weights"
@@ -54,6 +56,12 @@ def write_tokenizer(place: Path, inventory: Inventory) -> None:
             (place / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def weights_file(folder: Path) -> Path:
+    """Returns where a directory's weights are, or should be."""
+    earlier = folder / EARLIER_NAME
+    return earlier if earlier.is_file() else folder / FILE_NAME
+
+
 def described_allocation(folder: Path) -> Allocation:
     """Reads the allocation in a directory's config.json.
 
@@ -68,7 +76,7 @@ def described_allocation(folder: Path) -> Allocation:
             f"{folder}: config.json has quant_method {method!r}, needed {OWN_METHOD!r}; open "
             "other checkpoints with transformers"
         )
-    if (schema := encoding(config).get("schema")) != SCHEMA:
+    if (schema := encoding(config).get("schema", 1)) != SCHEMA:  # earlier versions said none
         raise VerifyError(
             f"{folder}: config.json says schema {schema} of its encoding, needed {SCHEMA}; open it "
             "with the allocator that wrote it, or materialize it again"

@@ -20,7 +20,7 @@ from allocator.checkpoint.safetensors import read_json
 from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
-from allocator.export.safetensors.directory import FILE_NAME, described_allocation
+from allocator.export.safetensors.directory import described_allocation, weights_file
 from allocator.families import Dimensions, Family, Place, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
@@ -113,7 +113,7 @@ def _parts(
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
     parts: dict[str, _Part] = {}
-    with opened(folder / FILE_NAME) as file:
+    with opened(weights_file(folder)) as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if name not in stored:
                 part = parts.setdefault(_module_of(name), _Part())

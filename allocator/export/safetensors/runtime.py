@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.tokenizer import has_tokenizer
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
 from allocator.export.base import Comparison, Runtime
-from allocator.export.safetensors.directory import FILE_NAME, write_config
+from allocator.export.safetensors.directory import EARLIER_NAME, FILE_NAME, write_config
 from allocator.targets import SAFETENSORS, FullPrecision, Layout
 
 if TYPE_CHECKING:  # these load torch
@@ -35,9 +37,32 @@ class SafetensorsRuntime(Runtime):
 
     target = SAFETENSORS
     file_name = FILE_NAME
+    earlier_names = (EARLIER_NAME,)
     tolerance = SAFETENSORS_TOLERANCE
     program = "transformers"
     divergence_name = "difference"
+    library = "transformers"
+
+    def usage(self, inventory: Inventory, options: str) -> list[str]:
+        """Returns lines of Markdown with Python that opens the directory."""
+        text = has_tokenizer(inventory)
+        generate = [
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")',
+            'ids = tokenizer("Once", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
+        ]
+        return [
+            "With transformers and moe-allocator, on the CPU. Weights stay encoded in memory; each "
+            "layer is decoded when it runs. Without the first line, transformers refuses it.",
+            "",
+            "```python",
+            "import allocator.transformers",
+            f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if text else ''}",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID")',
+            *(generate if text else ()),
+            "```",
+        ]
 
     def can_write(self, allocation: Allocation) -> bool:
         """Says yes: the file stores any target's groups, under the layout's names."""

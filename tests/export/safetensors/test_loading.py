@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from functools import partial
 from math import prod
 
 import pytest
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import allocator.transformers  # noqa: F401 - registers the quantizer
 from allocator.errors import AllocatorError, CheckpointError, VerifyError
+from allocator.export.manifest import file_digest, files_in
 from allocator.export.safetensors.directory import FILE_NAME
 from allocator.export.safetensors.loading import load
+from allocator.export.tensors import EncodedTensors
+from allocator.export.verification import verify
 from allocator.targets import target_named
 
 CASES = [("deepseek", "gguf"), ("deepseek", "safetensors"), ("qwen3", "gguf"),
@@ -208,6 +212,24 @@ def test_generate_goes_through_load(opened):
 def copy(written, tmp_path):
     source = written("qwen3", "safetensors", "safetensors").folder
     return shutil.copytree(source, tmp_path / "copy")
+
+
+@torch.inference_mode()
+def test_a_directory_of_an_earlier_version_is_loaded_and_verified(case, written, copy):
+    made = case("qwen3", "safetensors")
+    (copy / FILE_NAME).rename(copy / "encoded.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    del config["transformers_weights"], config["quantization_config"]["schema"]
+    (copy / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["file"] = "encoded.safetensors"
+    names = [name for name in files_in(copy) if name != "manifest.json"]
+    manifest["sha256"] = {name: file_digest(copy / name) for name in names}
+    del manifest["checksum"]  # which a hand-made change goes without
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    folder = written("qwen3", "safetensors", "safetensors").folder
+    assert torch.equal(load(copy)(IDS).logits, load(folder)(IDS).logits)
+    verify(copy, partial(EncodedTensors, made.encodings), made.scorer)
 
 
 def test_a_foreign_directory_is_refused(checkpoints):
