@@ -8,7 +8,7 @@ made from them.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -133,6 +133,8 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The hard limit in bytes: `file`, `weights` or `device`, or `device` and one of the others."""
+
+    exclusive: ClassVar[tuple[str, str]] = ("weights", "file")
 
     weights: Annotated[
         str | int | None,

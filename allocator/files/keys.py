@@ -116,7 +116,7 @@ def keys_of(table: type[msgspec.Struct]) -> dict[str, Key]:
         f.name: f.default if f.default_factory is msgspec.NODEFAULT else f.default_factory()
         for f in msgspec.structs.fields(table)
     }
-    keys = [Key(name, *_parted(hint), defaults[name]) for name, hint in hints.items()]
+    keys = [Key(name, *_parted(hints[name]), default) for name, default in defaults.items()]
     return {key.name: key for key in sorted(keys, key=lambda key: key.table is not None)}
 
 
