@@ -6,8 +6,10 @@ in one table; what cannot be compared (no baseline at these bytes, a lossless re
 """
 
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,8 +102,33 @@ def check_plot() -> None:
         raise StudyError("no matplotlib for the plot; pip install matplotlib")
 
 
-def plot(finished: list[RunResult], path: Path, *, bits_of: dict[int, float]) -> None:
+_LOOKS = (  # colour, marker, dashes: told apart in grey, and where lines coincide
+    ("#0072b2", "o", (0, ())),
+    ("#d55e00", "s", (0, (5, 2))),
+    ("#009e73", "^", (0, (1, 1.2))),
+    ("#cc79a7", "D", (0, (6, 2, 1.5, 2))),
+    ("#e69f00", "v", (0, (3, 1.5))),
+    ("#56b4e9", "P", (0, (8, 3))),
+    ("#4d4d4d", "X", (0, (2, 3))),
+)
+_N_GRID = 200
+_DPI = 200
+
+
+def plot(
+    finished: list[RunResult],
+    path: Path,
+    *,
+    bits_of: Mapping[int, float],
+    baselines: Mapping[tuple[str, int], float] = {},
+) -> None:
     """Draws the best held-out KL against forward tokens, a panel per target and budget.
+
+    Args:
+        finished: runs.
+        path: of the picture.
+        bits_of: effective bits by budget.
+        baselines: KL of the best baseline on the report split, by target and budget; lines.
 
     Raises:
         StudyError: if matplotlib is not installed.
@@ -114,38 +141,76 @@ def plot(finished: list[RunResult], path: Path, *, bits_of: dict[int, float]) ->
 
     panels = sorted({(r.target, r.weights) for r in finished})
     columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        -(-len(panels) // columns),
+        rows,
         columns,
-        figsize=(4 * columns, 3.4 * -(-len(panels) // columns)),
+        figsize=(3.3 * columns, 2.9 * rows + 0.7),
         squeeze=False,
         layout="constrained",
     )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     names = sorted({r.sampler for r in finished})
-    colors = {name: f"C{i}" for i, name in enumerate(names)}
-    for axis, (target, weights) in zip(axes.flat, panels, strict=False):
+    handles: dict[str, Any] = {}
+    for number, (axis, (target, weights)) in enumerate(zip(axes.flat, panels, strict=False)):
         mine = [r for r in finished if (r.target, r.weights) == (target, weights)]
         for name, tokens in sorted({(r.sampler, r.tokens) for r in mine}):
             runs = [r for r in mine if (r.sampler, r.tokens) == (name, tokens)]
-            start = max(r.course[0].tokens for r in runs)
-            end = max(r.forward_tokens for r in runs)
-            grid = np.linspace(start, end, 200)
-            lines = np.array([[_at(r, x) for x in grid] for r in runs])
-            axis.plot(grid, np.median(lines, 0), color=colors[name], label=name)
-            axis.fill_between(
-                grid, lines.min(0), lines.max(0), color=colors[name], alpha=0.15, linewidth=0
-            )
-        axis.set_title(f"{target}, {bits_of[weights]:.3g} bits")
-        axis.set_xlabel("forward tokens")
+            handles[name] = _draw(axis, runs, names.index(name), len(names))
+        known = baselines.get((target, weights), math.nan)
+        if math.isfinite(known):
+            look = {"color": "0.35", "linestyle": (0, (1, 1)), "linewidth": 1.2}
+            handles["best baseline"] = axis.axhline(known, **look)
+        axis.set_title(f"{target}, {bits_of[weights]:.3g} bits", fontsize=10)
         axis.set_xscale("log")
-    axes[0][0].set_ylabel("KL on the report split, nats/token")
-    handles = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=80)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        _set_ticks(axis)
+        if number % columns == 0:
+            axis.set_ylabel("KL, nats per token")
+        if number + columns >= len(panels):
+            axis.set_xlabel("forward tokens")
+    figure.suptitle("Best allocation so far on the report split; lines are medians over seeds, "
+                    "bands their range", fontsize=10)  # fmt: skip
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.savefig(path, dpi=_DPI)
     plt.close(figure)
+
+
+def _draw(axis: Any, runs: list[RunResult], place: int, n_places: int) -> Any:
+    """Draws the runs of one sampler; returns the line. Its marks lie where no other's do."""
+    color, shape, dashes = _LOOKS[place % len(_LOOKS)]
+    start, end = max(r.course[0].tokens for r in runs), max(r.forward_tokens for r in runs)
+    grid = np.geomspace(start, end, _N_GRID)
+    lines = np.array([[_at(r, x) for x in grid] for r in runs])
+    axis.fill_between(grid, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
+    step = _N_GRID // 4
+    (line,) = axis.plot(
+        grid, np.median(lines, 0), color=color, linestyle=dashes, linewidth=1.5, marker=shape,
+        markersize=4.5, markevery=(step * (place + 1) // (n_places + 1), step),
+    )  # fmt: skip
+    return line
+
+
+def _set_ticks(axis: Any) -> None:
+    """Sets round numbers of tokens that do not overlap: at most about four."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 8 else (1.0, 3.0) if high / low < 50 else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _short(tokens)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.tick_params(labelsize=8)
+
+
+def _short(tokens: float) -> str:
+    """A number of tokens in few characters: `300k`, `2M`."""
+    return f"{tokens / 1e6:g}M" if tokens >= 1e6 else f"{tokens / 1e3:g}k"
 
 
 def _at(run: RunResult, tokens: float) -> float:
@@ -162,9 +227,25 @@ def write_results(request: CompareRequest) -> pd.DataFrame:
         write_whole(folder / name, text_rows.encode())
     finished = results(folder)
     searched = StudyFolder(folder).inventory.n_searched_weights
+    bits_of = {r.weights: r.weights * 8 / searched for r in finished}
     plot(
-        finished,
-        folder / "compare.png",
-        bits_of={r.weights: r.weights * 8 / searched for r in finished},
+        finished, folder / "compare.png", bits_of=bits_of, baselines=best_baselines(frame, bits_of)
     )
     return short
+
+
+def best_baselines(
+    frame: pd.DataFrame, bits_of: Mapping[int, float]
+) -> dict[tuple[str, int], float]:
+    """Returns the KL of the best baseline on the report split, by target and budget.
+
+    Args:
+        frame: as of `table`.
+        bits_of: effective bits by budget.
+    """
+    known = {}
+    rows = frame[(frame["split"] == "report") & (frame["/baseline"] > 0)]
+    for weights, bits in bits_of.items():
+        for target, mine in rows[rows["bits"] == round(bits, 3)].groupby("target"):
+            known[str(target), weights] = float((mine["kl"] / mine["/baseline"]).median())
+    return known

@@ -462,3 +462,12 @@ def test_a_killed_worker_is_one_clear_line(comparing):
         os.kill(worker, signal.SIGKILL)
     _, error = process.communicate()
     assert "a worker was killed, most likely for want of memory" in error
+
+
+def test_baselines_of_the_plot_are_those_of_the_table():
+    """Runs of one budget give one line: their loss over its ratio to the baseline."""
+    row = {"target": "gguf", "bits": 2.25, "split": "report", "kl": 0.3, "/baseline": 0.5}
+    rows = [row, row | {"kl": 0.6, "/baseline": 1.0}, row | {"split": "text", "kl": 9.0},
+            row | {"bits": 3.0, "/baseline": np.nan}]  # fmt: skip
+    known = compare.best_baselines(pd.DataFrame(rows), {9: 2.25004, 12: 3.0})
+    assert known == {("gguf", 9): pytest.approx(0.6)}
