@@ -145,6 +145,12 @@ class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if {len(row.kl_of), len(row.nll_of), len(row.top1_of)} != {n}:
                     raise ValueError(f"{row.name}: needed figures of {n} documents")
 
+    @property
+    def longest(self) -> list[HeldOutSplit]:
+        """Of every split name the one with the most documents."""
+        ordered = sorted(self.splits, key=lambda s: len(s.tokens))
+        return list({s.split: s for s in ordered}.values())
+
     def with_row(self, empty: HeldOutSplit, row: HeldOutRow) -> "HeldOut":
         """Returns this with a row measured, which replaces an earlier one of its name and kind.
 

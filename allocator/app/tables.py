@@ -1,7 +1,8 @@
 """Tables of a study's committed files, for notebooks and reports.
 
-In: `front.json`, `baselines.csv`, allocation records. Out: pandas tables. Invariant: read-only; the
-committed files alone are read, and no checkpoint or journal; torch is never loaded.
+In: `front.json`, `baselines.csv`, `held-out.json`, allocation records. Out: pandas tables.
+Invariant: read-only; these files alone are read, and no checkpoint or journal; torch is never
+loaded.
 """
 
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from allocator.app.held_out_file import HeldOut
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import StudyError, reason
@@ -18,6 +20,8 @@ from allocator.formats import format_named
 
 SEARCHED = {"knapsack": "knapsack", "pruned": "knapsack", "proposal": "proposal"}
 """Series by kind, of trials that are not baselines; a baseline's kind is its name."""
+THIS_STUDY = "this study"
+"""Calibration of baselines that the study itself measured."""
 BASELINE_COLUMNS = ("calibration", "target", "split", "name", "bytes", "kl")
 OUTSIDE = "outside"
 """Row of an allocation's grid for the tensors outside the layers: embedding and head."""
@@ -68,20 +72,54 @@ def with_series(table: pd.DataFrame, on_front: Collection[int]) -> pd.DataFrame:
 
 
 def baselines_table(folder: str | Path) -> pd.DataFrame:
-    """Reads the held-out baselines of `baselines.csv`: `kl` in nats per token.
+    """Reads the held-out baselines of a study: `kl` in nats per token.
 
-    Without the file there are no rows.
+    They are those of `baselines.csv`, where somebody made one, then those that `evaluate` kept in
+    `held-out.json` (`calibration` is `this study`). Without either file there are no rows.
 
     Raises:
-        StudyError: if a column is missing.
+        StudyError: if a column is missing, or a file is damaged.
     """
     path = Path(folder) / "baselines.csv"
-    if not path.exists():
+    tables = []
+    if path.exists():
+        table = pd.read_csv(path)
+        if missing := [c for c in BASELINE_COLUMNS if c not in table]:
+            raise StudyError(f"{path}: no column {missing[0]!r}, got {list(table)}; write it again")
+        tables.append(table)
+    if (held_out := HeldOut.read(Path(folder))) is not None:
+        rows = [
+            (THIS_STUDY, held_out.target, split.split, row.name, row.bytes, row.kl)
+            for split in held_out.longest
+            for row in split.baselines
+        ]
+        tables.append(pd.DataFrame(rows, columns=list(BASELINE_COLUMNS)))
+    tables = [table for table in tables if len(table)]
+    if not tables:
         return pd.DataFrame(columns=BASELINE_COLUMNS)
-    table = pd.read_csv(path)
-    if missing := [c for c in BASELINE_COLUMNS if c not in table]:
-        raise StudyError(f"{path}: no column {missing[0]!r}, got {list(table)}; write it again")
-    return table
+    return pd.concat(tables, ignore_index=True)
+
+
+def held_out_table(folder: str | Path) -> pd.DataFrame:
+    """Reads the held-out figures of allocation files that `evaluate` kept.
+
+    Returns:
+        A row per split and allocation file, `unfinished` where its weights are: `split`, `name`,
+        `allocation` (digest), `weights` (digest of finished ones), `bytes`, `kl` (nats per token),
+        `perplexity`, `top1`; no rows where nothing was evaluated.
+
+    Raises:
+        StudyError: if the file is damaged.
+    """
+    held_out = HeldOut.read(Path(folder))
+    columns = ["name", "allocation", "weights", "bytes", "kl", "perplexity", "top1"]
+    rows = [
+        {"split": split.split} | {c: getattr(row, c) for c in columns}
+        for split in (() if held_out is None else held_out.longest)
+        for row in split.rows
+        if row.kind == "allocation"
+    ]
+    return pd.DataFrame(rows, columns=["split", *columns])
 
 
 def allocation_grid(allocation: Allocation) -> pd.DataFrame:

@@ -375,7 +375,7 @@ class _Page:
             for r in rows.sort_values(["split", "bytes", "name"]).to_dict("records")
         ]  # fmt: skip
         table = text.table(["baseline", "split", "calibration", "size", "KL"], shown, numbers=2)
-        return f"<details><summary>Baselines of baselines.csv</summary>{table}</details>"
+        return f"<details><summary>Baselines that were measured before</summary>{table}</details>"
 
     def _held_out_table(self, split: HeldOutSplit, own: Sequence[Own]) -> str:
         names = {id(o.row): o.name for o in own}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from allocator.app.held_out_file import HeldOutRow, HeldOutSplit, keep_row
 from allocator.app.tables import (
     BASELINE_COLUMNS,
     OUTSIDE,
@@ -14,6 +15,7 @@ from allocator.app.tables import (
     baselines_table,
     front_table,
     grid_bits,
+    held_out_table,
     records_table,
 )
 from allocator.decision.allocation import Allocation
@@ -106,6 +108,36 @@ def test_baselines_table(tmp_path):
     (tmp_path / "baselines.csv").write_text("target,bytes\ngguf,1\n")
     with pytest.raises(StudyError, match="no column 'calibration'"):
         baselines_table(tmp_path)
+
+
+def test_held_out_figures_of_the_study_itself(tmp_path):
+    """Of the longest measurement of a split; the original is no baseline."""
+    (tmp_path / "baselines.csv").write_text(
+        "calibration,target,split,name,bytes,kl\nwiki,gguf,report,Q2_K,9,0.5\n"
+    )
+    figures = {"perplexity": 2.0, "top1": 0.5, "bits": 2.0, "experts": ""}
+    for n, name, kind in (
+        (1, "short", "baseline"),
+        (2, "original", "original"),
+        (2, "Q4_K", "baseline"),
+        (2, "pick", "allocation"),
+    ):
+        per_document = dict.fromkeys(("kl_of", "nll_of", "top1_of"), [0.25] * n)
+        row = HeldOutRow(
+            name=name, kind=kind, allocation="a", weights="", bytes=8, kl=0.25, **figures,
+            **per_document,
+        )  # fmt: skip
+        empty = HeldOutSplit("report", f"of {n}", [4] * n, [""] * n, [])
+        keep_row(tmp_path, "checkpoint", "gguf", empty, row)
+    table = baselines_table(tmp_path)
+    assert table[["calibration", "name", "kl"]].to_numpy().tolist() == [
+        ["wiki", "Q2_K", 0.5],
+        ["this study", "Q4_K", 0.25],
+    ]
+    assert held_out_table(tmp_path)[["split", "name", "bytes"]].to_numpy().tolist() == [
+        ["report", "pick", 8]
+    ]
+    assert len(held_out_table(tmp_path / "nowhere")) == 0
 
 
 FORMATS = {
