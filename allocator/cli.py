@@ -172,6 +172,8 @@ def _search(args: argparse.Namespace) -> None:
         print(message)
     for limit in result.budget.limits:
         _print_limit(limit)
+    for line in result.calibration:
+        print(f"calibration: {line}")
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
@@ -219,6 +221,7 @@ def _print_estimate(e: Any) -> None:
     for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
         print(f"{name}, itemised")
         _print_memory(memory)
+    print("text     {}\n         {}".format(*e.calibration))
     print(f"groups   {e.groups} with a choice; retained experts {e.counts[0]}..{e.counts[-1]}")
     print(
         f"trial    {e.seconds_per_full_trial:.1f} s on the full search split; losers stop earlier"

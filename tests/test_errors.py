@@ -1,7 +1,7 @@
 """Messages on files that cannot be read say why in words."""
 
 import json
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,14 +13,14 @@ from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError, reason
 from allocator.export.manifest import Manifest
 from allocator.prediction.profile import Profile
-from allocator.scoring.documents import Document
 
 
-class Splits(Calibration):
-    """Documents that need no file."""
-
-    def read(self, path: Path) -> list[Document]:
-        return [Document((1, n)) for n in range(6)]
+def splits(folder):
+    """Splits of documents that are read, by a file that is not what it should be."""
+    records = "".join(json.dumps({"ids": [1, n]}) + "\n" for n in range(6))
+    (folder / "x").write_text(records)
+    inventory = SimpleNamespace(dimensions=SimpleNamespace(vocabulary=9))
+    return Calibration(folder, CalibrationSpec("x", splits="y"), inventory).splits
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ class Splits(Calibration):
         lambda folder: api.diff(folder / "one.json", folder / "other.json"),
         lambda folder: AllocationRecord.read(folder / "one.json"),
         Manifest.read,
-        lambda folder: Splits(folder, CalibrationSpec("x", splits="y"), None).splits,
+        splits,
         front_table,
         lambda folder: Profile.read(folder / "profile.json"),
     ],
@@ -45,7 +45,7 @@ def test_a_missing_file_is_said_in_words(tmp_path, read):
 def test_a_missing_key_is_said_in_words(tmp_path):
     (tmp_path / "y").write_text(json.dumps({"selection": [0]}))
     with pytest.raises(AllocatorError, match=r"lists search and selection \(no 'search'\)"):
-        _ = Splits(tmp_path, CalibrationSpec("x", splits="y"), None).splits
+        splits(tmp_path)
 
 
 def test_an_error_without_words_keeps_its_name():

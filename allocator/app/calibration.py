@@ -1,11 +1,13 @@
 """A study's calibration text: which documents each stage reads.
 
-In: the `[calibration]` section of study.toml, the files that it names, and the checkpoint's
-tokenizer. Out: documents by split and by stage, interleaved over their domains. Invariant: search,
-selection and report share no document.
+In: the `[calibration]` section of study.toml, the files that it names or the default text, and the
+checkpoint's tokenizer. Out: documents by split and by stage, interleaved over their domains.
+Invariant: search, selection and report share no document.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,12 +17,12 @@ from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.errors import CalibrationError, reason
 from allocator.scoring.documents import (
     Document,
+    documents_of,
     every_third,
     interleaved,
-    read_documents,
-    read_records,
-    read_windows,
+    windows_of,
 )
+from allocator.scoring.records import DEFAULT_TEXT, Record, default_records, read_records
 
 _MEASURED_DOCUMENTS = 8
 """Documents behind each measured change, unless study.toml says otherwise."""
@@ -60,8 +62,7 @@ class Calibration:
             CalibrationError: if a split is empty, the two share a document, or a stage asks for
                 more documents than its split has.
         """
-        path = self._study / self._spec.documents
-        documents = self.read(path)
+        documents, name = self._given.documents, self._given.name
         if self._spec.splits is None:
             parts = every_third(documents)
         else:
@@ -70,12 +71,12 @@ class Calibration:
         search, selection = map(interleaved, parts)
         if not search or not selection:
             raise CalibrationError(
-                f"{path}: {len(documents)} documents leave {len(search)} for search and "
-                f"{len(selection)} for selection; add documents, or name a splits file"
+                f"{name}: one document of {len(documents[0].ids)} tokens, and search and selection "
+                "need one each; add text, or set a smaller window under [calibration]"
             )
         if {d.ids for d in search} & {d.ids for d in selection}:
             raise CalibrationError(
-                f"{path}: search and selection share a document; splits must be disjoint"
+                f"{name}: search and selection share a document; splits must be disjoint"
             )
         self._check_counts(len(search), len(selection))
         return search, selection
@@ -105,31 +106,94 @@ class Calibration:
             raise CalibrationError(
                 f"{self._study}/study.toml: no report under [calibration]; add it"
             )
-        path = self._study / self._spec.report
-        documents = interleaved(self.read(path))
+        paths = self._paths(self._spec.report)
+        documents = interleaved(self._read_all(paths).documents)
         used = {d.ids for split in self.splits for d in split}
         if any(d.ids in used for d in documents):
-            raise CalibrationError(f"{path}: shares a document with search or selection")
+            raise CalibrationError(f"{_named(paths)}: shares a document with search or selection")
         return documents
 
     def read(self, path: Path) -> list[Document]:
-        """Reads the documents of a file with `ids`, or the windows of a file with `text`.
+        """Reads a file: documents of records with `ids`, or windows of those with text.
 
         Raises:
             CalibrationError: if the file has no documents, or text and no tokenizer.
         """
-        first = next(read_records(path), None)
-        if first is None:
-            raise CalibrationError(f"{path}: no documents")
-        if "ids" in first:
-            return read_documents(path, vocab_size=self._inventory.dimensions.vocabulary)
+        return self._cut(read_records(path), str(path)).documents
+
+    @cached_property
+    def _given(self) -> "_Cut":
+        """Search and selection, in the order of the files."""
+        if self._spec.documents is None:
+            return self._cut(default_records(), DEFAULT_TEXT)
+        return self._read_all(self._paths(self._spec.documents))
+
+    def _paths(self, names: str | tuple[str, ...]) -> list[Path]:
+        paths = [self._study / name for name in ([names] if isinstance(names, str) else names)]
+        if not paths:
+            raise CalibrationError(
+                f"{self._study}/study.toml: an empty list of files under [calibration]; name one, "
+                "or leave the key out"
+            )
+        return paths
+
+    def _read_all(self, paths: list[Path]) -> "_Cut":
+        """Reads files one after the other; of several, records without a domain get the file's."""
+        cuts = [self._cut(read_records(path), str(path)) for path in paths]
+        if len(cuts) == 1:
+            return cuts[0]
+        documents = [
+            document if document.domain else replace(document, domain=path.stem)
+            for path, cut in zip(paths, cuts, strict=True)
+            for document in cut.documents
+        ]
+        return _Cut(_named(paths), sum(cut.n_records for cut in cuts), documents)
+
+    def _cut(self, given: Iterable[Record], name: str) -> "_Cut":
+        records = list(given)
+        if not records:
+            raise CalibrationError(f"{name}: no documents; the file is empty")
+        if "ids" in records[0].fields:
+            vocabulary = self._inventory.dimensions.vocabulary
+            return _Cut(name, len(records), documents_of(records, vocab_size=vocabulary))
         tokenizer = read_tokenizer(self._inventory)
         if tokenizer is None:
             raise CalibrationError(
-                f"{path}: holds text, and {self._inventory.path} no tokenizer; give records with "
+                f"{name}: holds text, and {self._inventory.path} no tokenizer; give records with "
                 "ids, or put its tokenizer.json there"
             )
-        return read_windows(path, tokenizer, window=self._spec.window)
+        documents = windows_of(records, tokenizer, window=self._spec.window, name=name)
+        return _Cut(name, len(records), documents)
+
+    @property
+    def name(self) -> str:
+        """Names of the files of search and selection, or `default text`."""
+        names = self._spec.documents
+        if names is None:
+            return "default text"
+        return ", ".join(path.name for path in self._paths(names))
+
+    @property
+    def summary(self) -> str:
+        """Records and splits, e.g. `96 records: 28 search + 14 selection windows of 256`."""
+        search, selection = self.splits
+        lengths = sorted({len(d.ids) for d in (*search, *selection)})
+        what = "windows" if lengths == [self._spec.window] else "documents"
+        tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        given = self._given
+        default = f"{self.name}, " if self._spec.documents is None else ""
+        return (
+            f"{default}{given.n_records:,} record{'s' if given.n_records > 1 else ''}: "
+            f"{len(search):,} search + {len(selection):,} selection {what} of {tokens}"
+        )
+
+    @property
+    def use(self) -> str:
+        """How many of these the stages read, in one line."""
+        return (
+            f"the profile reads {len(self.statistics_documents):,} of them, a full trial "
+            f"{len(self.trial_documents):,}, the pick {len(self.selection_documents):,}"
+        )
 
     @property
     def statistics_documents(self) -> list[Document]:
@@ -166,6 +230,25 @@ class Calibration:
     def selection_documents(self) -> list[Document]:
         """Selection documents that the pick is made on."""
         return self.selection[: self._spec.selection_documents]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What was read.
+
+    Attributes:
+        name: of the text in messages.
+        n_records: before texts were cut in windows.
+        documents: in the order of the records.
+    """
+
+    name: str
+    n_records: int
+    documents: list[Document]
+
+
+def _named(paths: list[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def _read_splits(path: Path, n: int) -> tuple[list[int], list[int]]:

@@ -42,6 +42,7 @@ class SearchEstimate:
             gradient step of `auto` at a new incumbent.
         limit: which limit that search reaches first: `trials`, `seconds` or `tokens`.
         notes: what is left out, and what the runtime must be told.
+        calibration: records and windows by split, and how many each stage reads, as two lines.
     """
 
     floor: int
@@ -57,6 +58,7 @@ class SearchEstimate:
     total_seconds: float
     limit: str
     notes: tuple[str, ...]
+    calibration: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def estimate(request: SearchRequest) -> SearchEstimate:
         total_seconds=profile_seconds + searching,
         limit=limit,
         notes=(*space.layout.notes, *study_folder.importance_notes),
+        calibration=(study_folder.calibration.summary, study_folder.calibration.use),
     )
 
 

@@ -47,7 +47,7 @@ def write(study_folder: StudyFolder, out: Path, allocation: Path | None) -> tupl
         retained=decision.retained_experts if decision else dict.fromkeys(layout.layers, every),
         experts_used=inventory.experts_used,
         n_tokens=sum(len(d.ids) for d in calibration.statistics_documents),
-        dataset=Path(study_folder.spec.calibration.documents).name,
+        dataset=calibration.name,
     )
     if decision is None:
         return (out,)

@@ -6,6 +6,7 @@ the input is said before anything is measured.
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -43,6 +44,7 @@ class SearchResult:
         seconds: spent in this run on scoring, gradient steps, sampler and storage.
         trials: trials by state.
         messages: lines to show: what was mended or closed on the way.
+        calibration: records and windows by split, and how many each stage read, as two lines.
         memory: of the pick, itemised, where the budget is a device's.
     """
 
@@ -53,6 +55,7 @@ class SearchResult:
     seconds: dict[str, float]
     trials: dict[str, int]
     messages: tuple[str, ...]
+    calibration: tuple[str, str]
     memory: DeviceMemory | None = None
 
 
@@ -73,6 +76,9 @@ def search(request: SearchRequest) -> SearchResult:
         check_tokens(study_folder, stop.tokens, "raise --tokens")
         stop = replace(stop, tokens=stop.tokens - pick_tokens(study_folder))
     with search_lock(study_folder.path, join=request.join) as lock, reaching(launch.storage):
+        calibration = study_folder.calibration.summary, study_folder.calibration.use
+        if study_folder.progress and lock.exclusive_start:  # workers of this search stay silent
+            tqdm.write("\n".join(f"calibration: {line}" for line in calibration), file=sys.stderr)
         messages = mend_storage(launch.storage, study_folder.path) if lock.exclusive_start else []
         study = study_folder.study(launch)
         if lock.exclusive_start and (
@@ -102,6 +108,7 @@ def search(request: SearchRequest) -> SearchResult:
         seconds=dict(running.seconds),
         trials=trial_counts(study),
         messages=(*study_folder.importance_notes, *messages),
+        calibration=calibration,
         memory=launch.budget.memory(stored),
     )
 

@@ -159,30 +159,39 @@ class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where tokens come from, and how many documents each stage reads."""
+    """Where tokens come from, and how many documents each stage reads (docs/calibration.md).
+
+    A document is what is scored together: a window of `window` tokens where records have text or
+    messages, a whole record where records have token ids.
+    """
 
     documents: Annotated[
-        str,
+        str | tuple[str, ...] | None,
         About(
-            "JSON lines with `ids` or `text`, and optionally `domain`, for search and selection.",
+            "Text for search and selection: .txt, .parquet, or JSON lines with `text`, `messages` "
+            "or `ids`, and optionally `domain`.",
             path=True,
+            filled=True,
+            default="a default text of several languages and code",
             example="calibration.jsonl",
         ),
-    ]
+    ] = None
     splits: Annotated[
         str | None,
         About(
-            "JSON with lists `search` and `selection` of record indices, counted from 0.",
+            "JSON with lists `search` and `selection` of document indices, counted from 0.",
             path=True,
             default="every third document of its domain is for selection",
             example="splits.json",
         ),
     ] = None
     report: Annotated[
-        str | None,
+        str | tuple[str, ...] | None,
         About(
-            "JSON lines of held-out documents for published figures: `evaluate` and `compare`.",
+            "Held-out text, in files as of `documents`, for published figures: `evaluate` and "
+            "`compare`.",
             path=True,
+            filled=True,
             example="report.jsonl",
         ),
     ] = None
@@ -232,9 +241,16 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     curvature_documents: Annotated[
         int | None,
-        About("Search documents behind the curvature.", least=1, default="up to 16", example=16),
+        About(
+            "Search documents behind the curvature, and behind each gradient step.",
+            least=1,
+            default="up to 16",
+            example=16,
+        ),
     ] = None
-    window: Annotated[int, About("Tokens per document where records have text.", least=1)] = 256
+    window: Annotated[
+        int, About("Tokens per document where records have text or messages.", least=1)
+    ] = 256
     imatrix: Annotated[
         str | None,
         About(
@@ -382,7 +398,7 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             example="gguf",
         ),
     ]
-    calibration: Annotated[CalibrationSpec, About("Where tokens come from.")]
+    calibration: Annotated[CalibrationSpec, About("Where tokens come from.")] = CalibrationSpec()
     space: Annotated[
         str,
         About(

@@ -1,21 +1,23 @@
 """Calibration text: documents of token ids, in disjoint splits.
 
-In: JSON-lines files whose records hold `ids` (scored as they are), or `text` (tokenised with the
-checkpoint's tokenizer, each text preceded by what that puts there itself, concatenated, cut in
-windows), and optionally a `domain`. Out: documents, interleaved over their domains so that every
-prefix is representative. Invariant: a split never holds a document of another split.
+In: records (`allocator/scoring/records.py`) with `ids` (scored as they are), or with `text` or
+`messages` (tokenised with the checkpoint's tokenizer, each text preceded by what that puts there
+itself, concatenated, cut in windows), and optionally a `domain`. Out: documents, interleaved over
+their domains so that every prefix is representative. Invariant: a split never holds a document of
+another split.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from allocator.checkpoint.tokenizer import Tokenizer
-from allocator.errors import CalibrationError, reason
+from allocator.errors import CalibrationError
+from allocator.scoring.chat import ChatTemplate
+from allocator.scoring.records import Record, read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,59 +35,61 @@ class Document:
     text: str | None = None
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a JSON-lines file.
-
-    Raises:
-        CalibrationError: if it cannot be read, naming the line.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise CalibrationError(f"{path}:{number}: no JSON ({error})") from None
-                if not isinstance(record, dict) or not ("ids" in record or "text" in record):
-                    raise CalibrationError(f"{path}:{number}: needed an object with ids or text")
-                yield record
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: cannot be read ({reason(error)})") from None
-
-
 def read_documents(path: Path, *, vocab_size: int) -> list[Document]:
     """Reads the documents of a file whose records hold `ids`, in file order.
 
     Raises:
         CalibrationError: if a record has no usable ids.
     """
-    documents = []
-    for number, record in enumerate(read_records(path), 1):
-        ids = record.get("ids")
-        good = isinstance(ids, list) and len(ids) > 1
-        if not good or not all(type(i) is int and 0 <= i < vocab_size for i in ids or ()):
-            raise CalibrationError(
-                f"{path}:{number}: needed ids, a list of 2 or more numbers below {vocab_size}"
-            )
-        domain, text = str(record.get("domain", "")), record.get("text")
-        documents.append(Document(tuple(ids or ()), domain, text))
+    documents = documents_of(read_records(path), vocab_size=vocab_size)
     if not documents:
         raise CalibrationError(f"{path}: no documents")
     return documents
 
 
-def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Document]:
-    """Reads real text in windows: per domain, texts are concatenated and cut.
+def documents_of(records: Iterable[Record], *, vocab_size: int) -> list[Document]:
+    """Returns one document per record, which hold `ids`.
 
-    Args:
-        path: records with `text` and optionally `domain`.
-        tokenizer: the checkpoint's; it puts bos before each text, or does not.
-        window: tokens per document; a last piece that is shorter is left out.
+    Raises:
+        CalibrationError: if a record has no usable ids.
+    """
+    documents = []
+    for record in records:
+        ids = record.fields.get("ids")
+        good = isinstance(ids, list) and len(ids) > 1
+        if not good or not all(type(i) is int and 0 <= i < vocab_size for i in ids or ()):
+            raise CalibrationError(
+                f"{record.where}: needed ids, a list of 2 or more numbers below {vocab_size}"
+            )
+        text = record.fields.get("text")
+        documents.append(Document(tuple(ids or ()), record.domain, text))
+    return documents
+
+
+def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Document]:
+    """Reads real text in windows, see `windows_of`.
 
     Raises:
         CalibrationError: if the tokenizer is damaged, or the text shorter than one window.
+    """
+    return windows_of(read_records(path), tokenizer, window=window, name=str(path))
+
+
+def windows_of(
+    records: Iterable[Record], tokenizer: Tokenizer, *, window: int, name: str
+) -> list[Document]:
+    """Cuts texts in windows: per domain, texts are concatenated and cut.
+
+    Args:
+        records: with `text` or `messages`, and optionally `domain`.
+        tokenizer: the checkpoint's; it puts bos before each text, or does not. Before messages
+            stands what its chat template puts there.
+        window: tokens per document; a last piece that is shorter is left out.
+        name: of the text in messages.
+
+    Raises:
+        CalibrationError: if the tokenizer is damaged, has no chat template for messages, or the
+            text is shorter than one window.
     """
     import tokenizers
 
@@ -96,29 +100,49 @@ def read_windows(path: Path, tokenizer: Tokenizer, *, window: int) -> list[Docum
         raise CalibrationError(
             f"{tokenizer.path}/tokenizer.json: cannot be read ({error}); fetch the file again"
         ) from None
+    chat: ChatTemplate | None = None
     streams: dict[str, list[int]] = {}
-    for number, record in enumerate(read_records(path), 1):
-        if not isinstance(record.get("text"), str):
-            raise CalibrationError(f"{path}:{number}: needed text, to be cut in windows")
-        stream = streams.setdefault(str(record.get("domain", "")), [])
-        stream += [*prefix, *library.encode(record["text"], add_special_tokens=False).ids]
+    for record in records:
+        text, before = record.fields.get("text"), prefix
+        if text is None and "messages" in record.fields:
+            chat = chat or ChatTemplate(tokenizer)
+            text, before = chat.render(record.fields, record.where), ()
+        if not isinstance(text, str):
+            raise CalibrationError(f"{record.where}: needed text or messages, to be cut in windows")
+        stream = streams.setdefault(record.domain, [])
+        stream += [*before, *library.encode(text, add_special_tokens=False).ids]
     documents = [
         Document(tuple(stream[start : start + window]), domain)
         for domain, stream in streams.items()
         for start in range(0, len(stream) - window + 1, window)
     ]
+    if not streams:
+        raise CalibrationError(f"{name}: no documents; the file is empty")
     if not documents:
-        raise CalibrationError(f"{path}: less text than one window of {window} tokens")
+        longest = max(map(len, streams.values()))
+        of_domain = ", in the longest of its domains" if len(streams) > 1 else ""
+        raise CalibrationError(
+            f"{name}: less text than one window of {window} tokens ({longest}{of_domain}); add "
+            "text, or set a smaller window under [calibration]"
+        )
     return documents
 
 
 def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Splits every domain in two thirds, and a third: the third, sixth, ... document."""
+    """Splits every domain in two thirds, and a third: the third, sixth, ... document.
+
+    Where domains are so small that less than a fifth would be the third, all domains are split as
+    one; of two documents, the second is the third.
+    """
     seen: dict[str, int] = {}
     parts: tuple[list[Document], list[Document]] = [], []
     for document in documents:
         seen[document.domain] = seen.get(document.domain, 0) + 1
         parts[seen[document.domain] % 3 == 0].append(document)
+    if len(parts[1]) * 5 < len(documents) > 1:
+        mixed = interleaved(documents)
+        chosen = {*range(2, len(mixed), 3)} or {1}
+        parts = [d for i, d in enumerate(mixed) if i not in chosen], [mixed[i] for i in chosen]
     return parts
 
 

@@ -48,7 +48,7 @@ def test_documents_in_file_order(tmp_path):
         ("{not json}\n", "x:2: no JSON"),
         ('{"ids": [0, 1\n', "x:2: no JSON"),
         ("[1, 2]\n", "x:2: needed an object"),
-        ({"domain": "a"}, "x:2: needed an object with ids or text"),
+        ({"domain": "a"}, "x:2: needed an object with ids, text or messages"),
         ({"text": "only"}, "x:2: needed ids"),
         ({"ids": []}, "x:2: needed ids"),
         ({"ids": [0]}, "x:2: needed ids"),
