@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         explain,
         finish,
         front,
+        imatrix,
         init,
         inspect,
         materialize,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         report,
         reproduce,
         score,
+        score_gguf,
         search,
         verify,
     )
@@ -64,6 +66,7 @@ __all__ = [
     "explain",
     "finish",
     "front",
+    "imatrix",
     "init",
     "inspect",
     "load",
@@ -73,6 +76,7 @@ __all__ = [
     "report",
     "reproduce",
     "score",
+    "score_gguf",
     "search",
     "verify",
 ]

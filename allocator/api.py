@@ -63,6 +63,7 @@ __all__ = [
     "report",
     "reproduce",
     "score",
+    "score_gguf",
     "search",
     "trials_table",
     "verify",
@@ -429,6 +430,49 @@ def score(
         "effective_bits": size.encoded * 8 / study_folder.inventory.n_searched_weights,
         "experts": decision.counts,
     }
+
+
+def score_gguf(
+    study: str | Path,
+    file: str | Path,
+    *,
+    documents: int | None = None,
+    **options: Unpack[StudyOptions],
+) -> pd.DataFrame:
+    """Scores anybody's GGUF of the study's model in llama.cpp, beside the study's pick.
+
+    Headers are checked first. llama.cpp's own reader of files is native code, and runs in a process
+    of its own.
+
+    Args:
+        study: the folder whose held-out documents are scored: of the report split, else of the
+            selection split.
+        file: the GGUF, or any part of a split one.
+        documents: that are scored; up to 48 by default.
+        options: as of `StudyOptions`.
+
+    Returns:
+        A row per file: bytes, effective bits, experts, KL in nats per token, and by domain;
+        `attrs` has `split` and `notes`. The pick's row is there if it is of target gguf.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong with the file.
+    """
+    from allocator.app.study_folder import StudyFolder
+    from allocator.decision.allocation_record import AllocationRecord
+
+    options["target"] = "gguf"
+    study_folder = StudyFolder(study, **options)
+    pick = study_folder.path / "allocations" / "pick.json"
+
+    from allocator.evaluation.gguf_score import score_gguf as _score_gguf
+    from allocator.export.gguf.runtime import GGUF_RUNTIME
+
+    def write(folder: Path) -> Path:
+        return materialize(study, pick, folder / "pick", **options).folder / GGUF_RUNTIME.file_name
+
+    writable = pick.is_file() and GGUF_RUNTIME.can_write(AllocationRecord.read(pick).decision)
+    return _score_gguf(study_folder, Path(file), write if writable else None, documents=documents)
 
 
 def explain(

@@ -274,6 +274,15 @@ def _diff(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from allocator import api
 
+    if args.allocation.suffix == ".gguf":
+        table = api.score_gguf(
+            args.study, args.allocation, documents=args.documents, **_options(args)
+        )
+        formats = {c: ".5f" for c in table.columns if c.startswith("kl")}
+        _print_table(table, bytes=",", bits=".3f", **formats)
+        print(f"KL(original || file) in nats per token, by llama.cpp, {table.attrs['split']}")
+        _print_notes(table.attrs["notes"])
+        return
     result = api.score(args.study, args.allocation, base=args.base, **_options(args))
     for name, value in result.items():
         print(f"{name:16s} {value}")
@@ -666,9 +675,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("one", type=Path, help="allocation file, or a written allocation.json")
     p.add_argument("other", type=Path, help="what it is compared with")
 
-    p = verb("score", _score, "measure any allocation, or a llama-quantize tensor-type file")
+    p = verb(
+        "score", _score, "measure any allocation, a llama-quantize tensor-type file, or a .gguf"
+    )
     _allocation(p)
     _study_option(p)
+    p.add_argument(
+        "--documents", type=_positive, help="of a .gguf: held-out documents (default: up to 48)"
+    )
     p.add_argument("--base", help="tensor-type file: format of the tensors that it does not name")
     _runs_forward(p)
 

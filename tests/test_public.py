@@ -16,8 +16,8 @@ from allocator.files.checksums import seal, unseal
 HEAVY = ("torch", "transformers", "lm_eval")
 NOT_FOR_PATHS = (*HEAVY, "optuna", "pandas", "gguf", "tqdm")
 VERBS = (
-    "compare", "diff", "evaluate", "explain", "finish", "front", "init", "inspect", "materialize",
-    "plan", "profile", "report", "reproduce", "score", "search", "verify",
+    "compare", "diff", "evaluate", "explain", "finish", "front", "imatrix", "init", "inspect",
+    "materialize", "plan", "profile", "report", "reproduce", "score", "search", "verify",
 )  # fmt: skip
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
@@ -102,6 +102,7 @@ WRONG = {
     "explain": ["nowhere.json"],
     "finish": ["nowhere.json"],
     "front": ["nowhere"],
+    "imatrix": ["nowhere", "out.gguf"],
     "init": ["nowhere"],
     "inspect": ["nowhere"],
     "materialize": ["nowhere.json", "out"],

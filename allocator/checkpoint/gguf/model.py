@@ -109,8 +109,7 @@ def read_model(files: Sequence[Path]) -> tuple[GgufModel, list[tuple[str, Entry]
     """
     opened = {file.name: Identity.of(file.stat()) for file in files}
     headers = [read_header(file) for file in files]
-    for number, header in enumerate(headers):
-        _check_part(header, number, len(files))
+    check_parts(headers)
     entries = [(header.path.name, e) for header in headers for e in header.entries]
     twice = len(entries) - len({entry.name for _, entry in entries})
     if twice:
@@ -131,6 +130,16 @@ def read_model(files: Sequence[Path]) -> tuple[GgufModel, list[tuple[str, Entry]
     family, facts = family_of_gguf(values, shapes, str(files[0]), read)
     made = frozenset(tensor.name for tensor in family.for_gguf().made(facts))
     return GgufModel(files[0], pairs, family, facts.config, made, opened), entries
+
+
+def check_parts(headers: Sequence[Header]) -> None:
+    """Checks that files are the parts of a model that their names say.
+
+    Raises:
+        CheckpointError: if one says otherwise.
+    """
+    for number, header in enumerate(headers):
+        _check_part(header, number, len(headers))
 
 
 def _check_part(header: Header, number: int, n_parts: int) -> None:
