@@ -178,11 +178,18 @@ def _summary(layout: Layout, record: AllocationRecord, facts: CardFacts) -> list
         if key == "budget" or key.startswith(("budget_", "device_"))
     ]
     workload = [(_escaped(key), f"{value:,}") for key, value in record.workload.items()]
+    finished = (
+        ""
+        if record.finished is None
+        else " The weights are finished: codes were chosen anew against second moments of their "
+        "inputs."
+    )
+    size = show_bytes(facts.file_bytes).rpartition("(")[2].rstrip(")")
     return [
-        f"# {name}, {facts.file_bytes / 2**30:.2f} GiB",
+        f"# {name}, {size}",
         "",
         f"{name} in fewer bytes: {kept} of {n} experts per layer are retained, and every matrix "
-        "has a format of its own, chosen by a search with moe-allocator.",
+        f"has a format of its own. Written by moe-allocator.{finished}",
         "",
         *_table(
             ("", ""),
