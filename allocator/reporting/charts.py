@@ -34,7 +34,7 @@ LOOKS = {
 }
 _BITS_STEPS = (1.9, 2.2, 2.55, 3.2, 4.0, 5.0, 6.0, 8.0)
 _ROUTED_STEPS = (0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
-_HALF = (500.0, 350.0)
+_HALF = (440.0, 320.0)
 _MOST_CELLS = 4096
 """Cells of a map that each have a text of their own on hover."""
 

@@ -199,6 +199,8 @@ def read_facts(
             f"front.json, no allocation; launch `allocator search {folder}`, or name its --storage"
         )
     target = study_folder.spec.target if record is None else record.decision.target
+    if lock.get("target", target) != target:  # trials of another target say nothing of it
+        trials, domains = pd.DataFrame(), {}
     there: StudyOptions = {**options, "target": target}
     layout, no_model = _layout(StudyFolder(study, **there))
     held_out = HeldOut.read(folder)

@@ -110,19 +110,25 @@ class _Page:
 
     @property
     def _evaluate(self) -> str:
+        verb = f"evaluate {self._study}"
+        if self.facts.file and self.facts.file.rpartition("/")[0] != "allocations":
+            verb += f" --allocation {self._study}/{self.facts.file}"  # not among the default ones
         if self.facts.has_report_split:
-            return self._command(f"evaluate {self._study}")
+            return self._command(verb)
         return (
-            f"{self._command(f'evaluate {self._study} --text FILE.jsonl')}, or with a "
-            f"{code('report')} split under {code('[calibration]')} in study.toml, "
-            f"{self._command(f'evaluate {self._study}')}"
+            f"{self._command(f'{verb} --text FILE.jsonl')}, or with a {code('report')} split under "
+            f"{code('[calibration]')} in study.toml, {self._command(verb)}"
         )
 
     @property
     def _search(self) -> str:
         return self._command(f"search {self._study}")
 
-    def _domain_names(self, split: HeldOutSplit) -> str:
+    @property
+    def _no_allocation(self) -> str:
+        return f"No allocation was picked yet: {self._search}."
+
+    def _documents(self, split: HeldOutSplit) -> str:
         return f"{text.plural(len(split.tokens), 'document')}, {sum(split.tokens):,} tokens"
 
     def _split_name(self, split: HeldOutSplit) -> str:
@@ -170,6 +176,9 @@ class _Page:
         limits = " and ".join(
             f"{size(n)} for {_OF_LIMIT.get(bounds, bounds)}" for n, bounds in self.facts.budget
         )
+        known = None if record is None else record.bytes.get("budget")
+        if known is not None and known not in [n for n, _ in self.facts.budget]:
+            limits = size(known)  # of another search than the study's
         lines.append(f"target {code(self.facts.target)}")
         if limits:
             lines.append(f"budget {limits}")
@@ -182,7 +191,7 @@ class _Page:
             )
             return lead + (
                 f'<p class="gap">No allocation was picked yet: the search has not ended. {running}'
-                f"{self._search} goes on, and picks at its end.</p>\n"
+                f"{self._search} goes on, and picks at its end.{self._least_so_far()}</p>\n"
             )
         tiles = [self._loss_tile(), self._size_tile(), self._bits_tile()]
         tiles += [tile for tile in (self._distance_tile(), self._finishing_tile()) if tile]
@@ -196,6 +205,17 @@ class _Page:
             )
         lines_below = "".join(f'<p class="gap">{gap}</p>\n' for gap in gaps)
         return f'{lead}<div class="tiles">{"".join(tiles)}</div>\n{lines_below}'
+
+    def _least_so_far(self) -> str:
+        trials = self.facts.trials
+        done = trials[trials["complete"]] if len(trials) else trials
+        if done.empty:
+            return ""
+        best = min(done.to_dict("records"), key=lambda r: (r["loss"], r["trial"]))
+        return (
+            f" The least KL so far is {text.loss(best['loss'])} nats per token on the search "
+            f"split, at {best['effective_bits']:.3f} bits (trial {best['trial']})."
+        )
 
     def _tile(self, what: str, value: str, *notes: str) -> str:
         below = "".join(f"<span>{note}</span>" for note in notes)
@@ -336,13 +356,15 @@ class _Page:
         title = "Against baselines, held out"
         if not self._splits:
             older = self._older_baselines()
+            if self.facts.record is None:
+                return self._section(title, self._gap(self._no_allocation), older)
             return self._section(title, self._gap(f"Not measured yet: {self._evaluate}."), older)
         parts = []
         for split, own in self._splits:
             parts.append(
                 f"<h3>{escape(self._split_name(split))}</h3>"
                 + self._note(
-                    f"Held out: no search has seen these {self._domain_names(split)}. Whiskers "
+                    f"Held out: no search has seen these {self._documents(split)}. Whiskers "
                     "are 95 % intervals over documents. Baselines are uniform formats "
                     "and mixes, routed experts / rest."
                 )
@@ -450,7 +472,7 @@ class _Page:
         title = "Bits, tensor by tensor"
         decision = self.facts.decision
         if decision is None:
-            return self._section(title, self._gap(f"No allocation yet: {self._search}."))
+            return self._section(title, self._gap(self._no_allocation))
         return self._section(
             title,
             self._note(
@@ -484,7 +506,7 @@ class _Page:
         title = "Retained experts"
         decision, profile, model = self.facts.decision, self.facts.profile, self.facts.model
         if decision is None:
-            return self._section(title, self._gap(f"No allocation yet: {self._search}."))
+            return self._section(title, self._gap(self._no_allocation))
         counts = list(decision.counts.values())
         n = model.experts if model is not None else None
         if n is None and profile is not None and profile.counts:
@@ -524,7 +546,7 @@ class _Page:
         title = "Bytes by role"
         record, sizes = self.facts.record, self.facts.sizes
         if record is None:
-            return self._section(title, self._gap(f"No allocation yet: {self._search}."), half=True)
+            return self._section(title, self._gap(self._no_allocation), half=True)
         if not sizes:
             why = self.facts.no_model or "it is another checkpoint than this allocation's"
             return self._section(
@@ -554,7 +576,9 @@ class _Page:
                 return self._section(title, *self._held_out_domains(split, own), half=True)
         record = self.facts.record
         known = {} if record is None else self.facts.domains.get(record.digest, {})
-        if record is None or not any(known):
+        if record is None:
+            return self._section(title, self._gap(self._no_allocation), half=True)
+        if not any(known):
             return self._section(
                 title, self._gap(f"Not measured yet: {self._evaluate}."), half=True
             )
@@ -586,7 +610,7 @@ class _Page:
             )
         return [
             self._note(
-                f"{escape(self._split_name(split))}, held out, {self._domain_names(split)}. "
+                f"{escape(self._split_name(split))}, held out, {self._documents(split)}. "
                 "Whiskers are 95 % intervals over documents."
             ),
             charts.legend([(shape, kind, name) for shape, kind, name, _ in rows]),
@@ -683,7 +707,7 @@ class _Page:
         title = "What finishing changed"
         record = self.facts.record
         if record is None:
-            return self._section(title, self._gap(f"No allocation yet: {self._search}."))
+            return self._section(title, self._gap(self._no_allocation))
         finished = record.finished
         if finished is None:
             command = self._command(f"finish {self._study}/{self.facts.file}")

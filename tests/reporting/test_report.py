@@ -229,7 +229,28 @@ def test_an_unfinished_search_shows_its_trials(write, tmp_path):
     page = made(study, tmp_path)
     assert "the search has not ended" in page.text
     assert "1 scored in full, 1 lost their race" in page.text
-    assert "allocator search study" in page.commands
+    assert "The least KL so far is 0.3000 nats per token on the search split" in page.text
+    assert set(page.commands) <= {"allocator search study", "allocator profile study"}
+
+
+def test_a_device_budget_and_experts_in_parts(write, tmp_path):
+    """Memory as the record has it; a group in two formats has the mean of their bits."""
+    record = record_of(2, 8, 4)
+    plain = json.loads(json.dumps(record.allocation))
+    plain["formats"]["layers.1.experts.up"] = "IQ1_S:0+Q4_K:1,2,3"
+    decision = Allocation.from_json(plain)
+    memory = dict(weights=2**20, kv_cache=2**19, compute=2**18, overhead=2**17, reserve=0)
+    record = msgspec.structs.replace(
+        record, allocation=plain, digest=decision.digest,
+        workload={"context": 2048, "sequences": 3, "reserve": 0},
+        bytes=record.bytes | {f"device_{k}": n for k, n in memory.items()}
+        | {"device_total": sum(memory.values())},
+    )  # fmt: skip
+    page = made(write(record=record), tmp_path)
+    assert "3 sequences of 2,048 tokens" in page.text
+    assert "1.88 MiB" in page.text  # (1 + 1/2 + 1/4 + 1/8) MiB
+    bits = (format_named("IQ1_S").bits + 3 * format_named("Q4_K").bits) / 4
+    assert f"layer 1, experts.up: IQ1_S*1+Q4_K*3, {bits:.2f} bits" in page.titles
 
 
 # -- real studies
