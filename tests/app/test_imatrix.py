@@ -56,6 +56,7 @@ def test_a_study_takes_its_importance_from_an_imatrix(study, study_cache, tmp_pa
         api.search(study, cache=study_cache)
 
 
+@pytest.mark.slow
 def test_a_search_records_the_imatrix(fresh_study, study_cache, tmp_path):
     study = shutil.copytree(fresh_study, tmp_path / "study")
     api.imatrix(study, study / "i.dat", cache=study_cache)
