@@ -373,7 +373,9 @@ class _Page:
             if split.baselines:
                 entries += [("triangle", "base", "baseline"), ("line", "hull", "their lower hull")]
             parts.append(charts.legend(entries))
-            parts.append(f'<div class="plot">{charts.against_baselines(split, own, "kl")}</div>')
+            for kind, large in (("on-wide", True), ("on-narrow", False)):
+                drawn = charts.against_baselines(split, own, "kl", large=large)
+                parts.append(f'<div class="{kind}">{drawn}</div>')
             axes = ["top1"] if split.original is None else ["perplexity", "top1"]
             small = (charts.against_baselines(split, own, a, large=False) for a in axes)
             parts.append(f'<div class="pair">{"".join(f"<div>{c}</div>" for c in small)}</div>')
