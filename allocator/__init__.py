@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from allocator.decision.allocation_record import AllocationRecord
     from allocator.errors import AllocatorError
     from allocator.export.safetensors.loading import load
+    from allocator.pipeline.quantize import quantize
     from allocator.study.trials import allocation_of
 
 __version__ = "0.1.0"
@@ -73,6 +74,7 @@ __all__ = [
     "materialize",
     "plan",
     "profile",
+    "quantize",
     "report",
     "reproduce",
     "score",
@@ -92,6 +94,7 @@ _ELSEWHERE = {  # the other names are of `allocator.api`
     "StudySpec": "allocator.app.study_file",
     "allocation_of": "allocator.study.trials",
     "load": "allocator.export.safetensors.loading",
+    "quantize": "allocator.pipeline.quantize",
 }
 
 

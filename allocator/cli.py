@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
-from allocator.units import parse_bytes, parse_seconds, show_bytes
+from allocator.units import parse_bytes, parse_seconds, show_bytes, show_seconds, show_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,12 +61,7 @@ def _print_notes(notes: Sequence[str]) -> None:
 def _init(args: argparse.Namespace) -> None:
     from allocator import api
 
-    names = (
-        "target", "budget", "weights_budget", "bits", "calibration", "report", "space",
-        "sampler", "trials", "seed", "tokenizer", "expert_width",
-    )  # fmt: skip
-    values: Any = {name: getattr(args, name) for name in names}
-    made = api.init(args.model, args.out, progress=not args.quiet, device=_device(args), **values)
+    made = api.init(args.model, args.out, progress=not args.quiet, **_study_values(args))
     print(f"wrote {made.folder}/study.toml: every key, with what it means")
     for limit in made.budget.limits:
         _print_limit(limit)
@@ -129,6 +124,79 @@ def _print_plan(plan: Any) -> None:
         print()
 
 
+def _study_values(args: argparse.Namespace) -> Any:
+    """Values of a new study that the command line gives."""
+    names = (
+        "target", "budget", "weights_budget", "bits", "calibration", "report", "space",
+        "sampler", "trials", "seed", "tokenizer", "expert_width",
+    )  # fmt: skip
+    values = {name: getattr(args, name) for name in names} | {"device": _device(args)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from allocator.checkpoint.hub import model_path
+
+    model_path(args.model, progress=not args.quiet)  # refused before anything is loaded
+    _quiet_optuna()
+
+    from allocator.app.resources import Resources
+    from allocator.pipeline.quantize import QuantizeRequest, plan_of, run
+
+    request = QuantizeRequest(
+        model=args.model,
+        values=_study_values(args),
+        out=args.out,
+        seconds=None if args.time is None else parse_seconds(args.time),
+        finish=not args.no_finish,
+        resources=Resources.of(_options(args)),
+    )
+    if args.dry_run:
+        _print_quantize_plan(plan_of(request))
+        return
+
+    def say(stage: str) -> None:
+        print(f"-- {stage}", flush=True)
+
+    _print_quantized(run(request, on_plan=_print_quantize_plan, on_stage=say))
+
+
+def _print_quantize_plan(plan: Any) -> None:
+    inventory, road = plan.inventory, plan.road
+    search, weights = road.search, inventory.n_searched_weights
+    print(
+        f"model    {plan.model}: {inventory.config.get('model_type')}, {inventory.n_layers} "
+        f"layers, {inventory.n_experts} experts, {weights / 1e9:.3g} billion weights"
+    )
+    for limit in search.budget.limits:
+        print(f"budget   {show_size(limit.nbytes)}, bounds the {limit.bounds}")
+    print(f"range    smallest {show_size(search.floor)}, largest {show_size(search.ceiling)}")
+    stages = ", ".join(f"{stage} {show_seconds(s)}" for stage, s in road.seconds.items())
+    limit = "" if plan.seconds is None else f", at most {show_seconds(plan.seconds)}"
+    print(f"takes    about {show_seconds(road.total_seconds)}{limit}:\n         {stages}")
+    memory = (
+        "layer by layer: the model is larger than the memory that is free"
+        if road.memory_bytes is None
+        else f"memory {show_size(road.memory_bytes)}"
+    )
+    print(f"         disk up to {show_size(road.disk_bytes)}, {memory}")
+    print(f"study    {plan.study}: the same command resumes\nwrites   {plan.checkpoint}")
+    _print_notes((*search.notes, *road.notes))
+    sys.stdout.flush()
+
+
+def _print_quantized(q: Any) -> None:
+    print(f"wrote    {q.checkpoint}/{q.file}: {show_size(q.file_bytes)}, {q.bits:.3f} bits")
+    _print_outcome(q.search)
+    for split, before in q.loss.items():
+        after = "" if q.finished is None else _finished_loss(before, q.finished[split])
+        print(f"loss     {before:.6f}{after} on the {split} split")
+    print(
+        f"verified in its runtime: loss {q.runtime_loss:.6f} on the search split, divergence "
+        f"{q.divergence:.2e}" + ("" if q.exact is None else f",\n         {q.exact:.1e} exactly")
+    )
+
+
 def _profile(args: argparse.Namespace) -> None:
     from allocator import api
 
@@ -176,10 +244,27 @@ def _search(args: argparse.Namespace) -> None:
         print(f"calibration: {line}")
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
+    _print_outcome(result.outcome)
     print(f"pick: {result.pick}\nknapsack alone: {result.knapsack or 'not finished'}")
     if result.memory is not None:
         print("the pick on the device")
         _print_memory(result.memory)
+
+
+def _print_outcome(outcome: Any) -> None:
+    """The pick of a search, and its distance to the best baseline."""
+    low, high = outcome.loss_interval
+    print(
+        f"pick     {outcome.bits:.3f} bits, {show_size(outcome.file_bytes)}; loss "
+        f"{outcome.loss:.5f} [{low:.5f}, {high:.5f}]\n         nats per token on the search split, "
+        f"{outcome.selection:.5f} on selection"
+    )
+    if outcome.ratio is not None:
+        low, high = outcome.ratio_interval
+        print(
+            f"         {outcome.ratio:.3f} [{low:.3f}, {high:.3f}] of the best baseline within the "
+            f"budget,\n         {outcome.baseline}"
+        )
 
 
 _DEVICE = {
@@ -195,12 +280,15 @@ _DEVICE = {
 
 def _device(args: argparse.Namespace) -> Any:
     """What the command line says of a device; None if nothing."""
+    given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
+    if not given:
+        return None
+
     from allocator.app.study_file import DeviceBudgetSpec
 
-    given = {_DEVICE[n]: v for n in _DEVICE if (v := getattr(args, n)) is not None}
     if "preset" in given and os.path.exists(given["preset"]):  # else it is a name
         given["preset"] = os.path.realpath(given["preset"])
-    return DeviceBudgetSpec(**given) if given else None
+    return DeviceBudgetSpec(**given)
 
 
 def _print_memory(memory: Any) -> None:
@@ -556,6 +644,25 @@ def _device_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _new_study(p: argparse.ArgumentParser) -> None:
+    """A model, and values of its study."""
+    p.add_argument("model", help="directory, GGUF, or an id on the Hugging Face hub")
+    p.add_argument("--out", type=Path, help="study folder (default: named for the model, here)")
+    p.add_argument("--target", help="gguf (default) or safetensors")
+    p.add_argument("--budget", help="bytes of the whole file, e.g. 12GiB")
+    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    p.add_argument("--bits", type=float, help="effective bits of these (default: 3)")
+    _device_options(p)
+    p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
+    p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")
+    p.add_argument("--space", help="search-space file, or a shipped one by its name")
+    p.add_argument("--sampler", help="default: auto")
+    p.add_argument("--trials", type=int, help="default: 100")
+    p.add_argument("--seed", type=int, help="default: 0")
+    p.add_argument("--tokenizer", help="checkpoint (default) or none: a gguf that reads token ids")
+    _expert_width(p)
+
+
 def _quiet_optuna() -> None:
     import optuna
 
@@ -587,6 +694,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
+    p = verb("quantize", _quantize, "one command: search, finish, write and verify; resumable")
+    _new_study(p)
+    p.add_argument("--time", help="time limit of all stages together, e.g. 2h")
+    p.add_argument("--no-finish", action="store_true", help="write the pick unfinished")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and its estimate only")
+    _runs_forward(p)
+
     p = verb("inspect", _inspect, "list the groups of a checkpoint; reads headers only")
     p.add_argument(
         "checkpoint",
@@ -597,21 +711,7 @@ def _parser() -> argparse.ArgumentParser:
     _expert_width(p)
 
     p = verb("init", _init, "make a study of a model: a study.toml with every key, explained")
-    p.add_argument("model", help="directory, GGUF, or an id on the Hugging Face hub")
-    p.add_argument("--out", type=Path, help="folder of the study (default: MODEL-study, here)")
-    p.add_argument("--target", help="gguf (default) or safetensors")
-    p.add_argument("--budget", help="bytes of the whole file, e.g. 12GiB")
-    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
-    p.add_argument("--bits", type=float, help="effective bits of these (default: 3)")
-    _device_options(p)
-    p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
-    p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")
-    p.add_argument("--space", help="search-space file, or a shipped one by its name")
-    p.add_argument("--sampler", help="default: auto")
-    p.add_argument("--trials", type=int, help="default: 100")
-    p.add_argument("--seed", type=int, help="default: 0")
-    p.add_argument("--tokenizer", help="checkpoint (default) or none: a gguf that reads token ids")
-    _expert_width(p)
+    _new_study(p)
 
     p = verb("plan", _plan, "what a model takes on a device, from its config.json alone")
     p.add_argument("config", type=Path, help="config.json, its directory, or a GGUF model")

@@ -64,9 +64,25 @@ def check_duration(what: str, value: object, *, least: float = 0.0) -> None:
 
 def show_bytes(nbytes: int) -> str:
     """Formats a size for reading, exact count first: `8,234,496 B (7.85 MiB)`."""
+    short = show_size(nbytes)
+    return short if short.endswith(" B") else f"{nbytes:,} B ({short})"
+
+
+def show_size(nbytes: int) -> str:
+    """Formats a size in three or more digits: `7.85 MiB`."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
-            return f"{nbytes:,} B" if unit == "B" else f"{nbytes:,} B ({value:.2f} {unit})"
+            return f"{nbytes:,} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
-    return f"{nbytes:,} B ({value:.2f} TiB)"
+    return f"{value:.2f} TiB"
+
+
+def show_seconds(seconds: float) -> str:
+    """Formats a duration in two units at most: `1 h 30 min`, `4 min`, `12 s`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

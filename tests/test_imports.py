@@ -32,6 +32,7 @@ PACKAGES = [  # innermost first: a module may import from its own package or fro
     "testing",
     "transformers",
     "api",
+    "pipeline",
     "cli",
     "__main__",
     "__init__",

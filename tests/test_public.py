@@ -19,6 +19,7 @@ VERBS = (
     "compare", "diff", "evaluate", "explain", "finish", "front", "imatrix", "init", "inspect",
     "materialize", "plan", "profile", "report", "reproduce", "score", "search", "verify",
 )  # fmt: skip
+ROADS = ("quantize",)  # made of verbs, and no function of `allocator.api`
 CONFIG = "tests/data/configs/qwen3-30b-a3b.json"
 
 
@@ -83,11 +84,11 @@ def test_every_verb_of_the_command_line_is_a_function():
     done = subprocess.run(
         [sys.executable, "-m", "allocator", "--help"], capture_output=True, text=True, check=True
     )
-    assert set(re.findall(r"^    ([a-z]+)\b", done.stdout, re.MULTILINE)) == set(VERBS)
+    assert set(re.findall(r"^    ([a-z]+)\b", done.stdout, re.MULTILINE)) == {*VERBS, *ROADS}
     assert set(VERBS) < set(allocator.__all__)
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", *VERBS, *ROADS])
 def test_help_loads_no_library(verb):
     code, lines, errors, loaded = command(*verb.split(), "--help")
     assert (code, errors) == (0, [])
@@ -108,6 +109,7 @@ WRONG = {
     "materialize": ["nowhere.json", "out"],
     "plan": ["nowhere"],
     "profile": ["nowhere"],
+    "quantize": ["nowhere", "--bits", "3"],
     "report": ["nowhere"],
     "reproduce": ["nowhere.json"],
     "score": ["nowhere.json"],
@@ -116,7 +118,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *ROADS])
 def test_a_wrong_path_is_refused_before_anything_heavy_is_loaded(verb):
     code, lines, errors, loaded = command(verb, *WRONG[verb])
     assert (code, lines) == (2, [])

@@ -144,6 +144,24 @@ def new_study(model: Path, out: Path | None, values: StudyValues) -> NewStudy:
     return NewStudy(folder, spec, budget, floor, ceiling, tuple(notes))
 
 
+def asked_spec(model: Path, folder: Path, values: StudyValues) -> StudySpec:
+    """Returns the study that values ask for, in a folder that may have one already.
+
+    Args:
+        model: as of `new_study`.
+        folder: that paths are relative to.
+        values: of the study.
+
+    Raises:
+        AllocatorError: as `new_study`.
+    """
+    spec, bits = _spec(model, folder, values), values.get("bits")
+    if bits is None:
+        return spec
+    limit = int(read_inventory(model).n_searched_weights * bits / 8)
+    return msgspec.structs.replace(spec, budget=BudgetSpec(weights=limit))
+
+
 def _search_space(spec: StudySpec, folder: Path) -> SearchSpace:
     if spec.space == SPACE_FILE and not (folder / SPACE_FILE).exists():
         return SearchSpace(schema=1)

@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from optuna.trial import FrozenTrial
 from safetensors.numpy import save
 
+from allocator.app.outcome import Outcome, outcome_of
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import identity_of
 from allocator.decision.allocation import Allocation
@@ -66,8 +67,11 @@ def finalists_of(search: Search) -> tuple[list[FrozenTrial], FrozenTrial | None]
     return finalists, alone
 
 
-def pick_among(study_folder: StudyFolder, search: Search) -> tuple[Path, Path | None]:
+def pick_among(study_folder: StudyFolder, search: Search) -> tuple[Path, Path | None, Outcome]:
     """Picks on the selection split, and writes the files of the pick and of the knapsack alone.
+
+    Returns:
+        The file of the pick, that of the knapsack alone if it was finished, and the pick's figures.
 
     Raises:
         StudyError: if no trial was finished.
@@ -81,9 +85,11 @@ def pick_among(study_folder: StudyFolder, search: Search) -> tuple[Path, Path | 
     best = min(finalists, key=lambda t: (losses[t.number], t.number))
     write_importance(study_folder)
     pick = _record(study_folder, search.budget, "pick", best, losses[best.number])
+    outcome = outcome_of(search.study, best, losses[best.number])
     if alone is None:
-        return pick, None
-    return pick, _record(study_folder, search.budget, "knapsack", alone, losses[alone.number])
+        return pick, None, outcome
+    knapsack = _record(study_folder, search.budget, "knapsack", alone, losses[alone.number])
+    return pick, knapsack, outcome
 
 
 def _selection_loss(study_folder: StudyFolder, allocation: Allocation) -> float:

@@ -15,6 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from allocator.app.outcome import Outcome
 from allocator.app.pick import check_tokens, pick_among, pick_tokens
 from allocator.app.request import SearchRequest
 from allocator.app.search_setup import prepare
@@ -41,6 +42,7 @@ class SearchResult:
         budget: the limits that held.
         pick: the allocation file of the pick.
         knapsack: the allocation file of the unperturbed knapsack at the budget, if it was finished.
+        outcome: loss, size, and distance to the best baseline of the pick.
         seconds: spent in this run on scoring, gradient steps, sampler and storage.
         trials: trials by state.
         messages: lines to show: what was mended or closed on the way.
@@ -52,6 +54,7 @@ class SearchResult:
     budget: Budget
     pick: Path
     knapsack: Path | None
+    outcome: Outcome
     seconds: dict[str, float]
     trials: dict[str, int]
     messages: tuple[str, ...]
@@ -97,7 +100,7 @@ def search(request: SearchRequest) -> SearchResult:
                 running.run(stop, on_trial=bar)  # proposals that dead workers left, if any
         if before and running.n_proposals() == before:
             messages.append(f"no new trial: {before} were made before, which is what was asked for")
-        pick, knapsack = pick_among(study_folder, running)
+        pick, knapsack, outcome = pick_among(study_folder, running)
         write_front(study_folder, study)
     stored = AllocationRecord.read(pick).decision.stored(study_folder.layout)
     return SearchResult(
@@ -105,6 +108,7 @@ def search(request: SearchRequest) -> SearchResult:
         budget=launch.budget,
         pick=pick,
         knapsack=knapsack,
+        outcome=outcome,
         seconds=dict(running.seconds),
         trials=trial_counts(study),
         messages=(*study_folder.importance_notes, *messages),

@@ -5,14 +5,12 @@ target, budget, split and searcher), `compare.png`. Invariant: runs of different
 in one table; what cannot be compared (no baseline at these bytes, a lossless reference) is empty.
 """
 
-import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from allocator.app.study_folder import StudyFolder
@@ -20,8 +18,7 @@ from allocator.comparison.bench import Bench, bench_of, ratio
 from allocator.comparison.runs import CompareRequest, RunResult, results
 from allocator.errors import StudyError
 from allocator.files.atomic import write_whole
-
-Floats = npt.NDArray[np.float64]
+from allocator.study.intervals import ratio_interval
 
 
 def table(request: CompareRequest) -> pd.DataFrame:
@@ -43,7 +40,7 @@ def table(request: CompareRequest) -> pd.DataFrame:
                 "knapsack": bench.kl(split, alone),
                 **bench.references(split, run.weights),
             }
-            low, high = interval(kl, others["knapsack"])
+            low, high = ratio_interval(kl, others["knapsack"])
             row = {
                 "target": run.target,
                 "bits": round(run.weights * 8 / bench.study_folder.inventory.n_searched_weights, 3),
@@ -74,24 +71,6 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     grouped = frame.groupby(keys)
     spread = grouped["kl"].agg(["median", "min", "max", "count"])
     return spread.join(grouped[[*ratios, "low", "high"]].median()).reset_index()
-
-
-def interval(a: Floats, b: Floats, *, seed: int = 0, n: int = 2000) -> tuple[float, float]:
-    """Returns the 95 % paired bootstrap interval of `mean(a) / mean(b)`; NaN if `b` is 0.
-
-    Args:
-        a: losses, `(documents,)`.
-        b: of the same documents.
-        seed: of the draws.
-        n: draws of documents.
-    """
-    if not (b > 0).all():
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(a), (n, len(a)))
-    ratios = a[drawn].mean(1) / b[drawn].mean(1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def check_plot() -> None:

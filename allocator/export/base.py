@@ -74,6 +74,8 @@ class Runtime(ABC):
         program: what runs the file, for messages.
         divergence_name: what `Comparison.divergence` is, for messages.
         options_file: in a written directory, what the program must be told; empty if never.
+        tells_rounding: beyond its tolerance it compares without rounding too, so that a larger
+            tolerance allows rounding alone.
         library: that opens the directory, as the Hugging Face hub names it; empty if none.
     """
 
@@ -83,6 +85,7 @@ class Runtime(ABC):
     program: str
     divergence_name: str
     options_file: str = ""
+    tells_rounding: bool = False
     library: str = ""
     earlier_names: tuple[str, ...] = ()
 

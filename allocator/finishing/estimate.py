@@ -8,13 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import numpy as np
 import torch
 
+from allocator.codecs import codec_of
+from allocator.codecs.blocks import BlockFormat
 from allocator.finishing.codes import choose
-from allocator.finishing.finish import Finisher, Part, first_tokens
+from allocator.finishing.finish import FinishDocuments, Finisher, Part, first_tokens
+from allocator.finishing.recipe import Recipe
 from allocator.finishing.tuning import TuningSettings
+from allocator.formats import Format
 from allocator.profiling.second_moments import PASS_BYTES, moments_bytes
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import CACHE_BYTES, Scorer
@@ -59,6 +64,56 @@ class FinishEstimate:
         return sum(self.seconds.values())
 
 
+@dataclass(frozen=True)
+class FinishTokens:
+    """Forward tokens of finishing, by what they are for.
+
+    Attributes:
+        moments: behind second moments.
+        tuned: that tuning steps take.
+        checked: of one check of the tuning.
+        scored: of all losses, before and after.
+    """
+
+    moments: int
+    tuned: int
+    checked: int
+    scored: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, documents: FinishDocuments, *, moments: bool = True) -> Self:
+        """Counts them.
+
+        Args:
+            recipe: of the finishing.
+            documents: whose tokens are counted.
+            moments: whether second moments are still to be measured.
+        """
+        behind = _tokens(first_tokens(documents.search, recipe.moments_tokens)) if moments else 0
+        tuned = min(recipe.tuning_tokens, _tokens(documents.search)) if recipe.tunes else 0
+        checked = _tokens(documents.selection[: _TUNING.check_documents]) if tuned else 0
+        # the original once, and the weights before, after their codes, and after tuning
+        scored = 3 * _tokens(documents.scored)
+        scored += (4 if tuned else 3) * _tokens(documents.selection)
+        return cls(behind, tuned, checked, scored)
+
+    def seconds(self, recipe: Recipe, seconds_per_token: float) -> dict[str, float]:
+        """Returns the seconds of forward and backward passes, by what they are for.
+
+        Args:
+            recipe: of the finishing.
+            seconds_per_token: of a candidate's forward pass.
+        """
+        tuning = FORWARDS_OF_STEP * self.tuned + (_TUNING.checks + 1) * self.checked
+        return {
+            "second moments": seconds_per_token
+            * self.moments
+            * (FORWARDS_OF_MOMENTS if recipe.fisher else 1),
+            "tuning": seconds_per_token * tuning,
+            "scoring": seconds_per_token * self.scored,
+        }
+
+
 def seconds_per_token(finisher: Finisher) -> float:
     """Measures the seconds per token of a candidate's forward pass, with the model in memory."""
     scorer = finisher.scorer(finisher.documents.selection[:_TIMED_DOCUMENTS])
@@ -80,29 +135,21 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     if finisher.known() is not None:
         return FinishEstimate(0, 0, 0, {}, 0, 0, ready=True)
     missing = finisher.missing()
-    moments = _tokens(first_tokens(documents.search, recipe.moments_tokens)) if missing else 0
-    tuning = min(recipe.tuning_tokens, _tokens(documents.search)) if recipe.tunes else 0
-    checked = _tokens(documents.selection[: _TUNING.check_documents]) if tuning else 0
-    # the original once, and the weights before, after their codes, and after tuning
-    scored = 3 * _tokens(documents.scored) + (4 if tuning else 3) * _tokens(documents.selection)
-    factor = FORWARDS_OF_MOMENTS if recipe.fisher else 1
-    seconds = {
-        "second moments": seconds_per_token * moments * factor,
-        "codes": _choice_seconds(finisher, missing),
-        "tuning": seconds_per_token * (FORWARDS_OF_STEP * tuning + (_TUNING.checks + 1) * checked),
-        "scoring": seconds_per_token * scored,
+    tokens = FinishTokens.of(recipe, documents, moments=bool(missing))
+    seconds = tokens.seconds(recipe, seconds_per_token) | {
+        "codes": _choice_seconds(finisher, missing)
     }
     encoded = sum(prod(finisher.plain.shape(p.group.name, p.number)) for p in missing)
     inventory = finisher.plain.layout.inventory
     parts = (documents.scored, documents.selection)
     distributions = [4 * inventory.dimensions.vocabulary * _tokens(part) for part in parts]
     sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
-    gradients = _gradient_bytes(finisher) if tuning else 0
+    gradients = _gradient_bytes(finisher) if tokens.tuned else 0
     memory = sum(min(nbytes, CACHE_BYTES) for nbytes in distributions)
     memory += max(min(sums, PASS_BYTES), gradients)
     return FinishEstimate(
-        moments_tokens=moments,
-        tuning_tokens=tuning,
+        moments_tokens=tokens.moments,
+        tuning_tokens=tokens.tuned,
         weights=sum(p.n_weights for p in missing),
         seconds=seconds,
         disk_bytes=2 * encoded,
@@ -132,16 +179,47 @@ def _choice_seconds(finisher: Finisher, parts: Sequence[Part]) -> float:
 def _seconds_per_weight(finisher: Finisher, part: Part) -> float:
     encoded = finisher.plain.encoded(part.group.name, part.number)
     width = part.group.shape[-1]
-    timed = _TIMED_WEIGHTS if finisher.device.type == "cpu" else _TIMED_WEIGHTS_ON_DEVICE
-    rows = encoded.reshape(1, -1, encoded.shape[-1])[:, : max(1, timed // width)]
+    rows = encoded.reshape(-1, encoded.shape[-1])[: _timed_rows(width, finisher.device)]
     data = torch.from_numpy(np.array(rows)).to(finisher.device)
-    weights = part.block_format.values(data)
+    return _timed_choice(data, part.block_format, width, finisher.recipe.rounds)
+
+
+def seconds_per_weight(fmt: Format, width: int, *, rounds: int, device: str) -> float | None:
+    """Measures how long codes of a format take to choose, on random weights.
+
+    Args:
+        fmt: the format.
+        width: inputs of a row.
+        rounds: of descent.
+        device: torch's.
+
+    Returns:
+        None where the format's codes cannot be chosen anew.
+    """
+    codec, on = codec_of(fmt), torch.device(device)
+    block_format = codec.block_format(fmt)
+    if block_format is None:
+        return None
+    weights = np.random.default_rng(0).standard_normal((_timed_rows(width, on), width), np.float32)
+    encoded = codec.encode(weights, fmt, np.ones(width, np.float32))
+    return _timed_choice(torch.from_numpy(encoded).to(on), block_format, width, rounds)
+
+
+def _timed_rows(width: int, device: torch.device) -> int:
+    timed = _TIMED_WEIGHTS if device.type == "cpu" else _TIMED_WEIGHTS_ON_DEVICE
+    return max(1, timed // width)
+
+
+def _timed_choice(rows: torch.Tensor, block_format: BlockFormat, width: int, rounds: int) -> float:
+    """Seconds per weight of a choice of codes; `rows` is `(rows, bytes per row)`."""
+    data = rows[None]
+    weights = block_format.values(data)
     moments = torch.eye(width, device=weights.device)[None]
     with torch.inference_mode():
-        first = choose(weights[:, :1], data[:, :1], part.block_format, moments)  # makes tables
+        first = choose(weights[:, :1], data[:, :1], block_format, moments)  # makes tables
         first.after.cpu()  # waits for the device
         began = time.perf_counter()
-        chosen = choose(weights, data, part.block_format, moments, rounds=finisher.recipe.rounds)
+        chosen = choose(weights, data, block_format, moments, rounds=rounds)
         chosen.after.cpu()
     return (time.perf_counter() - began) / weights.numel()
 

@@ -134,7 +134,8 @@ class Search:
         and if every trial of other workers does so, too.
 
         Returns when the trials that other workers have at the end have ended as well; if such a
-        worker dies, its proposals are made here.
+        worker dies, its proposals are made here. A time limit that is over at the start still lets
+        a study have its first trial, so that there is something to pick.
 
         Args:
             rule: when to stop.
@@ -144,7 +145,7 @@ class Search:
         awaited: set[int] | None = None
         while True:
             self.accounts.close_expired()
-            if not rule.is_late and self.may_begin(rule):
+            if (not rule.is_late or not self.n_proposals()) and self.may_begin(rule):
                 awaited = None
                 for trial in self._next(rule):
                     if on_trial is not None and not is_abandoned(trial):

@@ -21,11 +21,11 @@ from allocator.comparison import table as compare
 from allocator.comparison.bench import Bench
 from allocator.comparison.pool import estimate_runs, run_all
 from allocator.comparison.runs import CompareRequest, Run, chosen_runs, planned, results
-from allocator.comparison.table import interval
 from allocator.decision.allocation import Allocation
 from allocator.decision.front import Point, baseline_loss
 from allocator.errors import AllocatorError, StudyError
 from allocator.files.checksums import unseal
+from allocator.study.intervals import ratio_interval
 from allocator.targets import TARGETS
 
 SECTION = """
@@ -227,7 +227,7 @@ def test_interval_holds_the_ratio():
     for seed in range(60):
         b = rng.lognormal(0, 0.5, 40)
         a = 0.9 * b * np.exp(0.1 * rng.standard_normal(40) - 0.005)
-        low, high = interval(a, b, seed=seed, n=400)
+        low, high = ratio_interval(a, b, seed=seed, n=400)
         hits += low <= 0.9 <= high
     assert hits >= 50
 
@@ -342,7 +342,7 @@ def test_budgets_without_a_baseline_leave_it_empty(folder, finished, study_cache
     assert np.isnan(bench.baseline("report", 10**9))
     frame = compare.table(CompareRequest(copy, cache=study_cache))
     assert frame["/baseline"].notna().any()
-    assert all(np.isnan(interval(np.ones(3), np.zeros(3))))
+    assert all(np.isnan(ratio_interval(np.ones(3), np.zeros(3))))
 
 
 def test_damaged_runs_are_named(finished, study_cache, tmp_path):

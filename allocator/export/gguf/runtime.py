@@ -44,6 +44,7 @@ class GgufRuntime(Runtime):
     tolerance = LLAMACPP_TOLERANCE
     program = "llama.cpp"
     divergence_name = "KL(torch || llama.cpp)"
+    tells_rounding = True
     options_file = "llama-cpp-options.txt"
     library = "gguf"
 

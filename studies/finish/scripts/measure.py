@@ -21,8 +21,8 @@ import pandas as pd
 
 from allocator.app.record_weights import record_of, source_of
 from allocator.app.study_folder import StudyFolder
-from allocator.comparison.table import interval
 from allocator.scoring.documents import interleaved
+from allocator.study.intervals import ratio_interval as interval
 
 N_DOCUMENTS = 48
 

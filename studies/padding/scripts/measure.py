@@ -17,7 +17,7 @@ import pandas as pd
 from allocator import api
 from allocator.app.record_weights import record_of
 from allocator.app.study_folder import StudyFolder
-from allocator.comparison.table import interval
+from allocator.study.intervals import ratio_interval as interval
 from allocator.errors import BudgetError
 
 REFERENCE = Path(__file__).parents[2] / "reference"

@@ -1,0 +1,152 @@
+"""What the whole road would take: seconds by stage, disk and memory, from a short measurement.
+
+In: a request of a search, and how its pick is to be finished. Out: a `RoadEstimate`. Invariant:
+nothing is written; sizes are upper estimates.
+"""
+
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from allocator.app.estimate import SearchEstimate
+from allocator.app.estimate import estimate as estimate_search
+from allocator.app.request import SearchRequest
+from allocator.app.study_folder import StudyFolder
+from allocator.checkpoint.inventory import Inventory
+from allocator.finishing.recipe import Recipe
+from allocator.formats import Format
+from allocator.units import show_size
+
+_COPY_BYTES_PER_SECOND = 200e6
+"""Of a file that is written, read back and hashed (measured)."""
+_RUNTIME_FORWARDS = 3
+"""Forward passes that a verified token takes: in torch, and in the runtime, which is slower."""
+
+
+@dataclass(frozen=True)
+class RoadEstimate:
+    """What `quantize` would take.
+
+    Attributes:
+        search: floor, ceiling, and what the search takes.
+        seconds: by stage, in order.
+        disk_bytes: of encoded weights and written files, at most.
+        free_bytes: of the disk that the cache is on.
+        memory_bytes: of the model, and of its gradients; None where it is read layer by layer.
+    """
+
+    search: SearchEstimate
+    seconds: dict[str, float]
+    disk_bytes: int
+    free_bytes: int
+    memory_bytes: int | None
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know before it starts: too little disk, too large a budget."""
+        notes = []
+        if self.disk_bytes > self.free_bytes:
+            notes.append(
+                f"the disk of the cache has {show_size(self.free_bytes)} free; name another with "
+                "--cache, or limit encoded weights: $ALLOCATOR_BANK_CAP"
+            )
+        if self.search.budget.nbytes >= self.search.ceiling:
+            notes.append(
+                "the budget holds the largest formats that are offered: nothing needs to be "
+                "compressed further"
+            )
+        return tuple(notes)
+
+
+def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate:
+    """Prices every stage.
+
+    Args:
+        request: of the search.
+        recipe: of finishing; None to leave it out.
+
+    Raises:
+        AllocatorError: one line on whatever is wrong with the request.
+    """
+    search = estimate_search(request)
+    study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
+    streamed = study_folder.spec.streamed is not None
+    tokens = study_folder.scorers.trials.n_tokens
+    per_token = search.seconds_per_full_trial / tokens
+    written = min(search.budget.nbytes, search.ceiling)
+    seconds = {
+        "profile": search.profile_seconds,
+        "search": search.total_seconds - search.profile_seconds,
+        "finish": 0.0,
+        "materialize": written / _COPY_BYTES_PER_SECOND,
+        "verify": written / _COPY_BYTES_PER_SECOND + per_token * tokens * _RUNTIME_FORWARDS,
+    }
+    if recipe is None:
+        del seconds["finish"]
+    else:
+        seconds["finish"] = _finish_seconds(
+            study_folder, recipe.layer_by_layer if streamed else recipe, per_token, written
+        )
+    return RoadEstimate(
+        search=search,
+        seconds=seconds,
+        disk_bytes=_disk_bytes(study_folder, written, finished=recipe is not None),
+        free_bytes=shutil.disk_usage(_existing(study_folder.cache)).free,
+        memory_bytes=None if streamed else model_bytes(study_folder.inventory),
+    )
+
+
+def model_bytes(inventory: Inventory) -> int:
+    """Returns the bytes of a model in memory: float32, and as much again for its gradients."""
+    tensors = inventory.tensors.values()
+    return 2 * 4 * sum(prod(t.shape) for t in tensors if t.role != "nextn")
+
+
+def _finish_seconds(
+    study_folder: StudyFolder, recipe: Recipe, per_token: float, written: int
+) -> float:
+    from allocator.finishing.estimate import FinishTokens, seconds_per_weight
+    from allocator.finishing.finish import FinishDocuments
+
+    calibration = study_folder.calibration
+    documents = FinishDocuments(
+        calibration.search, calibration.trial_documents, calibration.selection_documents
+    )
+    fmt, width = _typical(study_folder, written)
+    per_weight = seconds_per_weight(
+        fmt, width, rounds=recipe.rounds, device=study_folder.torch_device
+    )
+    weights = study_folder.inventory.n_searched_weights
+    passes = FinishTokens.of(recipe, documents).seconds(recipe, per_token)
+    return sum(passes.values()) + (per_weight or 0.0) * weights
+
+
+def _typical(study_folder: StudyFolder, written: int) -> tuple[Format, int]:
+    """The format of the largest group nearest to the bits that are written, and its width."""
+    groups = study_folder.layout.groups.values()
+    largest = max(groups, key=lambda group: prod(group.shape))
+    bits = written * 8 / study_folder.inventory.n_searched_weights
+    return min(largest.offered(), key=lambda fmt: abs(fmt.bits - bits)), largest.shape[-1]
+
+
+def _disk_bytes(study_folder: StudyFolder, written: int, *, finished: bool) -> int:
+    """Encoded weights of all formats that are priced, finished weights twice, and the file."""
+    banked = 0
+    for group in study_folder.layout.groups.values():
+        each = [fmt.nbytes(group.shape) for fmt in group.offered()]
+        banked += sum(each) if study_folder.spec.streamed is None else 3 * max(each) // 2
+    if study_folder.encodings_cap is not None:
+        banked = min(banked, study_folder.encodings_cap)
+    return banked + (2 * written if finished else 0) + written
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,161 @@
+"""One command from a model to a verified checkpoint, held against the verbs that it is made of."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from allocator import api
+from allocator.app.resources import Resources
+from allocator.checkpoint.reading import read_inventory
+from allocator.cli import main
+from allocator.errors import AllocatorError, StudyError
+from allocator.pipeline.quantize import RESULT, QuantizeRequest, plan_of, run
+
+BITS, TRIALS = 5.0, 3
+
+
+@pytest.fixture(scope="module")
+def done(checkpoints, fresh_study, study_cache, tmp_path_factory):
+    """A request, its stages in order, and what came out; read only."""
+    out = tmp_path_factory.mktemp("quantize") / "study"
+    values = {
+        "bits": BITS, "tokenizer": "none", "trials": TRIALS,
+        "calibration": fresh_study / "documents.jsonl", "report": fresh_study / "report.jsonl",
+    }  # fmt: skip
+    resources = Resources(cache=study_cache, threads=1)
+    request = QuantizeRequest(checkpoints["qwen3"], values, out=out, resources=resources)
+    stages = []
+    result = run(request, on_stage=stages.append)
+    return request, stages, result
+
+
+def test_all_stages_leave_a_verified_file(done):
+    request, stages, result = done
+    assert stages == ["profile", "search", "finish", "materialize", "verify"]
+    file = request.out / result.checkpoint / result.file
+    weights = read_inventory(request.model).n_searched_weights
+    manifest = json.loads((file.parent / "manifest.json").read_bytes())
+    assert file.stat().st_size == result.file_bytes == manifest["file_bytes"]
+    assert manifest["sha256"][result.file] == result.sha256
+    assert 0 < result.bits <= BITS
+    assert result.bits * weights / 8 <= int(BITS * weights / 8)
+    assert result.finished["selection"] <= result.loss["selection"]
+    assert api.verify(request.out, file.parent, cache=request.resources.cache, threads=1)
+
+
+def test_the_verbs_alone_come_to_the_same_bytes(done, tmp_path):
+    request, _, result = done
+    study = tmp_path / "study"
+    api.init(request.model, study, **request.values)
+    options = {"cache": request.resources.cache, "threads": 1}
+    pick = api.search(study, **options).pick
+    api.finish(study, pick, **options)
+    written = api.materialize(study, pick, tmp_path / "pick", **options)
+    assert written.manifest.sha256[result.file] == result.sha256
+
+
+def test_the_same_call_runs_no_stage_again(done):
+    request, _, result = done
+    stages = []
+    assert run(request, on_stage=stages.append) == result
+    assert not stages
+
+
+def test_what_was_lost_is_made_again(done, tmp_path):
+    request, _, result = done
+    study = Path(shutil.copytree(request.out, tmp_path / "study"))
+    (study / result.checkpoint / result.file).unlink()
+    (study / RESULT).write_bytes(b"{")  # damaged
+    stages = []
+    again = run(replace(request, out=study), on_stage=stages.append)
+    assert again == result
+    assert stages[0] == "profile"
+    assert (study / result.checkpoint / result.file).is_file()
+    assert run(replace(request, out=study), on_stage=stages.append) == result
+    assert stages.count("profile") == 1
+
+
+def with_values(request, **changes):
+    return replace(request, values={**request.values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "values", "says"),
+    [
+        ({}, {"bits": None}, "needed a limit"),
+        ({}, {"budget": "1MiB"}, "bits: needed alone"),
+        ({}, {"bits": 0.0}, "above 0 and up to 32"),
+        ({}, {"bits": 4.0}, "study.toml: budget is weights = "),
+        ({}, {"seed": 3}, "study.toml: seed is 0, asked for 3"),
+        ({}, {"target": "tflite"}, "tflite"),
+        ({"model": "no/such/model/here"}, {}, "no such model"),
+        ({"seconds": -1.0}, {}, "needed a number of seconds"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(done, changes, values, says):
+    request, _, _ = done
+    before = {p: p.stat().st_mtime_ns for p in request.out.rglob("*")}
+    with pytest.raises(AllocatorError, match=r"^[^\n]*$") as refused:
+        run(replace(with_values(request, **values), **changes))
+    assert says in str(refused.value)
+    assert {p: p.stat().st_mtime_ns for p in request.out.rglob("*")} == before
+
+
+def test_a_budget_below_the_floor_leaves_no_folder(done, tmp_path):
+    small = replace(with_values(done[0], bits=0.5), out=tmp_path / "study")
+    with pytest.raises(AllocatorError, match="under the floor"):
+        run(small)
+    assert not small.out.exists()
+
+
+def test_time_for_less_than_the_profile_is_refused_at_once(done, tmp_path):
+    short = replace(done[0], seconds=0.0, out=tmp_path / "study")
+    fresh = replace(short, resources=Resources(cache=tmp_path / "cache", threads=1))
+    with pytest.raises(StudyError, match="the profile alone takes about"):
+        run(fresh)
+    assert not short.out.exists()
+
+
+def test_a_time_that_is_over_leaves_one_trial_and_all_stages_follow(done, tmp_path):
+    request = replace(done[0], seconds=0.1, finish=False, out=tmp_path / "study")
+    stages = []
+    result = run(request, on_stage=stages.append)
+    assert stages == ["profile", "search", "materialize", "verify"]
+    assert result.finished is None
+
+
+def test_the_plan_writes_nothing_and_names_what_it_takes(done, tmp_path):
+    plan = plan_of(replace(done[0], out=tmp_path / "study", finish=False))
+    assert not plan.study.exists()
+    assert list(plan.road.seconds) == ["profile", "search", "materialize", "verify"]
+    assert plan.road.total_seconds > 0
+    weights = sum(t.total_bytes for t in plan.inventory.tensors.values()) // 2  # bfloat16
+    assert plan.road.memory_bytes == 8 * weights
+
+
+def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkeypatch):
+    request, _, result = done
+    arguments = [
+        "quantize", str(request.model), "--bits", "5", "--tokenizer", "none", "--trials", "3",
+        "--calibration", str(request.values["calibration"]),
+        "--report", str(request.values["report"]),
+        "--out", str(request.out), "--cache", str(request.resources.cache), "--threads", "1",
+        "--quiet",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for path in (request.model, request.out):  # which are as long as they are
+        out = out.replace(str(path), "PATH")
+    assert max(map(len, out.splitlines())) <= 80
+    for said in ("takes    about", "memory", "disk", "the same command resumes", result.file):
+        assert said in out
+    assert main([*arguments, "--seed", "3"]) == 2
+    assert "seed is 0, asked for 3" in capsys.readouterr().err
+
+
+def test_a_larger_budget_than_needed_is_said(done, tmp_path):
+    plan = plan_of(replace(with_values(done[0], bits=32.0), out=tmp_path / "study"))
+    assert any("nothing needs to be compressed" in note for note in plan.road.notes)
