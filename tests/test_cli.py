@@ -447,14 +447,14 @@ def n_scored(study):
 
 def test_killed_at_random_moments_is_undisturbed(run, fresh_study, study_cache, tmp_path):
     whole = shutil.copytree(fresh_study, tmp_path / "whole/study")
-    good(run("search", whole, "--trials", 40))
+    good(run("search", whole, "--trials", 16))
     killed = shutil.copytree(fresh_study, tmp_path / "killed/study")
     command = [
-        sys.executable, "-m", "allocator", "search", killed, "--trials", "40",
+        sys.executable, "-m", "allocator", "search", killed, "--trials", "16",
         "--cache", study_cache, "--threads", "1", "--quiet",
     ]  # fmt: skip
     rng = random.Random()
-    for at in (2, 15):  # once so many trials were scored, and a moment later
+    for at in (2, 7):  # once so many trials were scored, and a moment later
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -464,8 +464,8 @@ def test_killed_at_random_moments_is_undisturbed(run, fresh_study, study_cache, 
         process.kill()
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err.decode()
-        assert n_scored(killed) < 40
-    good(run("search", killed, "--trials", 40))
+        assert n_scored(killed) < 16
+    good(run("search", killed, "--trials", 16))
     assert trials(killed) == trials(whole)
     assert state(killed / "allocations") == state(whole / "allocations")
 
