@@ -203,14 +203,14 @@ def test_a_lost_database_is_one_line_without_its_password(tmp_path):
 def test_tokens_hold_for_workers(fresh, study_cache, shared):
     options = {"cache": study_cache, "threads": 2}
     study_folder = StudyFolder(fresh, **options)
-    given = study_folder.base_tokens + 12 * study_folder.scorers.trials.n_tokens
+    given = study_folder.base_tokens + 6 * study_folder.scorers.trials.n_tokens
     given += 5 * study_folder.scorers.selection.n_tokens  # the pick
     result = api.search(
         fresh, sampler="random", tokens=given, workers=2, storage=shared("sqlite"), **options
     )
     spent = sum(map(forward_tokens, not_abandoned(result.study)))
     one_trial = study_folder.scorers.trials.n_tokens
-    assert 11 * one_trial < spent <= 12 * one_trial
+    assert 5 * one_trial < spent <= 6 * one_trial
 
 
 def test_a_shared_storage_keeps_trials_of_living_workers_elsewhere(fresh, study_cache, tmp_path):
