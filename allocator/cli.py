@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from allocator.app.resources import ResourceOptions
 
+_WIDTH = 80
 _BY_NAME = ("finish", "score")  # which take a format's name in the place of an allocation file
 _EPILOG = (
     "Bad input is one line on stderr and exit code 2. `allocator VERB --help` explains a verb."
@@ -181,7 +183,8 @@ def _print_quantize_plan(plan: Any) -> None:
     )
     print(f"         disk up to {show_size(road.disk_bytes)}, {memory}")
     print(f"study    {plan.study}: the same command resumes\nwrites   {plan.checkpoint}")
-    _print_notes((*search.notes, *road.notes))
+    for note in (*search.notes, *road.notes):
+        print(textwrap.fill(f"note     {note}", _WIDTH, subsequent_indent=" " * 9))
     sys.stdout.flush()
 
 

@@ -18,7 +18,9 @@ from allocator.units import show_bytes
 _ID = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?(:(?P<gguf>[\w.-]+))?", re.ASCII
 )
-_FETCHED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+_FETCHED = (
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 _OTHER_WEIGHTS = ("consolidated*", "original/*", "onnx/*", "*/*")
 """The same weights once more, in another layout or folder."""
 

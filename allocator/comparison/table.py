@@ -5,6 +5,7 @@ target, budget, split and searcher), `compare.png`. Invariant: runs of different
 in one table; what cannot be compared (no baseline at these bytes, a lossless reference) is empty.
 """
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path

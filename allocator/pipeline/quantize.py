@@ -156,9 +156,10 @@ def quantize(
     """
     given: dict[str, Any] = dict(options)
     machine: Any = {n: given.pop(n) for n in ResourceOptions.__annotations__ if n in given}
+    values: Any = given
     request = QuantizeRequest(
         model=model,
-        values=StudyValues(**given),
+        values=values,
         out=None if out is None else Path(out),
         seconds=seconds,
         finish=finish,

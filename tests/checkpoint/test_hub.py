@@ -99,13 +99,13 @@ def server(monkeypatch, tmp_path):
     server.server_close()
 
 
-def test_fetches_weights_config_and_tokenizer_alone(server):
+def test_fetches_weights_config_tokenizer_and_card_alone(server):
     folder = model_path("org/moe")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         n: MODEL[n]
         for n in (
             "config.json", "tokenizer.json", "model-00001-of-00001.safetensors",
-            "model.safetensors.index.json",
+            "model.safetensors.index.json", "README.md",
         )
     }  # fmt: skip
     fetched = [path for verb, path in server.asked if verb == "GET" and "resolve" in path]
