@@ -1,5 +1,6 @@
 """Every data file that the repository ships loads, and belongs to what is beside it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,22 @@ def test_something_is_shipped():
     assert len(RECORDS) >= 22
     assert len(IMPORTANCE) == 3
     assert len(DEVICES) >= 6
+
+
+def test_the_readme_is_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    named = set(re.findall(r"docs/[\w.-]+\.md", text))
+    assert named == {str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=str)
+def test_pages_name_files_that_exist(page):
+    """Paths of the repository in backquotes, and pictures."""
+    text = page.read_text()
+    paths = re.findall(
+        r"`((?:allocator|docs|studies|search_spaces|tests|notebooks)/[\w./-]+)`", text
+    )
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    known = [ROOT / p for p in paths if not p.startswith("studies/quickstart")]
+    assert [p for p in (*known, *(page.parent / p for p in pictures)) if not p.exists()] == []
