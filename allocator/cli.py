@@ -167,7 +167,7 @@ def _print_quantize_plan(plan: Any) -> None:
     inventory, road = plan.inventory, plan.road
     search, weights = road.search, inventory.n_searched_weights
     print(
-        f"model    {plan.model}: {inventory.config.get('model_type')}, {inventory.n_layers} "
+        f"model    {plan.model}: {inventory.family.model_type}, {inventory.n_layers} "
         f"layers, {inventory.n_experts} experts, {weights / 1e9:.3g} billion weights"
     )
     for limit in search.budget.limits:

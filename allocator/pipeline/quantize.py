@@ -241,8 +241,8 @@ def _folder_name(request: QuantizeRequest) -> str:
     parts += [str(size) for n in _LIMITS[:2] if (size := values.get(n)) is not None]
     if device is not None:
         parts.append(str(device.memory) if device.preset is None else Path(device.preset).stem)
-    if (target := values.get("target")) not in (None, "gguf"):
-        parts.append(str(target))
+    if (target := values.get("target")) is not None:
+        parts.append(target)
     return "-".join(parts)
 
 
