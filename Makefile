@@ -23,7 +23,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # search, finish the pick, write both containers, verify each in its runtime, compare on held-out
-# documents; then the committed answer beside this one, its checkpoints rebuilt to the recorded sha256
+# documents, write a page to look at; then the committed answer beside this one, its checkpoints
+# rebuilt to the recorded sha256
 quickstart: install
 	mkdir -p $(RUN)/out
 	for name in $(QUESTION); do ln -sfnr $(STUDY)/$$name $(RUN)/$$name; done
@@ -34,6 +35,7 @@ quickstart: install
 	$(BIN)/allocator verify $(RUN)/out/pick-gguf --study $(RUN)
 	$(BIN)/allocator verify $(RUN)/out/pick-safetensors --study $(RUN)
 	$(BIN)/allocator evaluate $(RUN)
+	$(BIN)/allocator report $(RUN)
 	$(BIN)/allocator diff $(RUN)/allocations/pick.json $(STUDY)/allocations/pick.json
 	$(BIN)/allocator reproduce $(STUDY)/allocations/pick.json --out $(RUN)/out/committed
 

@@ -119,6 +119,7 @@ def test_the_pick_is_finished_and_its_files_hold_the_finished_weights(project):
         assert manifest["sha256"][manifest["file"]] == record.sha256[container]
     rows = re.findall(r"^ *(\* pick(?:, unfinished)?) +[0-9]", done.stdout, re.MULTILINE)
     assert sorted(rows) == ["* pick", "* pick, unfinished"]
+    assert "<!doctype html>" in (run / "report.html").read_text().lower()
 
 
 def test_one_line_compares_the_two_answers(project):
