@@ -6,14 +6,12 @@ the input is said before anything is measured.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from allocator.app.outcome import Outcome
 from allocator.app.pick import check_tokens, pick_among, pick_tokens
@@ -24,6 +22,7 @@ from allocator.app.study_folder import StudyFolder
 from allocator.app.trial_table import write_front
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.decision.budget import Budget
+from allocator.files.progress import say, step
 from allocator.study.folder_lock import search_lock
 from allocator.study.leases import Leases, left_here
 from allocator.study.outcomes import close_abandoned
@@ -81,7 +80,7 @@ def search(request: SearchRequest) -> SearchResult:
     with search_lock(study_folder.path, join=request.join) as lock, reaching(launch.storage):
         calibration = study_folder.calibration.summary, study_folder.calibration.use
         if study_folder.progress and lock.exclusive_start:  # workers of this search stay silent
-            tqdm.write("\n".join(f"calibration: {line}" for line in calibration), file=sys.stderr)
+            say("\n".join(f"calibration: {line}" for line in calibration))
         messages = mend_storage(launch.storage, study_folder.path) if lock.exclusive_start else []
         study = study_folder.study(launch)
         if lock.exclusive_start and (
@@ -133,15 +132,11 @@ def close_dead(study: optuna.Study, storage: str | None, folder: Path) -> int:
 
 
 class _TrialBar:
-    """A progress bar over trials, with the least loss so far."""
+    """A step over trials, with the least loss so far."""
 
     def __init__(self, n_trials: int | None, running: Search, *, shown: bool) -> None:
-        self._bar = tqdm(
-            total=n_trials,
-            initial=running.n_proposals(),
-            desc="search",
-            unit="trial",
-            disable=not shown,
+        self._bar = step(
+            "search", n_trials, initial=running.n_proposals(), unit="trials", shown=shown
         )
         self._best = min((t.values[0] for t in complete_trials(running.study)), default=math.inf)
 
@@ -154,5 +149,5 @@ class _TrialBar:
     def __call__(self, trial: FrozenTrial) -> None:
         if trial.state == TrialState.COMPLETE:
             self._best = min(self._best, trial.values[0])
-        self._bar.set_postfix_str(f"least loss {self._best:.5f}")
+        self._bar.note(f"least loss {self._best:.5f}")
         self._bar.update()

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from allocator.app.study_folder import StudyFolder
 from allocator.errors import CalibrationError
 from allocator.export.gguf.apart import LlamaProcess
 from allocator.export.gguf.foreign import ForeignGguf, check_gguf
+from allocator.files.progress import stepping
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import by_domain, losses_of, mean
@@ -62,14 +62,14 @@ def score_gguf(
     scorer.score(Candidate.original(study_folder.layout))
 
     def row(name: str, of: ForeignGguf) -> dict[str, Any]:
-        bar = tqdm(chosen, desc=name, unit="doc", disable=not study_folder.progress)
+        shown = stepping(chosen, name, unit="documents", shown=study_folder.progress)
         with LlamaProcess(
             of.path,
             context=max(len(d.ids) for d in chosen),
             threads=study_folder.threads,
             yarn_betas=yarn_betas(study_folder.inventory),
         ) as llama:
-            rows = [scorer.score_logits(i, llama.logits(d.ids)) for i, d in enumerate(bar)]
+            rows = [scorer.score_logits(i, llama.logits(d.ids)) for i, d in enumerate(shown)]
         kl = losses_of(rows).kl
         weights = study_folder.inventory.n_searched_weights
         domains = by_domain(np.asarray(kl), chosen)

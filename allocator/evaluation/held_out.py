@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from allocator.app.held_out_file import HeldOutRow, HeldOutSplit, keep_row, rounded
 from allocator.app.resources import StudyOptions
@@ -26,6 +25,7 @@ from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
+from allocator.files.progress import stepping
 from allocator.scoring.documents import Document, digest, interleaved
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def evaluate(
     row = original_row(study_folder.inventory, held_out, losses)
     frame = measured(row)
     kept.add("original", row, losses)
-    shown = tqdm(rows.items(), desc="evaluate", disable=not study_folder.progress)
+    shown = stepping(rows.items(), "evaluate", unit="allocations", shown=study_folder.progress)
     for (name, wanted), its in zip(shown, _each(rows.values()), strict=True):
         row = _row(study_folder, scorer.documents, name, wanted.allocation, its, domains=domains)
         frame = measured(row)
@@ -399,9 +399,9 @@ class _Tasks:
         chosen = {"original", *from_files} | _neighbours(frame, from_files)
         frame["acc"] = np.nan
         frame["lm_eval_perplexity"] = np.nan
-        own, hidden = self._study_folder.scorers.model, not self._study_folder.progress
+        own, progress = self._study_folder.scorers.model, self._study_folder.progress
         rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
-        for at, name in tqdm(rows, desc="lm-eval", disable=hidden):
+        for at, name in stepping(rows, "lm-eval", unit="allocations", shown=progress):
             scorer = from_files[name].scorer if name in from_files else None
             swap = scorer.swap if isinstance(scorer, Scorer) else own
             assert isinstance(swap, SwapModel)  # a streamed study was refused

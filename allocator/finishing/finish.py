@@ -22,7 +22,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from allocator.checkpoint.tensors import Floats, floats_of, read_tensor
 from allocator.codecs import Bytes, codec_of, identity_of
@@ -34,6 +33,7 @@ from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
 from allocator.files.atomic import locked
 from allocator.files.checksums import load_arrays, read_checked, save_arrays, write_checked
+from allocator.files.progress import step
 from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
 from allocator.finishing.codes import choose, with_gain
 from allocator.finishing.recipe import CODES, Recipe, inputs_digest
@@ -348,11 +348,13 @@ class Finisher:
                 missing.setdefault(part.group.name, []).append(part)
             else:
                 known[part.name] = self._differs(part, arrays["data"])
-        with tqdm(
-            total=sum(p.n_weights for p in parts),
+        with step(
+            "codes",
+            sum(p.n_weights for p in parts),
             initial=sum(p.n_weights for p in parts if p.name in known),
-            desc="codes", unit="weight", unit_scale=True, disable=not self.progress,
-        ) as bar:  # fmt: skip
+            unit="weights",
+            shown=self.progress,
+        ) as bar:
             for part, data in self._choose(missing, folder):
                 known[part.name] = self._differs(part, data)
                 save_arrays(_codes_path(folder, part), {"data": data}, folder.name)

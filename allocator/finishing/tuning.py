@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from allocator.checkpoint.tensors import Floats
 from allocator.errors import CalibrationError
 from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
 from allocator.files.checksums import arrays_checksum, load_arrays, save_arrays
+from allocator.files.progress import step
 from allocator.finishing.kl_gradient import KlGradient
 from allocator.finishing.relative_changes import KINDS, RelativeChanges
 from allocator.scoring.documents import Document, digest
@@ -180,11 +180,9 @@ def tune(
     run.resume()
     if stop is not None and 0 < run.state.step < len(steps) and stop(run.state.step):
         return run.stopped()
-    with tqdm(
-        total=len(steps), initial=run.state.step, desc="tuning", unit="step", disable=not progress
-    ) as bar:
+    with step("tuning", len(steps), initial=run.state.step, unit="steps", shown=progress) as bar:
         for loss in run.steps():
-            bar.set_postfix_str(f"selection {loss:.4f}", refresh=False)
+            bar.note(f"selection {loss:.4f}")
             bar.update()
             if stop is not None and run.state.step < len(steps) and stop(run.state.step):
                 return run.stopped()

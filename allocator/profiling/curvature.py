@@ -31,6 +31,7 @@ import torch
 
 from allocator.checkpoint.tensors import Floats, Ints
 from allocator.families import Role
+from allocator.files.progress import step
 from allocator.profiling.products import (
     Calls,
     Product,
@@ -331,17 +332,25 @@ def measure(
     def each(batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, slopes: Any) -> None:
         curvature.add_lookup(ids, gradient)
         curvature.add_slopes(dict(zip(parameters, slopes or (), strict=True)))
+        shown.update(len(batch))
 
     gradient_bytes = sum(p.nbytes for p in parameters.values())
+    shown = step(
+        "curvature" if reference is None else "gradient step",
+        len(documents),
+        unit="documents",
+        brief=reference is not None,
+    )
     try:
         model.requires_grad_(reference is not None)
-        run_backward(
-            model, documents, calls, each,
-            also=None if reference is None else slopes,
-            seed=seed,
-            batch_tokens=batch_tokens,
-            threads=affordable_threads(model, threads, gradient_bytes),
-        )  # fmt: skip
+        with shown:
+            run_backward(
+                model, documents, calls, each,
+                also=None if reference is None else slopes,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                threads=affordable_threads(model, threads, gradient_bytes),
+            )  # fmt: skip
     finally:
         model.requires_grad_(False)
         for handle in handles:

@@ -7,12 +7,13 @@ Invariant: prices are of all rows of every matrix.
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from math import prod
 
 import msgspec
-from tqdm import tqdm
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
+from allocator.files.progress import step
 from allocator.prediction.surrogate import LocalPrices
 from allocator.profiling.curvature import FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.profiling.profiler import Losses, Profiler, nearest_format
@@ -57,19 +58,20 @@ class InMemoryProfiler(Profiler):
         """Prices every offered format of every group, all its rows."""
         with self.model.original():
             curvature = measure(self.model, self.inputs.curvature_documents, threads=self.threads)
-        n_formats = sum(len(g.offered()) for g in self.layout.groups.values())
-        bar = tqdm(total=n_formats, desc="encoding", disable=not self.progress)
+        _ = self.encodings  # its importance takes a pass of the same model
+        n_weights = sum(len(g.offered()) * prod(g.shape) for g in self.layout.groups.values())
         prices: Losses = {}
-        for group in self.layout.groups.values():
-            weights = group_weights(self.layout, group)
-            experts = range(len(weights)) if group.role.is_expert else ()
-            row = prices[group.name] = {}
-            self.encodings.release()
-            for fmt in group.offered():
-                decoded = self.encodings.decoded(group.name, fmt.name)
-                row[fmt.name] = curvature.price(group, decoded - weights, experts)
-                bar.update()
-        bar.close()
+        with step("encoding", n_weights, unit="weights", shown=self.progress) as shown:
+            for group in self.layout.groups.values():
+                weights = group_weights(self.layout, group)
+                experts = range(len(weights)) if group.role.is_expert else ()
+                row = prices[group.name] = {}
+                self.encodings.release()
+                for fmt in group.offered():
+                    shown.note(f"{group.name} in {fmt.name}")
+                    decoded = self.encodings.decoded(group.name, fmt.name)
+                    row[fmt.name] = curvature.price(group, decoded - weights, experts)
+                    shown.update(weights.size)
         return prices
 
     def measure_losses(self, candidates: Iterable[Candidate]) -> Iterator[float]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from tqdm import tqdm
 
 from allocator.codecs.encodings import Encodings, open_encodings
 from allocator.decision.allocation import Allocation
@@ -29,6 +28,7 @@ from allocator.decision.search_space import Experts, SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.files.atomic import locked
 from allocator.files.checksums import load_arrays, log_damage, save_arrays
+from allocator.files.progress import step
 from allocator.formats import Format
 from allocator.prediction.profile import Change, Profile
 from allocator.profiling.changes import (
@@ -313,14 +313,16 @@ class Profiler(ABC):
         """Losses by the name of a change; those without a line are measured and appended."""
         losses = {row["change"]: row["kl"] for row in lines.rows}
         missing = [change for change in changes if change.name not in losses]
-        bar = tqdm(total=len(changes), initial=len(losses), desc="measuring", disable=not progress)
-        if missing:
+        if not missing:
+            return losses
+        with step(
+            "measuring", len(changes), initial=len(losses), unit="changes", shown=progress
+        ) as bar:
             measured = self.measure_losses(map(self.candidate, missing))
             for change, loss in zip(missing, measured, strict=True):
                 losses[change.name] = loss
                 lines.append({"change": change.name, "kl": loss})
                 bar.update()
-        bar.close()
         return losses
 
     def candidate(self, change: MeasuredChange) -> Candidate:

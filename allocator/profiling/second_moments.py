@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from allocator.families import Role
+from allocator.files.progress import Step, step, stepping
 from allocator.profiling.products import (
     Calls,
     Product,
@@ -118,10 +118,9 @@ def second_moments(
         that multiply one input may share one tensor: it is to be read alone.
     """
     passes = _passes(swap.retained, groups, fisher, memory_bytes)
-    bar = tqdm(
-        total=len(passes) * len(documents), desc="second moments", unit="doc", disable=not progress
-    )
-    with bar:
+    with step(
+        "second moments", len(passes) * len(documents), unit="documents", shown=progress
+    ) as bar:
         for chosen in passes:
             sums = _sums(swap.retained, chosen, fisher, swap.model)
             if fisher:
@@ -318,7 +317,7 @@ def _run_plain(
     groups: Sequence[Group],
     sums: dict[str, _Sums],
     batch_tokens: int,
-    bar: Any,
+    bar: Step,
 ) -> None:
     model, layout = swap.model, swap.layout
     handles = _watch_plain(model, layout, groups, sums)
@@ -381,7 +380,7 @@ def _run_fisher(
     seed: int,
     batch_tokens: int,
     threads: int,
-    bar: Any,
+    bar: Step,
 ) -> None:
     model, layout, calls = swap.model, swap.layout, Calls()
     take = calls.later(_TakeFisher(layout, sums))
@@ -514,10 +513,9 @@ def second_moments_streamed(
     if last:
         checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
         reached, states = run.resume(checkpoints, first)
-        for layer in tqdm(
-            range(reached, last), desc="second moments", unit="layer", disable=not progress,
-            initial=reached, total=last,
-        ):  # fmt: skip
+        for layer in stepping(
+            range(reached, last), "second moments", initial=reached, unit="layers", shown=progress
+        ):
             yield from run.layer(layer, by_layer.get(layer, []), states)
             if head or layer + 1 < last:
                 run.advance(checkpoints, layer, states)

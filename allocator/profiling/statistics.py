@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.search_space import OBSERVED
 from allocator.families import Role
 from allocator.files.checksums import load_arrays, save_arrays
+from allocator.files.progress import step, stepping
 from allocator.profiling.products import query_module
 from allocator.scoring.arranged import matrix_name
 from allocator.scoring.documents import Document, batches
@@ -230,17 +230,16 @@ def collect(
     for layer in experts:
         use_observer(model, layer, observer(layer))
     chosen = list(batches(documents, 0, len(documents), n_tokens=batch_tokens))
-    bar = tqdm(total=len(documents), desc="calibration", unit="doc", disable=not progress)
     try:
         passes = side_by_side(run, chosen, affordable_threads(model, threads))
-        for batch, (of_batch, experts_of_batch) in zip(chosen, passes, strict=True):
-            for name, total in of_batch.items():
-                sums[name].merge(total)
-            for layer, layer_sums in experts_of_batch.items():
-                experts[layer].merge(layer_sums)
-            bar.update(len(batch))
+        with step("calibration", len(documents), unit="documents", shown=progress) as bar:
+            for batch, (of_batch, experts_of_batch) in zip(chosen, passes, strict=True):
+                for name, total in of_batch.items():
+                    sums[name].merge(total)
+                for layer, layer_sums in experts_of_batch.items():
+                    experts[layer].merge(layer_sums)
+                bar.update(len(batch))
     finally:
-        bar.close()
         for handle in handles:
             handle.remove()
         use_sorted_experts(model, layout.layers)
@@ -278,10 +277,9 @@ def collect_streamed(
     try:
         layers_sums = [_layer_sums(layout, i, sums, experts, scratch, of) for i in range(n_layers)]
         first = _resume(checkpoints, states, layers_sums)
-        layers = tqdm(
-            range(first, n_layers), desc="calibration", unit="layer", disable=not progress,
-            initial=first, total=n_layers,
-        )  # fmt: skip
+        layers = stepping(
+            range(first, n_layers), "calibration", initial=first, unit="layers", shown=progress
+        )
         for layer in layers:
             observe = experts[layer].observe if layer in experts else None
             streamed.run(layer, [states], observe=observe)

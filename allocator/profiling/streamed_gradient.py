@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from allocator.families import Role
+from allocator.files.progress import step
 from allocator.profiling.curvature import Curvature
 from allocator.profiling.products import drawn, product_name, watch_products
 from allocator.scoring.documents import Document
@@ -65,9 +65,9 @@ def measure_streamed(
     n_tokens = sum(len(d.ids) for d in documents)
     passed = _Pass(streamed, Curvature(streamed.layout, n_tokens), take)
     n_layers = streamed.inventory.n_layers
-    bar = tqdm(total=2 * n_layers, desc="curvature", unit="layer", disable=not progress)
     checkpoints = streamed.layer_checkpoints(scratch, documents, batch_tokens, of)
-    with torch.inference_mode(False), torch.no_grad():
+    counted = step("curvature", 2 * n_layers, unit="layers", shown=progress)
+    with torch.inference_mode(False), torch.no_grad(), counted as bar:
         for last in range(n_layers + 1):
             if (known := checkpoints.load("gradients", last)) is not None:
                 break
@@ -78,13 +78,12 @@ def measure_streamed(
         elif streamed.inventory.tied_embeddings:  # its product is priced at the end, with lookups
             passed.head(_states(streamed, checkpoints, n_layers), seed)
         gradients = known
-        bar.update(2 * n_layers - last - bar.n)
+        bar.update(2 * n_layers - last)
         for layer in reversed(range(last)):
             gradients = passed.layer(layer, _states(streamed, checkpoints, layer), gradients)
             settle()
             checkpoints.save("gradients", layer, gradients)
             bar.update()
-    bar.close()
     passed.embedding(checkpoints.documents, gradients)
 
 

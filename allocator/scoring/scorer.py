@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from allocator.decision.allocation import Allocation
+from allocator.files.progress import step
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.layer_arguments import LaterStart
@@ -225,11 +225,8 @@ class Scorer(Documents):
             return [self._compare(i, head(model, states)) for i, states in pairs]
 
         rows: list[Row] = []
-        with tqdm(
-            total=sum(map(len, batches)),
-            desc=self._progress,
-            disable=self._progress is None,
-            leave=False,
+        with step(
+            self._progress or "scoring", sum(map(len, batches)), unit="documents", brief=True
         ) as bar:
             for document_rows in side_by_side(work, batches, threads):
                 rows += document_rows

@@ -8,7 +8,6 @@ too is refused at any tolerance.
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from allocator.decision.allocation import DEFAULT_KV_FORMAT
 from allocator.errors import VerifyError
@@ -16,6 +15,7 @@ from allocator.export.base import Comparison, Exact
 from allocator.export.gguf.exact import EXACT_TOLERANCE, compare_exactly, kl_divergence
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.stored import StoredWeights
+from allocator.files.progress import stepping
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_scorer import AnyScorer, StreamedScorer
 from allocator.scoring.swap_model import device_of
@@ -68,7 +68,7 @@ def _run(
         kv_format=None if chosen == DEFAULT_KV_FORMAT else chosen,  # else llama.cpp's own defaults
         yarn_betas=yarn_betas(stored.layout.inventory),
     ) as llama:
-        shown = tqdm(scorer.documents, desc="llama.cpp", unit="doc", disable=not progress)
+        shown = stepping(scorer.documents, "llama.cpp", unit="documents", shown=progress)
         for index, document in enumerate(shown):
             logits = llama.logits(document.ids)
             runtime.append(scorer.score_logits(index, logits)[0])

@@ -25,7 +25,6 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from allocator.codecs import codec_of
 from allocator.decision.allocation import DEFAULT_KV_FORMAT
@@ -35,6 +34,7 @@ from allocator.export.gguf.files import Tensors, metadata_end, read_gguf
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.export.stored import StoredWeights
 from allocator.files.machine import free_memory
+from allocator.files.progress import stepping
 from allocator.formats import FORMATS
 from allocator.formats.ggml import TYPES
 from allocator.scoring.candidates import Candidate, Weights
@@ -98,7 +98,7 @@ def compare_exactly(
         ) as llama,
     ):
         expected = _torch_logits(model, candidate, chosen, n_layers)
-        shown = tqdm(chosen, desc="llama.cpp, exact", unit="doc", disable=not progress)
+        shown = stepping(chosen, "llama.cpp, exact", unit="documents", shown=progress)
         for document, logits in zip(shown, expected, strict=True):
             values.append(kl_divergence(logits, llama.logits(document.ids)))
             weights.append(len(document.ids))

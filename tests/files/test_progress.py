@@ -1,0 +1,83 @@
+"""Progress, against a clock that the test moves."""
+
+import io
+
+import pytest
+
+from allocator.files.progress import BYTES, Display, Step, show_progress, step, stepping, waiting
+
+
+class Shown(io.StringIO):
+    """A stream with a clock."""
+
+    def __init__(self, terminal=False):
+        super().__init__()
+        self.now, self.terminal = 0.0, terminal
+
+    def isatty(self):
+        return self.terminal
+
+    @property
+    def lines(self):
+        return self.getvalue().splitlines()
+
+
+@pytest.fixture
+def pipe():
+    stream = Shown()
+    stream.display = Display(stream, clock=lambda: stream.now, ticks=False)
+    show_progress(stream.display)
+    yield stream
+    show_progress(False)
+
+
+def test_hidden_steps_write_nothing(capfd):
+    with step("search", 3), waiting("lock") as waits:
+        waits.update()
+    assert list(stepping([1, 2], "layers")) == [1, 2]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_step_that_stands_still_shows_a_line_after_two_seconds_and_then_every_ten(pipe):
+    with step("curvature", 8, unit="documents"):
+        for pipe.now in range(35):
+            pipe.display.changed()
+    assert [line.split(", ")[1] for line in pipe.lines] == ["2 s", "12 s", "22 s", "32 s", "34 s"]
+    assert all(line.startswith("curvature: 0/8 documents, ") for line in pipe.lines)
+
+
+def test_time_to_go_is_of_the_work_done_in_this_run(pipe):
+    with step("measuring", 10, initial=4, unit="changes") as measuring:
+        pipe.now = 6.0
+        measuring.update(2)  # 3 s each
+        assert measuring.text(6.0) == "measuring: 6/10 changes, 6 s, 12 s to go"
+        assert measuring.text(8.0) == "measuring: 6/10 changes, 8 s, 10 s to go"
+        assert measuring.text(60.0).endswith(", 9 s to go")  # the one under way is nearly done
+
+
+def test_waits_are_shown_only_where_they_take_long(pipe):
+    with step("search", 2, unit="trials"):
+        with waiting("short"):
+            pipe.now += 1.0
+            pipe.display.changed()
+        with waiting("another process measures"):
+            pipe.now += 3.0
+            pipe.display.changed()
+    assert pipe.lines == [
+        "search: 0/2 trials, 4 s > another process measures: 3 s",
+        "another process measures: 3 s",
+        "search: 0/2 trials, 4 s",
+    ]
+
+
+def test_a_terminal_has_one_line_that_is_written_over():
+    stream = Shown(terminal=True)
+    display = Display(stream, clock=lambda: stream.now, ticks=False)
+    writing = Step(display, "writing", 4 << 30, initial=0, unit=BYTES, brief=False)
+    for _ in range(3):
+        stream.now += 5.0
+        writing.update(1 << 30)
+    writing.close()
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r") == 5  # three times drawn, once erased
+    assert stream.lines[-1].startswith("writing: 3.00 GiB/4.00 GiB, 15 s")
