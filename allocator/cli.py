@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
+from allocator.files.progress import show_progress
 from allocator.units import parse_bytes, parse_seconds, show_bytes, show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -924,6 +925,7 @@ def _check_study(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
     args = _parser().parse_args(argv)
+    show_progress(not getattr(args, "quiet", True))
     try:
         if "study" in args:
             _check_study(args)
@@ -941,7 +943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(f"allocator {args.verb}: stopped; run the same command to go on", file=sys.stderr)
+        print(f"allocator {args.verb}: stopped; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

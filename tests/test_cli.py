@@ -20,6 +20,7 @@ from allocator.errors import StudyError
 from allocator.export.manifest import file_digest
 from allocator.scoring.scorer import Scorer
 from allocator.study.folder_lock import search_lock
+from allocator.study.search import Search
 
 torch.set_num_threads(1)
 
@@ -147,6 +148,40 @@ def test_progress_goes_to_stderr_alone(run, fresh):
     assert "search:" not in out
     assert "\r" not in out
     assert run("search", fresh, "--trials", 4)[2] == ""
+
+
+def test_a_search_in_a_pipe_names_every_stage(fresh, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    arguments = ["search", str(fresh), "--trials", "2", "--cache", str(cache), "--threads", "1"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().err.splitlines()
+    ends = dict(line.split(" > ")[-1].split(": ", 1) for line in lines if ": " in line)
+    (folder,) = (cache / "profiles").iterdir()
+    changes = (folder / "losses.jsonl").read_text().splitlines()
+    stages = {"statistics.json": "calibration", "curvature.json": "encoding"}
+    stages |= {"losses.jsonl": "measuring"}
+    assert {stages[p.name] for p in folder.iterdir() if p.name in stages} <= set(ends)
+    assert ends["measuring"].startswith(f"{len(changes)}/{len(changes)} changes, ")
+    assert ends["calibration"].startswith("8/8 documents, ")
+    assert ends["curvature"].startswith("8/8 documents, ")
+    assert ends["search"].startswith("2/2 trials, least loss ")
+
+
+def test_an_interrupted_search_closes_its_trial_and_resumes(run, fresh, monkeypatch):
+    score = Search._score
+
+    def interrupted(self, contenders, stop):
+        if self.n_proposals() == 2:
+            raise KeyboardInterrupt
+        score(self, contenders, stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "_score", interrupted)
+        code, _, err = run("search", fresh, "--trials", 3)
+    assert (code, err) == (130, "allocator search: stopped; run the same command to resume\n")
+    out = good(run("search", fresh, "--trials", 3))
+    assert "died" not in out
+    assert len(trials(fresh)) == 3
 
 
 @pytest.mark.parametrize("sampler", ["auto", "knapsack"])

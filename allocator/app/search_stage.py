@@ -6,6 +6,9 @@ the input is said before anything is measured.
 """
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -88,7 +91,10 @@ def search(request: SearchRequest) -> SearchResult:
         ):
             messages.append(f"closed {closed} trial(s) of a search that died; proposing them again")
         lock.ready()
-        with Leases(study, study_folder.path, seconds=request.lease_seconds) as leases:
+        with (
+            Leases(study, study_folder.path, seconds=request.lease_seconds) as leases,
+            _closing_own(study, study_folder.path),
+        ):
             running = prepare(study_folder, launch, study, leases=leases)
             stop = stop.started()
             before = running.n_proposals()
@@ -129,6 +135,17 @@ def close_dead(study: optuna.Study, storage: str | None, folder: Path) -> int:
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return close_abandoned(study, running if storage is None else left_here(running, folder))
+
+
+@contextmanager
+def _closing_own(study: optuna.Study, folder: Path) -> Iterator[None]:
+    """Closes the trials of this process at once where a Ctrl-C ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        close_abandoned(study, left_here(running, folder, pid=os.getpid()))
+        raise
 
 
 class _TrialBar:

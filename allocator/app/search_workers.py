@@ -4,10 +4,13 @@ In: a search request. Out: trials in the study, and lines on workers that were k
 trial of a killed worker stays RUNNING.
 """
 
-from collections.abc import Callable
-from contextlib import closing
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.app.request import SearchRequest
@@ -61,8 +64,12 @@ def search_in_workers(
     asked = replace(request, resources=resources)
     study, messages = search.study, []
     shown = {t.number for t in not_abandoned(study)}
-    with closing(run_workers(request.workers, work, asked, threads=threads)) as ticks:
+    with (
+        _closing_stopped(study, study_folder.path) as pids,
+        closing(run_workers(request.workers, work, asked, threads=threads)) as ticks,
+    ):
         for ended in ticks:
+            pids |= {child.pid for child in multiprocessing.active_children() if child.pid}
             for worker in ended:
                 for what, spent in (worker.result or {}).items():
                     search.seconds[what] += spent
@@ -78,3 +85,16 @@ def search_in_workers(
                     shown.add(trial.number)
                     on_trial(trial)
     return messages
+
+
+@contextmanager
+def _closing_stopped(study: optuna.Study, folder: Path) -> Iterator[set[int]]:
+    """Yields a set for numbers of worker processes, whose trials a Ctrl-C closes at once."""
+    pids: set[int] = set()
+    try:
+        yield pids
+    except KeyboardInterrupt:  # the processes have ended
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for pid in pids:
+            close_abandoned(study, left_here(running, folder, pid=pid))
+        raise

@@ -37,6 +37,7 @@ from allocator.decision.budget import Budget
 from allocator.decision.costs import check_budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.decision.space import Space
+from allocator.files.progress import show_progress, waiting
 from allocator.files.shipped import SEARCH_SPACES, named_file
 from allocator.prediction.profile import Profile
 from allocator.prediction.surrogate import Surrogate, from_profile
@@ -78,6 +79,7 @@ class StudyFolder:
         self.encodings_cap = encodings_cap()
         self.threads = self.resources.threads or len(os.sched_getaffinity(0))
         self.progress = self.resources.progress
+        show_progress(self.progress)
         self.torch_device = self.resources.torch_device
         if self.torch_device != "cpu":
             from allocator.scoring.swap_model import check_device
@@ -89,7 +91,10 @@ class StudyFolder:
     @cached_property
     def inventory(self) -> Inventory:
         """The checkpoint."""
-        inventory = read_inventory(self.path / self.spec.checkpoint, digests=self.cache / "digests")
+        with waiting("reading the checkpoint's headers"):
+            inventory = read_inventory(
+                self.path / self.spec.checkpoint, digests=self.cache / "digests"
+            )
         if self.spec.expert_width is not None:
             inventory = padded(inventory, self.spec.expert_width)
         return replace(inventory, without_tokenizer=self.spec.tokenizer == "none")
@@ -147,7 +152,10 @@ class StudyFolder:
         _use_threads(self.threads)
         streamed = self.spec.streamed
 
-        from allocator.profiling.inputs import ProfileInputs
+        with waiting("loading torch"):
+            from allocator.profiling.in_memory_profiler import InMemoryProfiler
+            from allocator.profiling.inputs import ProfileInputs
+            from allocator.profiling.streamed_profiler import StreamedProfiler
 
         inputs = ProfileInputs(
             layout=layout,
@@ -158,9 +166,6 @@ class StudyFolder:
             sampled_rows=None if streamed is None else streamed.rows,
             given_importance=None if given is None else given.vectors,
         )
-
-        from allocator.profiling.in_memory_profiler import InMemoryProfiler
-        from allocator.profiling.streamed_profiler import StreamedProfiler
 
         make = InMemoryProfiler if streamed is None else StreamedProfiler
         return make(

@@ -38,6 +38,7 @@ from allocator.families.config import (
     weight_block,
 )
 from allocator.files.digests import Digests, Identity
+from allocator.files.progress import BYTES, step
 
 FP8 = "F8_E4M3"
 MXFP4 = "MXFP4"
@@ -332,8 +333,11 @@ class Inventory:
         Reads the whole checkpoint once: seconds per gigabyte; with `digests`, once for all.
         """
         total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            total.update(f"{name} {self.tensor_digest(name)}\n".encode())
+        nbytes = sum(info.total_bytes for info in self.tensors.values())
+        with step("hashing the checkpoint", nbytes, unit=BYTES, brief=True) as shown:
+            for name in sorted(self.tensors):
+                total.update(f"{name} {self.tensor_digest(name)}\n".encode())
+                shown.update(self.tensors[name].total_bytes)
         if self.digests is not None:
             self.digests.save()
         return total.hexdigest()

@@ -30,6 +30,7 @@ from allocator.export.card import CARD, CardFacts, licence_files, model_card
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import seal
+from allocator.files.progress import stepping
 
 if TYPE_CHECKING:  # which loads torch
     from allocator.export.tensors import TensorSource
@@ -186,7 +187,7 @@ def _check_written(
     VerifyError: if an encoded tensor comes back other than the source gave it.
     """
     whole, start = np.memmap(path, np.uint8, "r"), header_bytes
-    for name in source.layout.groups:
+    for name in stepping(source.layout.groups, "reading back", unit="matrices", brief=True):
         for part in range(len(source.allocation.parts(source.layout, name))):
             nbytes = prod(source.shape(name, part))
             stored = whole[start : start + nbytes].reshape(source.shape(name, part))

@@ -13,9 +13,11 @@ from msgspec import UNSET, UnsetType
 from allocator.errors import VerifyError, reason
 from allocator.export.runtimes import RUNTIMES
 from allocator.files.checksums import unseal
+from allocator.files.progress import BYTES, step
 
 MANIFEST = "manifest.json"
 ALLOCATION = "allocation.json"
+_CHUNK_BYTES = 16 << 20
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,8 +93,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def file_digest(path: Path) -> str:
     """Returns the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    total = hashlib.sha256()
+    size = path.stat().st_size
+    with (
+        open(path, "rb") as file,
+        step(f"hashing {path.name}", size, unit=BYTES, brief=True) as shown,
+    ):
+        while chunk := file.read(_CHUNK_BYTES):
+            total.update(chunk)
+            shown.update(len(chunk))
+    return total.hexdigest()
 
 
 def files_in(folder: Path) -> list[str]:

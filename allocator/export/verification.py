@@ -27,6 +27,7 @@ from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_diges
 from allocator.export.runtimes import runtime_named
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
+from allocator.files.progress import stepping
 from allocator.formats import Format
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_scorer import AnyScorer
@@ -201,7 +202,7 @@ def check_weights(
     if set(tensors) != expected:
         name = min(set(tensors) ^ expected)
         raise VerifyError(f"{folder}: tensor {name} is not in both file and allocation")
-    for group, stored in parts.items():
+    for group, stored in stepping(parts.items(), "comparing weights", unit="matrices"):
         for part, (name, (fmt, _)) in enumerate(zip(names[group], stored, strict=True)):
             tensor = tensors[name]
             if tensor.format not in (None, fmt.name):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from allocator.errors import StudyError
+from allocator.files.progress import waiting
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
@@ -33,7 +34,11 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock, a file that stays; waits for whoever holds it."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting(f"waiting for another process that has {path}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

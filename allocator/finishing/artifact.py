@@ -32,6 +32,7 @@ from allocator.codecs import Bytes
 from allocator.decision.allocation_record import Finishing, finished_name
 from allocator.errors import CheckpointError, first_line
 from allocator.files.checksums import seal_line, unseal
+from allocator.files.progress import waiting
 
 _KEY = "finished"
 _CODES, _VALUES = "codes.", "values."
@@ -181,8 +182,12 @@ def write_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
     rows: dict[str, object] = {}
-    with TemporaryFile(dir=folder) as body:  # the header in front of it says its lengths
+    with (
+        waiting("writing the finished weights") as shown,
+        TemporaryFile(dir=folder) as body,
+    ):  # the header in front of it says its lengths
         for name, digest, data in _stored(codes, values, plain):
+            shown.note(name)
             begin = body.tell()
             body.write(data.data)
             digests[name] = digest

@@ -23,6 +23,7 @@ from allocator.codecs.blocks import BlockFormat
 from allocator.codecs.encodings import Encodings
 from allocator.errors import StudyError
 from allocator.files.checksums import read_checked, write_checked
+from allocator.files.progress import step
 from allocator.finishing.codes import choose, quadratic
 from allocator.finishing.finish import Finisher, first_tokens, original_with
 from allocator.finishing.recipe import inputs_digest
@@ -91,8 +92,10 @@ def _measure(finisher: Finisher, encodings: Encodings) -> Iterator[tuple[str, fl
 
     chosen_by = moments(documents[::2], recipe.damping)
     judged_by = moments(documents[1::2] or documents, 0.0)
-    for (group, given), (_, other) in zip(chosen_by, judged_by, strict=True):
-        yield group.name, _factor(finisher, encodings, formats[group.name], group, given, other)
+    with step("factors", len(groups), unit="matrices", shown=finisher.progress) as shown:
+        for (group, given), (_, other) in zip(chosen_by, judged_by, strict=True):
+            yield group.name, _factor(finisher, encodings, formats[group.name], group, given, other)
+            shown.update()
 
 
 def _format(finisher: Finisher, group: Group) -> Format | None:

@@ -33,7 +33,7 @@ from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
 from allocator.files.atomic import locked
 from allocator.files.checksums import load_arrays, read_checked, save_arrays, write_checked
-from allocator.files.progress import step
+from allocator.files.progress import step, waiting
 from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
 from allocator.finishing.codes import choose, with_gain
 from allocator.finishing.recipe import CODES, Recipe, inputs_digest
@@ -315,7 +315,8 @@ class Finisher:
     def _loss(self, split: str, candidate: Allocation | Candidate) -> float:
         """Proxy loss on a split, nats per token."""
         scorer = self._scorers[split]
-        return mean(scorer.score(candidate).kl, scorer.documents)
+        with waiting(f"loss on the {split} split"):
+            return mean(scorer.score(candidate).kl, scorer.documents)
 
     # -- codes
 

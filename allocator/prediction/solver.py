@@ -23,6 +23,7 @@ from allocator.decision.parameters import (
     ExpertsOf,
     Params,
 )
+from allocator.files.progress import step
 from allocator.prediction.knapsack import MAX_STATES, Floats, Ints, Options, lp_bound
 from allocator.prediction.knapsack import solve as solve_plain
 from allocator.prediction.nested_knapsack import Nested, solve_nested
@@ -58,13 +59,15 @@ def solve(surrogate: Surrogate, budget: Budget, *, starts: Sequence[float] = ONE
     """
     space, costs = surrogate.space, Costs(surrogate.space, budget)
     best: tuple[float, Params] | None = None
-    for start in starts:
-        for solution in rounds(surrogate, costs, start=start):
-            if solution is None:
-                check_budget(space, budget)
-                return space.complete(space.params(space.smallest))
-            if best is None or solution[0] < best[0]:
-                best = solution
+    with step("solving", brief=True) as shown:
+        for start in starts:
+            for solution in rounds(surrogate, costs, start=start):
+                if solution is None:
+                    check_budget(space, budget)
+                    return space.complete(space.params(space.smallest))
+                if best is None or solution[0] < best[0]:
+                    best = solution
+                shown.note(f"predicted loss {best[0]:.5f}")
     assert best is not None
     return best[1]
 

@@ -13,7 +13,7 @@ import msgspec
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
-from allocator.files.progress import step
+from allocator.files.progress import step, stepping
 from allocator.prediction.surrogate import LocalPrices
 from allocator.profiling.curvature import FORWARDS_WITH_SLOPE, Curvature, measure
 from allocator.profiling.profiler import Losses, Profiler, nearest_format
@@ -129,7 +129,9 @@ class InMemoryProfiler(Profiler):
         curvature: Losses = {}
         moves: Losses = {}
         dimensions = self.layout.inventory.dimensions
-        for name, group in self.layout.groups.items():
+        for name, group in stepping(
+            self.layout.groups.items(), "prices around a candidate", unit="matrices", brief=True
+        ):
             experts = allocation.retained_experts[group.layer or 0] if group.role.is_expert else ()
             weights = group_weights(self.layout, group)
             weights = weights[list(experts)] if experts else weights

@@ -268,8 +268,11 @@ class Scorer(Documents):
             with self._forward(missing, record=self._from_original) as passed:
                 states_of = torch.inference_mode()(lambda b: passed.states(b).clone())
                 hidden = side_by_side(states_of, missing, self.threads)
-                for batch, states in zip(missing, hidden, strict=True):
-                    self._hidden.update(zip(batch, states, strict=True))
+                n_documents = sum(map(len, missing))
+                with step("the original", n_documents, unit="documents", brief=True) as shown:
+                    for batch, states in zip(missing, hidden, strict=True):
+                        self._hidden.update(zip(batch, states, strict=True))
+                        shown.update(len(batch))
             if self._from_original:
                 passed.offer(0.0)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from allocator.decision.allocation import Allocation
+from allocator.files.progress import stepping
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.scorer import DocumentLosses, Documents, Row, Scorer, compare, losses_of
@@ -126,7 +127,8 @@ class StreamedScorer(Documents):
                 [[self.documents[i] for i in batch] for batch in chosen], state.candidate
             )
         self.model.weights.forget()
-        for layer in range(self.model.inventory.n_layers):
+        layers = range(self.model.inventory.n_layers)
+        for layer in stepping(layers, "scoring", unit="layers", brief=True):
             states = self._split(layer, states, wanted)
             self.model.run(layer, states)
         final: list[list[torch.Tensor]] = [[] for _ in wanted]

@@ -24,6 +24,7 @@ from allocator.errors import AllocatorError, CheckpointError, first_line
 from allocator.families import Config, Dimensions, Family, Role, family_of
 from allocator.families.config import plain_skeleton
 from allocator.files.machine import free_memory
+from allocator.files.progress import stepping, waiting
 from allocator.formats import parts
 from allocator.scoring.arranged import arrange, matrix_name
 from allocator.scoring.candidates import Candidate, CandidateWeights, retained_rows, rows_of
@@ -488,6 +489,11 @@ class SwapModel:
         self.inventory: Inventory = layout.inventory
         self._decoded = decoded
         _check_memory(self.inventory, device)
+        with waiting("loading the model"):
+            self._load(device)
+
+    def _load(self, device: str) -> None:
+        layout = self.layout
         self.model = skeleton(self.inventory.path, layout.computed or self.inventory.config, device)
         arrange(self.model, layout.groups.values(), torch.device(device))
         self.inventory.check_unchanged()
@@ -544,7 +550,9 @@ class SwapModel:
         self._put_full_precision(candidate)
         own = candidate.weights
         decoded = self._decoded if own is None else own.decoded
-        for name, fmt in candidate.format_of.items():
+        for name, fmt in stepping(
+            candidate.format_of.items(), "weights", unit="matrices", brief=True
+        ):
             group = self.layout.groups[name]
             group_experts = group.experts(retained) or None
             wanted = (fmt or "", group_experts, candidate.weights_digest if fmt else "")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from allocator.errors import StudyError
 from allocator.files.atomic import accessing
+from allocator.files.progress import waiting
 
 _POLL_SECONDS = 0.02
 START_SECONDS = 30.0
@@ -122,13 +123,14 @@ def _take(fd: int, kind: int, study_dir: Path) -> bool:
 
 def _wait_for_startup(startup: int, study_dir: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not _take(startup, fcntl.LOCK_EX, study_dir):
-        if time.monotonic() > deadline:
-            raise StudyError(
-                f"{study_dir}: another search has been starting for {seconds:g} s; "
-                "wait for it, or stop it"
-            )
-        time.sleep(_POLL_SECONDS)
+    with waiting("waiting for another search that starts"):
+        while not _take(startup, fcntl.LOCK_EX, study_dir):
+            if time.monotonic() > deadline:
+                raise StudyError(
+                    f"{study_dir}: another search has been starting for {seconds:g} s; "
+                    "wait for it, or stop it"
+                )
+            time.sleep(_POLL_SECONDS)
 
 
 def _release(fd: int) -> None:

@@ -13,6 +13,7 @@ import optuna
 from allocator.decision.budget import Budget
 from allocator.decision.costs import Costs
 from allocator.decision.feasibility import make_feasible
+from allocator.files.progress import waiting
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.accounts import Accounts
 from allocator.study.contenders import Contender
@@ -88,7 +89,8 @@ class Proposer:
         """Asks the study for a trial and makes its proposal feasible."""
         space, clock = self.surrogate.space, Clock(self.seconds)
         self.first_trials.enqueue_next()
-        trial = self.study.ask(space.distributions)
+        with waiting("proposing"):
+            trial = self.study.ask(space.distributions)
         if self.leases is not None:
             self.leases.take(trial_id(trial))  # a sampler of ours has: sampling may take long
         frozen = frozen_trial(self.study, trial)

@@ -21,6 +21,7 @@ workers are closed by whoever sees their lease expire.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from allocator.decision.budget import Budget
 from allocator.decision.space import Space
+from allocator.files.progress import waiting
 from allocator.prediction.surrogate import Surrogate
 from allocator.study.accounts import Accounts
 from allocator.study.contenders import Contender, ContenderScorer
@@ -142,16 +144,25 @@ class Search:
             on_trial: called with the trials that ended here.
         """
         rule = rule.started()
+        with ExitStack() as waits:
+            self._run(rule, on_trial, waits)
+
+    def _run(
+        self, rule: StopRule, on_trial: Callable[[FrozenTrial], None] | None, waits: ExitStack
+    ) -> None:
         awaited: set[int] | None = None
         while True:
             self.accounts.close_expired()
             if (not rule.is_late or not self.n_proposals()) and self.may_begin(rule):
                 awaited = None
+                waits.close()
                 for trial in self._next(rule):
                     if on_trial is not None and not is_abandoned(trial):
                         on_trial(trial)
                 continue
             others = {t.number for t in self.accounts.others()}
+            if awaited is None:
+                waits.enter_context(waiting("waiting for trials of other workers"))
             awaited = others if awaited is None else awaited & others
             if not awaited:
                 return

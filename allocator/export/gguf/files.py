@@ -19,6 +19,7 @@ from allocator.checkpoint.gguf.reader import read_header
 from allocator.codecs import Bytes, Floats
 from allocator.decision.allocation import Allocation
 from allocator.errors import VerifyError
+from allocator.files.progress import BYTES, step
 from allocator.formats import FORMATS, Format
 from allocator.formats.ggml import TYPES
 from allocator.targets import FullPrecision, Group, Layout
@@ -71,12 +72,15 @@ def _write(path: Path, layout: Layout, allocation: Allocation, source: GgufSourc
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, shape, data in _data(layout, allocation, source):
-            expected, nbytes = shapes[name]
-            assert data.nbytes == nbytes, (
-                f"{name}: {data.nbytes} bytes of shape {shape}, needed {expected}"
-            )
-            writer.write_tensor_data(data)
+        total = sum(nbytes for _, nbytes in shapes.values())
+        with step("writing", total, unit=BYTES) as shown:
+            for name, shape, data in _data(layout, allocation, source):
+                expected, nbytes = shapes[name]
+                assert data.nbytes == nbytes, (
+                    f"{name}: {data.nbytes} bytes of shape {shape}, needed {expected}"
+                )
+                writer.write_tensor_data(data)
+                shown.update(nbytes)
         writer.flush()
         os.fsync(writer.fout[0].fileno())
     finally:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from allocator.errors import VerifyError
 from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
+from allocator.files.progress import BYTES, step
+from allocator.targets import target_named
 from allocator.targets.safetensors import entries, header
 
 _ENCODED = "U8"
@@ -23,13 +25,14 @@ def write_safetensors(path: Path, source: TensorSource) -> None:
     """Writes the file; one tensor in memory at a time."""
     layout, allocation = source.layout, source.allocation
     rows = entries(layout, retained=allocation.retained_experts, formats=allocation.format_of)
-    with open(path, "wb") as file:
+    total = allocation.nbytes(layout, target_named("safetensors")).tensors
+    with open(path, "wb") as file, step("writing", total, unit=BYTES) as shown:
         file.write(header(rows))
         for name in layout.groups:
             for part in range(len(allocation.parts(layout, name))):
-                file.write(np.ascontiguousarray(source.encoded(name, part)).data)
+                shown.update(file.write(np.ascontiguousarray(source.encoded(name, part)).data))
         for tensor in layout.full_precision:
-            file.write(source.full_precision_raw(tensor).data)
+            shown.update(file.write(source.full_precision_raw(tensor).data))
         file.flush()
         os.fsync(file.fileno())
 
