@@ -317,7 +317,7 @@ def changed_rungs(study, other):
 
 def nothing_to_select(study, other):
     lines = (study / "documents.jsonl").read_text().splitlines(keepends=True)
-    (study / "documents.jsonl").write_text("".join(lines[:2]))
+    (study / "documents.jsonl").write_text("".join(lines[:1]))
     return "0 for selection"
 
 
