@@ -318,7 +318,7 @@ def changed_rungs(study, other):
 def nothing_to_select(study, other):
     lines = (study / "documents.jsonl").read_text().splitlines(keepends=True)
     (study / "documents.jsonl").write_text("".join(lines[:1]))
-    return "0 for selection"
+    return "search and selection need one each"
 
 
 def an_index_twice(study, other):
