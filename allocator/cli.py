@@ -36,29 +36,34 @@ def _options(args: argparse.Namespace) -> "ResourceOptions":
     return options
 
 
-def _print_table(table: "pd.DataFrame", **formats: str) -> None:
-    shown = table.copy()
-    for column, spec in formats.items():
-        if column in shown:
-            shown[column] = [
-                "" if v is None or v != v else format(v, spec)  # NaN
-                for v in shown[column]
-            ]
-    print(shown.to_string(index=False))
+def _print_table(args: argparse.Namespace, table: "pd.DataFrame", **options: Any) -> None:
+    """Prints a table that fits 80 columns; `options` as of `table_text`."""
+    from allocator.app.text_tables import table_text
+
+    print(table_text(table, exact=args.exact, bold=sys.stdout.isatty(), **options))
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from allocator import api
 
     table = api.inspect(args.checkpoint, target=args.target, expert_width=args.expert_width)
-    _print_table(table, weights=",")
+    _print_table(args, table)
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
     _print_notes(table.attrs["notes"])
 
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}")
+        _print_text(f"note: {note}", indent=6)
+
+
+def _print_text(text: str, *, indent: int = 0, flush: bool = False) -> None:
+    """Prints a paragraph in 80 columns; no word is broken."""
+    lines = textwrap.fill(
+        text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    print(lines, flush=flush)
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -88,43 +93,45 @@ def _plan(args: argparse.Namespace) -> None:
         **_options(args),
     )
     s = plan.summary
-    print(
+    nextn = f", {s.nextn:,} more of multi-token prediction left out" if s.nextn else ""
+    _print_text(
         f"{s.family}: {s.parameters:,} parameters, {s.active:,} active ({s.embedding:,} of them "
-        f"the embedding), {s.nextn:,} more of multi-token prediction left out; {s.layers} layers, "
-        f"{s.moe_layers} with {s.experts} routed experts, {s.experts_used} used\n"
+        f"the embedding){nextn}; {s.layers} layers, {s.moe_layers} with {s.experts} routed "
+        f"experts, {s.experts_used} used"
     )
-    _print_plan(plan)
+    print()
+    _print_plan(args, plan)
     _print_notes(plan.notes)
     for c in plan.candidates if args.out else ():
         if c.name == "first":
             print(f"wrote {args.out}/first-{c.experts}.json")
 
 
-def _print_plan(plan: Any) -> None:
+def _print_plan(args: argparse.Namespace, plan: Any) -> None:
     import pandas as pd
 
-    _print_table(pd.DataFrame(plan.bounds), floor=",", ceiling=",")
+    _print_table(args, pd.DataFrame(plan.bounds), keys=2)
     print()
     if not plan.candidates:
         return
-    names = [{"experts": c.experts, "allocation": c.name} for c in plan.candidates]
     items = ("weights", "kv_cache", "compute", "overhead", "reserve", "total")
-    memory = [
-        {what: getattr(c.memory, what) for what in items}
-        | {"spare": c.spare, "fits": "yes" if c.fits else "no"}
+    rows = [
+        {"experts": c.experts, "allocation": c.name}
+        | {
+            "weights_bytes" if item == "weights" else item: getattr(c.memory, item)
+            for item in items
+        }
+        | {
+            "spare": c.spare,
+            "fits": "yes" if c.fits else "no",
+            "token_bytes": c.token_bytes,
+            "tokens_per_second": c.tokens_per_second,
+            "expected_loss": c.loss,
+        }
         for c in plan.candidates
     ]
-    losses = [
-        {"read per token": c.token_bytes, "tokens/s": c.tokens_per_second, "expected loss": c.loss}
-        for c in plan.candidates
-    ]
-    for columns in (memory, losses):
-        _print_table(
-            pd.DataFrame([n | c for n, c in zip(names, columns, strict=True)]),
-            **dict.fromkeys((*items, "read per token"), ","),
-            spare="+,", **{"tokens/s": ".1f", "expected loss": ".4f"},
-        )  # fmt: skip
-        print()
+    _print_table(args, pd.DataFrame(rows), keys=2)
+    print()
 
 
 def _study_values(args: argparse.Namespace) -> Any:
@@ -185,7 +192,7 @@ def _print_quantize_plan(plan: Any) -> None:
     print(f"         disk up to {show_size(road.disk_bytes)}, {memory}")
     print(f"study    {plan.study}: the same command resumes\nwrites   {plan.checkpoint}")
     for note in (*search.notes, *road.notes):
-        print(textwrap.fill(f"note     {note}", _WIDTH, subsequent_indent=" " * 9))
+        _print_text(f"note     {note}", indent=9)
     sys.stdout.flush()
 
 
@@ -205,7 +212,7 @@ def _profile(args: argparse.Namespace) -> None:
     from allocator import api
 
     profile = api.profile(args.study, **_options(args))
-    print(
+    _print_text(
         f"profile of checkpoint {profile.checkpoint[:12]} for target {profile.target}: "
         f"{len(profile.curvature)} groups, "
         f"{len(profile.measured) + sum(map(len, profile.pruned.values()))} "
@@ -241,7 +248,7 @@ def _search(args: argparse.Namespace) -> None:
         **_options(args),
     )
     for message in result.messages:
-        print(message)
+        _print_text(message)
     for limit in result.budget.limits:
         _print_limit(limit)
     for line in result.calibration:
@@ -333,22 +340,14 @@ def _front(args: argparse.Namespace) -> None:
     from allocator import api
 
     table = api.front(args.study, storage=args.storage, **_options(args))
-    _print_table(
-        table.drop(columns=["state", "tokens"]),
-        bytes=",", file_bytes=",", effective_bits=".3f", loss=".5f", predicted=".5f", top1=".4f",
-        memory_bytes=",", token_bytes=",", tokens_per_second=".1f",
-    )  # fmt: skip
+    _print_table(args, table.drop(columns=["state", "tokens"]))
 
 
 def _explain(args: argparse.Namespace) -> None:
     from allocator import api
 
     table = api.explain(args.study, args.allocation, **_options(args))
-    _print_table(
-        table,
-        bytes=",.0f", predicted_loss=".6f",
-        up_bytes="+,.0f", up_loss="+.6f", down_bytes="+,.0f", down_loss="+.6f",
-    )  # fmt: skip
+    _print_table(args, table)
     for split, before, after in table.attrs["losses"]:
         finished = "" if after is None else _finished_loss(before, after)
         print(f"loss on the {split} split {before:.6f} nats per token{finished}")
@@ -359,8 +358,8 @@ def _diff(args: argparse.Namespace) -> None:
 
     differences = difference(args.one, args.other)
     if len(differences.rows):
-        _print_table(differences.rows)
-    print(differences.line)
+        _print_table(args, differences.rows)
+    _print_text(differences.line)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -370,9 +369,8 @@ def _score(args: argparse.Namespace) -> None:
         table = api.score_gguf(
             args.study, args.allocation, documents=args.documents, **_options(args)
         )
-        formats = {c: ".5f" for c in table.columns if c.startswith("kl")}
-        _print_table(table, bytes=",", bits=".3f", **formats)
-        print(f"KL(original || file) in nats per token, by llama.cpp, {table.attrs['split']}")
+        _print_table(args, table)
+        _print_text(f"KL(original || file) in nats per token, by llama.cpp, {table.attrs['split']}")
         _print_notes(table.attrs["notes"])
         return
     result = api.score(args.study, args.allocation, base=args.base, **_options(args))
@@ -428,12 +426,12 @@ def _print_finish_estimate(e: Any) -> None:
     if e.ready:
         print("finished before with the same inputs; nothing to compute", flush=True)
         return
-    print(
+    _print_text(
         f"second moments from {e.moments_tokens:,} tokens, codes of {e.weights:,} weights, tuning "
         f"on {e.tuning_tokens:,} tokens"
     )
     parts = ", ".join(f"{what} {seconds:.0f}" for what, seconds in e.seconds.items())
-    print(f"about {e.total_seconds:.0f} s: {parts}")
+    _print_text(f"about {e.total_seconds:.0f} s: {parts}")
     print(
         f"disk {show_bytes(e.disk_bytes)}, memory {show_bytes(e.memory_bytes)} beside the model",
         flush=True,
@@ -467,14 +465,14 @@ def _print_written(written: Any) -> None:
     from allocator.export.runtimes import runtime_named
 
     m = written.manifest
-    print(
+    _print_text(
         f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
         f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
         + (f"; finished weights {m.weights_digest[:12]}" if m.weights_digest else "")
     )
     if written.options:
         runtime = runtime_named(m.container)
-        print(f"{runtime.program} must be told {written.options} (in {runtime.options_file})")
+        _print_text(f"{runtime.program} must be told {written.options} (in {runtime.options_file})")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -490,7 +488,7 @@ def _verify(args: argparse.Namespace) -> None:
         **_options(args),
     )
     exact = f", {v.exact.divergence:.1e} in exact arithmetic{v.exact.part}" if v.exact else ""
-    print(
+    _print_text(
         f"{v.folder}: {v.n_tensors} tensors equal, {v.tensor_bytes:,} tensor bytes and "
         f"{v.file_bytes:,} file bytes as predicted; proxy loss {v.loss:.6f} in torch, "
         f"{v.runtime_loss:.6f} in {v.runtime.program}, {v.runtime.divergence_name} "
@@ -525,11 +523,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     finally:  # also what was measured before something failed, or was stopped
         for table in measured:
-            _print_table(
-                table,
-                bits=".3f", bytes=",.0f", file_bytes=",.0f", kl=".5f", perplexity=".3f",
-                top1=".4f", acc=".3f", lm_eval_perplexity=".2f",
-            )  # fmt: skip
+            _print_table(args, table)
 
 
 def _check_writable(path: Path) -> None:
@@ -549,7 +543,7 @@ def _report(args: argparse.Namespace) -> None:
         storage=args.storage,
         **_options(args),
     )
-    print(f"wrote {path}: open it in a browser; it needs no network and may be mailed")
+    _print_text(f"wrote {path}: open it in a browser; it needs no network and may be mailed")
 
 
 def _reproduce(args: argparse.Namespace) -> None:
@@ -573,7 +567,7 @@ def _compare(args: argparse.Namespace) -> None:
         "threads": workers,
     }
     e = api.estimate_compare(args.study, **options)
-    print(
+    _print_text(
         f"{len(e.runs) + e.finished} runs, {e.finished} finished; {e.tokens:,} forward tokens to "
         f"go, about {e.seconds / 60:.0f} min with {workers} workers",
         flush=True,
@@ -585,8 +579,8 @@ def _compare(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(f"finished {run.name}", flush=True)
 
-    _print_table(api.compare(args.study, **options, on_run=show))
-    print(f"wrote {args.study}/compare.csv, summary.csv, compare.png and runs/*.json")
+    _print_table(args, api.compare(args.study, **options, on_run=show), keys=5)
+    _print_text(f"wrote {args.study}/compare.csv, summary.csv, compare.png and runs/*.json")
 
 
 def _positive(text: str) -> int:
@@ -696,6 +690,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--threads", type=_positive, help="cores to use (default: all)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.add_argument("--exact", action="store_true", help="sizes in tables as exact bytes")
         return sub
 
     p = verb("quantize", _quantize, "one command: search, finish, write and verify; resumable")

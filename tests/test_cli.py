@@ -105,7 +105,7 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
     pick = fresh / "allocations/pick.json"
 
     out = good(run("front", fresh))
-    assert "KiB" not in out
+    assert "NaN" not in out
     assert str(json.loads((fresh / "front.json").read_text())["front"][0]["trial"]) in out
     out = good(run("explain", pick))
     assert "experts.all" in out
@@ -121,12 +121,12 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
         folder = tmp_path / container
         out = good(run("materialize", pick, folder, "--container", container, "--record"))
         file = next(p for p in folder.iterdir() if p.suffix == f".{container}")
-        assert f"{file.stat().st_size:,} bytes" in out
+        assert f"{file.stat().st_size:,} bytes" in " ".join(out.split())
         digest = file_digest(file)
         assert digest in out
         assert json.loads(pick.read_text())["sha256"][container] == digest
         out = good(run("verify", folder, "--study", fresh, "--documents", 3, "--encode"))
-        assert "as predicted" in out
+        assert "as predicted" in " ".join(out.split())
     for name in ("one", "two"):
         out = good(run("reproduce", pick, "--out", tmp_path / name))
         for digest in json.loads(pick.read_text())["sha256"].values():
@@ -138,7 +138,8 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
         rows = list(csv.DictReader(file))
     assert {"original", "* pick", "* knapsack"} <= {r["name"] for r in rows}
     assert {r["split"] for r in rows} == {"report"}
-    assert all(r["name"] in out for r in rows)
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert all(r["name"].split()[0] in out for r in rows)
 
 
 def test_progress_goes_to_stderr_alone(run, fresh):
@@ -521,7 +522,7 @@ def test_rows_that_were_measured_are_shown_and_kept(run, study, tmp_path, monkey
         kept = [row["name"] for row in csv.DictReader(file)]
     assert len(kept) == 3
     assert "original" in kept
-    assert all(name in out for name in kept)
+    assert all(name.split()[0] in out for name in kept)
 
 
 def test_a_csv_that_cannot_be_written_is_refused_first(run, study, tmp_path, monkeypatch):

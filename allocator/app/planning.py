@@ -90,8 +90,8 @@ class PlannedAllocation:
         fits: whether it is within the memory, and within the bytes that a token may read.
         token_bytes: bytes that a decoded token reads at full context.
         tokens_per_second: most that the bandwidth allows; None where the bandwidth is unknown.
-        loss: expected loss, nats per token; None where the prior's space does not hold the
-            allocation.
+        loss: expected loss, nats per token; None where it is unknown: the prior's space does not
+            hold the allocation, or experts are pruned and the prior knows nothing of pruning.
         allocation: the decision, with placeholders for experts.
     """
 
@@ -177,7 +177,9 @@ def plan(
         micro_batch=None if micro_batch is None else [micro_batch],
     )
     candidates = tuple(
-        c for count in chosen for c in _candidates(spec, layouts[RUNTIME], prior, budget, count)
+        c if prior.pruned or count == inventory.n_experts else replace(c, loss=None)
+        for count in chosen
+        for c in _candidates(spec, layouts[RUNTIME], prior, budget, count)
     )
     return replace(sizes, candidates=candidates, notes=(*sizes.notes, *_caveats(inventory, prior)))
 
@@ -381,7 +383,7 @@ def _caveats(inventory: Inventory, prior: Prior) -> tuple[str, ...]:
     pruning = (
         "they include pruning"
         if prior.pruned
-        else "they leave out what pruning itself costs, so compare them at one retained count only"
+        else "what pruning costs is unknown, so rows with fewer experts have none"
     )
     groups = inventory.expert_groups
     family = inventory.family

@@ -115,10 +115,13 @@ def test_candidates(found):
     for first, hand, same in zip(*[iter(found.candidates)] * 3, strict=True):
         assert first.spare >= 0
         assert same.memory.total <= hand.memory.total
-        assert same.loss <= hand.loss  # an optimum beside a rule, under one prior
+        if first.experts == 256:
+            assert same.loss <= hand.loss  # an optimum beside a rule, under one prior
+        else:  # what pruning costs is unknown
+            assert (first.loss, hand.loss, same.loss) == (None, None, None)
         assert first.tokens_per_second == 273e9 / first.token_bytes
     assert "losses are predictions, not measurements" in " ".join(found.notes)
-    assert "compare them at one retained count only" in " ".join(found.notes)
+    assert "rows with fewer experts have none" in " ".join(found.notes)
     assert "placeholder" in " ".join(found.notes)
 
 
@@ -316,11 +319,13 @@ def test_the_verb(capsys, tmp_path):
     preset.write_text(
         'schema = 1\nname = "a"\nmemory = "80MiB"\nbandwidth = "1GB"\nsource = "https://a"\n'
     )
-    arguments = ["plan", str(tmp_path), "--device", str(preset), "--reserve", "1MiB"]
+    arguments = ["plan", str(tmp_path), "--device", str(preset), "--reserve", "1MiB", "--exact"]
     assert main([*arguments, "--experts", "4", "3", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "qwen3_moe:" in out
     assert "note: losses are predictions, not measurements" in out
+    assert "nan" not in out.lower()
+    assert all(len(line) <= 80 or " " not in line for line in out.splitlines())
     row = next(line.split() for line in out.splitlines() if " first " in line and "yes" in line)
     total, spare = (int(cell.replace(",", "")) for cell in row[-3:-1])
     assert total + spare == 80 << 20

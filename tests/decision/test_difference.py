@@ -41,8 +41,9 @@ def shown(capsys):
 
     def run(one, other):
         assert main(["diff", str(one), str(other)]) == 0
-        *rows, line = capsys.readouterr().out.splitlines()
-        return rows[1:], line
+        lines = capsys.readouterr().out.splitlines()
+        end = next(i for i, line in enumerate(lines) if " decisions differ" in line)
+        return lines[1:end], " ".join(lines[end:])
 
     return run
 
