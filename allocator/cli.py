@@ -5,6 +5,8 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,9 +22,18 @@ if TYPE_CHECKING:
 
 _WIDTH = 80
 _BY_NAME = ("finish", "score")  # which take a format's name in the place of an allocation file
-_EPILOG = (
-    "Bad input is one line on stderr and exit code 2. `allocator VERB --help` explains a verb."
-)
+_ROAD = {  # verbs in the order in which they are used
+    "one command": ("quantize",),
+    "before a search": ("inspect", "plan", "init"),
+    "search": ("profile", "search", "finish"),
+    "look": ("front", "explain", "diff", "report"),
+    "measure": ("score", "evaluate", "compare"),
+    "write": ("materialize", "verify", "reproduce", "imatrix"),
+}
+_EXIT_CODES = """\
+exit codes: 0 done; 2 refused, with one line on stderr; 130 stopped by Ctrl-C,
+and the same command resumes; any other code is a fault of the program.
+`allocator VERB --help` explains a verb."""
 
 
 def _options(args: argparse.Namespace) -> "ResourceOptions":
@@ -43,13 +54,14 @@ def _print_table(args: argparse.Namespace, table: "pd.DataFrame", **options: Any
     print(table_text(table, exact=args.exact, bold=sys.stdout.isatty(), **options))
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> Any:
     from allocator import api
 
     table = api.inspect(args.checkpoint, target=args.target, expert_width=args.expert_width)
     _print_table(args, table)
     print(f"{len(table)} groups, {table['weights'].sum():,} weights whose format is searched")
     _print_notes(table.attrs["notes"])
+    return table
 
 
 def _print_notes(notes: Sequence[str]) -> None:
@@ -66,7 +78,7 @@ def _print_text(text: str, *, indent: int = 0, flush: bool = False) -> None:
     print(lines, flush=flush)
 
 
-def _init(args: argparse.Namespace) -> None:
+def _init(args: argparse.Namespace) -> Any:
     from allocator import api
 
     made = api.init(args.model, args.out, progress=not args.quiet, **_study_values(args))
@@ -76,9 +88,10 @@ def _init(args: argparse.Namespace) -> None:
     print(f"floor    {show_bytes(made.floor)}\nceiling  {show_bytes(made.ceiling)}")
     _print_notes(made.notes)
     print(f"next: allocator search {made.folder} --dry-run, then without --dry-run")
+    return made
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> Any:
     from allocator import api
 
     plan = api.plan(
@@ -105,6 +118,7 @@ def _plan(args: argparse.Namespace) -> None:
     for c in plan.candidates if args.out else ():
         if c.name == "first":
             print(f"wrote {args.out}/first-{c.experts}.json")
+    return plan
 
 
 def _print_plan(args: argparse.Namespace, plan: Any) -> None:
@@ -144,7 +158,7 @@ def _study_values(args: argparse.Namespace) -> Any:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _quantize(args: argparse.Namespace) -> None:
+def _quantize(args: argparse.Namespace) -> Any:
     from allocator.checkpoint.hub import model_path
 
     model_path(args.model, progress=not args.quiet)  # refused before anything is loaded
@@ -162,13 +176,16 @@ def _quantize(args: argparse.Namespace) -> None:
         resources=Resources.of(_options(args)),
     )
     if args.dry_run:
-        _print_quantize_plan(plan_of(request))
-        return
+        plan = plan_of(request)
+        _print_quantize_plan(plan)
+        return {"study": plan.study, "checkpoint": plan.checkpoint, "estimate": plan.road}
 
     def say(stage: str) -> None:
         print(f"-- {stage}", flush=True)
 
-    _print_quantized(run(request, on_plan=_print_quantize_plan, on_stage=say))
+    quantized = run(request, on_plan=_print_quantize_plan, on_stage=say)
+    _print_quantized(quantized)
+    return quantized
 
 
 def _print_quantize_plan(plan: Any) -> None:
@@ -208,7 +225,7 @@ def _print_quantized(q: Any) -> None:
     )
 
 
-def _profile(args: argparse.Namespace) -> None:
+def _profile(args: argparse.Namespace) -> Any:
     from allocator import api
 
     profile = api.profile(args.study, **_options(args))
@@ -221,9 +238,17 @@ def _profile(args: argparse.Namespace) -> None:
         f"{profile.n_tokens:,}, {len(profile.unreached)} experts unreached; "
         f"{sum(profile.forward_tokens.values()):,} forward tokens in all"
     )
+    return {
+        "checkpoint": profile.checkpoint,
+        "target": profile.target,
+        "groups": len(profile.curvature),
+        "measured_changes": len(profile.measured) + sum(map(len, profile.pruned.values())),
+        "unreached": profile.unreached,
+        "forward_tokens": sum(profile.forward_tokens.values()),
+    }
 
 
-def _search(args: argparse.Namespace) -> None:
+def _search(args: argparse.Namespace) -> Any:
     from allocator import api
 
     launch = {
@@ -238,8 +263,9 @@ def _search(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     if args.dry_run:
-        _print_estimate(api.estimate(args.study, **launch, **_options(args)))
-        return
+        estimate = api.estimate(args.study, **launch, **_options(args))
+        _print_estimate(estimate)
+        return estimate
     result = api.search(
         args.study,
         **launch,
@@ -260,6 +286,7 @@ def _search(args: argparse.Namespace) -> None:
     if result.memory is not None:
         print("the pick on the device")
         _print_memory(result.memory)
+    return result
 
 
 def _print_outcome(outcome: Any) -> None:
@@ -336,14 +363,15 @@ def _print_estimate(e: Any) -> None:
     _print_notes(e.notes)
 
 
-def _front(args: argparse.Namespace) -> None:
+def _front(args: argparse.Namespace) -> Any:
     from allocator import api
 
     table = api.front(args.study, storage=args.storage, **_options(args))
     _print_table(args, table.drop(columns=["state", "tokens"]))
+    return table
 
 
-def _explain(args: argparse.Namespace) -> None:
+def _explain(args: argparse.Namespace) -> Any:
     from allocator import api
 
     table = api.explain(args.study, args.allocation, **_options(args))
@@ -351,18 +379,20 @@ def _explain(args: argparse.Namespace) -> None:
     for split, before, after in table.attrs["losses"]:
         finished = "" if after is None else _finished_loss(before, after)
         print(f"loss on the {split} split {before:.6f} nats per token{finished}")
+    return table
 
 
-def _diff(args: argparse.Namespace) -> None:
+def _diff(args: argparse.Namespace) -> Any:
     from allocator.decision.difference import difference
 
     differences = difference(args.one, args.other)
     if len(differences.rows):
         _print_table(args, differences.rows)
     _print_text(differences.line)
+    return differences
 
 
-def _score(args: argparse.Namespace) -> None:
+def _score(args: argparse.Namespace) -> Any:
     from allocator import api
 
     if args.allocation.suffix == ".gguf":
@@ -372,13 +402,14 @@ def _score(args: argparse.Namespace) -> None:
         _print_table(args, table)
         _print_text(f"KL(original || file) in nats per token, by llama.cpp, {table.attrs['split']}")
         _print_notes(table.attrs["notes"])
-        return
+        return table
     result = api.score(args.study, args.allocation, base=args.base, **_options(args))
     for name, value in result.items():
         print(f"{name:16s} {value}")
+    return result
 
 
-def _finish(args: argparse.Namespace) -> None:
+def _finish(args: argparse.Namespace) -> Any:
     from allocator import api
 
     asked = {
@@ -393,7 +424,7 @@ def _finish(args: argparse.Namespace) -> None:
         if args.resolve:
             print("of the given allocation; --resolve measures, and finishes another one")
         _print_finish_estimate(e)
-        return
+        return e
     result = api.finish(
         args.study,
         args.allocation,
@@ -414,6 +445,7 @@ def _finish(args: argparse.Namespace) -> None:
     if result.recipe.stopped_steps is not None:
         print(f"tuning stopped after {result.recipe.stopped_steps} steps (--time)")
     print(f"finished weights: {result.artifact}\nrecord: {result.record}")
+    return result
 
 
 def _finished_loss(before: float, after: float) -> str:
@@ -438,14 +470,16 @@ def _print_finish_estimate(e: Any) -> None:
     )
 
 
-def _imatrix(args: argparse.Namespace) -> None:
+def _imatrix(args: argparse.Namespace) -> Any:
     from allocator import api
 
-    for path in api.imatrix(args.study, args.out, allocation=args.allocation, **_options(args)):
+    paths = api.imatrix(args.study, args.out, allocation=args.allocation, **_options(args))
+    for path in paths:
         print(f"wrote {path}")
+    return {"files": paths}
 
 
-def _materialize(args: argparse.Namespace) -> None:
+def _materialize(args: argparse.Namespace) -> Any:
     from allocator import api
 
     written = api.materialize(
@@ -459,6 +493,7 @@ def _materialize(args: argparse.Namespace) -> None:
         **_options(args),
     )
     _print_written(written)
+    return written
 
 
 def _print_written(written: Any) -> None:
@@ -475,7 +510,7 @@ def _print_written(written: Any) -> None:
         _print_text(f"{runtime.program} must be told {written.options} (in {runtime.options_file})")
 
 
-def _verify(args: argparse.Namespace) -> None:
+def _verify(args: argparse.Namespace) -> Any:
     from allocator import api
 
     v = api.verify(
@@ -494,9 +529,10 @@ def _verify(args: argparse.Namespace) -> None:
         f"{v.runtime_loss:.6f} in {v.runtime.program}, {v.runtime.divergence_name} "
         f"{v.divergence:.2e}{exact}"
     )
+    return v
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> Any:
     from allocator import api
 
     if args.csv is not None:
@@ -509,7 +545,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             table.to_csv(args.csv, index=False)
 
     try:
-        api.evaluate(
+        return api.evaluate(
             args.study,
             args.allocation or None,
             documents="all" if args.all else args.documents,
@@ -533,7 +569,7 @@ def _check_writable(path: Path) -> None:
         raise AllocatorError(f"--csv {path}: cannot be written; name another file")
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> Any:
     from allocator import api
 
     path = api.report(
@@ -544,16 +580,26 @@ def _report(args: argparse.Namespace) -> None:
         **_options(args),
     )
     _print_text(f"wrote {path}: open it in a browser; it needs no network and may be mailed")
+    return {"file": path}
 
 
-def _reproduce(args: argparse.Namespace) -> None:
+def _reproduce(args: argparse.Namespace) -> Any:
     from allocator import api
+    from allocator.decision.allocation_record import AllocationRecord
 
-    for written in api.reproduce(args.allocation, args.out, study=args.study, **_options(args)):
+    recorded = AllocationRecord.read(args.allocation).sha256
+    rebuilt = api.reproduce(args.allocation, args.out, study=args.study, **_options(args))
+    for written in rebuilt:
         _print_written(written)
+        m = written.manifest
+        if m.container in recorded:  # another one was refused
+            print(f"equal: {m.container} has the recorded sha256\n{recorded[m.container]}")
+        else:
+            print(f"{m.container} has no recorded sha256 in {args.allocation}")
+    return [{"written": w, "equal": w.manifest.container in recorded or None} for w in rebuilt]
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _compare(args: argparse.Namespace) -> Any:
     from allocator import api
 
     workers = args.threads or len(os.sched_getaffinity(0))
@@ -573,14 +619,16 @@ def _compare(args: argparse.Namespace) -> None:
         flush=True,
     )
     if args.dry_run:
-        return
+        return e
 
     def show(run: Any) -> None:
         if not args.quiet:
             print(f"finished {run.name}", flush=True)
 
-    _print_table(args, api.compare(args.study, **options, on_run=show), keys=5)
+    table = api.compare(args.study, **options, on_run=show)
+    _print_table(args, table, keys=5)
     _print_text(f"wrote {args.study}/compare.csv, summary.csv, compare.png and runs/*.json")
+    return table
 
 
 def _positive(text: str) -> int:
@@ -676,14 +724,20 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="allocator",
-        description="Search how many experts each layer of an MoE model keeps and which format "
-        "every tensor gets, inside a memory budget; write and verify the checkpoint.",
-        epilog=_EPILOG,
+        description=textwrap.fill(
+            "Search how many experts each layer of an MoE model keeps and which format every "
+            "tensor gets, inside a memory budget; write and verify the checkpoint.",
+            _WIDTH,
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"allocator {_version()}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="one of these:")
+    texts: dict[str, str] = {}
 
     def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
+        texts[name] = text
+        sub = verbs.add_parser(name, description=text)
         sub.set_defaults(run=run)
         sub.add_argument(
             "--cache", type=Path, help="profiles and encoded weights (default: $ALLOCATOR_CACHE)"
@@ -691,6 +745,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--threads", type=_positive, help="cores to use (default: all)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         sub.add_argument("--exact", action="store_true", help="sizes in tables as exact bytes")
+        sub.add_argument(
+            "--json", action="store_true", help="the result as one JSON document, and nothing else"
+        )
         return sub
 
     p = verb("quantize", _quantize, "one command: search, finish, write and verify; resumable")
@@ -774,9 +831,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("one", type=Path, help="allocation file, or a written allocation.json")
     p.add_argument("other", type=Path, help="what it is compared with")
 
-    p = verb(
-        "score", _score, "measure any allocation, a llama-quantize tensor-type file, or a .gguf"
-    )
+    p = verb("score", _score, "measure an allocation, llama-quantize tensor types, or a .gguf")
     _allocation(p)
     _study_option(p)
     p.add_argument(
@@ -900,7 +955,18 @@ def _parser() -> argparse.ArgumentParser:
     _allocation(p)
     p.add_argument("--out", type=Path, help="parent directory (default: STUDY/out)")
     _study_option(p)
+    lines = [
+        "\n".join((f"{part}:", *(f"    {name:12}{texts[name]}" for name in names)))
+        for part, names in _ROAD.items()
+    ]
+    parser.epilog = "\n\n".join((*lines, _EXIT_CODES))
     return parser
+
+
+def _version() -> str:
+    from allocator import __version__
+
+    return __version__
 
 
 def _check_study(args: argparse.Namespace) -> None:
@@ -917,6 +983,20 @@ def _check_study(args: argparse.Namespace) -> None:
     study_path(args.study)
 
 
+def _run(args: argparse.Namespace) -> None:
+    if not args.json:
+        args.run(args)
+        return
+    with redirect_stdout(StringIO()):
+        result = args.run(args)
+
+    import json
+
+    from allocator.app.plain_values import plain
+
+    print(json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
     args = _parser().parse_args(argv)
@@ -925,7 +1005,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "study" in args:
             _check_study(args)
             _quiet_optuna()
-        args.run(args)
+        _run(args)
     except AllocatorError as error:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)
         return 2

@@ -326,9 +326,10 @@ def test_the_verb(capsys, tmp_path):
     assert "note: losses are predictions, not measurements" in out
     assert "nan" not in out.lower()
     assert all(len(line) <= 80 or " " not in line for line in out.splitlines())
-    row = next(line.split() for line in out.splitlines() if " first " in line and "yes" in line)
-    total, spare = (int(cell.replace(",", "")) for cell in row[-3:-1])
-    assert total + spare == 80 << 20
+    assert main([*arguments, "--experts", "4", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["candidates"][0]
+    assert first["name"] == "first"
+    assert sum(first["memory"].values()) + first["spare"] == 80 << 20
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["first-3.json", "first-4.json"]
     longer = ["--context", "100000"]
     for wrong in (["--experts", "9"], ["--context", "8", "--kv-format", "q9"], longer):
