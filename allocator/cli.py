@@ -47,11 +47,11 @@ def _options(args: argparse.Namespace) -> "ResourceOptions":
     return options
 
 
-def _print_table(args: argparse.Namespace, table: "pd.DataFrame", **options: Any) -> None:
-    """Prints a table that fits 80 columns; `options` as of `table_text`."""
+def _print_table(args: argparse.Namespace, table: "pd.DataFrame", *, keys: int = 1) -> None:
+    """Prints a table that fits 80 columns, of whose parts each begins with the first `keys`."""
     from allocator.app.text_tables import table_text
 
-    print(table_text(table, exact=args.exact, bold=sys.stdout.isatty(), **options))
+    print(table_text(table, exact=args.exact, bold=sys.stdout.isatty(), keys=keys))
 
 
 def _inspect(args: argparse.Namespace) -> Any:
