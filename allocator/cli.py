@@ -184,7 +184,7 @@ def _quantize(args: argparse.Namespace) -> Any:
         print(f"-- {stage}", flush=True)
 
     quantized = run(request, on_plan=_print_quantize_plan, on_stage=say)
-    _print_quantized(quantized)
+    _print_quantized(request.study, quantized)
     return quantized
 
 
@@ -200,7 +200,10 @@ def _print_quantize_plan(plan: Any) -> None:
     print(f"range    smallest {show_size(search.floor)}, largest {show_size(search.ceiling)}")
     stages = ", ".join(f"{stage} {show_seconds(s)}" for stage, s in road.seconds.items())
     limit = "" if plan.seconds is None else f", at most {show_seconds(plan.seconds)}"
-    print(f"takes    about {show_seconds(road.total_seconds)}{limit}:\n         {stages}")
+    print(
+        f"takes    about {show_seconds(road.total_seconds)}{limit}, on this machine as busy as now:"
+    )
+    _print_text(f"         {stages}", indent=9)
     memory = (
         "layer by layer: the model is larger than the memory that is free"
         if road.memory_bytes is None
@@ -213,8 +216,9 @@ def _print_quantize_plan(plan: Any) -> None:
     sys.stdout.flush()
 
 
-def _print_quantized(q: Any) -> None:
-    print(f"wrote    {q.checkpoint}/{q.file}: {show_size(q.file_bytes)}, {q.bits:.3f} bits")
+def _print_quantized(study: Path, q: Any) -> None:
+    file = study / q.checkpoint / q.file
+    print(f"wrote    {file}: {show_size(q.file_bytes)}, {q.bits:.3f} bits")
     _print_outcome(q.search)
     for split, before in q.loss.items():
         after = "" if q.finished is None else _finished_loss(before, q.finished[split])
@@ -697,7 +701,7 @@ def _new_study(p: argparse.ArgumentParser) -> None:
     p.add_argument("--target", help="gguf (default) or safetensors")
     p.add_argument("--budget", help="bytes of the whole file, e.g. 12GiB")
     p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
-    p.add_argument("--bits", type=float, help="effective bits of these (default: 3)")
+    p.add_argument("--bits", type=float, help="effective bits of these; init: 3 by default")
     _device_options(p)
     p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
     p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")

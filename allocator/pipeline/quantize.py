@@ -6,8 +6,10 @@ up. Invariant: every stage is the verb of the same name on the same folder, so e
 at, killed, resumed or run alone; the same call resumes.
 """
 
+import hashlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,16 +25,18 @@ from allocator.app.new_study import StudyValues, asked_spec, new_study
 from allocator.app.outcome import Outcome
 from allocator.app.request import SearchRequest
 from allocator.app.resources import ResourceOptions, Resources
-from allocator.app.study_file import StudySpec
+from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
 from allocator.app.study_path import STUDY_FILE
 from allocator.checkpoint.hub import model_path
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError, StudyError
+from allocator.export.manifest import MANIFEST, Manifest
 from allocator.export.runtimes import runtime_named
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import seal, unseal
+from allocator.files.progress import step
 from allocator.pipeline.estimate import RoadEstimate, estimate_road
 from allocator.study.stop_rule import StopRule
 from allocator.units import check_duration
@@ -62,6 +66,23 @@ class QuantizeRequest:
     finish: bool = True
     resources: Resources = field(default_factory=Resources)
 
+    @property
+    def study(self) -> Path:
+        """The study's folder; by default named for model and limit: `Qwen3-30B-A3B-12GiB`."""
+        if self.out is not None:
+            return self.out
+        values, name = self.values, str(self.model).partition("@")[0].replace(":", "-")
+        parts = [Path(name).name.removesuffix(".gguf")]
+        bits, device = values.get("bits"), values.get("device")
+        if bits is not None:
+            parts.append(f"{bits:g}-bits")
+        parts += [str(size) for n in _LIMITS[:2] if (size := values.get(n)) is not None]
+        if device is not None:
+            parts.append(str(device.memory) if device.preset is None else Path(device.preset).stem)
+        if (target := values.get("target")) is not None:
+            parts.append(target)
+        return Path("-".join(parts))
+
 
 @dataclass(frozen=True)
 class QuantizePlan:
@@ -75,7 +96,6 @@ class QuantizePlan:
         target: name of the target.
         road: the estimate.
         seconds: time limit; None for none.
-        is_known: whether the study is there already.
     """
 
     model: str
@@ -85,7 +105,6 @@ class QuantizePlan:
     target: str
     road: RoadEstimate
     seconds: float | None
-    is_known: bool
 
 
 class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,6 +125,7 @@ class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         exact: the same without that rounding, where it was compared.
         allocation: digest of the allocation.
         weights: digest of the finished weights; empty without.
+        asked: digest of the request that this answers: study, search space, finishing, time.
     """
 
     checkpoint: str
@@ -122,6 +142,7 @@ class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exact: float | None
     allocation: str
     weights: str
+    asked: str
     schema: int = 1
 
 
@@ -176,13 +197,14 @@ def run(
 ) -> Quantized:
     """Does what `quantize` does, of one request."""
     began = time.monotonic()
-    plan = plan_of(request)
+    opened = _Opened(request)
+    if opened.spec is not None and (known := _known(opened.study, opened.asked)) is not None:
+        return known
+    plan = opened.plan()
     if on_plan is not None:
         on_plan(plan)
-    if not plan.is_known:
+    if not (plan.study / STUDY_FILE).is_file():
         new_study(plan.inventory.path, plan.study, request.values)
-    if (known := _known(plan)) is not None:
-        return known
     return _Road(request, plan, began, on_stage or (lambda _: None)).run()
 
 
@@ -193,57 +215,81 @@ def plan_of(request: QuantizeRequest) -> QuantizePlan:
         StudyError: if the folder holds another study, or the time does not suffice.
         AllocatorError: one line on whatever else is wrong.
     """
-    if all(request.values.get(name) is None for name in _LIMITS):
-        raise StudyError(
-            "needed a limit: --budget SIZE (the whole file), --bits B (effective bits of the "
-            "matrices) or --device NAME (everything in its memory)"
+    return _Opened(request).plan()
+
+
+class _Opened:
+    """A request whose model and study, if there is one, were read and accepted; quickly."""
+
+    def __init__(self, request: QuantizeRequest) -> None:
+        if all(request.values.get(name) is None for name in _LIMITS):
+            raise StudyError(
+                "needed a limit: --budget SIZE (the whole file), --bits B (effective bits of the "
+                "matrices) or --device NAME (everything in its memory)"
+            )
+        if request.seconds is not None:
+            check_duration("--time", request.seconds, least=1)
+        self.request = request
+        self.model = model_path(request.model, progress=request.resources.progress)
+        self.study = request.study
+        self.spec: StudySpec | None = None
+        if (self.study / STUDY_FILE).is_file():
+            self.spec = StudySpec.read(self.study)
+            asked = asked_spec(self.model, self.study, request.values)
+            _check_same(self.study, self.spec, asked, request.values)
+
+    @property
+    def asked(self) -> str:
+        """The digest of everything that the answer depends on."""
+        return _asked(self.request, self.study)
+
+    def plan(self) -> QuantizePlan:
+        """Prices the stages."""
+        request, study, spec = self.request, self.study, self.spec
+        if spec is not None:
+            road = _priced(request, spec, study)
+        else:
+            spec, road = self._priced_before_it_is_there()
+        _check_time(request.seconds, road)
+        return QuantizePlan(
+            model=str(request.model),
+            inventory=read_inventory(self.model),
+            study=study,
+            checkpoint=study / "out" / f"pick-{spec.target}",
+            target=spec.target,
+            road=road,
+            seconds=request.seconds,
         )
-    if request.seconds is not None:
-        check_duration("--time", request.seconds)
-    model = model_path(request.model, progress=request.resources.progress)
-    study = request.out or Path(_folder_name(request))
-    is_known = (study / STUDY_FILE).is_file()
-    if is_known:
-        spec = StudySpec.read(study)
-        _check_same(study, spec, asked_spec(model, study, request.values), request.values)
-        road = _priced(request, spec, study)
-    else:
-        with TemporaryDirectory() as place:
-            spec = new_study(model, Path(place) / "study", request.values).spec
-            road = _priced(request, spec, Path(place) / "study")
-    _check_time(request.seconds, road)
-    return QuantizePlan(
-        model=str(request.model),
-        inventory=read_inventory(model),
-        study=study,
-        checkpoint=study / "out" / f"pick-{spec.target}",
-        target=spec.target,
-        road=road,
-        seconds=request.seconds,
-        is_known=is_known,
-    )
+
+    def _priced_before_it_is_there(self) -> tuple[StudySpec, RoadEstimate]:
+        """The study that would be made, and its price, from a copy that goes again."""
+        beside = self.study.absolute().parent
+        with TemporaryDirectory(dir=beside if beside.is_dir() else None, prefix=".") as place:
+            copy = Path(place)
+            try:
+                spec = new_study(self.model, copy, self.request.values).spec
+                return spec, _priced(self.request, spec, copy)
+            except AllocatorError as error:
+                message = str(error).replace(str(copy), str(self.study))
+                raise type(error)(message) from None
+
+
+def _asked(request: QuantizeRequest, study: Path) -> str:
+    """Digest of study.toml, its search space, and what else is asked of all stages."""
+    spec = StudySpec.read(study)
+    space = study / spec.space if spec.space else study / STUDY_FILE
+    digest = hashlib.sha256(msgspec.json.encode(spec))
+    digest.update(space.read_bytes() if space.is_file() else b"")
+    digest.update(f"{request.finish} {request.seconds}".encode())
+    return digest.hexdigest()
 
 
 def _priced(request: QuantizeRequest, spec: StudySpec, study: Path) -> RoadEstimate:
     seconds = request.seconds
     stop = StopRule(trials=spec.trials) if seconds is None else StopRule(seconds=seconds)
     search = SearchRequest(study, stop=stop, resources=request.resources)
-    return estimate_road(search, recipe_of() if request.finish else None)
-
-
-def _folder_name(request: QuantizeRequest) -> str:
-    """Of the model and its limit: `Qwen3-30B-A3B-12GiB`."""
-    values, name = request.values, str(request.model).partition("@")[0].replace(":", "-")
-    parts = [Path(name).name.removesuffix(".gguf")]
-    bits, device = values.get("bits"), values.get("device")
-    if bits is not None:
-        parts.append(f"{bits:g}-bits")
-    parts += [str(size) for n in _LIMITS[:2] if (size := values.get(n)) is not None]
-    if device is not None:
-        parts.append(str(device.memory) if device.preset is None else Path(device.preset).stem)
-    if (target := values.get("target")) is not None:
-        parts.append(target)
-    return "-".join(parts)
+    with step("measuring what it takes"):
+        return estimate_road(search, recipe_of() if request.finish else None)
 
 
 _KEY_OF = {
@@ -262,11 +308,16 @@ def _check_same(folder: Path, known: StudySpec, asked: StudySpec, values: StudyV
         old, new = getattr(known, name), getattr(asked, name)
         if name == "checkpoint":
             old, new = (os.path.realpath(folder / path) for path in (old, new))
-        if old != new:
+        if old != new and not (name == "budget" and _same_limits(folder, old, new)):
             raise StudyError(
                 f"{folder / STUDY_FILE}: {name} is {_shown(old)}, asked for {_shown(new)}; name "
                 "another folder with --out, or change the file"
             )
+
+
+def _same_limits(folder: Path, one: BudgetSpec, other: BudgetSpec) -> bool:
+    """Whether two budgets are the same bytes, however they are written."""
+    return chosen_budget(one, folder) == chosen_budget(other, folder)
 
 
 def _shown(value: Any) -> str:
@@ -288,16 +339,27 @@ def _check_time(seconds: float | None, road: RoadEstimate) -> None:
         )
 
 
-def _known(plan: QuantizePlan) -> Quantized | None:
-    """What an earlier call left; None if that is not all there and of the same pick."""
-    try:
-        quantized = msgspec.convert(unseal((plan.study / RESULT).read_bytes()), Quantized)
-        record = AllocationRecord.read(plan.study / "allocations/pick.json")
-        size = (plan.study / quantized.checkpoint / quantized.file).stat().st_size
-    except (OSError, ValueError, AllocatorError):
+def _known(study: Path, asked: str) -> Quantized | None:
+    """What an earlier call left; None if it answered another request, or is not all there."""
+    quantized = _read(study)
+    if quantized is None or quantized.asked != asked:
         return None
+    try:
+        record = AllocationRecord.read(study / "allocations/pick.json")
+        size = (study / quantized.checkpoint / quantized.file).stat().st_size
+    except (OSError, AllocatorError):
+        return None
+    record = record if quantized.weights else record.unfinished
     same = (quantized.allocation, quantized.weights) == (record.digest, record.weights_digest)
     return quantized if same and size == quantized.file_bytes else None
+
+
+def _read(study: Path) -> Quantized | None:
+    """`quantized.json`; None if there is none, or it is damaged."""
+    try:
+        return msgspec.convert(unseal((study / RESULT).read_bytes()), Quantized)
+    except (OSError, ValueError):
+        return None
 
 
 class _Road:
@@ -327,14 +389,17 @@ class _Road:
             api.finish(study, searched.pick, seconds=left, **self._options)
         self._on_stage("materialize")
         plan.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self._remove_earlier()
         written = api.materialize(
-            study, searched.pick, plan.checkpoint, record=True, **self._options
-        )
+            study, searched.pick, plan.checkpoint, record=True,
+            unfinished=not self._request.finish, **self._options,
+        )  # fmt: skip
         self._on_stage("verify")
         # rounding by the runtime is no fault of the file: the figure is shown, and nothing refused
         tolerance = math.inf if runtime_named(plan.target).tells_rounding else None
         verified = api.verify(study, plan.checkpoint, tolerance=tolerance, **self._options)
         record = AllocationRecord.read(searched.pick)
+        record = record if self._request.finish else record.unfinished
         manifest = written.manifest
         quantized = Quantized(
             checkpoint=os.path.relpath(plan.checkpoint, study),
@@ -351,9 +416,20 @@ class _Road:
             exact=None if verified.exact is None else verified.exact.divergence,
             allocation=record.digest,
             weights=record.weights_digest,
+            asked=_asked(self._request, study),
         )
         write_whole(study / RESULT, seal(quantized))
         return quantized
+
+    def _remove_earlier(self) -> None:
+        """Makes place: removes what an earlier call wrote of another pick, and that alone."""
+        folder, known = self._plan.checkpoint, _read(self._study)
+        if known is None or not (folder / MANIFEST).is_file():
+            return
+        manifest = Manifest.read(folder)
+        if manifest.sha256.get(known.file) == known.sha256:
+            (self._study / RESULT).unlink()
+            shutil.rmtree(folder)
 
     def _seconds_of_search(self) -> float | None:
         left = self._seconds_left("finish", "materialize", "verify")

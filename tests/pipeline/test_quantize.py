@@ -1,6 +1,7 @@
 """One command from a model to a verified checkpoint, held against the verbs that it is made of."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from allocator import api
 from allocator.app.resources import Resources
+from allocator.app.study_file import StudySpec
 from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
 from allocator.errors import AllocatorError, StudyError
@@ -104,6 +106,38 @@ def test_refusals_are_one_line_and_write_nothing(done, changes, values, says):
     assert {p: p.stat().st_mtime_ns for p in request.out.rglob("*")} == before
 
 
+def test_another_request_of_the_same_study_is_answered_anew(done, tmp_path):
+    """Unfinished weights, then a changed study.toml: neither gets the earlier file."""
+    request, _, result = done
+    study = Path(shutil.copytree(request.out, tmp_path / "study"))
+    stages = []
+    plain = run(replace(request, out=study, finish=False), on_stage=stages.append)
+    assert stages == ["profile", "search", "materialize", "verify"]
+    assert plain.finished is None
+    assert plain.sha256 != result.sha256
+    text = (study / "study.toml").read_text()
+    (study / "study.toml").write_text(text.replace(f"trials = {TRIALS}", f"trials = {TRIALS + 1}"))
+    more = replace(with_values(request, trials=TRIALS + 1), out=study)
+    run(more, on_stage=stages.append)
+    assert stages.count("search") == 2
+    trials = api.front(study, cache=request.resources.cache, threads=1)
+    assert len(trials)
+
+
+def test_a_limit_is_compared_as_bytes(done):
+    request, _, result = done
+    values = {n: v for n, v in request.values.items() if n != "bits"}
+    nbytes = StudySpec.read(request.out).budget.weights
+    assert run(replace(request, values={**values, "weights_budget": f"{nbytes}B"})) == result
+
+
+def test_a_refusal_names_the_study_that_was_asked_for(done, tmp_path):
+    wrong = replace(with_values(done[0], target="tflite"), out=tmp_path / "asked")
+    with pytest.raises(AllocatorError, match=re.escape(str(tmp_path / "asked"))):
+        run(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_budget_below_the_floor_leaves_no_folder(done, tmp_path):
     small = replace(with_values(done[0], bits=0.5), out=tmp_path / "study")
     with pytest.raises(AllocatorError, match="under the floor"):
@@ -112,7 +146,7 @@ def test_a_budget_below_the_floor_leaves_no_folder(done, tmp_path):
 
 
 def test_time_for_less_than_the_profile_is_refused_at_once(done, tmp_path):
-    short = replace(done[0], seconds=0.0, out=tmp_path / "study")
+    short = replace(done[0], seconds=1.0, out=tmp_path / "study")
     fresh = replace(short, resources=Resources(cache=tmp_path / "cache", threads=1))
     with pytest.raises(StudyError, match="the profile alone takes about"):
         run(fresh)
@@ -120,7 +154,7 @@ def test_time_for_less_than_the_profile_is_refused_at_once(done, tmp_path):
 
 
 def test_a_time_that_is_over_leaves_one_trial_and_all_stages_follow(done, tmp_path):
-    request = replace(done[0], seconds=0.1, finish=False, out=tmp_path / "study")
+    request = replace(done[0], seconds=1.0, finish=False, out=tmp_path / "study")
     stages = []
     result = run(request, on_stage=stages.append)
     assert stages == ["profile", "search", "materialize", "verify"]
