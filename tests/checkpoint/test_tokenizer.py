@@ -155,9 +155,8 @@ def test_what_is_not_converted_is_refused_unless_none_is_wanted(
         assert str(folder) in str(caught.value)
     assert main(["inspect", str(folder), "--target", "gguf"]) in (0, None)
     shown = capsys.readouterr().out.splitlines()
-    assert [line for line in shown if line.startswith("note:")][-1].startswith(
-        "note: no tokenizer: "
-    )
+    notes = [line for line in shown if line.startswith("note: ")]
+    assert notes[-1].startswith("note: no tokenizer:")
     assert (
         "tokenizer" not in api.inspect(folder).attrs["notes"]
     )  # safetensors carries what is there
