@@ -118,7 +118,7 @@ def test_the_pick_is_finished_and_its_files_hold_the_finished_weights(project):
         assert manifest["weights"] == record.weights_digest
         assert manifest["sha256"][manifest["file"]] == record.sha256[container]
     rows = re.findall(r"^ *(\* pick(?:, unfinished)?) +[0-9]", done.stdout, re.MULTILINE)
-    assert sorted(rows) == ["* pick", "* pick, unfinished"]
+    assert set(rows) == {"* pick", "* pick, unfinished"}  # in every part of the table
     assert "<!doctype html>" in (run / "report.html").read_text().lower()
 
 

@@ -44,7 +44,7 @@ def test_a_key_that_leaves_no_room_makes_lists():
 @settings(max_examples=40)
 @given(st.data())
 def test_no_word_is_lost_or_broken(keys, data):
-    word = st.text("abcXYZ[]:_é漢", min_size=1, max_size=24)
+    word = st.text("abXYZ[]:_é漢", min_size=1, max_size=24)
     cell = st.lists(word, min_size=1, max_size=6).map(" ".join)
     n = data.draw(st.integers(1, 3))
     columns = data.draw(st.lists(word, min_size=3, max_size=8, unique=True))

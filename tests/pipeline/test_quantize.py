@@ -14,6 +14,7 @@ from allocator.app.study_file import StudySpec
 from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
 from allocator.errors import AllocatorError, StudyError
+from allocator.pipeline import quantize as pipeline
 from allocator.pipeline.quantize import RESULT, QuantizeRequest, plan_of, run
 
 BITS, TRIALS = 5.0, 3
@@ -145,11 +146,12 @@ def test_a_budget_below_the_floor_leaves_no_folder(done, tmp_path):
     assert not small.out.exists()
 
 
-def test_time_for_less_than_the_profile_is_refused_at_once(done, tmp_path):
-    short = replace(done[0], seconds=1.0, out=tmp_path / "study")
-    fresh = replace(short, resources=Resources(cache=tmp_path / "cache", threads=1))
-    with pytest.raises(StudyError, match="the profile alone takes about"):
-        run(fresh)
+def test_time_for_less_than_the_profile_is_refused_at_once(done, tmp_path, monkeypatch):
+    short = replace(done[0], seconds=4.0, out=tmp_path / "study")
+    road = replace(plan_of(done[0]).road, seconds={"profile": 5.0, "search": 1.0})
+    monkeypatch.setattr(pipeline, "estimate_road", lambda *_: road)
+    with pytest.raises(StudyError, match="4 s, and the profile alone takes about 5 s"):
+        run(short)
     assert not short.out.exists()
 
 
@@ -179,6 +181,7 @@ def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkey
         "--out", str(request.out), "--cache", str(request.resources.cache), "--threads", "1",
         "--quiet",
     ]  # fmt: skip
+    assert main([*arguments, "--dry-run"]) == 0
     assert main(arguments) == 0
     out = capsys.readouterr().out
     for path in (request.model, request.out):  # which are as long as they are
