@@ -27,7 +27,12 @@ def series():
         & (summary["split"] == "report") & (summary["part"] == "all")
     ]  # fmt: skip
     over = pd.read_csv(HERE / "over.csv")
-    over = over[(over["target"] == "gguf") & (over["split"] == "report") & ~over["pruned"] & (over["bits"] > 2.09)]
+    over = over[
+        (over["target"] == "gguf")
+        & (over["split"] == "report")
+        & ~over["pruned"]
+        & (over["bits"] > 2.09)
+    ]
     newest = rows.drop_duplicates("bits", keep="last").sort_values("bits")
     hull = over.drop_duplicates("bits", keep="last").sort_values("bits")
     yield "best mix of formats", hull["bits"], hull["hull"]
