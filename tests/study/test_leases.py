@@ -455,10 +455,11 @@ def test_a_run_returns_when_all_have_ended(joined):
 def test_time_is_over_for_what_was_taken_over(joined):
     storage = InMemoryStorage()
     one, two = joined(storage), joined(storage)
+    two.run(StopRule(trials=1))
     one.propose(1)
     die(one)
     two.run(StopRule(seconds=0))
-    assert [t.state.name for t in two.study.get_trials()] == ["FAIL"]
+    assert [t.state.name for t in two.study.get_trials()] == ["COMPLETE", "FAIL"]
 
 
 @pytest.mark.parametrize("limit", ["trials", "tokens"])
