@@ -32,6 +32,7 @@ def pipe():
 
 
 def test_hidden_steps_write_nothing(capfd):
+    show_progress(False)  # whatever a test before this one has shown
     with step("search", 3), waiting("lock") as waits:
         waits.update()
     assert list(stepping([1, 2], "layers")) == [1, 2]
