@@ -367,27 +367,12 @@ def front(
     from allocator.errors import StudyError
 
     study_folder = StudyFolder(study, **options)
-
-    from allocator.study.storages import journal_path
-
-    path = journal_path(storage, study_folder.path)
-
-    import optuna
-
-    from allocator.study.storages import open_storage
-
-    try:
-        if path is not None and not path.exists():
-            raise KeyError(path)
-        opened = optuna.load_study(
-            study_name=study_folder.study_name(storage),
-            storage=open_storage(storage, study_folder.path),
-        )
-    except KeyError:
+    opened = study_folder.searched(storage)
+    if opened is None:
         raise StudyError(
             f"{study_folder.path}: no study yet in {storage or 'its own journal'}; launch "
             "`allocator search` first, or name the --storage that it was launched with"
-        ) from None
+        )
 
     from allocator.app.trial_table import write_front
     from allocator.study.optuna_study import LOCK

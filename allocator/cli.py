@@ -159,9 +159,10 @@ def _study_values(args: argparse.Namespace) -> Any:
 
 
 def _quantize(args: argparse.Namespace) -> Any:
-    from allocator.checkpoint.hub import model_path
+    from allocator.checkpoint.hub import is_hub_id, model_path
 
-    model_path(args.model, progress=not args.quiet)  # refused before anything is loaded
+    if not is_hub_id(args.model):  # an id is looked up once, by the first stage
+        model_path(args.model)  # a wrong path is refused before anything is loaded
     _quiet_optuna()
 
     from allocator.app.resources import Resources

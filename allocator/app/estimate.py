@@ -75,6 +75,19 @@ def estimate(request: SearchRequest) -> SearchEstimate:
         AllocatorError: one line on whatever is wrong with the request.
     """
     study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
+    return estimate_in(study_folder, request)
+
+
+def estimate_in(study_folder: StudyFolder, request: SearchRequest) -> SearchEstimate:
+    """Returns the estimate of a search in a folder that is open already.
+
+    Args:
+        study_folder: of the request, opened with its target and resources.
+        request: of the search.
+
+    Raises:
+        AllocatorError: as `estimate`.
+    """
     launch = study_folder.launch(request)
     check_storage(launch.storage, study_folder.path)
     if study_folder.spec.calibration.report is not None:

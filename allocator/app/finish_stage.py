@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # these load torch
     from allocator.codecs.encodings import Encodings
     from allocator.finishing.artifact import Artifact
     from allocator.finishing.estimate import FinishEstimate
-    from allocator.finishing.finish import Finisher
+    from allocator.finishing.finish import FinishDocuments, Finisher
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,16 @@ def finish_anew(study_folder: StudyFolder, record: AllocationRecord, path: Path)
     return finisher.finish()
 
 
+def finish_documents(study_folder: StudyFolder) -> FinishDocuments:
+    """Returns the documents that weights of a study are finished on."""
+    calibration = study_folder.calibration
+    documents = calibration.search, calibration.trial_documents, calibration.selection_documents
+
+    from allocator.finishing.finish import FinishDocuments
+
+    return FinishDocuments(*documents)
+
+
 def _finisher(
     study_folder: StudyFolder,
     allocation: Allocation,
@@ -180,11 +190,10 @@ def _finisher(
     beside: Path | None,
     until: float | None,
 ) -> Finisher:
-    calibration = study_folder.calibration
-    documents = calibration.search, calibration.trial_documents, calibration.selection_documents
+    documents = finish_documents(study_folder)
 
     from allocator.export.tensors import EncodedTensors
-    from allocator.finishing.finish import FinishDocuments, Finisher
+    from allocator.finishing.finish import Finisher
 
     scorers = study_folder.scorers
     encodings = _encodings(study_folder, importance, beside)
@@ -197,7 +206,7 @@ def _finisher(
         EncodedTensors(encodings, allocation),
         importance,
         recipe,
-        FinishDocuments(*documents),
+        documents,
         lambda chosen: scorers.on(chosen, model=model()),
         study_folder.finished_folder,
         progress=study_folder.progress,

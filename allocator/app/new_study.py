@@ -158,8 +158,12 @@ def asked_spec(model: Path, folder: Path, values: StudyValues) -> StudySpec:
     spec, bits = _spec(model, folder, values), values.get("bits")
     if bits is None:
         return spec
-    limit = int(read_inventory(model).n_searched_weights * bits / 8)
+    limit = _bytes_at(bits, read_inventory(model).n_searched_weights)
     return msgspec.structs.replace(spec, budget=BudgetSpec(weights=limit))
+
+
+def _bytes_at(bits: float, n_weights: int) -> int:
+    return int(n_weights * bits / 8)
 
 
 def _search_space(spec: StudySpec, folder: Path) -> SearchSpace:
@@ -172,9 +176,9 @@ def _weights_limit(bits: float | None, space: Space) -> tuple[int, list[str]]:
     """Bytes of the searched matrices, and a note where nobody said how many."""
     n_weights = space.layout.inventory.n_searched_weights
     if bits is not None:
-        return int(n_weights * bits / 8), []
+        return _bytes_at(bits, n_weights), []
     floor = space.smallest.nbytes(space.layout).encoded
-    limit = max(int(n_weights * DEFAULT_BITS / 8), int(floor * _ABOVE_FLOOR))
+    limit = max(_bytes_at(DEFAULT_BITS, n_weights), int(floor * _ABOVE_FLOOR))
     return limit, [
         f"no budget was given: {limit * 8 / n_weights:.2f} bits per searched weight; change it "
         f"under [budget] in {STUDY_FILE}, or with --budget of `allocator search`"

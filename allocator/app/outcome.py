@@ -14,8 +14,6 @@ from allocator.app.tables import SEARCHED
 from allocator.study.intervals import mean_interval, ratio_interval
 from allocator.study.trials import KIND, LOSSES, RESULT, complete_trials
 
-_OWN = (*SEARCHED, "pruned")
-
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The pick of a search, on the search split; losses in nats per token.
@@ -50,7 +48,7 @@ def outcome_of(study: optuna.Study, pick: FrozenTrial, selection: float) -> Outc
         selection: its loss on the selection split.
     """
     losses, result = np.array(pick.user_attrs[LOSSES]), pick.user_attrs[RESULT]
-    rivals = [t for t in complete_trials(study) if t.user_attrs[KIND] not in _OWN]
+    rivals = [t for t in complete_trials(study) if t.user_attrs[KIND] not in SEARCHED]
     best = rivals[0] if rivals else None  # the least loss comes first
     beside = np.zeros(0) if best is None else np.array(best.user_attrs[LOSSES])
     return Outcome(

@@ -46,7 +46,7 @@ from allocator.scoring.documents import digest
 from allocator.study.optuna_study import open_study
 from allocator.study.protocols import StudySampler
 from allocator.study.stop_rule import StopRule
-from allocator.study.storages import open_storage
+from allocator.study.storages import journal_path, open_storage, reaching
 from allocator.targets import Layout, target_named
 
 if TYPE_CHECKING:  # these load torch: whatever is refused is refused before that
@@ -341,6 +341,26 @@ class StudyFolder:
         """
         storage = open_storage(launch.storage, self.path)
         return open_study(storage, self.study_name(launch.storage), self.lock(launch))
+
+    def searched(self, storage: str | None) -> optuna.Study | None:
+        """Opens the Optuna study of this folder for reading; None if there is none yet.
+
+        Args:
+            storage: as of `search`.
+
+        Raises:
+            StudyError: if the storage cannot be reached.
+        """
+        path = journal_path(storage, self.path)
+        if path is not None and not path.exists():
+            return None
+        try:
+            with reaching(storage):
+                return optuna.load_study(
+                    study_name=self.study_name(storage), storage=open_storage(storage, self.path)
+                )
+        except KeyError:
+            return None
 
     def sampler(
         self, launch: Launch, *, on_trial: Callable[[int], None] | None = None

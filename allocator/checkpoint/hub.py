@@ -7,12 +7,12 @@ fetched, and only after the disk was found to hold it. What was fetched before i
 """
 
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from allocator.errors import CheckpointError, first_line
+from allocator.files.machine import free_disk
 from allocator.units import show_bytes
 
 _ID = re.compile(
@@ -140,10 +140,7 @@ def _names(files: list[str], text: str, gguf: str | None) -> list[str]:
 def _check_disk(text: str, missing: int) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = Path(HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_disk(Path(HF_HUB_CACHE))
     if missing > free:
         raise CheckpointError(
             f"{text}: {show_bytes(missing)} to fetch, {show_bytes(free)} free in {HF_HUB_CACHE}; "

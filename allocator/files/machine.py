@@ -1,6 +1,7 @@
 """What this machine has."""
 
 import math
+import shutil
 from pathlib import Path
 
 
@@ -11,3 +12,11 @@ def free_memory() -> float:
         return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return math.inf
+
+
+def free_disk(path: Path) -> int:
+    """Returns the bytes that are free on the disk of a path, which need not exist yet."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

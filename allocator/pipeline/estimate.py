@@ -1,35 +1,33 @@
-"""What the whole road would take: seconds by stage, disk and memory, from a short measurement.
+"""Estimates for all stages of `quantize`: seconds, disk and memory, from timed forward passes.
 
 In: a request of a search, and how its pick is to be finished. Out: a `RoadEstimate`. Invariant:
 nothing is written; sizes are upper estimates.
 """
 
-import shutil
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from allocator.app.estimate import SearchEstimate
-from allocator.app.estimate import estimate as estimate_search
+from allocator.app.estimate import SearchEstimate, estimate_in
+from allocator.app.finish_stage import finish_documents
 from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
-from allocator.checkpoint.inventory import Inventory
+from allocator.files.machine import free_disk
 from allocator.finishing.recipe import Recipe
 from allocator.formats import Format
 from allocator.units import show_size
 
 _COPY_BYTES_PER_SECOND = 200e6
-"""Of a file that is written, read back and hashed (measured)."""
+"""Of a file that is written, read back and hashed; assumed (`studies/scale` measured its disk)."""
 _RUNTIME_FORWARDS = 3
-"""Forward passes that a verified token takes: in torch, and in the runtime, which is slower."""
+"""Forward passes that a verified token takes, assumed: in torch, and in the slower runtime."""
 
 
 @dataclass(frozen=True)
 class RoadEstimate:
-    """What `quantize` would take.
+    """Time, disk and memory of `quantize`.
 
     Attributes:
-        search: floor, ceiling, and what the search takes.
+        search: floor, ceiling, and the estimate of the search alone.
         seconds: by stage, in order.
         disk_bytes: of encoded weights and written files, at most.
         free_bytes: of the disk that the cache is on.
@@ -49,7 +47,7 @@ class RoadEstimate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know before it starts: too little disk, too large a budget."""
+        """Warnings before the first stage: too little disk, too large a budget."""
         notes = []
         if self.disk_bytes > self.free_bytes:
             notes.append(
@@ -74,8 +72,8 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
     Raises:
         AllocatorError: one line on whatever is wrong with the request.
     """
-    search = estimate_search(request)
     study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
+    search = estimate_in(study_folder, request)
     streamed = study_folder.spec.streamed is not None
     tokens = study_folder.scorers.trials.n_tokens
     per_token = search.seconds_per_full_trial / tokens
@@ -83,46 +81,33 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
     seconds = {
         "profile": search.profile_seconds,
         "search": search.total_seconds - search.profile_seconds,
-        "finish": 0.0,
-        "materialize": written / _COPY_BYTES_PER_SECOND,
-        "verify": written / _COPY_BYTES_PER_SECOND + per_token * tokens * _RUNTIME_FORWARDS,
     }
-    if recipe is None:
-        del seconds["finish"]
-    else:
-        seconds["finish"] = _finish_seconds(
-            study_folder, recipe.layer_by_layer if streamed else recipe, per_token, written
-        )
+    if recipe is not None:
+        used = recipe.layer_by_layer if streamed else recipe
+        seconds["finish"] = _finish_seconds(study_folder, used, per_token, written)
+    copying = written / _COPY_BYTES_PER_SECOND
+    seconds["materialize"] = copying
+    seconds["verify"] = copying + per_token * tokens * _RUNTIME_FORWARDS
     return RoadEstimate(
         search=search,
         seconds=seconds,
         disk_bytes=_disk_bytes(study_folder, written, finished=recipe is not None),
-        free_bytes=shutil.disk_usage(_existing(study_folder.cache)).free,
-        memory_bytes=None if streamed else model_bytes(study_folder.inventory),
+        free_bytes=free_disk(study_folder.cache),
+        memory_bytes=None if streamed else 2 * study_folder.inventory.float32_bytes,
     )
-
-
-def model_bytes(inventory: Inventory) -> int:
-    """Returns the bytes of a model in memory: float32, and as much again for its gradients."""
-    tensors = inventory.tensors.values()
-    return 2 * 4 * sum(prod(t.shape) for t in tensors if t.role != "nextn")
 
 
 def _finish_seconds(
     study_folder: StudyFolder, recipe: Recipe, per_token: float, written: int
 ) -> float:
     from allocator.finishing.estimate import FinishTokens, seconds_per_weight
-    from allocator.finishing.finish import FinishDocuments
 
-    calibration = study_folder.calibration
-    documents = FinishDocuments(
-        calibration.search, calibration.trial_documents, calibration.selection_documents
-    )
+    documents = finish_documents(study_folder)
     fmt, width = _typical(study_folder, written)
     per_weight = seconds_per_weight(
         fmt, width, rounds=recipe.rounds, device=study_folder.torch_device
     )
-    weights = study_folder.inventory.n_searched_weights
+    weights = study_folder.inventory.n_computed_weights
     passes = FinishTokens.of(recipe, documents).seconds(recipe, per_token)
     return sum(passes.values()) + (per_weight or 0.0) * weights
 
@@ -144,9 +129,3 @@ def _disk_bytes(study_folder: StudyFolder, written: int, *, finished: bool) -> i
     if study_folder.encodings_cap is not None:
         banked = min(banked, study_folder.encodings_cap)
     return banked + (2 * written if finished else 0) + written
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

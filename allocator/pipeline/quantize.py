@@ -48,7 +48,7 @@ _LIMITS = ("budget", "weights_budget", "bits", "device")
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What is asked of `quantize`.
+    """A request of `quantize`.
 
     Attributes:
         model: a directory, a GGUF file, or an id on the hub.
@@ -86,7 +86,7 @@ class QuantizeRequest:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What will be done, and what it takes.
+    """The stages of a request, with their estimate.
 
     Attributes:
         model: as it was named.
@@ -108,7 +108,7 @@ class QuantizePlan:
 
 
 class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What came out.
+    """The result of `quantize`.
 
     Attributes:
         checkpoint: directory of the written checkpoint, relative to the study.
@@ -125,7 +125,7 @@ class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         exact: the same without that rounding, where it was compared.
         allocation: digest of the allocation.
         weights: digest of the finished weights; empty without.
-        asked: digest of the request that this answers: study, search space, finishing, time.
+        request: digest of the request: study, search space, finishing, time limit.
     """
 
     checkpoint: str
@@ -142,7 +142,7 @@ class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exact: float | None
     allocation: str
     weights: str
-    asked: str
+    request: str
     schema: int = 1
 
 
@@ -195,12 +195,12 @@ def run(
     on_plan: Callable[[QuantizePlan], None] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> Quantized:
-    """Does what `quantize` does, of one request."""
+    """Runs the stages of a request; see `quantize`."""
     began = time.monotonic()
-    opened = _Opened(request)
-    if opened.spec is not None and (known := _known(opened.study, opened.asked)) is not None:
-        return known
-    plan = opened.plan()
+    checked = _CheckedRequest(request)
+    if checked.spec is not None and (earlier := _earlier(request)) is not None:
+        return earlier
+    plan = checked.plan()
     if on_plan is not None:
         on_plan(plan)
     if not (plan.study / STUDY_FILE).is_file():
@@ -215,11 +215,11 @@ def plan_of(request: QuantizeRequest) -> QuantizePlan:
         StudyError: if the folder holds another study, or the time does not suffice.
         AllocatorError: one line on whatever else is wrong.
     """
-    return _Opened(request).plan()
+    return _CheckedRequest(request).plan()
 
 
-class _Opened:
-    """A request whose model and study, if there is one, were read and accepted; quickly."""
+class _CheckedRequest:
+    """A request whose limits, model and study (if there is one) were read and accepted."""
 
     def __init__(self, request: QuantizeRequest) -> None:
         if all(request.values.get(name) is None for name in _LIMITS):
@@ -237,11 +237,6 @@ class _Opened:
             self.spec = StudySpec.read(self.study)
             asked = asked_spec(self.model, self.study, request.values)
             _check_same(self.study, self.spec, asked, request.values)
-
-    @property
-    def asked(self) -> str:
-        """The digest of everything that the answer depends on."""
-        return _asked(self.request, self.study)
 
     def plan(self) -> QuantizePlan:
         """Prices the stages."""
@@ -262,7 +257,7 @@ class _Opened:
         )
 
     def _priced_before_it_is_there(self) -> tuple[StudySpec, RoadEstimate]:
-        """The study that would be made, and its price, from a copy that goes again."""
+        """The study that would be made, and its price, from a temporary copy."""
         beside = self.study.absolute().parent
         with TemporaryDirectory(dir=beside if beside.is_dir() else None, prefix=".") as place:
             copy = Path(place)
@@ -274,8 +269,9 @@ class _Opened:
                 raise type(error)(message) from None
 
 
-def _asked(request: QuantizeRequest, study: Path) -> str:
-    """Digest of study.toml, its search space, and what else is asked of all stages."""
+def _digest(request: QuantizeRequest) -> str:
+    """Names a request: study.toml and its search space, finishing, and the time limit."""
+    study = request.study
     spec = StudySpec.read(study)
     space = study / spec.space if spec.space else study / STUDY_FILE
     digest = hashlib.sha256(msgspec.json.encode(spec))
@@ -288,7 +284,7 @@ def _priced(request: QuantizeRequest, spec: StudySpec, study: Path) -> RoadEstim
     seconds = request.seconds
     stop = StopRule(trials=spec.trials) if seconds is None else StopRule(seconds=seconds)
     search = SearchRequest(study, stop=stop, resources=request.resources)
-    with step("measuring what it takes"):
+    with step("timing forward passes"):
         return estimate_road(search, recipe_of() if request.finish else None)
 
 
@@ -339,10 +335,11 @@ def _check_time(seconds: float | None, road: RoadEstimate) -> None:
         )
 
 
-def _known(study: Path, asked: str) -> Quantized | None:
-    """What an earlier call left; None if it answered another request, or is not all there."""
+def _earlier(request: QuantizeRequest) -> Quantized | None:
+    """The result of an earlier call; None if its request was another one, or files are missing."""
+    study = request.study
     quantized = _read(study)
-    if quantized is None or quantized.asked != asked:
+    if quantized is None or quantized.request != _digest(request):
         return None
     try:
         record = AllocationRecord.read(study / "allocations/pick.json")
@@ -363,7 +360,7 @@ def _read(study: Path) -> Quantized | None:
 
 
 class _Road:
-    """The stages of one request, in order."""
+    """Runs the stages of one request, in order."""
 
     def __init__(
         self,
@@ -416,13 +413,13 @@ class _Road:
             exact=None if verified.exact is None else verified.exact.divergence,
             allocation=record.digest,
             weights=record.weights_digest,
-            asked=_asked(self._request, study),
+            request=_digest(self._request),
         )
         write_whole(study / RESULT, seal(quantized))
         return quantized
 
     def _remove_earlier(self) -> None:
-        """Makes place: removes what an earlier call wrote of another pick, and that alone."""
+        """Removes the checkpoint that an earlier call wrote, and nothing else."""
         folder, known = self._plan.checkpoint, _read(self._study)
         if known is None or not (folder / MANIFEST).is_file():
             return

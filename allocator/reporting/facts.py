@@ -16,13 +16,14 @@ from optuna.trial import TrialState
 
 from allocator import __version__
 from allocator.app.held_out_file import HeldOut
+from allocator.app.record_weights import artifact_path
 from allocator.app.resources import StudyOptions
 from allocator.app.study_file import chosen_budget
 from allocator.app.study_folder import StudyFolder
 from allocator.app.tables import baselines_table, front_table, with_series
 from allocator.app.trial_table import front_rows, trials_table
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, finished_name
+from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import AllocatorError, StudyError, VerifyError
 from allocator.export.manifest import Manifest
 from allocator.files.checksums import unseal
@@ -30,7 +31,7 @@ from allocator.finishing.artifact import read_artifact
 from allocator.prediction.profile import Profile
 from allocator.profiling.profile_files import profile_folder
 from allocator.study.optuna_study import LOCK
-from allocator.study.storages import journal_path, open_storage, reaching
+from allocator.study.storages import reaching
 from allocator.study.trials import ALLOCATION, RESULT
 from allocator.targets import Layout, target_named
 from allocator.targets.device_memory import DeviceMemory, Workload
@@ -273,25 +274,13 @@ def _opened(study_folder: StudyFolder, storage: str | None) -> optuna.Study | No
     Raises:
         StudyError: if a storage is named that has no such study.
     """
-    path = journal_path(storage, study_folder.path)
-    missing = path is not None and not path.exists()
-    if missing and storage is None:
-        return None
-    try:
-        if missing:
-            raise KeyError(path)
-        with reaching(storage):
-            return optuna.load_study(
-                study_name=study_folder.study_name(storage),
-                storage=open_storage(storage, study_folder.path),
-            )
-    except KeyError:
-        if storage is None:
-            return None
+    opened = study_folder.searched(storage)
+    if opened is None and storage is not None:
         raise StudyError(
             f"{study_folder.path}: no study yet in {storage}; name the --storage that it was "
             "launched with"
-        ) from None
+        )
+    return opened
 
 
 def _committed(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -394,9 +383,7 @@ def _profile(cache: Path, lock: Mapping[str, Any]) -> Profile | None:
 def _changed(record: AllocationRecord, path: Path, study_folder: StudyFolder) -> Changed | None:
     if record.finished is None:
         return None
-    name = finished_name(record.weights_digest)
-    folders = (path.parent, study_folder.path / "allocations", study_folder.finished_folder)
-    file = next((f / name for f in folders if (f / name).is_file()), None)
+    file = artifact_path(study_folder, record.weights_digest, path)
     if file is None:
         return None
     tensors = sorted(read_artifact(file, record.weights_digest).description.tensors)

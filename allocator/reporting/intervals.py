@@ -6,7 +6,6 @@ documents. Invariant: two allocations are compared on the same draws of document
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,12 +13,9 @@ import numpy.typing as npt
 
 from allocator.app.held_out_file import HeldOutRow, HeldOutSplit
 from allocator.decision.front import Point, lower_hull
+from allocator.study.intervals import draws, ends
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
-N_DRAWS = 2000
-_TAILS = (0.025, 0.975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +49,16 @@ class Distance:
     same_size: bool
 
 
-@cache
-def _draws(n: int) -> Ints:
-    """Draws of documents, `draws x documents`."""
-    return np.random.default_rng(0).integers(0, n, (N_DRAWS, n))
-
-
 def _means(values: Sequence[float], weights: Sequence[float]) -> Floats:
     """Weighted means, `(1 + draws,)`: of all documents, then of every draw."""
     v, w = np.asarray(values, np.float64), np.asarray(weights, np.float64)
-    drawn = _draws(len(v))
+    drawn = draws(len(v))
     whole = np.average(v, weights=w)
     return np.append(whole, (v[drawn] * w[drawn]).sum(1) / w[drawn].sum(1))
 
 
 def _figure(means: Floats) -> Figure:
-    low, high = np.quantile(means[1:], _TAILS)
-    return Figure(float(means[0]), float(low), float(high))
+    return Figure(float(means[0]), *ends(means[1:]))
 
 
 def kl(split: HeldOutSplit, row: HeldOutRow, domain: str | None = None) -> Figure:

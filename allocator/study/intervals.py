@@ -5,15 +5,32 @@ for the same number of documents and seed, so that a printed interval comes out 
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+N_DRAWS = 2000
 _ENDS = (0.025, 0.975)
 
 
-def mean_interval(values: Floats, *, seed: int = 0, n: int = 2000) -> tuple[float, float]:
+@cache
+def draws(documents: int, *, seed: int = 0, n: int = N_DRAWS) -> Ints:
+    """Returns draws of documents with replacement, `draws x documents`; read only."""
+    drawn = np.random.default_rng(seed).integers(0, documents, (n, documents))
+    drawn.flags.writeable = False
+    return drawn
+
+
+def ends(values: Floats) -> tuple[float, float]:
+    """Returns the ends of the 95 % interval of a figure's values over draws, `(draws,)`."""
+    low, high = np.quantile(values, _ENDS)
+    return float(low), float(high)
+
+
+def mean_interval(values: Floats, *, seed: int = 0, n: int = N_DRAWS) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of a mean.
 
     Args:
@@ -21,11 +38,10 @@ def mean_interval(values: Floats, *, seed: int = 0, n: int = 2000) -> tuple[floa
         seed: of the draws.
         n: draws of documents.
     """
-    low, high = np.quantile(values[_drawn(len(values), seed, n)].mean(1), _ENDS)
-    return float(low), float(high)
+    return ends(values[draws(len(values), seed=seed, n=n)].mean(1))
 
 
-def ratio_interval(a: Floats, b: Floats, *, seed: int = 0, n: int = 2000) -> tuple[float, float]:
+def ratio_interval(a: Floats, b: Floats, *, seed: int = 0, n: int = N_DRAWS) -> tuple[float, float]:
     """Returns the 95 % paired bootstrap interval of `mean(a) / mean(b)`; NaN if `b` is 0.
 
     Args:
@@ -36,10 +52,5 @@ def ratio_interval(a: Floats, b: Floats, *, seed: int = 0, n: int = 2000) -> tup
     """
     if not (b > 0).all():
         return math.nan, math.nan
-    drawn = _drawn(len(a), seed, n)
-    low, high = np.quantile(a[drawn].mean(1) / b[drawn].mean(1), _ENDS)
-    return float(low), float(high)
-
-
-def _drawn(documents: int, seed: int, n: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, documents, (n, documents))
+    drawn = draws(len(a), seed=seed, n=n)
+    return ends(a[drawn].mean(1) / b[drawn].mean(1))

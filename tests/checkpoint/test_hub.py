@@ -158,7 +158,7 @@ def test_what_was_fetched_is_there_without_the_hub(server, monkeypatch):
 
 
 def test_the_disk_is_looked_at_before_anything_is_fetched(server, monkeypatch):
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(hub, "free_disk", lambda _: 100)
     with pytest.raises(CheckpointError, match="to fetch, 100 B free"):
         model_path("org/moe")
     assert not any("resolve" in path for verb, path in server.asked if verb == "GET")

@@ -20,16 +20,9 @@ from allocator.finishing.relative_changes import KINDS, RelativeChanges
 from allocator.finishing.tuning import TuningSettings, tune
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.swap_model import SwapModel
+from allocator.study.intervals import ratio_interval
 
 STUDY = Path(__file__).parents[2] / "reference"
-
-
-def interval(before, after, n=2000):
-    """The ratio of two sums over documents, and its paired bootstrap interval of 95 %."""
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(len(before), size=(n, len(before)))
-    ratios = after[chosen].sum(1) / before[chosen].sum(1)
-    return after.sum() / before.sum(), *np.quantile(ratios, (0.025, 0.975))
 
 
 def main():
@@ -69,7 +62,7 @@ def main():
                 seconds = time.process_time() - since
                 weights = StoredWeights(study.layout, allocation, done.tensors, done.digest)
                 after = report.score(weights.candidate).kl
-                ratio, low, high = interval(before, after)
+                ratio, (low, high) = after.sum() / before.sum(), ratio_interval(after, before)
                 checks = " ".join(f"{c.loss / done.before:.3f}@{c.rate:.2g}" for c in done.checks)
                 print(
                     f"{kinds} {tokens:,} tokens: report {before.mean():.4f} -> {after.mean():.4f},"
