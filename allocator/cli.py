@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
@@ -678,39 +679,54 @@ def _expert_width(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--expert-width",
         type=_positive,
-        metavar="N",
         help="pad experts with zeros to N neurons, as expert_width in study.toml does",
     )
 
 
 def _device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", help="a preset by its name, e.g. geforce-rtx-4090, or its file")
-    p.add_argument("--device-memory", help="bytes of everything on the device, e.g. 128GiB")
-    p.add_argument("--context", type=_positive, help="tokens of a sequence (default: 4096)")
-    p.add_argument("--sequences", type=_positive, help="held at once (default: 1)")
-    p.add_argument("--reserve", help="bytes for everything else, e.g. 4GiB (default: 0)")
-    p.add_argument("--bandwidth", help="bytes that memory gives in a second, e.g. 273GB")
     p.add_argument(
-        "--min-tokens-per-second", type=float, help="that the bandwidth must allow when decoding"
+        "--device", metavar="NAME", help="a preset, e.g. geforce-rtx-4090, or the file of one"
+    )
+    p.add_argument(
+        "--device-memory", metavar="SIZE", help="bytes of everything on the device, e.g. 128GiB"
+    )
+    p.add_argument("--context", type=_positive, help="tokens of a sequence (default: 4096)")
+    p.add_argument("--sequences", type=_positive, help="sequences held at once (default: 1)")
+    p.add_argument(
+        "--reserve", metavar="SIZE", help="bytes for everything else, e.g. 4GiB (default: 0)"
+    )
+    p.add_argument(
+        "--bandwidth", metavar="SIZE", help="bytes that memory gives in a second, e.g. 273GB"
+    )
+    p.add_argument(
+        "--min-tokens-per-second",
+        type=float,
+        help="that the bandwidth must allow when decoding",
     )
 
 
 def _new_study(p: argparse.ArgumentParser) -> None:
     """A model, and values of its study."""
     p.add_argument("model", help="directory, GGUF, or an id on the Hugging Face hub")
-    p.add_argument("--out", type=Path, help="study folder (default: named for the model, here)")
+    p.add_argument(
+        "--out", type=Path, metavar="STUDY", help="its folder (default: named for the model, here)"
+    )
     p.add_argument("--target", help="gguf (default) or safetensors")
-    p.add_argument("--budget", help="bytes of the whole file, e.g. 12GiB")
-    p.add_argument("--weights-budget", help="bytes of the searched matrices alone")
+    p.add_argument("--budget", metavar="SIZE", help="bytes of the whole file, e.g. 12GiB")
+    p.add_argument("--weights-budget", metavar="SIZE", help="bytes of the searched matrices alone")
     p.add_argument("--bits", type=float, help="effective bits of these; init: 3 by default")
     _device_options(p)
     p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
     p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")
-    p.add_argument("--space", help="search-space file, or a shipped one by its name")
+    p.add_argument("--space", metavar="FILE", help="search space, or a shipped one by its name")
     p.add_argument("--sampler", help="default: auto")
-    p.add_argument("--trials", type=int, help="default: 100")
-    p.add_argument("--seed", type=int, help="default: 0")
-    p.add_argument("--tokenizer", help="checkpoint (default) or none: a gguf that reads token ids")
+    p.add_argument("--trials", type=int, help="in all (default: 100)")
+    p.add_argument("--seed", type=int, help="of all that is drawn (default: 0)")
+    p.add_argument(
+        "--tokenizer",
+        metavar="WHICH",
+        help="checkpoint (default) or none: a gguf that reads token ids",
+    )
     _expert_width(p)
 
 
@@ -720,13 +736,37 @@ def _quiet_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in 80 columns, also in another terminal, with the kind of value that an option takes."""
+
+    _KINDS: ClassVar = {_positive: "N", int: "N", float: "X", _size: "SIZE", Path: "PATH"}
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_WIDTH)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return self._KINDS.get(action.type, action.dest.upper())
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other refusal."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def help_texts() -> dict[str, str]:
+    """Returns the help of `allocator` and of every verb, in the order of their use, by command.
+
+    No option has both a short name and a value, which Python 3.13 prints otherwise than 3.11.
+    """
+    parser, verbs = _parsers()
+    named = {f"allocator {name}": verbs[name] for names in _ROAD.values() for name in names}
+    plain = re.compile(r"\x1b\[[0-9;]*m")  # Python 3.14 prints in colours
+    return {n: plain.sub("", p.format_help()) for n, p in ({"allocator": parser} | named).items()}
+
+
+def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
+    """The parser of the command line, and those of its verbs by name."""
     parser = _Parser(
         prog="allocator",
         description=textwrap.fill(
@@ -734,23 +774,24 @@ def _parser() -> argparse.ArgumentParser:
             "tensor gets, inside a memory budget; write and verify the checkpoint.",
             _WIDTH,
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"allocator {_version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="one of these:")
     texts: dict[str, str] = {}
 
-    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Any, text: str) -> _Parser:
         texts[name] = text
-        sub = verbs.add_parser(name, description=text)
+        sub = verbs.add_parser(name, description=text, formatter_class=_Help)
         sub.set_defaults(run=run)
-        sub.add_argument(
+        common = sub.add_argument_group("options of every verb")
+        common.add_argument(
             "--cache", type=Path, help="profiles and encoded weights (default: $ALLOCATOR_CACHE)"
         )
-        sub.add_argument("--threads", type=_positive, help="cores to use (default: all)")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        sub.add_argument("--exact", action="store_true", help="sizes in tables as exact bytes")
-        sub.add_argument(
+        common.add_argument("--threads", type=_positive, help="cores to use (default: all)")
+        common.add_argument("--quiet", action="store_true", help="no progress bars")
+        common.add_argument("--exact", action="store_true", help="sizes in tables as exact bytes")
+        common.add_argument(
             "--json", action="store_true", help="the result as one JSON document, and nothing else"
         )
         return sub
@@ -792,8 +833,16 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("search", _search, "launch or resume a study; pick on the selection split")
     _study(p)
-    p.add_argument("--budget", help="bytes of the whole file, e.g. 12MiB; also beside a device")
-    p.add_argument("--weights-budget", help="of the searched matrices alone; also beside a device")
+    p.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="bytes of the whole file, e.g. 12MiB; also beside a device",
+    )
+    p.add_argument(
+        "--weights-budget",
+        metavar="SIZE",
+        help="bytes of the searched matrices alone; also beside a device",
+    )
     _device_options(p)
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
@@ -965,7 +1014,7 @@ def _parser() -> argparse.ArgumentParser:
         for part, names in _ROAD.items()
     ]
     parser.epilog = "\n\n".join((*lines, _EXIT_CODES))
-    return parser
+    return parser, verbs.choices
 
 
 def _version() -> str:
@@ -1004,7 +1053,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
-    args = _parser().parse_args(argv)
+    parser, _ = _parsers()
+    args = parser.parse_args(argv)
     show_progress(not getattr(args, "quiet", True))
     try:
         if "study" in args:

@@ -34,6 +34,7 @@ PACKAGES = [  # innermost first: a module may import from its own package or fro
     "api",
     "pipeline",
     "cli",
+    "references",
     "__main__",
     "__init__",
 ]

@@ -1,8 +1,8 @@
-"""The files that are made from the descriptions of keys: JSON schemas and references.
+"""The files that are made from descriptions of keys and options: JSON schemas and references.
 
 In: the repository's folder. Out: its `allocator/data/*.schema.json`, and the parts between
-`<!-- keys: NAME -->` and `<!-- end -->` of `docs/*.md`. Invariant: a test holds them equal to what
-is made here; `python -m allocator.app.references` in the repository writes them.
+`<!-- made: NAME -->` and `<!-- end -->` of `docs/*.md`. Invariant: a test holds them equal to what
+is made here; `python -m allocator.references` in the repository writes them.
 """
 
 import json
@@ -13,6 +13,7 @@ import msgspec
 
 from allocator.app.device_presets import DevicePreset
 from allocator.app.study_file import StudySpec
+from allocator.cli import help_texts
 from allocator.decision.search_space import SearchSpace
 from allocator.files.toml_reference import reference
 from allocator.files.toml_schema import json_schema
@@ -24,7 +25,8 @@ KINDS: dict[str, type[msgspec.Struct]] = {
 }
 """Structs of the TOML files that people write, by the name of their JSON schema."""
 TITLES = {"study": "study.toml", "search-space": "A search space", "device": "A device preset"}
-_PARTS = re.compile(r"(?<=<!-- keys: )([a-z-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_DOCUMENTS = ("docs/study-toml.md", "docs/search-spaces.md", "docs/cli.md")
+_PARTS = re.compile(r"(?<=<!-- made: )([a-z-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def made_files(root: Path) -> dict[Path, str]:
@@ -41,10 +43,17 @@ def made_files(root: Path) -> dict[Path, str]:
         for name, kind in KINDS.items()
     }
     documents = {
-        path: _PARTS.sub(lambda m: f"{m[1]}{m[2]}\n{reference(KINDS[m[1]])}\n", path.read_text())
-        for path in (root / "docs/study-toml.md", root / "docs/search-spaces.md")
+        path: _PARTS.sub(lambda m: f"{m[1]}{m[2]}\n{_part(m[1])}\n", path.read_text())
+        for path in (root / name for name in _DOCUMENTS)
     }
     return schemas | documents
+
+
+def _part(name: str) -> str:
+    if name != "cli":
+        return reference(KINDS[name])
+    helps = help_texts().items()
+    return "\n".join(f"## {command}\n\n```text\n{text}```\n" for command, text in helps)
 
 
 def write_files(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Schemas and references that ship: as made from the descriptions, and as the reader decides."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -9,11 +10,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from allocator.app.references import KINDS
+from allocator.cli import help_texts
 from allocator.files.shipped import schema_file
 from allocator.files.toml_files import faults_of
+from allocator.references import KINDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SHIPPED = {
     "study": sorted(ROOT.glob("studies/*/study.toml")),
     "search-space": sorted(ROOT.glob("search_spaces/*.toml")),
@@ -21,7 +23,7 @@ SHIPPED = {
 }
 CODE = """
 from pathlib import Path
-from allocator.app.references import made_files
+from allocator.references import made_files
 for path, text in made_files(Path.cwd()).items():
     if path.read_text() != text:
         print(path)
@@ -42,15 +44,25 @@ WRONG = {  # what is put above, or below, a whole study.toml
 }  # fmt: skip
 
 
+def test_the_help_of_every_verb_fits_80_columns():
+    page = (ROOT / "docs/cli.md").read_text()
+    for command, text in help_texts().items():
+        assert f"\n## {command}\n\n```text\nusage: {command} [-h]" in page
+        assert max(map(len, text.splitlines())) <= 80, command
+
+
 def schema(name):
     return jsonschema.Draft7Validator(json.loads(schema_file(name).read_text()))
 
 
 def test_shipped_files_are_as_made():
-    """In a process of its own, where no test has registered anything."""
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True)
+    """In a process of its own, where no test has registered anything, on a wide terminal."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert not done.stdout, "run: python -m allocator.app.references"
+    assert not done.stdout, "run: python -m allocator.references"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
