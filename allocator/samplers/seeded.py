@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from allocator.study.generations import Selection
-from allocator.study.optuna_private import set_system_attr, trial_id
+from allocator.study.optuna_private import WithoutReports, set_system_attr, trial_id
 from allocator.study.protocols import StudySampler
 from allocator.study.trials import ABANDONED, DOUBLED, PROPOSAL, not_abandoned
 
@@ -88,6 +88,10 @@ class SeededSampler(StudySampler):
         """The inner sampler, where it is more than Optuna's."""
         return self._inner if isinstance(self._inner, StudySampler) else None
 
+    def _seen(self, study: Study) -> Study:
+        """The study as the inner sampler takes it: one of Optuna's must see no reports."""
+        return WithoutReports(study) if self._planned is None else study
+
     def selection(self, n_documents: int) -> Selection | None:
         """Returns what the inner sampler does; None for one of Optuna's."""
         return None if self._planned is None else self._planned.selection(n_documents)
@@ -104,13 +108,15 @@ class SeededSampler(StudySampler):
         tries = _tries(study, number)
         entropy = np.random.SeedSequence([self._seed, number, *([tries] if tries else [])])
         self._inner = self._make(int(entropy.generate_state(1)[0]))
-        self._inner.before_trial(study, trial)
+        self._inner.before_trial(self._seen(study), trial)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Returns what the inner sampler does."""
-        space: dict[str, BaseDistribution] = self._inner.infer_relative_search_space(study, trial)
+        space: dict[str, BaseDistribution] = self._inner.infer_relative_search_space(
+            self._seen(study), trial
+        )
         return space
 
     def sample_relative(
@@ -118,7 +124,7 @@ class SeededSampler(StudySampler):
     ) -> dict[str, Any]:
         """Proposes what the inner sampler does, and notes the seconds."""
         began = time.perf_counter()
-        params: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
+        params: dict[str, Any] = self._inner.sample_relative(self._seen(study), trial, search_space)
         self.gradient_seconds = 0.0 if self._planned is None else self._planned.gradient_seconds
         self.sampling_seconds = time.perf_counter() - began - self.gradient_seconds
         return params
@@ -131,8 +137,10 @@ class SeededSampler(StudySampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Proposes what the inner sampler does."""
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+        return self._inner.sample_independent(
+            self._seen(study), trial, param_name, param_distribution
+        )
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         """Calls the inner sampler's."""
-        self._inner.after_trial(study, trial, state, values)
+        self._inner.after_trial(self._seen(study), trial, state, values)

@@ -5,13 +5,15 @@ no other module of `allocator` names a private attribute of Optuna; a new versio
 checked here.
 """
 
+import copy
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 AnyTrial = Trial | FrozenTrial
 
@@ -52,6 +54,46 @@ def set_system_attr(study: Study, trial: AnyTrial, name: str, value: Any) -> Non
     in every table of the study.
     """
     study._storage.set_trial_system_attr(trial._trial_id, name, value)
+
+
+def report(study: Study, trial: AnyTrial, value: float, *, step: int) -> None:
+    """Writes an intermediate value of a trial; one that the step has is replaced.
+
+    `Trial.report` refuses a study of several objectives: Optuna's pruners compare one value.
+    Storages, the dashboard and `plot_intermediate_values` take the values of any study.
+
+    Raises:
+        UpdateFinishedTrialError: if the trial has ended.
+    """
+    study._storage.set_trial_intermediate_value(trial._trial_id, step, value)
+
+
+class WithoutReports(Study):
+    """A study whose pruned trials show no intermediate values.
+
+    Optuna's `TPESampler` ranks pruned trials by theirs, and fails where there are two objectives.
+
+    Args:
+        study: with the same storage, sampler and caches.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.__dict__.update(study.__dict__)
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, states, use_cache)
+        return [_without_reports(t) if t.state is TrialState.PRUNED else t for t in trials]
+
+
+def _without_reports(trial: FrozenTrial) -> FrozenTrial:
+    trial = copy.copy(trial)
+    trial.intermediate_values = {}
+    return trial
 
 
 def end_session(study: Study) -> None:

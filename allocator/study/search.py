@@ -7,7 +7,8 @@ its proposal made again under the same seed, so stopped and resumed equals undis
 
 A batch is asked for (`proposals`), races against finished trials (`race`), is recorded (`results`)
 and told. Where a scorer takes several candidates in one pass, a batch has several. A sampler may
-ask for generations instead, which are narrowed down in steps, each on more documents.
+ask for generations instead, which are narrowed down in steps, each on more documents. After each
+rung or step, a trial's mean loss so far is its intermediate value at the tokens scored so far.
 
 How trials that ended together did is written in one piece (`VERDICTS`) before the first is told: a
 search that dies earlier has told none, and proposes them again; one that dies later has the rest
@@ -21,7 +22,7 @@ workers are closed by whoever sees their lease expire.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +39,7 @@ from allocator.study.contenders import Contender, ContenderScorer
 from allocator.study.generations import Selection
 from allocator.study.initial_trials import FirstTrials, Queued
 from allocator.study.leases import Leases
+from allocator.study.optuna_private import report
 from allocator.study.outcomes import VERDICTS, Verdict, close
 from allocator.study.proposals import Proposer
 from allocator.study.protocols import StudySampler, TrialScorer
@@ -217,6 +219,11 @@ class Search:
         clock = Clock(self.seconds)
         self._contender_scorer.score(contenders, stop)
         clock.lap("scoring")
+        for contender in (c for c in contenders if c.is_finite):
+            loss = float(self.scorer.summary(contender.losses)["loss"])
+            with suppress(UpdateFinishedTrialError):  # taken over, as `tell` says
+                report(self.study, contender.trial, loss, step=self.scorer.tokens(stop))
+        clock.lap("storage")
 
     def run_race(self, contenders: Sequence[Contender]) -> list[Contender]:
         """Scores contenders rung by rung; returns those that lost.

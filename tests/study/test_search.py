@@ -82,6 +82,7 @@ def test_a_clearly_worse_candidate_is_pruned_without_values(started, formula):
     assert lost.values is None
     assert asked == [(0, 3)]
     assert len(lost.user_attrs["losses"]) == 3
+    assert lost.intermediate_values == {30: lost.user_attrs["result"]["loss"]}
     assert lost.user_attrs["result"]["tokens"] == 30
     assert lost.user_attrs["result"]["loss"] == pytest.approx(np.mean(lost.user_attrs["losses"]))
     assert allocation_of(lost) == bad
@@ -99,6 +100,9 @@ def test_complete_means_the_full_split(started, formula):
     np.testing.assert_array_equal(trial.user_attrs["losses"], whole)
     size = allocation_of(trial).nbytes(search.space.layout)
     assert trial.values == [pytest.approx(whole.mean(), rel=1e-12), size.file]
+    reports = {10 * n: pytest.approx(whole[:n].mean(), rel=1e-12) for n in (3, 6, N)}
+    assert trial.intermediate_values == reports
+    assert trial.intermediate_values[10 * N] == trial.values[0]
 
 
 @pytest.mark.parametrize("rungs", [(), (N,), (N + 5,), (6, 3), (3, 3)])
@@ -175,8 +179,11 @@ def begun(formula, storage, scorer=None, sampler="evolution"):
 
 def told(study):
     """All that a study says of its trials, abandoned ones left out."""
-    trials = [t for t in study.get_trials() if ABANDONED not in t.user_attrs]
-    return [(t.state, t.params, t.values, t.user_attrs, t.constraints) for t in trials]
+    return [
+        (t.state, t.params, t.values, t.user_attrs, t.constraints, t.intermediate_values)
+        for t in study.get_trials()
+        if ABANDONED not in t.user_attrs
+    ]
 
 
 @pytest.mark.parametrize("sampler", ["random", "evolution"])
@@ -200,6 +207,7 @@ def test_a_generation_keeps_exactly_the_best(formula, sampler, seed):
         scored = N if trial.number == best else 6 if trial.number in third else 2
         assert asked[allocation_of(trial)] == list(range(scored))
         assert len(losses[trial.number]) == scored
+        assert list(trial.intermediate_values) == [10 * n for n in (2, 6, N) if n <= scored]
         assert trial.user_attrs["result"]["tokens"] == 10 * scored
         assert trial.user_attrs["result"]["loss"] == pytest.approx(np.mean(losses[trial.number]))
         assert trial.state is (TrialState.COMPLETE if scored == N else TrialState.PRUNED)
@@ -251,6 +259,7 @@ def test_offspring_without_a_finite_loss_fail_with_their_reason(formula, bad):
     assert states.count("COMPLETE") == (bad < 8)
     for trial in search.study.trials[1 : 1 + bad]:
         assert "nan" in trial.user_attrs["reason"]
+        assert not trial.intermediate_values
         assert ABANDONED not in trial.user_attrs
         assert trial.values is None
     search.scorer.change = lambda kl: kl
