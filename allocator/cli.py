@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from allocator.app.resources import ResourceOptions
 
 _WIDTH = 80
+_LEAST_BYTES = 1024  # of a size without a unit: 12 is meant as 12GiB
 _BY_NAME = ("finish", "score")  # which take a format's name in the place of an allocation file
 _ROAD = {  # verbs in the order in which they are used
     "one command": ("quantize",),
@@ -173,7 +174,7 @@ def _quantize(args: argparse.Namespace) -> Any:
         model=args.model,
         values=_study_values(args),
         out=args.out,
-        seconds=None if args.time is None else parse_seconds(args.time),
+        seconds=args.time,
         finish=not args.no_finish,
         resources=Resources.of(_options(args)),
     )
@@ -262,7 +263,7 @@ def _search(args: argparse.Namespace) -> Any:
         "weights_budget": args.weights_budget,
         "device": _device(args),
         "trials": args.trials,
-        "seconds": None if args.time is None else parse_seconds(args.time),
+        "seconds": args.time,
         "tokens": args.tokens,
         "storage": args.storage,
         "sampler": args.sampler,
@@ -435,7 +436,7 @@ def _finish(args: argparse.Namespace) -> Any:
         args.study,
         args.allocation,
         **asked,
-        seconds=None if args.time is None else parse_seconds(args.time),
+        seconds=args.time,
         resolve=args.resolve,
         on_estimate=_print_finish_estimate,
         **_options(args),
@@ -643,11 +644,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> int:
+def _seconds(text: str) -> int:
     try:
-        return parse_bytes(text)
+        return parse_seconds(text)
     except AllocatorError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _bytes(text: str) -> int:
+    try:
+        nbytes = parse_bytes(text)
+    except AllocatorError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if text.isdecimal() and 0 < nbytes < _LEAST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text} bytes; needed a unit, e.g. {text}GiB")
+    return nbytes
+
+
+def _size(text: str) -> str:
+    _bytes(text)
+    return text
 
 
 def _study(parser: argparse.ArgumentParser) -> None:
@@ -688,15 +704,15 @@ def _device_options(p: argparse.ArgumentParser) -> None:
         "--device", metavar="NAME", help="a preset, e.g. geforce-rtx-4090, or the file of one"
     )
     p.add_argument(
-        "--device-memory", metavar="SIZE", help="bytes of everything on the device, e.g. 128GiB"
+        "--device-memory", type=_size, help="bytes of everything on the device, e.g. 128GiB"
     )
     p.add_argument("--context", type=_positive, help="tokens of a sequence (default: 4096)")
     p.add_argument("--sequences", type=_positive, help="sequences held at once (default: 1)")
     p.add_argument(
-        "--reserve", metavar="SIZE", help="bytes for everything else, e.g. 4GiB (default: 0)"
+        "--reserve", type=_size, help="bytes for everything else, e.g. 4GiB (default: 0)"
     )
     p.add_argument(
-        "--bandwidth", metavar="SIZE", help="bytes that memory gives in a second, e.g. 273GB"
+        "--bandwidth", type=_size, help="bytes that memory gives in a second, e.g. 273GB"
     )
     p.add_argument(
         "--min-tokens-per-second",
@@ -712,8 +728,8 @@ def _new_study(p: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="STUDY", help="its folder (default: named for the model, here)"
     )
     p.add_argument("--target", help="gguf (default) or safetensors")
-    p.add_argument("--budget", metavar="SIZE", help="bytes of the whole file, e.g. 12GiB")
-    p.add_argument("--weights-budget", metavar="SIZE", help="bytes of the searched matrices alone")
+    p.add_argument("--budget", type=_size, help="bytes of the whole file, e.g. 12GiB")
+    p.add_argument("--weights-budget", type=_size, help="bytes of the searched matrices alone")
     p.add_argument("--bits", type=float, help="effective bits of these; init: 3 by default")
     _device_options(p)
     p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
@@ -739,7 +755,15 @@ def _quiet_optuna() -> None:
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Help in 80 columns, also in another terminal, with the kind of value that an option takes."""
 
-    _KINDS: ClassVar = {_positive: "N", int: "N", float: "X", _size: "SIZE", Path: "PATH"}
+    _KINDS: ClassVar = {
+        _positive: "N",
+        int: "N",
+        float: "X",
+        _seconds: "TIME",
+        Path: "PATH",
+        _size: "SIZE",
+        _bytes: "SIZE",
+    }
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_WIDTH)
@@ -751,7 +775,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other refusal."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        fault = message.removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {fault}; see {self.prog} --help\n")
 
 
 def help_texts() -> dict[str, str]:
@@ -798,7 +823,7 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
 
     p = verb("quantize", _quantize, "one command: search, finish, write and verify; resumable")
     _new_study(p)
-    p.add_argument("--time", help="time limit of all stages together, e.g. 2h")
+    p.add_argument("--time", type=_seconds, help="time limit of all stages together, e.g. 2h")
     p.add_argument("--no-finish", action="store_true", help="write the pick unfinished")
     p.add_argument("--dry-run", action="store_true", help="print the plan and its estimate only")
     _runs_forward(p)
@@ -835,19 +860,21 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
     _study(p)
     p.add_argument(
         "--budget",
-        metavar="SIZE",
+        type=_size,
         help="bytes of the whole file, e.g. 12MiB; also beside a device",
     )
     p.add_argument(
         "--weights-budget",
-        metavar="SIZE",
+        type=_size,
         help="bytes of the searched matrices alone; also beside a device",
     )
     _device_options(p)
     p.add_argument(
         "--trials", type=_positive, help="trials in the study in total (default: study.toml)"
     )
-    p.add_argument("--time", help="time limit, e.g. 30min; replaces study.toml's trials")
+    p.add_argument(
+        "--time", type=_seconds, help="time limit, e.g. 30min; replaces study.toml's trials"
+    )
     p.add_argument(
         "--tokens",
         type=_positive,
@@ -915,7 +942,11 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
         type=_positive,
         help="most search tokens behind second moments and tuning (default: 65,536 and 61,440)",
     )
-    p.add_argument("--time", help="time limit, e.g. 10min; ends tuning early, as the record says")
+    p.add_argument(
+        "--time",
+        type=_seconds,
+        help="time limit, e.g. 10min; ends tuning early, as the record says",
+    )
     p.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     p.add_argument(
         "--out", help="name of the record (default: that of the file, or the format's name)"
@@ -1000,7 +1031,7 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
     _study(p)
     p.add_argument("--sampler", action="append", help="only these of study.toml's; may be repeated")
     p.add_argument("--target", action="append", help="only these; may be repeated")
-    p.add_argument("--weights", type=_size, action="append", help="only these budgets")
+    p.add_argument("--weights", type=_bytes, action="append", help="only these budgets")
     p.add_argument("--seeds", type=_positive, help="at most so many seeds")
     p.add_argument("--text", type=Path, help="JSON lines with text: a further held-out split")
     p.add_argument("--dry-run", action="store_true", help="print the estimate only")
@@ -1051,6 +1082,12 @@ def _run(args: argparse.Namespace) -> None:
     print(json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False))
 
 
+def _places(args: argparse.Namespace) -> list[str]:
+    """Where a verb may write: the paths that it was given, and the cache."""
+    given = (getattr(args, name, None) for name in ("out", "study"))
+    return [*(str(place) for place in given if place is not None), "the cache"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
     parser, _ = _parsers()
@@ -1065,10 +1102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        places = [error.filename] if error.filename else _places(args)
         print(
-            f"allocator {args.verb}: {where}{error.strerror or error}; needed a place that exists, "
-            "may be written and has room",
+            f"allocator {args.verb}: {' or '.join(places)}: {error.strerror or error}; needed a "
+            "place that exists, may be written and has room",
             file=sys.stderr,
         )
         return 2

@@ -20,7 +20,7 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in units or len(text) > _MOST_CHARACTERS:
         shown = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
-        raise AllocatorError(f"{what}: got {shown!r}, needed a number with a unit, e.g. {example}")
+        raise AllocatorError(f"{shown!r}: needed a {what} such as {example}")
     return round(Fraction(match[1].replace("_", "")) * units[match[2].upper()])
 
 
@@ -76,6 +76,15 @@ def show_size(nbytes: int) -> str:
             return f"{nbytes:,} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def least_size(nbytes: int) -> str:
+    """Formats a size as `parse_bytes` reads it, rounded up to hundredths of a unit: `7.86MiB`."""
+    for unit in ("GIB", "MIB", "KIB"):
+        if nbytes >= _BYTES[unit]:
+            whole, hundredths = divmod(-(-nbytes * 100 // _BYTES[unit]), 100)
+            return f"{whole}.{hundredths:02}{unit.replace('I', 'i')}"
+    return f"{nbytes}B"
 
 
 def show_seconds(seconds: float) -> str:

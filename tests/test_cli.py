@@ -1,6 +1,7 @@
 """The command line on a tiny study: every verb, bad input in one line, and kill -9."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -42,7 +43,10 @@ def run(study_cache, capsys):
     def call(verb, *arguments, quiet=True):
         options = ["--cache", study_cache, "--threads", 1, *(["--quiet"] if quiet else [])]
         capsys.readouterr()
-        code = main([str(a) for a in (verb, *arguments, *options)])
+        try:
+            code = main([str(a) for a in (verb, *arguments, *options)])
+        except SystemExit as ended:  # by argparse
+            code = ended.code
         return code, *capsys.readouterr()
 
     return call
@@ -384,7 +388,8 @@ def test_bad_input_is_one_line_and_writes_nothing(run, study, make_checkpoint, t
     ("arguments", "match"),
     [
         (["--budget", "1KiB"], r"1,024 bytes.*floor of \d"),
-        (["--budget", "much"], "much"),
+        (["--budget", "much"], "--budget: 'much': needed a size such as 12MiB"),
+        (["--budget", "12"], "--budget: 12 bytes; needed a unit, e.g. 12GiB"),
         (["--seed", "-1"], "-1"),
         (["--seed", "9"], "launched with seed = 0, now it is 9"),
         (["--sampler", "annealing"], "annealing"),
@@ -392,7 +397,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run, study, make_checkpoint, t
         (["--budget", "1MiB", "--weights-budget", "1MiB"], "needed one budget"),
         (["--storage", "nonsense"], "nonsense"),
         (["--storage", "sqlite:////no/such/folder/t.db"], "sqlite"),
-        (["--time", "soon"], "soon"),
+        (["--time", "soon"], "--time: 'soon': needed a duration such as 30min"),
     ],
 )
 def test_bad_options(run, study, arguments, match):
@@ -453,6 +458,19 @@ def test_reproduce_on_another_checkpoint(run, study, make_checkpoint, tmp_path):
     refused(run("reproduce", pick, "--out", tmp_path / "out"), "is for checkpoint")
     assert state(study) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_names_the_places_that_were_given(run, study, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "report.html"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        refused(run("report", study, "--out", out), f"report: {out}: No space left on device")
+    assert not list(tmp_path.glob("report*"))
+    monkeypatch.setattr("allocator.api.front", full)
+    refused(run("front", study), f"{study} or the cache: No space left on device")
 
 
 def test_a_second_search_on_a_living_study(run, study):

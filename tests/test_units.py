@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.errors import AllocatorError
-from allocator.units import parse_bytes, parse_seconds, show_bytes
+from allocator.units import least_size, parse_bytes, parse_seconds, show_bytes
 
 UNITS = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 UNITS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -46,15 +46,21 @@ def test_whole_sizes_are_exact(whole, unit):
     ["", "GB", "-1GB", "1 GB 2", "1.GB", "12QB", "nan", "1e9", "٣GB", "0x10", "1,5GB", "5min"],
 )
 def test_no_sizes(text):
-    with pytest.raises(AllocatorError, match=r"size: got .*12MiB"):
+    with pytest.raises(AllocatorError, match=r"needed a size such as 12MiB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["9" * 5000, "9" * 5000 + ".5GiB", "x" * 5000])
 def test_endless_sizes_are_one_short_line(text):
-    with pytest.raises(AllocatorError, match=r"size: got .*12MiB") as caught:
+    with pytest.raises(AllocatorError, match=r"needed a size such as 12MiB") as caught:
         parse_bytes(text)
     assert len(str(caught.value)) < 160
+
+
+@given(st.integers(1, 1 << 45))
+def test_a_least_size_is_read_as_no_less_and_hardly_more(nbytes):
+    read = parse_bytes(least_size(nbytes))
+    assert nbytes <= read <= nbytes * 1.01
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "soon", "1d", "-5s", "3MB"])
 def test_no_durations(text):
-    with pytest.raises(AllocatorError, match="duration: got"):
+    with pytest.raises(AllocatorError, match="needed a duration such as 30min"):
         parse_seconds(text)
 
 

@@ -14,6 +14,7 @@ from allocator.app.request import Launch, SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.codecs import codec_of
 from allocator.decision.budget import Budget
+from allocator.decision.costs import budget_notes
 from allocator.samplers.auto import ROUND
 from allocator.study.storages import check_storage
 from allocator.targets.device_memory import DeviceMemory
@@ -121,7 +122,11 @@ def estimate_in(study_folder: StudyFolder, request: SearchRequest) -> SearchEsti
         profile_seconds=profile_seconds,
         total_seconds=profile_seconds + searching,
         limit=limit,
-        notes=(*space.layout.notes, *study_folder.importance_notes),
+        notes=(
+            *budget_notes(space, budget),
+            *space.layout.notes,
+            *study_folder.importance_notes,
+        ),
         calibration=(study_folder.calibration.summary, study_folder.calibration.use),
     )
 

@@ -23,7 +23,7 @@ from allocator.app.study_path import STUDY_FILE, check_new
 from allocator.checkpoint.padding import padded
 from allocator.checkpoint.reading import read_inventory
 from allocator.decision.budget import Budget
-from allocator.decision.costs import check_budget
+from allocator.decision.costs import budget_notes, check_budget
 from allocator.decision.search_space import SearchSpace, bind
 from allocator.decision.space import Space
 from allocator.errors import StudyError
@@ -130,6 +130,7 @@ def new_study(model: Path, out: Path | None, values: StudyValues) -> NewStudy:
         notes += note
     budget = chosen_budget(spec.budget, folder)
     check_budget(space, budget)
+    notes += budget_notes(space, budget)
     needed, free = 2 * inventory.float32_bytes, free_memory()
     if needed > free:
         spec = msgspec.structs.replace(spec, streamed=StreamedSpec())

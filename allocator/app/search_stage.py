@@ -25,6 +25,7 @@ from allocator.app.study_folder import StudyFolder
 from allocator.app.trial_table import write_front
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.decision.budget import Budget
+from allocator.decision.costs import budget_notes
 from allocator.files.progress import say, step
 from allocator.study.folder_lock import search_lock
 from allocator.study.leases import Leases, left_here
@@ -116,7 +117,11 @@ def search(request: SearchRequest) -> SearchResult:
         outcome=outcome,
         seconds=dict(running.seconds),
         trials=trial_counts(study),
-        messages=(*study_folder.importance_notes, *messages),
+        messages=(
+            *budget_notes(study_folder.unranked_space, launch.budget),
+            *study_folder.importance_notes,
+            *messages,
+        ),
         calibration=calibration,
         memory=launch.budget.memory(stored),
     )

@@ -3,6 +3,7 @@
 In: a path. Out: the same path. Invariant: this module loads nothing but Python's own modules.
 """
 
+import os
 from pathlib import Path
 
 from allocator.errors import StudyError
@@ -35,11 +36,19 @@ def study_path(folder: str | Path) -> Path:
 
 def check_new(folder: Path) -> None:
     """Raises:
-    StudyError: if there is a study already, which is never overwritten.
+    StudyError: if there is a study already, which is never overwritten, or none can be made.
     """
     path = folder / STUDY_FILE
     if path.exists():
         raise StudyError(
             f"{path}: exists already, and is not overwritten; edit it, launch it with `allocator "
             f"search {folder}`, or name another folder with --out"
+        )
+    if (folder / "config.json").exists():
+        raise StudyError(f"{folder}: a model; name another folder for its study with --out")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        fault = "cannot be written" if place.is_dir() else "is a file"
+        raise StudyError(
+            f"{folder}: cannot be made, {place} {fault}; name another folder with --out"
         )

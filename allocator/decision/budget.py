@@ -10,13 +10,13 @@ from typing import Literal
 from allocator.decision.pricing import StoredBytes
 from allocator.errors import BudgetError
 from allocator.targets.device_memory import MOST_BYTES, DeviceMemory, Workload
+from allocator.units import least_size
 
-_LESS_WEIGHT = "raise the budget, lower [experts] minimum or loosen pins"
 _WAYS_OUT = {
-    "file": _LESS_WEIGHT,
-    "weights": _LESS_WEIGHT,
-    "device": "raise the memory, lower --context, --sequences or --reserve, offer smaller "
-    "kv_format and micro_batch, lower [experts] minimum or loosen pins",
+    "file": "needed --budget {size} or more ({bits:.2f} bits)",
+    "weights": "needed --bits {bits:.2f} or more (--weights-budget {size})",
+    "device": "needed --device-memory {size} or more ({bits:.2f} bits), a smaller --context, "
+    "--sequences or --reserve, or smaller kv_format and micro_batch in the search space",
 }
 
 
@@ -147,10 +147,16 @@ class Budget:
             f"compute buffers, {memory.overhead:,} overhead, {memory.reserve:,} reserve"
         )
 
-    @property
-    def ways_out(self) -> str:
-        """Advice for a message where nothing fits."""
-        return _WAYS_OUT[self.bounds]
+    def ways_out(self, stored: StoredBytes) -> str:
+        """Returns what is needed where not even the smallest checkpoint fits, for a message.
+
+        Args:
+            stored: the smallest checkpoint.
+        """
+        n_weights = stored.layout.inventory.n_searched_weights
+        bits = -(-stored.encoded * 800 // n_weights) / 100  # rounded up
+        needed = _WAYS_OUT[self.bounds].format(size=least_size(self.used(stored)), bits=bits)
+        return f"{needed}; or lower [experts] minimum or loosen pins"
 
     def check_positive(self) -> None:
         """Checks that the limit is a positive number.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from allocator.checkpoint.inventory import FLOATS
 from allocator.decision.budget import Budget
 from allocator.decision.mixes import split
 from allocator.decision.parameters import EXPERTS_USED, FormatOf, Params, SettingOf, parse
@@ -295,9 +296,25 @@ def _check_bytes(space: Space, limit: Budget) -> None:
     parts = ", ".join(f"{n} {stored.group(n):,} as {smallest.format_of[n]}" for n in biggest)
     raise BudgetError(
         f"budget of {limit.nbytes:,} bytes ({limit.bounds}) is under the floor of {used:,}: "
-        f"{limit.itemised(stored)}; with {space.counts[0]} experts per layer (largest: {parts}); "
-        f"{limit.ways_out}"
+        f"{limit.ways_out(stored)}; the floor is {limit.itemised(stored)}, with {space.counts[0]} "
+        f"experts per layer (largest: {parts})"
     )
+
+
+def holds_whole_model(space: Space, budget: Budget) -> bool:
+    """Returns whether a budget holds all experts and every tensor unquantized."""
+    largest = space.largest
+    floats = set(largest.format_of.values()) <= {*FLOATS}
+    return floats and budget.admits(largest.stored(space.layout))
+
+
+def budget_notes(space: Space, budget: Budget) -> tuple[str, ...]:
+    """Returns a line on a budget that leaves nothing to decide; none on other budgets."""
+    if holds_whole_model(space, budget):
+        return ("the budget holds the whole model: nothing needs to be compressed",)
+    if budget.admits(space.largest.stored(space.layout)):
+        return ("the budget holds every tensor in its largest format that is offered",)
+    return ()
 
 
 def _check_token_bytes(space: Space, budget: Budget, limit: int) -> None:

@@ -11,6 +11,8 @@ from allocator.app.estimate import SearchEstimate, estimate_in
 from allocator.app.finish_stage import finish_documents
 from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
+from allocator.decision.costs import holds_whole_model
+from allocator.errors import BudgetError
 from allocator.files.machine import free_disk
 from allocator.finishing.recipe import Recipe
 from allocator.formats import Format
@@ -47,19 +49,13 @@ class RoadEstimate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings before the first stage: too little disk, too large a budget."""
-        notes = []
-        if self.disk_bytes > self.free_bytes:
-            notes.append(
-                f"the disk of the cache has {show_size(self.free_bytes)} free; name another with "
-                "--cache, or limit encoded weights: $ALLOCATOR_BANK_CAP"
-            )
-        if self.search.budget.nbytes >= self.search.ceiling:
-            notes.append(
-                "the budget holds the largest formats that are offered: nothing needs to be "
-                "compressed further"
-            )
-        return tuple(notes)
+        """Warnings before the first stage: too little disk."""
+        if self.disk_bytes <= self.free_bytes:
+            return ()
+        return (
+            f"the disk of the cache has {show_size(self.free_bytes)} free; name another with "
+            "--cache, or limit encoded weights: $ALLOCATOR_BANK_CAP",
+        )
 
 
 def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate:
@@ -70,9 +66,11 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
         recipe: of finishing; None to leave it out.
 
     Raises:
-        AllocatorError: one line on whatever is wrong with the request.
+        BudgetError: if the whole model fits as it is.
+        AllocatorError: one line on whatever else is wrong with the request.
     """
     study_folder = StudyFolder(request.study, target=request.target, **request.resources.options)
+    _check_needed(study_folder)
     search = estimate_in(study_folder, request)
     streamed = study_folder.spec.streamed is not None
     tokens = study_folder.scorers.trials.n_tokens
@@ -94,6 +92,21 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
         disk_bytes=_disk_bytes(study_folder, written, finished=recipe is not None),
         free_bytes=free_disk(study_folder.cache),
         memory_bytes=None if streamed else 2 * study_folder.inventory.float32_bytes,
+    )
+
+
+def _check_needed(study_folder: StudyFolder) -> None:
+    """Raises:
+    BudgetError: if nothing needs to be compressed.
+    """
+    space, budget = study_folder.unranked_space, study_folder.budget()
+    if not holds_whole_model(space, budget):
+        return
+    whole = budget.used(space.largest.stored(space.layout))
+    raise BudgetError(
+        f"the budget, {show_size(budget.nbytes)}, holds the whole model, {show_size(whole)}: "
+        "nothing needs to be compressed; run the model as it is (for llama.cpp, "
+        "convert_hf_to_gguf.py writes a GGUF of it), or name a smaller budget"
     )
 
 

@@ -21,12 +21,12 @@ import msgspec
 
 from allocator import api
 from allocator.app.finish_stage import recipe_of
-from allocator.app.new_study import StudyValues, asked_spec, new_study
+from allocator.app.new_study import SPACE_FILE, StudyValues, asked_spec, new_study
 from allocator.app.outcome import Outcome
 from allocator.app.request import SearchRequest
 from allocator.app.resources import ResourceOptions, Resources
 from allocator.app.study_file import BudgetSpec, StudySpec, chosen_budget
-from allocator.app.study_path import STUDY_FILE
+from allocator.app.study_path import STUDY_FILE, check_new
 from allocator.checkpoint.hub import model_path
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.reading import read_inventory
@@ -230,10 +230,13 @@ class _CheckedRequest:
         if request.seconds is not None:
             check_duration("--time", request.seconds, least=1)
         self.request = request
-        self.model = model_path(request.model, progress=request.resources.progress)
         self.study = request.study
         self.spec: StudySpec | None = None
-        if (self.study / STUDY_FILE).is_file():
+        is_new = not (self.study / STUDY_FILE).is_file()
+        if is_new:
+            _check_place(self.study)
+        self.model = model_path(request.model, progress=request.resources.progress)
+        if not is_new:
             self.spec = StudySpec.read(self.study)
             asked = asked_spec(self.model, self.study, request.values)
             _check_same(self.study, self.spec, asked, request.values)
@@ -258,8 +261,7 @@ class _CheckedRequest:
 
     def _priced_before_it_is_there(self) -> tuple[StudySpec, RoadEstimate]:
         """The study that would be made, and its price, from a temporary copy."""
-        beside = self.study.absolute().parent
-        with TemporaryDirectory(dir=beside if beside.is_dir() else None, prefix=".") as place:
+        with TemporaryDirectory() as place:
             copy = Path(place)
             try:
                 spec = new_study(self.model, copy, self.request.values).spec
@@ -267,6 +269,19 @@ class _CheckedRequest:
             except AllocatorError as error:
                 message = str(error).replace(str(copy), str(self.study))
                 raise type(error)(message) from None
+
+
+def _check_place(study: Path) -> None:
+    """Raises:
+    StudyError: if a study cannot be made there, or there are other files.
+    """
+    check_new(study)
+    others = sorted(p.name for p in study.glob("*") if p.name != SPACE_FILE)
+    if others:
+        raise StudyError(
+            f"{study}: no {STUDY_FILE}, and other files ({others[0]}); name a new folder with "
+            f"--out, or make the study there first: `allocator init MODEL --out {study}`"
+        )
 
 
 def _digest(request: QuantizeRequest) -> str:

@@ -258,7 +258,9 @@ def test_the_front_has_three_axes():
 
 def test_the_floor_is_itemised(surrogate, table):
     floor = int(table[1].min())
-    with pytest.raises(BudgetError, match=r"keys and values.*compute buffers.*--context"):
+    with pytest.raises(
+        BudgetError, match=r"--device-memory .*--context.*keys and values.*compute buffers"
+    ):
         check_budget(surrogate.space, Budget(floor - 1, "device", WORK))
     check_budget(surrogate.space, Budget(floor, "device", WORK))
     slow = replace(WORK, bandwidth=1000, min_tokens_per_second=1)
@@ -329,7 +331,7 @@ def test_a_budget_is_the_command_lines_over_the_studys(tmp_path):
     [
         (DeviceBudgetSpec(), "without memory"),
         (DeviceBudgetSpec(memory="1GiB", context=0), "context 0"),
-        (DeviceBudgetSpec(memory="1GiB", reserve="-1"), "needed a number with a unit"),
+        (DeviceBudgetSpec(memory="1GiB", reserve="-1"), "'-1': needed a size such as"),
         (DeviceBudgetSpec(memory="1GiB", min_tokens_per_second=1), "needs the device's bandwidth"),
         (DeviceBudgetSpec(memory="1GiB", bandwidth="1GB", min_tokens_per_second=0), "positive"),
         (DeviceBudgetSpec(preset="none.toml"), "no such file"),

@@ -59,11 +59,6 @@ def test_a_request_out_of_range_is_refused_before_anything_is_measured(
         folder.launch(SearchRequest(fresh_study, **wrong))
 
 
-def test_a_dry_run_reads_the_time_limit(fresh_study, capsys):
-    assert main(["search", str(fresh_study), "--dry-run", "--time", "soon"]) == 2
-    assert "duration: got 'soon'" in capsys.readouterr().err
-
-
 @pytest.fixture
 def study(fresh_study, tmp_path):
     """A study folder of the test's own."""

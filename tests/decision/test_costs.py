@@ -1,5 +1,6 @@
 """Bytes of choices: at least those of the allocation that they propose, and equal where exact."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from allocator.errors import BudgetError
 from allocator.formats import FORMATS
 from allocator.targets import TARGETS
 from allocator.targets.device_memory import Workload
+from allocator.units import parse_bytes
 
 TARGET_NAMES = list(TARGETS)
 BOUNDS = ["file", "weights"]
@@ -113,6 +115,13 @@ def test_floor(spaces, target, bounds):
     assert f"{floor - 1:,} bytes ({bounds}) is under the floor of {floor:,}" in str(caught.value)
     assert "with 6 experts per layer" in str(caught.value)
     assert "lower [experts] minimum or loosen pins" in str(caught.value)
+    bits = float(re.search(r"([\d.]+) (?:bits|or more)", str(caught.value))[1])
+    size = re.search(r"budget ([\d.]+\wiB)", str(caught.value))[1]
+    n_weights = space.layout.inventory.n_searched_weights
+    least = parse_bytes(size) if bounds == "file" else int(bits * n_weights / 8)
+    check_budget(space, Budget(least, bounds))
+    with pytest.raises(BudgetError):
+        check_budget(space, Budget(least - n_weights // 400, bounds))
     params = space.complete(space.params(space.largest))
     with pytest.raises(BudgetError, match="is under the floor"):
         make_feasible(space, Costs(space, under), params, lambda name, value: 0.0)

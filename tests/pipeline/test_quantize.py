@@ -1,6 +1,7 @@
 """One command from a model to a verified checkpoint, held against the verbs that it is made of."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,7 +14,8 @@ from allocator.app.resources import Resources
 from allocator.app.study_file import StudySpec
 from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
-from allocator.errors import AllocatorError, StudyError
+from allocator.errors import AllocatorError, BudgetError, StudyError
+from allocator.pipeline import estimate
 from allocator.pipeline import quantize as pipeline
 from allocator.pipeline.quantize import RESULT, QuantizeRequest, plan_of, run
 
@@ -193,6 +195,42 @@ def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkey
     assert "seed is 0, asked for 3" in capsys.readouterr().err
 
 
-def test_a_larger_budget_than_needed_is_said(done, tmp_path):
-    plan = plan_of(replace(with_values(done[0], bits=32.0), out=tmp_path / "study"))
-    assert any("nothing needs to be compressed" in note for note in plan.road.notes)
+def test_a_budget_that_holds_the_model_is_refused_before_anything_is_timed(
+    done, tmp_path, monkeypatch
+):
+    request = replace(with_values(done[0], bits=16.0), out=tmp_path / "study")
+    api.init(request.model, tmp_path / "made", **request.values)
+    monkeypatch.setattr(estimate, "estimate_in", None)
+    for study in (request.out, tmp_path / "made"):
+        with pytest.raises(
+            BudgetError, match=r"nothing needs to be compressed.*convert_hf_to_gguf"
+        ):
+            run(replace(request, out=study))
+    assert not request.out.exists()
+    (tmp_path / "space.toml").write_text('schema = 1\nformats = ["Q8_0", "Q4_0"]\n')
+    restricted = with_values(request, bits=8.5, space=tmp_path / "space.toml")
+    made = api.init(request.model, request.out, **restricted.values)
+    assert made.notes == ("the budget holds every tensor in its largest format that is offered",)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("theirs", r"no study.toml, and other files \(locked\)"),
+        ("theirs/notes.txt", "is a file"),
+        ("theirs/notes.txt/below", "notes.txt is a file"),
+        ("model", "a model; name another folder"),
+        ("theirs/locked/deep", "locked cannot be written"),
+    ],
+)
+def test_a_place_where_no_study_can_be_made_is_refused_first(
+    done, tmp_path, monkeypatch, place, says
+):
+    (tmp_path / "theirs/locked").mkdir(parents=True)
+    (tmp_path / "theirs/notes.txt").write_text("kept")
+    (tmp_path / "model").symlink_to(done[0].model)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    monkeypatch.setattr(pipeline, "model_path", None)  # which may fetch
+    with pytest.raises(StudyError, match=f"{tmp_path / place}: .*{says}"):
+        run(replace(done[0], out=tmp_path / place))
+    assert (tmp_path / "theirs/notes.txt").read_text() == "kept"
