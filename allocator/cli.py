@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -203,9 +204,7 @@ def _print_quantize_plan(plan: Any) -> None:
     print(f"range    smallest {show_size(search.floor)}, largest {show_size(search.ceiling)}")
     stages = ", ".join(f"{stage} {show_seconds(s)}" for stage, s in road.seconds.items())
     limit = "" if plan.seconds is None else f", at most {show_seconds(plan.seconds)}"
-    print(
-        f"takes    about {show_seconds(road.total_seconds)}{limit}, on this machine as busy as now:"
-    )
+    print(f"takes    up to {show_seconds(road.total_seconds)}{limit}, as timed just now:")
     _print_text(f"         {stages}", indent=9)
     memory = (
         "layer by layer: the model is larger than the memory that is free"
@@ -411,9 +410,29 @@ def _score(args: argparse.Namespace) -> Any:
         _print_notes(table.attrs["notes"])
         return table
     result = api.score(args.study, args.allocation, base=args.base, **_options(args))
-    for name, value in result.items():
-        print(f"{name:16s} {value}")
+    _print_score(args, result)
     return result
+
+
+def _print_score(args: argparse.Namespace, score: dict[str, Any]) -> None:
+    size = (lambda n: f"{n:,} B") if args.exact else show_size
+    encoded, kept, file = (size(score["bytes"][part]) for part in ("encoded", "kept", "file"))
+    domains = ", ".join(f"{name} {loss:.6f}" for name, loss in score["kl_by_domain"].items())
+    layers = ", ".join(f"{n} in layer {layer}" for layer, n in score["experts"].items())
+    counts = set(score["experts"].values())
+    lines = {
+        "loss": f"{score['loss']:.6f} nats per token, on {score['tokens']:,} tokens of the search "
+        "split",
+        "domains": domains,
+        "top-1": f"{score['top1']:.4f}; overlap {score['overlap']:.4f}, perplexity "
+        f"{score['perplexity']:.3f}",
+        "size": f"{file} of the file: {encoded} of matrices ({score['effective_bits']:.3f} bits), "
+        f"{kept} of routers and norms",
+        "experts": layers if len(counts) > 1 else f"{min(counts)} in every layer",
+        "digest": score["digest"],
+    }
+    for name, text in lines.items():
+        _print_text(f"{name:8} {text}", indent=9)
 
 
 def _finish(args: argparse.Namespace) -> Any:
@@ -1098,6 +1117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_study(args)
             _quiet_optuna()
         _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `allocator front STUDY | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except AllocatorError as error:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)
         return 2

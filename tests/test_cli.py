@@ -115,7 +115,10 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
     assert "experts.all" in out
     score = good(run("score", pick))
     record = json.loads(pick.read_text())
-    assert float(re.search(r"loss +(\S+)", score)[1]) == pytest.approx(record["loss"]["search"])
+    loss = record["loss"]["search"]
+    assert float(re.search(r"loss +(\S+)", score)[1]) == pytest.approx(loss, abs=1e-6)
+    assert record["digest"] in score
+    assert max(map(len, score.splitlines())) <= 80
     types = tmp_path / "types.txt"
     types.write_text("ffn_down_exps=q4_0\n")
     out = good(run("score", types, "--study", fresh, "--base", "Q8_0"))
@@ -471,6 +474,15 @@ def test_a_full_disk_names_the_places_that_were_given(run, study, tmp_path, monk
     assert not list(tmp_path.glob("report*"))
     monkeypatch.setattr("allocator.api.front", full)
     refused(run("front", study), f"{study} or the cache: No space left on device")
+
+
+def test_a_reader_that_stops_ends_a_verb_in_silence(study):
+    pick, (read, write) = study / "allocations/pick.json", os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "allocator", "diff", pick, pick]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_a_second_search_on_a_living_study(run, study):

@@ -1,6 +1,7 @@
 """What this machine has."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,11 @@ def free_memory() -> float:
         return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return math.inf
+
+
+def load_per_core() -> float:
+    """Returns the processes that ran or waited in the last minute, per core."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def free_disk(path: Path) -> int:

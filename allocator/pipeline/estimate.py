@@ -13,13 +13,15 @@ from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.costs import holds_whole_model
 from allocator.errors import BudgetError
-from allocator.files.machine import free_disk
+from allocator.files.machine import free_disk, load_per_core
 from allocator.finishing.recipe import Recipe
 from allocator.formats import Format
 from allocator.units import show_size
 
 _COPY_BYTES_PER_SECOND = 200e6
 """Of a file that is written, read back and hashed; assumed (`studies/scale` measured its disk)."""
+_BUSY = 1.2
+"""Processes per core from which a machine counts as busy with other programs, too."""
 _RUNTIME_FORWARDS = 3
 """Forward passes that a verified token takes, assumed: in torch, and in the slower runtime."""
 
@@ -34,6 +36,7 @@ class RoadEstimate:
         disk_bytes: of encoded weights and written files, at most.
         free_bytes: of the disk that the cache is on.
         memory_bytes: of the model, and of its gradients; None where it is read layer by layer.
+        load: of the machine while forward passes were timed, processes per core.
     """
 
     search: SearchEstimate
@@ -41,6 +44,7 @@ class RoadEstimate:
     disk_bytes: int
     free_bytes: int
     memory_bytes: int | None
+    load: float
 
     @property
     def total_seconds(self) -> float:
@@ -49,13 +53,19 @@ class RoadEstimate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings before the first stage: too little disk."""
-        if self.disk_bytes <= self.free_bytes:
-            return ()
-        return (
-            f"the disk of the cache has {show_size(self.free_bytes)} free; name another with "
-            "--cache, or limit encoded weights: $ALLOCATOR_BANK_CAP",
-        )
+        """Warnings before the first stage: a busy machine, too little disk."""
+        notes = []
+        if self.load > _BUSY:
+            notes.append(
+                f"other programs keep this machine busy ({self.load:.1f} processes per core): once "
+                "they end, all stages take less"
+            )
+        if self.disk_bytes > self.free_bytes:
+            notes.append(
+                f"the disk of the cache has {show_size(self.free_bytes)} free; name another with "
+                "--cache, or limit encoded weights: $ALLOCATOR_BANK_CAP"
+            )
+        return tuple(notes)
 
 
 def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate:
@@ -92,6 +102,7 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
         disk_bytes=_disk_bytes(study_folder, written, finished=recipe is not None),
         free_bytes=free_disk(study_folder.cache),
         memory_bytes=None if streamed else 2 * study_folder.inventory.float32_bytes,
+        load=load_per_core(),
     )
 
 

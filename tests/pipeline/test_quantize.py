@@ -172,6 +172,9 @@ def test_the_plan_writes_nothing_and_names_what_it_takes(done, tmp_path):
     assert plan.road.total_seconds > 0
     weights = sum(t.total_bytes for t in plan.inventory.tensors.values()) // 2  # bfloat16
     assert plan.road.memory_bytes == 8 * weights
+    for load, said in ((0.5, False), (4.0, True)):
+        notes = replace(plan.road, load=load).notes
+        assert any(f"busy ({load} processes per core)" in note for note in notes) == said
 
 
 def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkeypatch):
@@ -189,7 +192,7 @@ def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkey
     for path in (request.model, request.out):  # which are as long as they are
         out = out.replace(str(path), "PATH")
     assert max(map(len, out.splitlines())) <= 80
-    for said in ("takes    about", "memory", "disk", "the same command resumes", result.file):
+    for said in ("takes    up to", "memory", "disk", "the same command resumes", result.file):
         assert said in out
     assert main([*arguments, "--seed", "3"]) == 2
     assert "seed is 0, asked for 3" in capsys.readouterr().err
