@@ -653,6 +653,7 @@ def materialize(
     record: bool = False,
     unfinished: bool = False,
     floats: str | None = None,
+    shard_size: int | str | None = None,
     **options: Unpack[StudyOptions],
 ) -> Written:
     """Writes the checkpoint of an allocation file, with its finished weights if it names some.
@@ -667,6 +668,9 @@ def materialize(
             finished ones.
         floats: `BF16`, `F16` or `F32`: writes every matrix of the retained experts and of the rest
             in this format, e.g. for llama-quantize.
+        shard_size: the most bytes of tensors in a file (`5GB`), in container safetensors; one file
+            by default. Headers and index of shards come on top of what a limit on the file's bytes
+            counts.
         options: as of `StudyOptions`.
 
     Raises:
@@ -674,11 +678,12 @@ def materialize(
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
         CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
-        TargetError: if the container's runtime cannot express the allocation.
+        TargetError: if the container's runtime cannot express the allocation, or has no shards.
     """
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation_record import AllocationRecord, note_digests
+    from allocator.units import parse_bytes
 
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
@@ -696,6 +701,9 @@ def materialize(
     runtime.check_can_write(wanted.decision)
     wanted.decision.check(study_folder.layout)
     chosen = wanted.unfinished if unfinished else wanted
+    shard_bytes = None if shard_size is None else parse_bytes(shard_size)
+    if shard_bytes is not None:
+        runtime = runtime.in_shards(study_folder.layout, wanted.decision, shard_bytes)
     size = wanted.decision.nbytes(study_folder.layout, runtime.target)
     check_place(Path(out), wanted.decision, chosen.weights_digest, container, size.file)
 
@@ -710,9 +718,10 @@ def materialize(
         importance=wanted.importance,
         workload=wanted.workload,
         record=wanted,
+        shard_bytes=shard_bytes,
     )
     if record:
-        digests = {container: written.manifest.sha256[written.manifest.file]}
+        digests = {container: written.manifest.sha256_of_weights}
         note_digests(path, wanted, digests, unfinished=unfinished)
     return written
 
@@ -968,7 +977,7 @@ def reproduce(
         written = materialize(
             folder, path, parent / f"{path.stem}-{container}", container=container, **options
         )
-        digest = written.manifest.sha256[written.manifest.file]
+        digest = written.manifest.sha256_of_weights
         if container in record.sha256 and digest != record.sha256[container]:
             raise VerifyError(
                 f"{written.folder}: sha256 {digest[:12]}…, {path.name} records "

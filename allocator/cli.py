@@ -515,6 +515,7 @@ def _materialize(args: argparse.Namespace) -> Any:
         container=args.container,
         floats=args.floats,
         record=args.record,
+        shard_size=args.shard_size,
         unfinished=args.unfinished,
         **_options(args),
     )
@@ -528,7 +529,7 @@ def _print_written(written: Any) -> None:
     m = written.manifest
     _print_text(
         f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
-        f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256[m.file]}"
+        f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256_of_weights}"
         + (f"; finished weights {m.weights_digest[:12]}" if m.weights_digest else "")
     )
     if written.options:
@@ -989,6 +990,12 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
         "--floats",
         metavar="FORMAT",
         help="write all matrices in BF16, F16 or F32, e.g. the retained experts for llama-quantize",
+    )
+    p.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        help="cut safetensors into files of at most so many bytes of tensors, e.g. 5GB, with an "
+        "index (default: one file)",
     )
 
     p = verb("imatrix", _imatrix, "write the importance as an imatrix for llama-quantize")

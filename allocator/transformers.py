@@ -29,9 +29,11 @@ from allocator.export.safetensors.directory import (
     FILE_NAME,
     WEIGHTS_KEY,
     described_allocation,
+    weights_paths,
 )
 from allocator.export.safetensors.loading import load, opened
 from allocator.families.config import OWN_METHOD
+from allocator.targets.safetensors import INDEX_NAME
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError(
@@ -104,14 +106,16 @@ class AllocatorQuantizer(HfQuantizer):  # type: ignore[misc]
                 "materialize` wrote"
             )
         self._folder = Path(checkpoint_files[0]).parent
-        if [Path(file).name for file in checkpoint_files] != [FILE_NAME]:
+        paths = weights_paths(self._folder)
+        if {Path(file).name for file in checkpoint_files} != {path.name for path in paths}:
             raise CheckpointError(
                 f"{self._folder}: weights in {Path(checkpoint_files[0]).name}, needed "
-                f"{FILE_NAME} alone; materialize it again"
+                f"{FILE_NAME}, or shards and their index, alone; materialize it again"
             )
         described_allocation(self._folder)
-        with opened(self._folder / FILE_NAME):
-            pass
+        for path in paths:
+            with opened(path):
+                pass
         model._modules.clear()
         model._keys_to_ignore_on_load_unexpected = {"."}
         model.all_tied_weights_keys = {}
@@ -170,7 +174,8 @@ def _save(model: Any, save_directory: str | Path, **options: object) -> None:
             )
     source, place = Path(model.hf_quantizer._folder), Path(save_directory)
     place.mkdir(parents=True, exist_ok=True)
-    for name in (FILE_NAME, "config.json"):
+    files = [path.name for path in weights_paths(source)]
+    for name in (*files, *([INDEX_NAME] if len(files) > 1 else ()), "config.json"):
         if not (place / name).exists() or not (place / name).samefile(source / name):
             shutil.copyfile(source / name, place / name)
     model.generation_config.save_pretrained(place)

@@ -423,6 +423,10 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
         assert recorded[container] == file_digest(done.folder / done.manifest.file)
         found = api.verify(study, done.folder, documents=3, encode=True, **options)
         assert found.file_bytes == (done.folder / done.manifest.file).stat().st_size
+    shards = {"container": "safetensors", "shard_size": "100KB", "record": True}
+    cut = api.materialize(study, pick, tmp_path / "cut", **shards, **options)
+    assert "model-00002-of-" in " ".join(cut.manifest.sha256)
+    assert AllocationRecord.read(pick).sha256 == recorded  # of the same tensors in one file
     whole = api.verify(study, made["safetensors"].folder, **options)
     assert whole.loss == pytest.approx(AllocationRecord.read(pick).loss["search"], abs=1e-6)
     for name in ("one", "two"):

@@ -142,8 +142,12 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    """Safetensors files and, if sharded, the index: tensor name to file."""
+def weights_files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
+    """Returns the names of safetensors files and, if sharded, the index: tensor name to file.
+
+    Raises:
+        CheckpointError: if there are none, or the index is damaged or names a file that is missing.
+    """
     index = path / "model.safetensors.index.json"
     if index.exists():
         content = read_json(index)
@@ -165,7 +169,7 @@ def _files(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
 
 def _stored(path: Path, opened: dict[str, Identity]) -> dict[str, Stored]:
     """Everything that the files hold, by name, in their order; fills `opened`."""
-    files, weight_map = _files(path)
+    files, weight_map = weights_files(path)
     stored: dict[str, Stored] = {}
     for file in files:
         opened[file] = Identity.of((path / file).stat())

@@ -9,8 +9,9 @@ express it refuses before it writes, and before it loads torch. The runtimes are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ class Runtime(ABC):
 
     Attributes:
         target: its contract.
-        file_name: of the weights' file in a written directory.
+        file_name: of the weights' file in a written directory; of the index where it has shards.
         earlier_names: of that file in directories of earlier versions.
         tolerance: how far the runtime may be off torch by default, nats per token.
         program: what runs the file, for messages.
@@ -77,6 +78,7 @@ class Runtime(ABC):
         tells_rounding: beyond its tolerance it compares without rounding too, so that a larger
             tolerance allows rounding alone.
         library: that opens the directory, as the Hugging Face hub names it; empty if none.
+        index_name: `file_name` where the weights are in shards; empty if they never are.
     """
 
     target: Target
@@ -88,6 +90,7 @@ class Runtime(ABC):
     tells_rounding: bool = False
     library: str = ""
     earlier_names: tuple[str, ...] = ()
+    index_name: str = ""
 
     @property
     def name(self) -> str:
@@ -109,6 +112,41 @@ class Runtime(ABC):
                 f"an allocation for target {allocation.target!r} cannot be written as {self.name}: "
                 f'{self.program} stores other tensors; search with target = "{self.name}"'
             )
+
+    def in_shards(self, layout: Layout, allocation: Allocation, shard_bytes: int) -> Runtime:
+        """Returns the runtime with a target that cuts the weights of an allocation into shards.
+
+        Args:
+            layout: of the allocation.
+            allocation: formats and retained experts.
+            shard_bytes: the most bytes of tensors in a file; where all fit, there are no shards.
+
+        Raises:
+            TargetError: if the runtime opens one file alone.
+        """
+        raise TargetError(
+            f"shards of {shard_bytes:,} bytes: {self.program} opens {self.file_name} alone; needed "
+            "container safetensors, or no shard size"
+        )
+
+    def weights_names(self, source: TensorSource) -> tuple[str, ...]:
+        """Returns the names of all files of the weights, the index included."""
+        return (self.file_name,)
+
+    def places(self, source: TensorSource) -> Iterator[tuple[str, int]]:
+        """Yields where every part of every group begins, in order: file name and offset."""
+        start = source.allocation.nbytes(source.layout, self.target).header
+        for name in source.layout.groups:
+            for part in range(len(source.allocation.parts(source.layout, name))):
+                yield self.file_name, start
+                start += self.target.padded(prod(source.shape(name, part)))
+
+    def one_file_digest(self, folder: Path) -> str | None:
+        """Returns the sha256 of one file with the tensors of a written directory's shards.
+
+        None where the weights are in one file.
+        """
+        return None
 
     @abstractmethod
     def write(self, folder: Path, source: TensorSource, workload: Mapping[str, int]) -> str:

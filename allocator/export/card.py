@@ -15,10 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from msgspec import UnsetType
+
 from allocator.checkpoint.inventory import Inventory
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.export.base import Runtime
+from allocator.export.manifest import Manifest
 from allocator.families.config import hub_id
 from allocator.targets import Group, Layout
 from allocator.targets.gguf.general import general_name
@@ -42,16 +45,20 @@ class CardFacts:
     Attributes:
         runtime: that opens the directory.
         options: of the runtime's program.
-        file_bytes: of the weights' file.
-        sha256: of the weights' file.
+        manifest: of the directory.
         unfinished: whether the record names finished weights, and these are not.
     """
 
     runtime: Runtime
     options: str
-    file_bytes: int
-    sha256: str
+    manifest: Manifest
     unfinished: bool
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """The most bytes of tensors in a shard; None where the weights are in one file."""
+        said = self.manifest.shard_bytes
+        return None if isinstance(said, UnsetType) else said
 
 
 def licence_files(inventory: Inventory) -> list[Path]:
@@ -184,7 +191,7 @@ def _summary(layout: Layout, record: AllocationRecord, facts: CardFacts) -> list
         else " The weights are finished: codes were chosen anew against second moments of their "
         "inputs."
     )
-    size = show_bytes(facts.file_bytes).rpartition("(")[2].rstrip(")")
+    size = show_bytes(facts.manifest.file_bytes).rpartition("(")[2].rstrip(")")
     return [
         f"# {name}, {size}",
         "",
@@ -194,7 +201,11 @@ def _summary(layout: Layout, record: AllocationRecord, facts: CardFacts) -> list
         *_table(
             ("", ""),
             [
-                (f"`{facts.runtime.file_name}`", show_bytes(facts.file_bytes)),
+                (
+                    f"`{facts.runtime.file_name}`"
+                    + (" and its files" if facts.shard_bytes else ""),
+                    show_bytes(facts.manifest.file_bytes),
+                ),
                 ("bits per weight of the original's matrices", f"{record.effective_bits:.3f}"),
                 ("experts used per token", f"{record.decision.experts_used}"),
                 ("keys and values", _escaped(record.decision.kv_format)),
@@ -293,10 +304,11 @@ def _row(stored: Sequence[_Stored]) -> tuple[str, str, str]:
 
 def _rebuilt(record: AllocationRecord, facts: CardFacts) -> list[str]:
     file = f"STUDY/allocations/{shlex.quote(_plain(record.name))}.json"
+    command = f"allocator materialize STUDY {file} OUT"
     if facts.unfinished:
-        command = f"allocator materialize STUDY {file} OUT --unfinished"
-    else:
-        command = f"allocator materialize STUDY {file} OUT"
+        command += " --unfinished"
+    if facts.shard_bytes:
+        command += f" --shard-size {facts.shard_bytes}"
     return [
         "## Built by",
         "",
@@ -307,7 +319,12 @@ def _rebuilt(record: AllocationRecord, facts: CardFacts) -> list[str]:
         *_table(
             ("digest", "sha256"),
             [
-                (f"`{facts.runtime.file_name}`", facts.sha256),
+                (
+                    "the same tensors in one file"
+                    if facts.shard_bytes
+                    else f"`{facts.runtime.file_name}`",
+                    facts.manifest.sha256_of_weights,
+                ),
                 ("checkpoint", _escaped(record.checkpoint)),
                 ("allocation", record.digest),
                 ("importance", record.importance),

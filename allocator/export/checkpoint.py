@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,7 @@ def materialize(
     importance: str,
     workload: Mapping[str, int] | None = None,
     record: AllocationRecord | None = None,
+    shard_bytes: int | None = None,
 ) -> Written:
     """Writes a checkpoint directory; an earlier one of the same weights is replaced.
 
@@ -72,6 +72,7 @@ def materialize(
             manifest.
         workload: what a device's memory was budgeted for, as in `AllocationRecord`.
         record: of the allocation, as its file has it.
+        shard_bytes: the most bytes of tensors in a file of the weights; None for one file.
 
     Raises:
         SpaceError: if the allocation does not fit the source's layout.
@@ -84,38 +85,41 @@ def materialize(
     allocation.check(layout)
     runtime = runtime_named(container)
     runtime.check_can_write(allocation)
+    if shard_bytes is not None:
+        runtime = runtime.in_shards(layout, allocation, shard_bytes)
     size = allocation.nbytes(layout, runtime.target)
     check_place(folder, allocation, source.digest, container, size.file)
     with _whole_directory(folder) as place:
         options = runtime.write(place, source, workload or {})
         (place / ALLOCATION).write_text(json.dumps(allocation.to_json(), indent=1) + "\n")
-        file = place / runtime.file_name
         if record is not None:
             for licence in licence_files(layout.inventory):
                 shutil.copyfile(licence, place / licence.name)
+        one_file = runtime.one_file_digest(place)
         manifest = Manifest(
             container=container,
             allocation=allocation.digest,
             checkpoint=layout.inventory.digest,
             importance=importance,
             file=runtime.file_name,
-            file_bytes=file.stat().st_size,
+            file_bytes=sum((place / n).stat().st_size for n in runtime.weights_names(source)),
             tensor_bytes=size.tensors,
             overhead_bytes=size.overhead,
             sha256={name: file_digest(place / name) for name in files_in(place)},
             weights=source.digest or UNSET,
+            shard_bytes=UNSET if one_file is None or shard_bytes is None else shard_bytes,
+            one_file=one_file or UNSET,
         )
         if manifest.file_bytes != size.file:
             raise VerifyError(f"wrote {manifest.file_bytes} bytes, predicted {size.file}")
-        _check_written(file, folder, runtime, source, size.header)
+        _check_written(place, folder, runtime, source)
         layout.inventory.check_unchanged()
         (place / MANIFEST).write_bytes(seal(manifest))
         if record is not None:
             facts = CardFacts(
                 runtime,
                 options,
-                manifest.file_bytes,
-                manifest.sha256[file.name],
+                manifest,
                 unfinished=record.weights_digest != source.digest,
             )
             written = record.unfinished if facts.unfinished else record
@@ -180,20 +184,17 @@ def _whole_directory(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_written(
-    path: Path, folder: Path, runtime: Runtime, source: TensorSource, header_bytes: int
-) -> None:
+def _check_written(place: Path, folder: Path, runtime: Runtime, source: TensorSource) -> None:
     """Raises:
     VerifyError: if an encoded tensor comes back other than the source gave it.
     """
-    whole, start = np.memmap(path, np.uint8, "r"), header_bytes
+    places = runtime.places(source)
     for name in stepping(source.layout.groups, "reading back", unit="matrices", brief=True):
         for part in range(len(source.allocation.parts(source.layout, name))):
-            nbytes = prod(source.shape(name, part))
-            stored = whole[start : start + nbytes].reshape(source.shape(name, part))
+            file, start = next(places)
+            stored = np.memmap(place / file, np.uint8, "r", start, source.shape(name, part))
             if not source.matches(name, part, runtime.in_order(stored, source.layout, name)):
                 raise VerifyError(
                     f"{folder}: {name} comes back from the disk other than it was written; memory "
                     "or disk is faulty: materialize it elsewhere"
                 )
-            start += runtime.target.padded(nbytes)

@@ -28,13 +28,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         allocation: digest of the allocation.
         checkpoint: digest of the source checkpoint.
         importance: digest of the importance vectors.
-        file: name of the weights' file.
-        file_bytes: its size.
-        tensor_bytes: bytes of its tensor data.
+        file: name of the weights' file; of the index where they are in shards.
+        file_bytes: its size, that of all shards included.
+        tensor_bytes: bytes of tensor data.
         overhead_bytes: the rest of it.
         sha256: of every file, by name.
         schema: of this file.
         weights: `TensorSource.digest`; absent where allocation, importance and codec say it all.
+        shard_bytes: the most bytes of tensors in a shard; absent where there is one file.
+        one_file: sha256 of one file with the tensors of the shards.
     """
 
     container: str
@@ -48,6 +50,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: dict[str, str]
     schema: int = 1
     weights: str | UnsetType = UNSET
+    shard_bytes: int | UnsetType = UNSET
+    one_file: str | UnsetType = UNSET
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -74,9 +78,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"schema {self.schema}, needed 1")
         if self.container not in RUNTIMES:
             raise ValueError(f"container {self.container!r}, needed {' or '.join(RUNTIMES)}")
-        needed = RUNTIMES[self.container].file_name
-        if self.file not in (needed, *RUNTIMES[self.container].earlier_names):
-            raise ValueError(f"file {self.file!r}, needed {needed!r} beside it")
+        runtime = RUNTIMES[self.container]
+        names = (runtime.file_name, *runtime.earlier_names)
+        if self.shard_bytes is not UNSET:
+            names = (runtime.index_name,)
+        if self.file not in names:
+            raise ValueError(f"file {self.file!r}, needed {names[0]!r} beside it")
         for name in self.sha256:
             parts = name.split("/")
             if name == MANIFEST or {"", ".", ".."} & {*parts} or {"\\", "\0"} & {*name}:
@@ -84,6 +91,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in (self.file, ALLOCATION):
             if name not in self.sha256:
                 raise ValueError(f"no sha256 of {name}")
+
+    @property
+    def sha256_of_weights(self) -> str:
+        """The sha256 of the weights' file; of shards, that of one file with the same tensors."""
+        return self.sha256[self.file] if isinstance(self.one_file, UnsetType) else self.one_file
 
     @property
     def weights_digest(self) -> str:

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from msgspec import UnsetType
 
 from allocator.checkpoint.safetensors import read_json
 from allocator.codecs import Bytes, codec_of
@@ -99,11 +100,16 @@ def verify(
     source = open_source(allocation)
     _check_origin(folder, manifest, source)
     runtime, file = runtime_named(manifest.container), folder / manifest.file
+    if not isinstance(manifest.shard_bytes, UnsetType):
+        runtime = runtime.in_shards(source.layout, allocation, manifest.shard_bytes)
+        if missing := set(runtime.weights_names(source)) - set(manifest.sha256):
+            raise VerifyError(f"{folder / min(missing)}: not in the manifest; materialize it again")
     size = allocation.nbytes(source.layout, runtime.target)
     _check_sizes(folder, manifest, size)
     tensors = runtime.read(file, source.layout)
     nbytes = sum(tensor.data.nbytes for tensor in tensors.values())
-    file_bytes = file.stat().st_size
+    names = runtime.weights_names(source) if runtime.index_name == manifest.file else [file.name]
+    file_bytes = sum((folder / name).stat().st_size for name in names)
     if (nbytes, file_bytes) != (size.tensors, size.file):
         raise VerifyError(
             f"{folder}: {nbytes} tensor bytes in a file of {file_bytes}, "

@@ -407,7 +407,7 @@ def _written(folder: Path, record: AllocationRecord) -> list[WrittenFile]:
                     path.parent.relative_to(folder).as_posix(),
                     manifest.container,
                     manifest.file_bytes,
-                    manifest.sha256[manifest.file],
+                    manifest.sha256_of_weights,
                 )
             )
     return files

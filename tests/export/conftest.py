@@ -83,9 +83,9 @@ def case(wide, tmp_path_factory, make_documents):
                     chosen[g] = in_parts(rng, layout.groups[g], retained, formats or FAST)
             return Allocation.of(target=target, retained=retained, formats=chosen, experts_used=2)
 
-        def write(folder, container, chosen=None, source=EncodedTensors):
+        def write(folder, container, chosen=None, source=EncodedTensors, **options):
             made_of = source(encodings, chosen or allocation())
-            return materialize(made_of, folder, container=container, importance="i" * 64)
+            return materialize(made_of, folder, container=container, importance="i" * 64, **options)
 
         scorer = Scorer(SwapModel(layout, encodings.decoded), make_documents([32] * 3, seed=1))
         made[name, target] = SimpleNamespace(

@@ -84,6 +84,16 @@ def test_a_card_has_the_bytes_and_figures_of_its_record(made, target, tmp_path):
     assert str(tmp_path) not in body
 
 
+def test_a_card_of_shards_names_their_index_and_size(made, tmp_path):
+    one, _, _, source, write = made("safetensors")
+    written = materialize(source, tmp_path / "shards", **write, shard_bytes=50_000)
+    body = parted(written.folder)[1]
+    assert "`model.safetensors.index.json` and its files" in body
+    assert f"{written.manifest.file_bytes:,} B" in body
+    assert "OUT --shard-size 50000 --container safetensors" in body
+    assert one.manifest.sha256_of_weights in body
+
+
 def test_names_from_elsewhere_are_escaped(made):
     head = f"---\nlicense: other\nlicense_name: {json.dumps(ODD)}\n---\n"
     written, *_ = made("safetensors", head, name=ODD, loss={ODD: 0.5})

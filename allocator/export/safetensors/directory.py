@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 
 from allocator.checkpoint.inventory import Inventory
-from allocator.checkpoint.safetensors import read_json
+from allocator.checkpoint.safetensors import read_json, weights_files
 from allocator.checkpoint.tokenizer import Tokenizer, carried_files, read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError, SpaceError, VerifyError
 from allocator.families.config import OWN_METHOD, encoding, quantization_method, with_encoding
 from allocator.targets import Layout
+from allocator.targets.safetensors import INDEX_NAME
 
 FILE_NAME = "model.safetensors"
 EARLIER_NAME = "encoded.safetensors"
@@ -56,10 +57,16 @@ def write_tokenizer(place: Path, inventory: Inventory) -> None:
             (place / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def weights_file(folder: Path) -> Path:
-    """Returns where a directory's weights are, or should be."""
+def weights_paths(folder: Path) -> list[Path]:
+    """Returns the files of a directory's weights, in their order; one that is missing, too.
+
+    Raises:
+        CheckpointError: if the index of shards is damaged, or a shard is missing.
+    """
+    if (folder / INDEX_NAME).is_file():
+        return [folder / name for name in weights_files(folder)[0]]
     earlier = folder / EARLIER_NAME
-    return earlier if earlier.is_file() else folder / FILE_NAME
+    return [earlier if earlier.is_file() else folder / FILE_NAME]
 
 
 def described_allocation(folder: Path) -> Allocation:

@@ -7,7 +7,7 @@ plus the largest decoded layer. `dense=True` decodes everything once instead.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from allocator.checkpoint.safetensors import read_json
 from allocator.codecs import codec_of
 from allocator.decision.allocation import Allocation
 from allocator.errors import CheckpointError
-from allocator.export.safetensors.directory import described_allocation, weights_file
+from allocator.export.safetensors.directory import described_allocation, weights_paths
 from allocator.families import Dimensions, Family, Place, Role, family_of
 from allocator.formats import Format
 from allocator.formats import parts as parts_of
@@ -113,29 +113,35 @@ def _parts(
 ) -> dict[str, _Part]:
     """Every stored tensor, by the module that needs it."""
     parts: dict[str, _Part] = {}
-    with opened(weights_file(folder)) as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            if name not in stored:
-                part = parts.setdefault(_module_of(name), _Part())
-                parameter, place = family.place_in_model(name)
+    for name, data in _tensors(folder):
+        if name not in stored:
+            part = parts.setdefault(_module_of(name), _Part())
+            parameter, place = family.place_in_model(name)
+            part.templates[parameter] = _template(model, parameter)
+            if place == (...,):
+                part.full_precision[name] = data
+                part.templates[name] = _template(model, parameter, data.shape)
+            else:
+                part.places.append((parameter, place, data))
+            continue
+        group, fmt, places = stored[name]
+        if places is not None and data.shape[:1] != (len(places),):
+            raise ValueError(f"{name} of shape {tuple(data.shape)}, {len(places)} experts")
+        for module in _modules_of(group, tied=bool(model.config.tie_word_embeddings)):
+            part = parts.setdefault(module, _Part())
+            target = group if module != "lm_head" else _as_head(group)
+            part.groups.append((target, fmt, data, places))
+            for parameter in _parameters_of(model, target):
                 part.templates[parameter] = _template(model, parameter)
-                if place == (...,):
-                    stored_as = part.full_precision[name] = file.get_tensor(name)
-                    part.templates[name] = _template(model, parameter, stored_as.shape)
-                else:
-                    part.places.append((parameter, place, file.get_tensor(name)))
-                continue
-            group, fmt, places = stored[name]
-            data = file.get_tensor(name)
-            if places is not None and data.shape[:1] != (len(places),):
-                raise ValueError(f"{name} of shape {tuple(data.shape)}, {len(places)} experts")
-            for module in _modules_of(group, tied=bool(model.config.tie_word_embeddings)):
-                part = parts.setdefault(module, _Part())
-                target = group if module != "lm_head" else _as_head(group)
-                part.groups.append((target, fmt, data, places))
-                for parameter in _parameters_of(model, target):
-                    part.templates[parameter] = _template(model, parameter)
     return parts
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a directory's files, by its name in the file."""
+    for path in weights_paths(folder):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                yield name, file.get_tensor(name)
 
 
 def _stored(

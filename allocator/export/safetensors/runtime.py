@@ -7,17 +7,27 @@ function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allocator.checkpoint.inventory import Inventory
+from allocator.checkpoint.safetensors import read_json
 from allocator.checkpoint.tokenizer import has_tokenizer
 from allocator.codecs import Bytes
 from allocator.decision.allocation import Allocation
+from allocator.errors import TargetError
 from allocator.export.base import Comparison, Runtime
 from allocator.export.safetensors.directory import EARLIER_NAME, FILE_NAME, write_config
 from allocator.targets import SAFETENSORS, FullPrecision, Layout
+from allocator.targets.safetensors import (
+    INDEX_NAME,
+    SafetensorsTarget,
+    Shard,
+    entries,
+    header,
+    nbytes,
+)
 
 if TYPE_CHECKING:  # these load torch
     from allocator.export.stored import StoredTensor, StoredWeights
@@ -35,13 +45,16 @@ class SafetensorsRuntime(Runtime):
     the same pass over the weights that the file holds.
     """
 
-    target = SAFETENSORS
-    file_name = FILE_NAME
     earlier_names = (EARLIER_NAME,)
     tolerance = SAFETENSORS_TOLERANCE
     program = "transformers"
     divergence_name = "difference"
     library = "transformers"
+    index_name = INDEX_NAME
+
+    def __init__(self, target: SafetensorsTarget = SAFETENSORS, file_name: str = FILE_NAME) -> None:
+        self.target: SafetensorsTarget = target
+        self.file_name = file_name
 
     def usage(self, inventory: Inventory, options: str) -> list[str]:
         """Returns lines of Markdown with Python that opens the directory."""
@@ -68,11 +81,52 @@ class SafetensorsRuntime(Runtime):
         """Says yes: the file stores any target's groups, under the layout's names."""
         return True
 
+    def in_shards(
+        self, layout: Layout, allocation: Allocation, shard_bytes: int
+    ) -> SafetensorsRuntime:
+        """Returns the runtime whose target cuts the weights into shards, if there are several.
+
+        Raises:
+            TargetError: if the size is none.
+        """
+        if shard_bytes < 1:
+            raise TargetError(f"shards of {shard_bytes:,} bytes: needed at least 1, e.g. 5GB")
+        cutting = SafetensorsRuntime(SafetensorsTarget(shard_bytes), self.index_name)
+        return cutting if cutting._shards(layout, allocation) else self
+
+    def _shards(self, layout: Layout, allocation: Allocation) -> list[Shard]:
+        """The files that the tensors lie in; none where they lie in one."""
+        retained, formats = allocation.retained_experts, allocation.format_of
+        return self.target.shards(entries(layout, retained=retained, formats=formats))
+
+    def weights_names(self, source: TensorSource) -> tuple[str, ...]:
+        """Returns the names of all files of the weights, the index included."""
+        shards = self._shards(source.layout, source.allocation)
+        return (*(shard.name for shard in shards), self.file_name)
+
+    def places(self, source: TensorSource) -> Iterator[tuple[str, int]]:
+        """Yields where every tensor begins, in order: file name and offset."""
+        shards = self._shards(source.layout, source.allocation)
+        if not shards:
+            yield from super().places(source)
+        for shard in shards:
+            start = len(header(shard.rows))
+            for row in shard.rows:
+                yield shard.name, start
+                start += nbytes(row)
+
+    def one_file_digest(self, folder: Path) -> str | None:
+        """Returns what the index of a written directory says; None without one."""
+        if self.file_name != self.index_name:
+            return None
+        digest: str = read_json(folder / self.index_name)["metadata"]["sha256"]
+        return digest
+
     def write(self, folder: Path, source: TensorSource, workload: Mapping[str, int]) -> str:
-        """Writes the file, config.json with the allocation, and the tokenizer's files."""
+        """Writes the weights, config.json with the allocation, and the tokenizer's files."""
         from allocator.export.safetensors.files import write_safetensors  # which loads torch
 
-        write_safetensors(folder / self.file_name, source)
+        write_safetensors(folder, source, self._shards(source.layout, source.allocation))
         write_config(folder, source.layout, source.allocation)
         return ""
 
@@ -84,7 +138,7 @@ class SafetensorsRuntime(Runtime):
         """
         from allocator.export.safetensors.files import read_safetensors  # which loads torch
 
-        return read_safetensors(path)
+        return read_safetensors(path.parent)
 
     def full_precision_bytes(self, source: TensorSource, tensor: FullPrecision) -> Bytes:
         """Returns the bytes in the checkpoint's dtype: `(rows, bytes)` or `(bytes,)`."""
