@@ -753,7 +753,12 @@ def _new_study(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bits", type=float, help="effective bits of these; init: 3 by default")
     _device_options(p)
     p.add_argument("--calibration", nargs="+", metavar="FILE", help="text for the search")
-    p.add_argument("--report", nargs="+", metavar="FILE", help="held-out text")
+    p.add_argument(
+        "--report",
+        nargs="+",
+        metavar="FILE",
+        help="held-out text (default: an eighth of the other, which the search does not read)",
+    )
     p.add_argument("--space", metavar="FILE", help="search space, or a shipped one by its name")
     p.add_argument("--sampler", help="default: auto")
     p.add_argument("--trials", type=int, help="in all (default: 100)")

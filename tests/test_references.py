@@ -35,6 +35,7 @@ WRONG = {  # what is put above, or below, a whole study.toml
     "expert_width = 1.5\n": "", 'budget.file = "12 potatoes"\n': "", "budget.weights = 0\n": "",
     "budget = 3\n": "", "budget = {file = 1, weights = 1}\n": "", "streamed.rows = 0\n": "",
     "streamed.candidates = 257\n": "", "budget.device.min_tokens_per_second = 0\n": "",
+    "    ": "report = 'r'\nheld_out = 0.1\n", "     ": "splits = 's'\nheld_out = 0.1\n",
     "": "rungs = [8, 8]\n", " ": "rungs = [0]\n", "  ": "window = 0\n", "   ": "texts = 1\n",
     "compare = {samplers = [], weights = [1], seeds = {gguf = 1}}\n": "",
     "compare = {samplers = ['auto'], weights = [1], seeds = {onnx = 1}}\n": "",

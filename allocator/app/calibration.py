@@ -20,6 +20,7 @@ from allocator.scoring.documents import (
     documents_of,
     every_third,
     interleaved,
+    last_share,
     windows_of,
 )
 from allocator.scoring.records import DEFAULT_TEXT, Record, default_records, read_records
@@ -62,7 +63,7 @@ class Calibration:
             CalibrationError: if a split is empty, the two share a document, or a stage asks for
                 more documents than its split has.
         """
-        documents, name = self._given.documents, self._given.name
+        documents, name = self._divided[0], self._given.name
         if self._spec.splits is None:
             parts = every_third(documents)
         else:
@@ -100,15 +101,19 @@ class Calibration:
         """The held-out split, which published figures are on.
 
         Raises:
-            CalibrationError: if study.toml names none, or it shares a document with another split.
+            CalibrationError: if there is none, or it shares a document with another split.
         """
+        used = {d.ids for split in self.splits for d in split}
         if self._spec.report is None:
-            raise CalibrationError(
-                f"{self._study}/study.toml: no report under [calibration]; add it"
-            )
+            held_out = [d for d in interleaved(self._divided[1]) if d.ids not in used]
+            if not held_out:
+                raise CalibrationError(
+                    f"{self._study}/study.toml: no held-out text; name some with --text FILE, or "
+                    "as report under [calibration]"
+                )
+            return held_out
         paths = self._paths(self._spec.report)
         documents = interleaved(self._read_all(paths).documents)
-        used = {d.ids for split in self.splits for d in split}
         if any(d.ids in used for d in documents):
             raise CalibrationError(f"{_named(paths)}: shares a document with search or selection")
         return documents
@@ -127,6 +132,12 @@ class Calibration:
         if self._spec.documents is None:
             return self._cut(default_records(), DEFAULT_TEXT)
         return self._read_all(self._paths(self._spec.documents))
+
+    @cached_property
+    def _divided(self) -> tuple[list[Document], list[Document]]:
+        """Documents for search and selection, and those that are held out."""
+        documents, share = self._given.documents, self._spec.held_out
+        return (documents, []) if share is None else last_share(documents, share)
 
     def _paths(self, names: str | tuple[str, ...]) -> list[Path]:
         paths = [self._study / name for name in ([names] if isinstance(names, str) else names)]
@@ -182,9 +193,12 @@ class Calibration:
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         given = self._given
         default = f"{self.name}, " if self._spec.documents is None else ""
+        held_out = len(self._divided[1])
         return (
             f"{default}{given.n_records:,} record{'s' if given.n_records > 1 else ''}: "
-            f"{len(search):,} search + {len(selection):,} selection {what} of {tokens}"
+            f"{len(search):,} search + {len(selection):,} selection"
+            + (f" + {held_out:,} held-out" if held_out else "")
+            + f" {what} of {tokens}"
         )
 
     @property

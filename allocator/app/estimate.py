@@ -91,7 +91,7 @@ def estimate_in(study_folder: StudyFolder, request: SearchRequest) -> SearchEsti
     """
     launch = study_folder.launch(request)
     check_storage(launch.storage, study_folder.path)
-    if study_folder.spec.calibration.report is not None:
+    if study_folder.spec.calibration.has_report:
         _ = study_folder.calibration.report
     if launch.stop.tokens is not None:
         check_tokens(study_folder, launch.stop.tokens, "raise --tokens")

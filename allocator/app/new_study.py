@@ -34,6 +34,8 @@ from allocator.targets import target_named
 from allocator.units import show_bytes
 
 SPACE_FILE = "space.toml"
+HELD_OUT = 1 / 8
+"""Share of the calibration text that a study without a report keeps for `evaluate`."""
 DEFAULT_BITS = 3.0
 """Effective bits of a study that is made without a budget."""
 _MOST_BITS = 32
@@ -233,7 +235,9 @@ def _data(model: Path, folder: Path, values: StudyValues) -> dict[str, Any]:
     }
     if limits["device"] and "preset" in limits["device"]:
         limits["device"]["preset"] = path(limits["device"]["preset"])
-    texts = {"documents": values.get("calibration"), "report": values.get("report")}
+    report = values.get("report")
+    texts = {"documents": values.get("calibration"), "report": report}
+    held_out = {"held_out": HELD_OUT} if report is None else {}
     plain = ("sampler", "trials", "seed", "tokenizer", "expert_width")
     space = values.get("space")
     return _given(
@@ -244,7 +248,7 @@ def _data(model: Path, folder: Path, values: StudyValues) -> dict[str, Any]:
             "space": SPACE_FILE if space is None else path(space),
             **{name: values.get(name) for name in plain},
             "budget": _given(limits),
-            "calibration": {name: path(given) for name, given in _given(texts).items()},
+            "calibration": {name: path(given) for name, given in _given(texts).items()} | held_out,
         }
     )
 

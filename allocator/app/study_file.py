@@ -134,7 +134,7 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The hard limit in bytes: `file`, `weights` or `device`, or `device` and one of the others."""
 
-    exclusive: ClassVar[tuple[str, str]] = ("weights", "file")
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("weights", "file"),)
 
     weights: Annotated[
         str | int | None,
@@ -152,11 +152,6 @@ class BudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         DeviceBudgetSpec | None, About("A whole device as the limit, and what runs on it.")
     ] = None
 
-    def faults(self) -> Iterator[str]:
-        """Lists what is wrong beyond single keys."""
-        if self.weights is not None and self.file is not None:
-            yield "weights and file: needed one of the two; remove the other"
-
 
 class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where tokens come from, and how many documents each stage reads (docs/calibration.md).
@@ -164,6 +159,11 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     A document is what is scored together: a window of `window` tokens where records have text or
     messages, a whole record where records have token ids.
     """
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("held_out", "report"),
+        ("held_out", "splits"),
+    )
 
     documents: Annotated[
         str | tuple[str, ...] | None,
@@ -193,6 +193,17 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             path=True,
             filled=True,
             example="report.jsonl",
+        ),
+    ] = None
+    held_out: Annotated[
+        float | None,
+        About(
+            "Share of every domain's documents, the last ones, that only `evaluate` reads; in the "
+            "place of `report`.",
+            above=0,
+            most=0.5,
+            default="none",
+            example=0.125,
         ),
     ] = None
     statistics_documents: Annotated[
@@ -260,6 +271,11 @@ class CalibrationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             example="imatrix.gguf",
         ),
     ] = None
+
+    @property
+    def has_report(self) -> bool:
+        """Whether there is held-out text."""
+        return self.report is not None or self.held_out is not None
 
 
 def _sampler_names() -> Iterable[str]:

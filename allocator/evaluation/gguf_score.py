@@ -51,7 +51,7 @@ def score_gguf(
     """
     checked = check_gguf(file, study_folder.layout)
     calibration = study_folder.calibration
-    split = "report" if study_folder.spec.calibration.report is not None else "selection"
+    split = "report" if study_folder.spec.calibration.has_report else "selection"
     available: Sequence[Document] = calibration.report if split == "report" else []
     available = available or calibration.selection
     n = min(_DOCUMENTS, len(available)) if documents is None else documents

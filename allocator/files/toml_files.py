@@ -108,6 +108,12 @@ def _table_faults(
             found += _value_faults(data[name], key, where, root)
         elif key.is_required and name not in meant:
             found.append(f"{where}{name}: missing; {_to_add(key, where)}")
+    if not found:
+        found += [
+            f"{where}{one} and {other}: needed one of the two; remove the other"
+            for one, other in getattr(kind, "exclusive", ())
+            if one in data and other in data
+        ]
     if not found and hasattr(kind, "faults"):
         found += [f"{where}{fault}" for fault in typed(data, kind).faults()]
     yield from found

@@ -33,8 +33,8 @@ def _table(kind: type[msgspec.Struct]) -> dict[str, Any]:
     }
     if required := [name for name, key in keys.items() if key.is_required]:
         schema["required"] = required
-    if exclusive := getattr(kind, "exclusive", None):
-        schema["not"] = {"required": list(exclusive)}
+    if pairs := getattr(kind, "exclusive", ()):
+        schema["allOf"] = [{"not": {"required": list(pair)}} for pair in pairs]
     return schema
 
 

@@ -136,7 +136,7 @@ class Facts:
         is_device_budget: whether the budget is that of a device.
         changed: by finishing; None without the file of finished weights.
         written: checkpoints in the study's `out`.
-        has_report_split: whether study.toml names a held-out split.
+        has_report_split: whether the study has a held-out split.
         version: of this package.
     """
 
@@ -231,7 +231,7 @@ def read_facts(
         is_device_budget=record is not None and "device_total" in record.bytes,
         changed=None if record is None else _changed(record, path, study_folder),
         written=() if record is None else tuple(_written(folder, record)),
-        has_report_split=study_folder.spec.calibration.report is not None,
+        has_report_split=study_folder.spec.calibration.has_report,
     )
 
 

@@ -128,6 +128,30 @@ def windows_of(
     return documents
 
 
+def last_share(
+    documents: Sequence[Document], share: float
+) -> tuple[list[Document], list[Document]]:
+    """Splits off a share of every domain, its last documents: at least one of three, none of two.
+
+    Where domains are so small that less than half of the share would come together, documents of
+    all domains are split as one.
+
+    Returns:
+        The others, in their order, and the share.
+    """
+    if len(documents) < 3:
+        return list(documents), []
+    wanted = max(1, round(share * len(documents)))
+    last: list[Document] = []
+    for domain in dict.fromkeys(document.domain for document in documents):
+        members = [document for document in documents if document.domain == domain]
+        last += members[len(members) - int(share * len(members)) :]
+    if 2 * len(last) < wanted:
+        last = interleaved(documents)[-wanted:]
+    chosen = {id(document) for document in last}
+    return [d for d in documents if id(d) not in chosen], last
+
+
 def every_third(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Splits every domain in two thirds, and a third: the third, sixth, ... document.
 

@@ -9,7 +9,7 @@ from allocator.app.calibration import Calibration
 from allocator.app.study_file import CalibrationSpec
 from allocator.checkpoint.reading import read_inventory
 from allocator.errors import CalibrationError
-from allocator.scoring.documents import Document, every_third
+from allocator.scoring.documents import Document, every_third, last_share
 
 REFERENCE = Path(__file__).parents[2] / "studies/reference/model"
 
@@ -45,6 +45,36 @@ def test_of_several_files_each_is_a_domain(inventory, tmp_path):
     assert [d.ids[1] for d in calibration.search] == [0, 10, 1, 11, 13, 14]
     assert calibration.summary == "9 records: 6 search + 3 selection documents of 2"
     assert calibration.use == "the profile reads 6 of them, a full trial 6, the pick 2"
+
+
+def test_the_last_documents_of_each_domain_are_held_out(inventory, tmp_path):
+    write(tmp_path / "a.jsonl", 8)
+    write(tmp_path / "b.jsonl", 17, first=100)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"ids": [0, 3]}\n')  # a copy of what is searched is not held out
+    spec = CalibrationSpec(("a.jsonl", "b.jsonl"), held_out=0.25)
+    calibration = Calibration(tmp_path, spec, inventory)
+    assert [d.ids[1] for d in calibration.report] == [7, 113, 114, 115, 116]
+    used = [d.ids for split in calibration.splits for d in split]
+    assert sorted(ids[1] for ids in used) == [*range(7), *range(100, 113)]
+    assert calibration.summary == (
+        "26 records: 14 search + 6 selection + 6 held-out documents of 2"
+    )
+
+
+@pytest.mark.parametrize(("n", "held"), [(2, []), (3, [2]), (9, [8]), (20, [18, 19])])
+def test_of_domains_of_one_document_some_are_held_out(n, held):
+    documents = [Document((0, i), domain=str(i)) for i in range(n)]
+    others, last = last_share(documents, 1 / 8)
+    assert [d.ids[1] for d in last] == held
+    assert others == [d for d in documents if d not in last]
+
+
+def test_without_held_out_text_the_way_to_it_is_named(inventory, tmp_path):
+    write(tmp_path / "a.jsonl", 2)
+    for spec in (CalibrationSpec("a.jsonl"), CalibrationSpec("a.jsonl", held_out=0.5)):
+        with pytest.raises(CalibrationError, match=r"no held-out text; name some with --text FILE"):
+            _ = Calibration(tmp_path, spec, inventory).report
 
 
 @pytest.mark.parametrize(("n", "selection"), [(2, [1]), (3, [2]), (7, [2, 5])])
