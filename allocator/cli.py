@@ -579,7 +579,8 @@ def _evaluate(args: argparse.Namespace) -> Any:
             text=args.text,
             baselines=args.baselines,
             pruned=args.pruned,
-            tasks=args.tasks,
+            tasks=_tasks(args.tasks),
+            limit=args.limit,
             domains=args.domains,
             on_table=keep,
             **_options(args),
@@ -587,6 +588,10 @@ def _evaluate(args: argparse.Namespace) -> Any:
     finally:  # also what was measured before something failed, or was stopped
         for table in measured:
             _print_table(args, table)
+
+
+def _tasks(given: str | bool | None) -> bool | list[str]:
+    return given.split(",") if isinstance(given, str) else bool(given)
 
 
 def _check_writable(path: Path) -> None:
@@ -1046,7 +1051,18 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
     )
     p.add_argument("--pruned", action="store_true", help="baselines also with fewer experts")
     p.add_argument("--domains", action="store_true", help="KL and perplexity per domain as well")
-    p.add_argument("--tasks", action="store_true", help="lm-eval as well (slow)")
+    p.add_argument(
+        "--tasks",
+        nargs="?",
+        const=True,
+        metavar="NAMES",
+        help="lm-eval as well (slow): tasks made of held-out documents (default: report_perplexity,"
+        "report_continuation), or of lm-eval by name, e.g. hellaswag,arc_easy, whose data is "
+        "fetched from the Hugging Face hub",
+    )
+    p.add_argument(
+        "--limit", type=_positive, help="questions of each task of lm-eval's (default: all)"
+    )
     p.add_argument("--csv", type=Path, help="write the table there too")
     _runs_forward(p)
 

@@ -803,12 +803,17 @@ def test_tasks_add_figures_row_by_row(with_tokenizer, options, make_documents, m
         figures = {"acc": 0.5, "token_perplexity": float(len(calls))}
         return {name: figures for name in names}
 
-    monkeypatch.setattr("allocator.evaluation.lm_eval_tasks.run_tasks", three)
+    at = "allocator.evaluation.lm_eval_tasks"
+    monkeypatch.setattr(f"{at}.run_tasks", three)
+    monkeypatch.setattr(f"{at}.load_named", lambda names: names)
+    monkeypatch.setattr(f"{at}.run_named", lambda _m, _t, names, limit: {names[0]: limit / 3})
     with pytest.raises(VerifyError, match="no more"):
         api.evaluate(
-            study, [plain], documents="all", baselines="all", tasks=True, on_table=tables.append,
-            **options,
+            study, [plain], documents="all", baselines="all", on_table=tables.append,
+            tasks=["report_perplexity", "mine"], limit=2, **options,
         )  # fmt: skip
+    assert tables[-1]["mine"].dropna().tolist() == [0.6667, 0.6667]
+    assert "acc" not in tables[-1]
     figures = tables[-1]["lm_eval_perplexity"].dropna().tolist()
     assert sorted(figures) == [1.0, 2.0]
     assert len(tables[-1]) == len(tables) - 2 > 20

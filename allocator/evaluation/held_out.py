@@ -25,6 +25,7 @@ from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
+from allocator.evaluation.lm_eval_tasks import OWN
 from allocator.files.progress import stepping
 from allocator.scoring.documents import Document, digest, interleaved
 
@@ -50,7 +51,8 @@ def evaluate(
     text: str | Path | None = None,
     baselines: Baselines = "near",
     pruned: bool = False,
-    tasks: bool = False,
+    tasks: bool | Sequence[str] = False,
+    limit: int | None = None,
     domains: bool = False,
     on_table: Callable[[pd.DataFrame], None] | None = None,
     **options: Unpack[StudyOptions],
@@ -69,7 +71,9 @@ def evaluate(
         baselines: `near`: those within a tenth of an allocation's bytes, and the next below and
             above it; `all`; `none`.
         pruned: baselines also with one smaller retained count in every layer.
-        tasks: lm-eval's two tasks for the original, the baselines nearest in size, the allocations.
+        tasks: of lm-eval, for the original, the baselines nearest in size, the allocations: True
+            for the two that are made of held-out documents, or names, also of lm-eval's own.
+        limit: questions of each of lm-eval's own tasks; all by default.
         domains: columns of KL and perplexity per domain.
         on_table: called with the table so far whenever something was measured.
         options: as of `StudyOptions`.
@@ -89,7 +93,8 @@ def evaluate(
     encoded = {name: study_folder.read_encoded(path) for name, path in chosen.items()}
     for allocation, _ in encoded.values():
         allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
-    suite = _Tasks(study_folder, held_out) if tasks else None
+    names = OWN if tasks is True else tuple(tasks or ())
+    suite = _Tasks(study_folder, held_out, names, limit=limit) if names else None
     scorer = study_folder.scorers.on(held_out)
     from_files = _from_files(study_folder, scorer, encoded, chosen)
     decisions = [wanted.allocation for wanted in from_files.values()]
@@ -337,20 +342,30 @@ def _row(
 
 
 class _Tasks:
-    """lm-eval's two tasks on held-out documents; what they cannot be run on is refused here.
+    """Tasks of lm-eval; what they cannot be run on is refused here.
 
     Args:
         study_folder: of the study.
-        documents: held-out ones.
+        documents: held-out ones, for our own tasks.
+        names: of our own tasks, and of lm-eval's.
+        limit: questions of each of lm-eval's.
 
     Raises:
-        CalibrationError: if there is no tokenizer, or a document is too short, or too long.
+        CalibrationError: if there is no tokenizer, or a document is too short, or too long, or a
+            task is unknown or cannot be fetched.
     """
 
-    def __init__(self, study_folder: StudyFolder, documents: Sequence[Document]) -> None:
+    def __init__(
+        self,
+        study_folder: StudyFolder,
+        documents: Sequence[Document],
+        names: Sequence[str],
+        *,
+        limit: int | None,
+    ) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        from allocator.evaluation.lm_eval_tasks import check_tasks, write_tasks
+        from allocator.evaluation.lm_eval_tasks import check_tasks, load_named, write_tasks
         from allocator.export.safetensors.directory import write_tokenizer
 
         inventory = study_folder.inventory
@@ -371,7 +386,13 @@ class _Tasks:
             ) from None
         self._study_folder = study_folder
         self._folder = study_folder.cache / "lm-eval"
-        self._names = write_tasks(documents, self._tokenizer, self._folder)
+        self._names = [name for name in names if name in OWN]
+        named = [name for name in names if name not in OWN]
+        self._named = load_named(named) if named else None
+        self._limit = limit
+        if not self._names:
+            return
+        write_tasks(documents, self._tokenizer, self._folder)
         if inventory.gguf is None:
             window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
         else:
@@ -391,14 +412,23 @@ class _Tasks:
             known: all rows by name.
             from_files: those of files, whose models hold what the files were encoded with.
         """
-        from allocator.evaluation.lm_eval_tasks import run_tasks
+        from allocator.evaluation.lm_eval_tasks import (
+            CONTINUATION,
+            PERPLEXITY,
+            run_named,
+            run_tasks,
+        )
         from allocator.scoring.candidates import Candidate
         from allocator.scoring.scorer import Scorer
         from allocator.scoring.swap_model import SwapModel
 
         chosen = {"original", *from_files} | _neighbours(frame, from_files)
-        frame["acc"] = np.nan
-        frame["lm_eval_perplexity"] = np.nan
+        figures = {
+            CONTINUATION: ("acc", "acc"),
+            PERPLEXITY: ("lm_eval_perplexity", "token_perplexity"),
+        }
+        for task in self._names:
+            frame[figures[task][0]] = np.nan
         own, progress = self._study_folder.scorers.model, self._study_folder.progress
         rows = list(frame.loc[frame["name"].isin(chosen), "name"].items())
         for at, name in stepping(rows, "lm-eval", unit="allocations", shown=progress):
@@ -410,9 +440,15 @@ class _Tasks:
             else:
                 wanted = known[name].candidate
                 swap.put(wanted if isinstance(wanted, Candidate) else Candidate.of(wanted))
-            results = run_tasks(swap.model, self._tokenizer, self._folder, self._names)
-            frame.loc[at, "acc"] = results["report_continuation"]["acc"]
-            frame.loc[at, "lm_eval_perplexity"] = results["report_perplexity"]["token_perplexity"]
+            if self._names:
+                results = run_tasks(swap.model, self._tokenizer, self._folder, self._names)
+                for task, result in results.items():
+                    column, metric = figures[task]
+                    frame.loc[at, column] = result[metric]
+            if self._named is not None:
+                shown = run_named(swap.model, self._tokenizer, self._named, limit=self._limit)
+                for column, figure in shown.items():
+                    frame.loc[at, column] = round(figure, 4)
             yield
 
 

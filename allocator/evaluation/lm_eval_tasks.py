@@ -1,15 +1,17 @@
-"""Two lm-eval tasks built from held-out documents, run offline on a model in memory.
+"""lm-eval on a model in memory: two tasks built from held-out documents, and lm-eval's own by name.
 
-In: documents (report split), a tokenizer, a folder. Out: data and task files in that folder, which
-a person can open and `lm_eval --include_path .` can run from there; then metrics by task.
+In: documents (report split), a tokenizer, a folder; or names of tasks. Out: data and task files in
+that folder, which a person can open and `lm_eval --include_path .` can run from there; then metrics
+by task.
 
 lm-eval works on text. `Document.text` decodes `ids` and need not encode to the same ids again, so a
 perplexity from here differs a little from one over the ids: compare it only with its own kind.
 
-Invariant: nothing is fetched and nothing is written outside the folder.
+Invariant: for the two tasks nothing is fetched and nothing is written outside the folder.
 """
 
 import contextlib
+import difflib
 import json
 import logging
 import math
@@ -23,12 +25,18 @@ from typing import Any, Protocol
 
 import msgspec
 
-from allocator.errors import CalibrationError, VerifyError
+from allocator.errors import CalibrationError, VerifyError, first_line
 from allocator.files.atomic import write_whole
+from allocator.files.progress import waiting
 
 PERPLEXITY = "report_perplexity"
 CONTINUATION = "report_continuation"
+OWN = (PERPLEXITY, CONTINUATION)
 N_CHOICES = 4  # the true continuation and three distractors
+
+_MAIN_METRICS = ("acc_norm", "acc", "exact_match")
+"""The metric of lm-eval's own tasks that is shown, the first that a task has; else its first."""
+_N_NEAR = 3
 
 _HEAD = """\
 task: {name}
@@ -182,35 +190,119 @@ def run_tasks(
         CalibrationError: if a task has no file here, or a question is longer than the window.
         VerifyError: if lm-eval would tie a head that is not the embedding.
     """
-    import lm_eval.evaluator
-    from lm_eval.models.huggingface import HFLM
-
-    _refuse_hidden_tie(model)
     window: int = model.config.max_position_embeddings
-    training: bool = model.training
     with _loaded(tokenizer, folder, names, window=window, limit=limit) as tasks:
-        try:
-            # not `simple_evaluate`: it seeds the global generators, asks the hub for the model's
-            # commit and runs git and pip to describe the machine
-            results = lm_eval.evaluator.evaluate(
-                HFLM(
-                    pretrained=model,
-                    tokenizer=tokenizer,
-                    max_length=window,
-                    batch_size=batch_size,
-                    add_bos_token=False,  # the bos is the rolling prefix, or written in the opening
-                ),
-                task_dict=tasks,
-                limit=limit,
-                bootstrap_iters=1,  # above 0 for the closed-form errors; no metric here bootstraps
-            )
-        finally:
-            model.train(training)
-        assert results is not None  # None on a rank other than 0 alone
+        results = _evaluated(
+            model,
+            tokenizer,
+            tasks,
+            batch_size=batch_size,
+            limit=limit,
+            add_bos=False,  # the bos is the rolling prefix, or written in the opening
+        )
         return {
             name: _metrics(results["results"][name], results["samples"][name], tokenizer)
             for name in names
         }
+
+
+def load_named(names: Sequence[str]) -> Any:
+    """Loads lm-eval's own tasks, groups and tags; their data comes from the Hugging Face hub.
+
+    Args:
+        names: as lm-eval lists them, or paths of task files (`.yaml`).
+
+    Returns:
+        The tasks, for `run_named`.
+
+    Raises:
+        CalibrationError: if a name is unknown, with those near it, or a task's data is not here and
+            cannot be fetched.
+    """
+    import lm_eval.tasks
+
+    with waiting("listing lm-eval's tasks"), _quiet_loggers():
+        manager = lm_eval.tasks.TaskManager()
+    for name in names:
+        if name not in manager.task_index and not Path(name).is_file():
+            near = difflib.get_close_matches(name, (*OWN, *manager.all_tasks), n=_N_NEAR)
+            raise CalibrationError(
+                f"--tasks {name}: no task of lm-eval; "
+                + (f"near it are {', '.join(near)}" if near else "`lm_eval ls tasks` lists them")
+            )
+    with waiting("loading lm-eval's tasks"), _quiet_loggers():
+        try:
+            return manager.load(list(names))
+        except Exception as error:  # of lm-eval, datasets, the hub, or a package that is missing
+            raise CalibrationError(
+                f"--tasks {','.join(names)}: cannot be loaded ({first_line(error)}); the data of "
+                "tasks is on the Hugging Face hub: needed the network once, or a filled cache of it"
+            ) from None
+
+
+def run_named(
+    model: Any, tokenizer: Any, tasks: Any, *, batch_size: int = 16, limit: int | None = None
+) -> dict[str, float]:
+    """Returns one figure per task, and per group that lm-eval averages, as lm-eval computes it.
+
+    A figure is named `<task> <metric>`: `acc_norm` where the task has it, else `acc`,
+    `exact_match`, or the task's first metric.
+
+    Args:
+        model: as of `run_tasks`.
+        tokenizer: the model's; puts special tokens before a text as lm-eval has it do by default.
+        tasks: of `load_named`.
+        batch_size: sequences per forward.
+        limit: questions of each task, the first ones; all by default.
+
+    Raises:
+        VerifyError: if lm-eval would tie a head that is not the embedding.
+    """
+    with _quiet():
+        results = _evaluated(
+            model, tokenizer, tasks, batch_size=batch_size, limit=limit, add_bos=None
+        )
+    figures = {}
+    for name, result in results["results"].items():
+        metrics = {
+            key.partition(",")[0]: float(value)
+            for key, value in result.items()
+            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+        }
+        main = next((m for m in (*_MAIN_METRICS, *metrics) if m in metrics), None)
+        if main is not None:
+            figures[f"{name} {main}"] = metrics[main]
+    return figures
+
+
+def _evaluated(
+    model: Any, tokenizer: Any, tasks: Any, *, batch_size: int, limit: int | None,
+    add_bos: bool | None,
+) -> Any:  # fmt: skip
+    import lm_eval.evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    _refuse_hidden_tie(model)
+    training: bool = model.training
+    try:
+        # not `simple_evaluate`: it seeds the global generators, asks the hub for the model's commit
+        # and runs git and pip to describe the machine
+        results = lm_eval.evaluator.evaluate(
+            HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                max_length=model.config.max_position_embeddings,
+                batch_size=batch_size,
+                add_bos_token=add_bos,
+            ),
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=1,  # above 0 for the closed-form errors; our metrics need no bootstrap
+        )
+    finally:
+        model.train(training)
+    assert results is not None  # None on a rank other than 0 alone
+    return results
 
 
 @contextlib.contextmanager
@@ -424,17 +516,24 @@ def _quiet() -> Iterator[None]:
     lm-eval's rolling log-likelihood shows a bar per batch whatever it is told, so both streams go
     to null meanwhile.
     """
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels = [logger.level for logger in loggers]
     with (
+        _quiet_loggers(),
         open(os.devnull, "w", encoding="utf-8") as null,
         contextlib.redirect_stdout(null),
         contextlib.redirect_stderr(null),
     ):
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    names = ("lm_eval", "datasets", "transformers", "huggingface_hub")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

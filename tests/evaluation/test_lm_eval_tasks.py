@@ -7,14 +7,24 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import datasets.config
+import lm_eval.tasks
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allocator.errors import CalibrationError, VerifyError
-from allocator.evaluation.lm_eval_tasks import CONTINUATION, PERPLEXITY, run_tasks, write_tasks
+from allocator.evaluation.lm_eval_tasks import (
+    CONTINUATION,
+    PERPLEXITY,
+    load_named,
+    run_named,
+    run_tasks,
+    write_tasks,
+)
 
 ROOT = Path(__file__).parents[2] / "studies" / "reference"
 N_DOCUMENTS = 32
@@ -292,6 +302,37 @@ def test_errors_name_the_way_out(documents, model, tokenizer, tmp_path, folder):
     write_tasks(long, tokenizer, tmp_path, opening_tokens=300, continuation_tokens=100)
     with pytest.raises(CalibrationError, match=r"question 0 has .* tokens, the window 256"):
         run_tasks(model, tokenizer, tmp_path, [CONTINUATION], limit=1)
+
+
+@pytest.fixture
+def task_file(folder, tmp_path, monkeypatch):
+    """The continuations as a stranger's task file, and an lm-eval that lists nothing else."""
+    text = (folder / f"{CONTINUATION}.yaml").read_text()
+    data = folder / f"{CONTINUATION}.jsonl"
+    path = tmp_path / "mine.yaml"
+    text = text.replace(f"task: {CONTINUATION}", "task: mine").replace(data.name, str(data))
+    path.write_text(text)
+    manager = partial(lm_eval.tasks.TaskManager, include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return path
+
+
+def test_a_named_task_has_the_figure_of_lm_eval(model, tokenizer, folder, task_file):
+    ours = run_tasks(model, tokenizer, folder, [CONTINUATION], limit=3)[CONTINUATION]
+    for name in ("mine", str(task_file)):
+        figures = run_named(model, tokenizer, load_named([name]), limit=3)
+        assert figures == {"mine acc_norm": ours["acc_norm"]}
+
+
+def test_named_tasks_that_cannot_be_run_are_one_line(task_file):
+    with pytest.raises(CalibrationError, match=r"--tasks mina: no task of lm-eval; .* mine$"):
+        load_named(["mina"])
+    with pytest.raises(CalibrationError, match=r"continuations: .* report_continuation$"):
+        load_named(["report_continuations"])
+    task_file.write_text(task_file.read_text().replace(".jsonl", ".gone"))
+    with pytest.raises(CalibrationError, match=r"--tasks mine: cannot be loaded .* Hugging Face"):
+        load_named(["mine"])
 
 
 def test_a_head_of_its_own_is_not_tied_away(tokenizer, folder):
