@@ -34,16 +34,18 @@ from allocator.families import Role
 from allocator.files.progress import step
 from allocator.profiling.products import (
     Calls,
+    Labels,
     Product,
     divergence,
     run_backward,
     watch_experts,
     watch_products,
 )
+from allocator.profiling.sums_checkpoint import SumsCheckpoint
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import ExpertForm, use_sorted_experts
 from allocator.scoring.side_by_side import affordable_threads
-from allocator.scoring.swap_model import SwapModel, expert_form, view_of
+from allocator.scoring.swap_model import SwapModel, device_of, expert_form, view_of
 from allocator.targets import Group, Layout
 
 FORWARDS, FORWARDS_WITH_SLOPE = 3, 5
@@ -142,6 +144,39 @@ class Curvature:
                 self._slopes[name] += gradient
             else:
                 self._slopes[name] = gradient
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns all sums, by names with slashes: what `restore` takes."""
+        state = {f"slope/{name}": slope for name, slope in self._slopes.items()}
+        for n, (ids, gradient) in enumerate(self._looked_up):
+            state |= {f"ids/{n}": ids, f"gradient/{n}": gradient}
+        for (name, expert), product in self._products.items():
+            if isinstance(product.rows, torch.Tensor):
+                where = f"{name}/{expert}"
+                state |= {f"inputs/{where}/{k}": x for k, x in product.inputs.state().items()}
+                state[f"rows/{where}"] = product.rows
+                state[f"tokens/{where}"] = torch.tensor([product.inputs.n_tokens])
+        return state
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes sums that `state` returned, on the model's device, in the place of its own."""
+        by_kind: dict[str, dict[str, torch.Tensor]] = {}
+        for key, values in state.items():
+            kind, _, rest = key.partition("/")
+            by_kind.setdefault(kind, {})[rest] = values
+        self._slopes = by_kind.get("slope", {})
+        ids, gradients = by_kind.get("ids", {}), by_kind.get("gradient", {})
+        self._looked_up = [(ids[f"{n}"].cpu(), gradients[f"{n}"]) for n in range(len(ids))]
+        inputs: dict[str, dict[str, torch.Tensor]] = {}
+        for key, values in by_kind.get("inputs", {}).items():
+            where, _, part = key.rpartition("/")
+            inputs.setdefault(where, {})[part] = values
+        self._products = {}
+        for where, rows in by_kind.get("rows", {}).items():
+            name, _, expert = where.rpartition("/")
+            product = self.product(name, int(expert))
+            product.rows = rows
+            product.inputs.restore(inputs[where], int(by_kind["tokens"][where]))
 
     def price_sample(self, group: Group, change: Floats, rows: Ints, expert: int = 0) -> float:
         """Prices a change of a group, or of one of its experts, from some rows: nats per token.
@@ -299,6 +334,7 @@ def measure(
     seed: int = 0,
     batch_tokens: int = 1024,
     threads: int = 1,
+    checkpoint: SumsCheckpoint | None = None,
 ) -> Curvature:
     """Runs one forward and one or two backward passes over `documents` of what the model holds now.
 
@@ -310,11 +346,18 @@ def measure(
         seed: of the labels drawn from the model.
         batch_tokens: tokens per pass.
         threads: passes that run at once, as many as memory allows; sums do not depend on it.
+        checkpoint: of the sums of earlier batches, which a run that was stopped continues with.
     """
     layout, model = swap.layout, swap.model
     n_tokens = sum(len(d.ids) for d in documents)
     forms: dict[int | None, ExpertForm] = {i: expert_form(model, i) for i in layout.layers}
     curvature = Curvature(layout, n_tokens, forms)
+    labels, n_before = Labels(seed), 0
+    if checkpoint is not None and (state := checkpoint.load(device_of(model))) is not None:
+        n_batches, n_before = state.pop("done").tolist()
+        labels = Labels(seed, n_batches, state.pop("generator").cpu())
+        curvature.restore(state)
+    done = torch.tensor([labels.n_done, n_before])
     calls = Calls()
     take = calls.later(curvature.take)
     groups = [g for g in layout.groups.values() if not g.role.is_expert]
@@ -333,11 +376,19 @@ def measure(
         curvature.add_lookup(ids, gradient)
         curvature.add_slopes(dict(zip(parameters, slopes or (), strict=True)))
         shown.update(len(batch))
+        done.add_(torch.tensor([1, len(batch)]))
+        if checkpoint is not None:
+            checkpoint.save_if_due(sums)
+
+    def sums() -> dict[str, torch.Tensor]:
+        generator = labels.state_after(int(done[0]) - 1)
+        return {**curvature.state(), "done": done, "generator": generator}
 
     gradient_bytes = sum(p.nbytes for p in parameters.values())
     shown = step(
         "curvature" if reference is None else "gradient step",
         len(documents),
+        initial=n_before,
         unit="documents",
         brief=reference is not None,
     )
@@ -350,6 +401,7 @@ def measure(
                 seed=seed,
                 batch_tokens=batch_tokens,
                 threads=affordable_threads(model, threads, gradient_bytes),
+                labels=labels,
             )  # fmt: skip
     finally:
         model.requires_grad_(False)

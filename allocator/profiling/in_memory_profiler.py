@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from math import prod
+from pathlib import Path
 
 import msgspec
 
@@ -16,8 +17,9 @@ from allocator.decision.allocation import Allocation
 from allocator.files.progress import step, stepping
 from allocator.prediction.surrogate import LocalPrices
 from allocator.profiling.curvature import FORWARDS_WITH_SLOPE, Curvature, measure
-from allocator.profiling.profiler import Losses, Profiler, nearest_format
+from allocator.profiling.profiler import CURVATURE, Losses, Profiler, nearest_format
 from allocator.profiling.statistics import Statistics, collect
+from allocator.profiling.sums_checkpoint import SumsCheckpoint
 from allocator.scoring import documents as calibration
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.scorer import Scorer, mean
@@ -26,6 +28,9 @@ from allocator.targets import Group
 from allocator.targets.group_weights import group_weights
 
 _GRADIENT_STEP_FORWARDS = FORWARDS_WITH_SLOPE + 1  # and the original's own forward
+
+_GRADIENTS = "gradients"
+"""Folder of the checkpoints of gradient steps."""
 
 
 class _LocalPricesFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -57,7 +62,10 @@ class InMemoryProfiler(Profiler):
     def measure_curvature(self) -> Losses:
         """Prices every offered format of every group, all its rows."""
         with self.model.original():
-            curvature = measure(self.model, self.inputs.curvature_documents, threads=self.threads)
+            curvature = measure(
+                self.model, self.inputs.curvature_documents,
+                threads=self.threads, checkpoint=self._checkpoint(CURVATURE, "sums"),
+            )  # fmt: skip
         _ = self.encodings  # its importance takes a pass of the same model
         n_weights = sum(len(g.offered()) * prod(g.shape) for g in self.layout.groups.values())
         prices: Losses = {}
@@ -108,14 +116,20 @@ class InMemoryProfiler(Profiler):
         if prices is None:
             scorer.ensure_reference(start + n)
             self.model.put_allocation(allocation)
+            checkpoint = self._checkpoint(_GRADIENTS, Path(name).stem)
             curvature = measure(
-                self.model, documents,
-                reference=lambda i: scorer.reference(start + i), threads=self.threads,
+                self.model, documents, reference=lambda i: scorer.reference(start + i),
+                threads=self.threads, checkpoint=checkpoint,
             )  # fmt: skip
             prices = self._price_around(allocation, curvature)
             self.files.write(name, prices)
+            checkpoint.remove()
         n_tokens = sum(len(d.ids) for d in documents)
         return LocalPrices(prices.curvature, prices.moves, _GRADIENT_STEP_FORWARDS * n_tokens)
+
+    def _checkpoint(self, stage: str, name: str) -> SumsCheckpoint:
+        path = self.files.scratch(stage) / f"{name}.safetensors"
+        return SumsCheckpoint(path, self.files.digest)
 
     def gradient_tokens(self, scorer: Scorer) -> int:
         """Returns the most forward tokens that `local_prices` costs."""

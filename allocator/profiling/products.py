@@ -8,7 +8,7 @@ however many of these run at once.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,17 @@ class SecondMoment:
         for x in self._few:
             product += change @ x.T @ x
         return product
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns all that is in it: `total`, `(in, in)`, and `few.<n>`, `(tokens, in)` each."""
+        few = {f"few.{n}": x for n, x in enumerate(self._few)}
+        return few if self._total is None else {"total": self._total, **few}
+
+    def restore(self, state: Mapping[str, torch.Tensor], n_tokens: int) -> None:
+        """Takes what `state` returned, and the number of tokens, in the place of its own."""
+        self._total = state.get("total")
+        self._few = [state[f"few.{n}"] for n in range(len(state) - (self._total is not None))]
+        self._n_few, self.n_tokens = sum(map(len, self._few)), n_tokens
 
     def _gather(self) -> None:
         x = self._few[0] if len(self._few) == 1 else torch.cat(self._few)
@@ -311,6 +322,7 @@ def run_backward(
     batch_tokens: int,
     first_layer: int = 0,
     threads: int = 1,
+    labels: "Labels | None" = None,
 ) -> None:
     """Runs documents forwards, and backwards from log p(drawn label), batch by batch.
 
@@ -326,10 +338,11 @@ def run_backward(
         first_layer: the lowest layer that gradients go back through; the number of layers for that
             of the head alone.
         threads: batches that run at once.
+        labels: of a run that continues, in the place of `seed`; drawn batches are not run again.
     """
     inner, of_thread = model.model, threading.local()
     chosen = list(batches(documents, 0, len(documents), n_tokens=batch_tokens))
-    labels = _Labels(seed, len(chosen))
+    labels = labels or Labels(seed)
 
     def enter(module: Any, args: Any) -> Any:
         of_thread.entered = args[0].detach().requires_grad_()
@@ -361,27 +374,36 @@ def run_backward(
         entry = last_norm(model) if first_layer == len(inner.layers) else inner.layers[first_layer]
         handles.append(entry.register_forward_pre_hook(enter))
     try:
-        passes = side_by_side(run, range(len(chosen)), affordable_threads(model, threads))
-        for batch, (kept, ids, gradient, result) in zip(chosen, passes, strict=True):
+        left = range(labels.n_done, len(chosen))
+        passes = side_by_side(run, left, affordable_threads(model, threads))
+        for number, (kept, ids, gradient, result) in zip(left, passes, strict=True):
             for take, args in kept:
                 take(*args)
-            each(batch, ids, gradient, result)
+            each(chosen[number], ids, gradient, result)
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Labels:
+class Labels:
     """Draws labels batch by batch from one generator, in order, from any thread.
 
     Args:
         seed: of the generator.
-        n: batches.
+        n_done: batches that were drawn before.
+        state: of the generator after these.
+
+    Attributes:
+        n_done: see above.
     """
 
-    def __init__(self, seed: int, n: int) -> None:
+    def __init__(self, seed: int, n_done: int = 0, state: torch.Tensor | None = None) -> None:
+        self.n_done = n_done
         self._generator = torch.Generator().manual_seed(seed)
-        self._drawn = [threading.Event() for _ in range(n)]
+        if state is not None:
+            self._generator.set_state(state)
+        self._drawn: dict[int, threading.Event] = {}
+        self._states: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def turn(self, number: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -391,16 +413,24 @@ class _Labels:
         """
 
         def draw(probabilities: torch.Tensor) -> torch.Tensor:
-            if number:
-                self._drawn[number - 1].wait()
+            if number > self.n_done:
+                self._event(number - 1).wait()
             labels = drawn(probabilities, self._generator)
-            self._drawn[number].set()
+            self._states[number] = self._generator.get_state()
+            self._event(number).set()
             return labels
 
         try:
             yield draw
         finally:
-            self._drawn[number].set()
+            self._event(number).set()
+
+    def state_after(self, number: int) -> torch.Tensor:
+        """Returns the generator's state after a batch of this run was drawn."""
+        return self._states[number]
+
+    def _event(self, number: int) -> threading.Event:
+        return self._drawn.setdefault(number, threading.Event())
 
 
 def divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,10 @@ from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.families import Role
+from allocator.files.checksums import load_arrays
+from allocator.profiling import sums_checkpoint
 from allocator.profiling.curvature import measure
+from allocator.profiling.sums_checkpoint import SumsCheckpoint
 from allocator.scoring.documents import Document
 from allocator.scoring.experts import differentiable_experts, routed_experts
 from allocator.scoring.scorer import Scorer
@@ -497,6 +500,90 @@ def test_batches_do_not_matter_given_the_labels(case, monkeypatch):
     for found in others:
         for name, value in one.items():
             assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-7), name
+
+
+@pytest.fixture
+def every_batch(monkeypatch):
+    """Sums are saved after every batch."""
+    monkeypatch.setattr(sums_checkpoint, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(sums_checkpoint, "_SHARE", 0)
+
+
+@pytest.mark.parametrize(("which", "slope", "threads"), [(0, False, 1), (0, True, 2), (3, True, 1)])
+def test_a_pass_that_was_stopped_goes_on_to_the_same_bits(
+    case, every_batch, tmp_path, which, slope, threads
+):
+    """Stopped after every batch but the last, one stop after another."""
+    the = case(*CASES[which])
+    the.scorer.ensure_reference(len(the.documents))
+    the.swap.put_allocation(candidate(the.layout))
+    ran = []
+
+    def reference(index):
+        ran.append(index)
+        return the.scorer.reference(index)
+
+    options = {"batch_tokens": 20, "threads": threads} | ({"reference": reference} if slope else {})
+    whole = measure(the.swap, the.documents, **options).state()
+    n_batches, checkpoint = 6, SumsCheckpoint(tmp_path / "sums.safetensors", "these")
+    save, ran[:] = checkpoint.save_if_due, []
+    for stop in range(1, n_batches):
+        calls = []
+
+        def stopping(sums, calls=calls):
+            save(sums)
+            calls.append(0)
+            raise KeyboardInterrupt
+
+        checkpoint.save_if_due = stopping
+        with pytest.raises(KeyboardInterrupt):
+            measure(the.swap, the.documents, checkpoint=checkpoint, **options)
+        assert load_arrays(checkpoint.path, "these")["done"].tolist() == [stop, stop]
+    checkpoint.save_if_due, ran[:] = save, []
+    resumed = measure(the.swap, the.documents, checkpoint=checkpoint, **options).state()
+    assert len(ran) == slope  # of the last batch alone
+    assert set(resumed) == set(whole)
+    for key, values in whole.items():
+        assert torch.equal(resumed[key], values), key
+    checkpoint.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_sums_of_something_else_or_damaged_ones_are_measured_anew(case, every_batch, tmp_path):
+    the = case("qwen3")
+    whole = measure(the.swap, the.documents).state()
+    path = tmp_path / "sums.safetensors"
+    measure(the.swap, the.documents, seed=1, checkpoint=SumsCheckpoint(path, "other"))
+    measured = measure(the.swap, the.documents, checkpoint=SumsCheckpoint(path, "these")).state()
+    assert all(torch.equal(measured[key], values) for key, values in whole.items())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert SumsCheckpoint(path, "these").load(torch.device("cpu")) is None
+
+
+def test_sums_are_saved_now_and_then_and_only_where_there_is_room(monkeypatch, tmp_path):
+    """A save that took a second is repeated after twenty; the clock is moved by hand."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(sums_checkpoint.time, "monotonic", lambda: clock.now)
+    checkpoint = SumsCheckpoint(tmp_path / "sums.safetensors")
+    saved = []
+
+    def sums():
+        saved.append(clock.now)
+        clock.now += 1.0
+        return {"x": torch.ones(3)}
+
+    for second in (1, 9, 10, 20, 29, 31, 40, 52, 60):
+        clock.now = max(clock.now, float(second))
+        checkpoint.save_if_due(sums)
+    assert saved == [10, 31, 52]
+    checkpoint.remove()
+    monkeypatch.setattr(sums_checkpoint, "free_disk", lambda path: 29)
+    clock.now = 100.0
+    checkpoint.save_if_due(sums)
+    assert saved[-1] == 100
+    assert not checkpoint.path.exists()
 
 
 def test_the_slope_does_not_change_the_prices(case):

@@ -17,13 +17,16 @@ from allocator.codecs.ggml import GGML
 from allocator.decision.allocation import Allocation
 from allocator.decision.search_space import SALIENCIES
 from allocator.errors import AllocatorError
+from allocator.files.checksums import load_arrays
 from allocator.formats import FORMATS, offered
 from allocator.prediction.profile import Change, Profile
+from allocator.profiling import sums_checkpoint
 from allocator.profiling.changes import CountChange
 from allocator.profiling.curvature import measure
 from allocator.profiling.in_memory_profiler import InMemoryProfiler as Profiler
 from allocator.profiling.inputs import ProfileInputs
 from allocator.profiling.statistics import collect
+from allocator.profiling.sums_checkpoint import SumsCheckpoint
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.scorer import Scorer
 from allocator.scoring.swap_model import SwapModel, destination
@@ -534,6 +537,40 @@ def test_around_is_kept_by_content(near):
     assert again.local_prices(near.allocation, near.scorer, part=2) == first
     assert again.local_prices(near.allocation, near.scorer, part=3) == second
     assert again.local_prices(near.allocation, few, part=7) == first
+
+
+@pytest.mark.parametrize("stage", ["curvature", "around"])
+def test_gradients_that_were_stopped_go_on(inputs, near, monkeypatch, stage):
+    monkeypatch.setattr(sums_checkpoint, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(sums_checkpoint, "_SHARE", 0)
+    if stage == "curvature":
+        expected, name = near.profiler.curvature, "curvature.json"
+    else:
+        expected = near.profiler.local_prices(near.allocation, near.scorer, part=0)
+        name = "around-*.json"
+    next(near.profiler.folder.glob(name)).unlink()
+    save, saved = SumsCheckpoint.save_if_due, []
+
+    def stopping(checkpoint, sums):
+        save(checkpoint, sums)
+        saved.append(int(load_arrays(checkpoint.path, checkpoint.of)["done"][0]))
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SumsCheckpoint, "save_if_due", stopping)
+
+    def measured():
+        profiler = Profiler(inputs, near.profiler.cache)
+        if stage == "curvature":
+            return profiler.curvature
+        return profiler.local_prices(near.allocation, near.scorer, part=0)
+
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    assert measured() == expected
+    assert saved == list(range(1, 1 + len(saved)))  # no batch twice
+    assert len(saved) > 1
+    assert not list(near.profiler.folder.glob("*/*.safetensors"))
 
 
 def test_around_takes_all_documents_where_there_are_few(near):
