@@ -1,6 +1,7 @@
 """The command line: a table of verbs; each parses, calls a function of `allocator.api`, prints."""
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from allocator.app.resources import ResourceOptions
 
 _WIDTH = 80
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_LOGGING_LIBRARIES = ("TRANSFORMERS", "DATASETS", "HF_HUB")  # which read their level at import
 _LEAST_BYTES = 1024  # of a size without a unit: 12 is meant as 12GiB
 _BY_NAME = ("finish", "score")  # which take a format's name in the place of an allocation file
 _ROAD = {  # verbs in the order in which they are used
@@ -166,7 +169,7 @@ def _quantize(args: argparse.Namespace) -> Any:
 
     if not is_hub_id(args.model):  # an id is looked up once, by the first stage
         model_path(args.model)  # a wrong path is refused before anything is loaded
-    _quiet_optuna()
+    _limit_optuna(args)
 
     from allocator.app.resources import Resources
     from allocator.pipeline.quantize import QuantizeRequest, plan_of, run
@@ -776,10 +779,18 @@ def _new_study(p: argparse.ArgumentParser) -> None:
     _expert_width(p)
 
 
-def _quiet_optuna() -> None:
+def _set_log_level(level: str) -> None:
+    """Sets what our own loggers, and those of libraries that are loaded later, write to stderr."""
+    logging.getLogger("allocator").setLevel(level.upper())
+    os.environ |= {f"{library}_VERBOSITY": level for library in _LOGGING_LIBRARIES}
+
+
+def _limit_optuna(args: argparse.Namespace) -> None:
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(
+        logging.getLevelNamesMapping()[(args.log_level or "warning").upper()]
+    )
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -809,6 +820,26 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {fault}; see {self.prog} --help\n")
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints the completion of a shell."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        import shtab
+
+        whole, verbs = _parsers(listed=True)
+        for action in (action for verb in verbs.values() for action in verb._actions):
+            if action.type is Path or action.metavar == "FILE" or action.dest == "model":
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(whole, shell=values))
+        parser.exit()
+
+
 def help_texts() -> dict[str, str]:
     """Returns the help of `allocator` and of every verb, in the order of their use, by command.
 
@@ -820,8 +851,12 @@ def help_texts() -> dict[str, str]:
     return {n: plain.sub("", p.format_help()) for n, p in ({"allocator": parser} | named).items()}
 
 
-def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
-    """The parser of the command line, and those of its verbs by name."""
+def _parsers(*, listed: bool = False) -> "tuple[_Parser, dict[str, _Parser]]":
+    """The parser of the command line, and those of its verbs by name.
+
+    Args:
+        listed: argparse lists the verbs, too, as completion needs it.
+    """
     parser = _Parser(
         prog="allocator",
         description=textwrap.fill(
@@ -831,13 +866,20 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
         ),
         formatter_class=_Help,
     )
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh"),
+        help="print what a shell completes verbs, options and files with, and exit",
+    )
     parser.add_argument("--version", action="version", version=f"allocator {_version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="one of these:")
     texts: dict[str, str] = {}
 
     def verb(name: str, run: Any, text: str) -> _Parser:
         texts[name] = text
-        sub = verbs.add_parser(name, description=text, formatter_class=_Help)
+        shown: Any = {"help": text} if listed else {}
+        sub = verbs.add_parser(name, description=text, formatter_class=_Help, **shown)
         sub.set_defaults(run=run)
         common = sub.add_argument_group("options of every verb")
         common.add_argument(
@@ -845,6 +887,11 @@ def _parsers() -> "tuple[_Parser, dict[str, _Parser]]":
         )
         common.add_argument("--threads", type=_positive, help="cores to use (default: all)")
         common.add_argument("--quiet", action="store_true", help="no progress bars")
+        common.add_argument(
+            "--log-level",
+            choices=_LOG_LEVELS,
+            help="of messages of the program and its libraries on stderr (default: warning)",
+        )
         common.add_argument("--exact", action="store_true", help="sizes in tables as exact bytes")
         common.add_argument(
             "--json", action="store_true", help="the result as one JSON document, and nothing else"
@@ -1137,18 +1184,29 @@ def _places(args: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
-    parser, _ = _parsers()
-    args = parser.parse_args(argv)
-    show_progress(not getattr(args, "quiet", True))
     try:
-        if "study" in args:
-            _check_study(args)
-            _quiet_optuna()
-        _run(args)
-        sys.stdout.flush()
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # argparse ends the program itself
     except BrokenPipeError:  # as of `allocator front STUDY | head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser, _ = _parsers()
+    args = parser.parse_args(argv)
+    show_progress(not args.quiet)
+    if args.log_level is not None:
+        _set_log_level(args.log_level)
+    try:
+        if "study" in args:
+            _check_study(args)
+            _limit_optuna(args)
+        _run(args)
+    except BrokenPipeError:
+        raise
     except AllocatorError as error:
         print(f"allocator {args.verb}: {error}", file=sys.stderr)
         return 2

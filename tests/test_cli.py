@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import logging
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 import torch
 
@@ -476,13 +478,55 @@ def test_a_full_disk_names_the_places_that_were_given(run, study, tmp_path, monk
     refused(run("front", study), f"{study} or the cache: No space left on device")
 
 
-def test_a_reader_that_stops_ends_a_verb_in_silence(study):
-    pick, (read, write) = study / "allocations/pick.json", os.pipe()
+def test_a_reader_that_stops_ends_a_verb_in_silence(finished_study):
+    pick, (read, write) = finished_study / "allocations/pick.json", os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "allocator", "diff", pick, pick]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_allocator; printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+def test_bash_completes_verbs_options_choices_and_files(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "my-moe.gguf").touch()
+    for words, completed in {
+        ("qu",): "quantize",
+        ("evaluate", "study", "--base"): "--baselines",
+        ("evaluate", "study", "--baselines", "n"): "near none",
+        ("quantize", "my"): "my-moe.gguf",
+        ("front", "study", "--log-level", "w"): "warning",
+    }.items():
+        command = ["bash", "-c", COMPLETE, "bash", script, "allocator", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == completed.split(), (words, done.stderr)
+
+
+def test_a_log_level_is_that_of_our_loggers_and_of_libraries(run, study, monkeypatch):
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        monkeypatch.setenv(f"{library}_VERBOSITY", "unset")
+    logger, optuna_before = logging.getLogger("allocator"), optuna.logging.get_verbosity()
+    try:
+        good(run("front", study, "--log-level", "error"))
+        assert logger.level == optuna.logging.get_verbosity() == logging.ERROR
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == os.environ["HF_HUB_VERBOSITY"] == "error"
+        assert (
+            "--log-level: invalid choice: 'loud'" in run("front", study, "--log-level", "loud")[2]
+        )
+    finally:
+        logger.setLevel(logging.NOTSET)
+        optuna.logging.set_verbosity(optuna_before)
 
 
 def test_a_second_search_on_a_living_study(run, study):
