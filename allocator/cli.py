@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from allocator.app.resources import ResourceOptions
 
+_Action = TypeVar("_Action", bound=argparse.Action)
 _WIDTH = 80
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LOGGING_LIBRARIES = ("TRANSFORMERS", "DATASETS", "HF_HUB")  # which read their level at import
@@ -814,6 +815,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    own: tuple[argparse.Action, ...] = ()  # but the options of every verb
+
+    def _add_action(self, action: _Action) -> _Action:
+        self.own += (action,)
+        return super()._add_action(action)
+
     def error(self, message: str) -> NoReturn:
         """One line, as every other refusal."""
         fault = message.removeprefix("argument ")
@@ -833,7 +840,7 @@ class _PrintCompletion(argparse.Action):
         import shtab
 
         whole, verbs = _parsers(listed=True)
-        for action in (action for verb in verbs.values() for action in verb._actions):
+        for action in (action for verb in verbs.values() for action in verb.own):
             if action.type is Path or action.metavar == "FILE" or action.dest == "model":
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(whole, shell=values))
