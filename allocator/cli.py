@@ -494,7 +494,7 @@ def _print_finish_estimate(e: Any) -> None:
     )
     parts = ", ".join(f"{what} {seconds:.0f}" for what, seconds in e.seconds.items())
     _print_text(f"about {e.total_seconds:.0f} s: {parts}")
-    print(
+    _print_text(
         f"disk {show_bytes(e.disk_bytes)}, memory {show_bytes(e.memory_bytes)} beside the model",
         flush=True,
     )

@@ -125,6 +125,7 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
     types.write_text("ffn_down_exps=q4_0\n")
     out = good(run("score", types, "--study", fresh, "--base", "Q8_0"))
     assert float(re.search(r"loss +(\S+)", out)[1]) > 0
+    assert "8.500 bits" in good(run("score", "Q8_0", "--study", fresh))
 
     for container in ("gguf", "safetensors"):
         folder = tmp_path / container

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allocator.app.allocation_files import is_named
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord, finished_name, read_allocation
@@ -114,7 +115,9 @@ def finished_candidate(study_folder: StudyFolder, path: Path) -> Candidate | Non
 
 
 def record_of(path: Path) -> AllocationRecord | None:
-    """Reads the record in an allocation file; returns None for any other file."""
+    """Reads the record in an allocation file; None for any other file, or a format's name."""
+    if is_named(path):
+        return None
     if path.suffix != ".json" and not path.read_text("utf-8", "replace").lstrip().startswith("{"):
         return None
     return read_allocation(path)[1]
