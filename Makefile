@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 install: $(VENV)/.installed
 
-# torch first and pinned: an unpinned one may bring gigabytes of CUDA
+# torch first; PyPI's brings gigabytes of CUDA, docs/install.md says how to do without
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
