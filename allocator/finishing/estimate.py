@@ -16,11 +16,12 @@ import torch
 from allocator.codecs import codec_of
 from allocator.codecs.blocks import BlockFormat
 from allocator.finishing.codes import choose
-from allocator.finishing.finish import FinishDocuments, Finisher, Part, first_tokens
+from allocator.finishing.finish import FinishDocuments, Finisher, Part, first_tokens, parts_of
 from allocator.finishing.recipe import Recipe
+from allocator.finishing.streamed_tuning import LONG_STEPS, PASS_TOKENS, TRIED
 from allocator.finishing.tuning import TuningSettings
 from allocator.formats import Format
-from allocator.profiling.second_moments import PASS_BYTES, moments_bytes
+from allocator.profiling.second_moments import PASS_BYTES, STREAMED_BYTES, moments_bytes
 from allocator.scoring.documents import Document
 from allocator.scoring.scorer import CACHE_BYTES, Scorer
 from allocator.scoring.side_by_side import affordable_threads
@@ -29,6 +30,8 @@ FORWARDS_OF_MOMENTS = 4
 """Forward passes that a token of second moments costs: forward, backward, and the products."""
 FORWARDS_OF_STEP = 4
 """Forward passes that a token of a tuning step costs: the original's, forward and backward."""
+FORWARDS_OF_LONG_STEP = 6
+"""The same layer by layer, where a layer runs once more on the way back."""
 _TUNING = TuningSettings()
 _TIMED_WEIGHTS, _TIMED_WEIGHTS_ON_DEVICE = 1 << 16, 1 << 24
 """Weights whose choice is timed, on a CPU and on devices, which so few would leave idle."""
@@ -46,7 +49,7 @@ class FinishEstimate:
         seconds: of second moments, codes, tuning and scoring.
         disk_bytes: that the cache and the file of finished weights take.
         memory_bytes: beside the model: distributions of the original, and second moments or
-            gradients.
+            gradients; of a streamed model all, states and a layer at a time.
         ready: an earlier run has done it all.
     """
 
@@ -104,7 +107,11 @@ class FinishTokens:
             recipe: of the finishing.
             seconds_per_token: of a candidate's forward pass.
         """
-        tuning = FORWARDS_OF_STEP * self.tuned + (_TUNING.checks + 1) * self.checked
+        if recipe.streamed:  # the original is checked, too; each step at each of the rates
+            checks = 2 + len(TRIED) * LONG_STEPS
+            tuning = FORWARDS_OF_LONG_STEP * self.tuned + checks * self.checked
+        else:
+            tuning = FORWARDS_OF_STEP * self.tuned + (_TUNING.checks + 1) * self.checked
         return {
             "second moments": seconds_per_token
             * self.moments
@@ -139,22 +146,75 @@ def estimate(finisher: Finisher, seconds_per_token: float) -> FinishEstimate:
     seconds = tokens.seconds(recipe, seconds_per_token) | {
         "codes": _choice_seconds(finisher, missing)
     }
-    encoded = sum(prod(finisher.plain.shape(p.group.name, p.number)) for p in missing)
-    inventory = finisher.plain.layout.inventory
-    parts = (documents.scored, documents.selection)
-    distributions = [4 * inventory.dimensions.vocabulary * _tokens(part) for part in parts]
-    sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
-    gradients = _gradient_bytes(finisher) if tokens.tuned else 0
-    memory = sum(min(nbytes, CACHE_BYTES) for nbytes in distributions)
-    memory += max(min(sums, PASS_BYTES), gradients)
+    encoded = _encoded_bytes(finisher, missing)
+    disk = encoded + _encoded_bytes(finisher, parts_of(finisher.plain))
+    if recipe.streamed:
+        memory = _streamed_memory(finisher, tokens, missing)
+        disk += _streamed_disk(finisher, tokens)
+    else:
+        memory = _memory(finisher, tokens, missing)
     return FinishEstimate(
         moments_tokens=tokens.moments,
         tuning_tokens=tokens.tuned,
         weights=sum(p.n_weights for p in missing),
         seconds=seconds,
-        disk_bytes=2 * encoded,
+        disk_bytes=disk,
         memory_bytes=memory,
     )
+
+
+def _encoded_bytes(finisher: Finisher, parts: Sequence[Part]) -> int:
+    return sum(prod(finisher.plain.shape(p.group.name, p.number)) for p in parts)
+
+
+def _memory(finisher: Finisher, tokens: FinishTokens, missing: Sequence[Part]) -> int:
+    """Distributions of the original, and second moments or gradients, beside the model."""
+    vocabulary = finisher.plain.layout.inventory.dimensions.vocabulary
+    parts = (finisher.documents.scored, finisher.documents.selection)
+    distributions = sum(min(4 * vocabulary * _tokens(part), CACHE_BYTES) for part in parts)
+    sums = sum(moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing)
+    gradients = _gradient_bytes(finisher) if tokens.tuned else 0
+    return distributions + max(min(sums, PASS_BYTES), gradients)
+
+
+def _streamed_memory(finisher: Finisher, tokens: FinishTokens, missing: Sequence[Part]) -> int:
+    """The most of any stage: states, and what is in memory of a layer."""
+    layout, documents = finisher.plain.layout, finisher.documents
+    dimensions = layout.inventory.dimensions
+    state = 4 * dimensions.hidden
+    final = state * (_tokens(documents.scored) + _tokens(documents.selection))  # the original's
+    scored = max(_tokens(documents.scored), _tokens(documents.selection))
+    logits = 4 * dimensions.vocabulary
+    weights: dict[int | None, int] = {}  # of a layer without its routed experts
+    for group in layout.groups.values():
+        if group.layer is not None and not group.role.is_expert:
+            weights[group.layer] = weights.get(group.layer, 0) + 4 * prod(group.shape)
+    experts = [prod(g.shape[1:]) for g in layout.groups.values() if g.role.is_expert]
+    layer = max(weights.values()) + 2 * 3 * 4 * max(experts)  # one is read ahead
+    sums = [moments_bytes(len(p.experts) or 1, p.group.shape[-1]) for p in missing]
+    moments = 3 * state * tokens.moments + max(
+        [min(size, STREAMED_BYTES) for size in sums], default=0
+    )
+    encoded: dict[int | None, int] = {}
+    for part in parts_of(finisher.plain):
+        nbytes = prod(finisher.plain.shape(part.group.name, part.number))
+        encoded[part.group.layer] = encoded.get(part.group.layer, 0) + nbytes
+    scoring = 4 * state * scored + min(STREAMED_BYTES, 3 * logits * scored)
+    tuning = 0
+    if tokens.tuned:
+        held = 3 * max(encoded.values())  # as they came, and under the changes of two tried rates
+        step = 4 * state * (tokens.tuned // LONG_STEPS) + 5 * logits * PASS_TOKENS
+        tuning = held + max(step, 3 * state * tokens.checked)
+    return final + layer + max(moments, scoring, tuning)
+
+
+def _streamed_disk(finisher: Finisher, tokens: FinishTokens) -> int:
+    """States, gradients and changes, by layer; or the states of second moments."""
+    inventory = finisher.plain.layout.inventory
+    state, n_layers = 4 * inventory.dimensions.hidden, inventory.n_layers
+    scales = sum(2 * p.n_weights // p.fmt.block for p in parts_of(finisher.plain))  # at most
+    step = state * (tokens.tuned // LONG_STEPS) * 2 * (n_layers + 1) + 3 * 4 * scales
+    return max(2 * state * tokens.moments, step if tokens.tuned else 0)
 
 
 def _gradient_bytes(finisher: Finisher) -> int:

@@ -37,6 +37,7 @@ from allocator.files.progress import step, waiting
 from allocator.finishing.artifact import Artifact, Description, read_artifact, write_artifact
 from allocator.finishing.codes import choose, with_gain
 from allocator.finishing.recipe import CODES, Recipe, inputs_digest
+from allocator.finishing.streamed_tuning import tune_streamed
 from allocator.finishing.tensors import FinishedTensors
 from allocator.finishing.tuning import TuningSettings, tune
 from allocator.formats import Format
@@ -453,32 +454,34 @@ class Finisher:
         """Tunes norms, routers and scales; the recipe says after which step a time limit struck."""
         if not recipe.tunes:
             return changed, recipe
-        selection = self._scorers[_SELECTION]
-        assert isinstance(selection, Scorer)  # else the recipe tunes nothing
         settings = TuningSettings(
             tokens=recipe.tuning_tokens,
             rate=recipe.rate,
             kinds=tuple(kind for kind in recipe.parts if kind != CODES),
             seed=recipe.seed,
         )
-        tuned = tune(
-            FinishedTensors(self.plain, changed),
-            self.documents.search,
-            selection,
-            settings,
-            folder=run,
-            progress=self.progress,
-            stop=self._stops,
-        )
+        selection, source = self._scorers[_SELECTION], FinishedTensors(self.plain, changed)
+        if isinstance(selection, Scorer):
+            tuned = tune(
+                source, self.documents.search, selection, settings,
+                folder=run, progress=self.progress, stop=self._stops,
+            )  # fmt: skip
+        else:
+            tuned = tune_streamed(
+                source, self.documents.search, selection, settings,
+                folder=run, of=run.name, progress=self.progress, stop=self._stops,
+            )  # fmt: skip
         if tuned.stopped is not None:
             recipe = msgspec.structs.replace(recipe, stopped_steps=tuned.stopped)
-        codes: dict[str, Bytes] = {}
-        for name in self.plain.layout.groups:
-            for number, part in enumerate(self._names(name)):
-                plain = self.plain.encoded(name, number)
-                data = tuned.tensors[part].data.reshape(plain.shape)
-                if not np.array_equal(data, plain):
-                    codes[part] = data
+        codes = _TunedCodes(
+            tuned.tensors,
+            [
+                part
+                for name in self.plain.layout.groups
+                for number, part in enumerate(self._names(name))
+                if not np.array_equal(tuned.tensors[part].data, self.plain.encoded(name, number))
+            ],
+        )
         return _Changed(codes, self._values(tuned.tensors), tuned.digest), recipe
 
     def _stops(self, steps: int) -> bool:
@@ -530,6 +533,29 @@ class _ChosenCodes(Mapping[str, Bytes]):
 
     def __len__(self) -> int:
         return len(self._paths)
+
+
+class _TunedCodes(Mapping[str, Bytes]):
+    """Codes by part, `(..., rows, bytes per row)`, as tuning has left them.
+
+    Args:
+        tensors: all of the file.
+        names: of the parts whose codes are others than the codec's.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], names: Sequence[str]) -> None:
+        self._tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name].data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)

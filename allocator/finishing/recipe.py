@@ -34,9 +34,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rate: relative change of a tuning step; None derives it from the loss before.
         seed: of the labels that are drawn for the squared gradients.
         parts: what is changed, of `PARTS`.
-        streamed: second moments are measured layer by layer; then without Fisher weights, and
-            nothing is tuned.
-        stopped_steps: tuning steps after which a time limit ended tuning; None without one.
+        streamed: second moments are measured layer by layer, then without Fisher weights, and
+            tuning is layer by layer, too.
+        stopped_steps: tuning steps after which a time limit ended tuning, of all layers where it is
+            layer by layer; None without one.
         method: version of the method; another one gives other weights.
     """
 
@@ -87,17 +88,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SpaceError(f"gain {self.gain}: needed 0 to 1")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise SpaceError(f"parts {', '.join(self.parts)}: needed some of {', '.join(PARTS)}")
-        if self.streamed and (self.fisher or self.tunes):
-            raise SpaceError("a streamed model has no Fisher weights, and nothing is tuned")
+        if self.streamed and self.fisher:
+            raise SpaceError("a streamed model has no Fisher weights")
         if self.method != METHOD:
             raise SpaceError(f"method {self.method}, this version has {METHOD}")
 
     @property
     def layer_by_layer(self) -> "Recipe":
-        """The same for a model that is streamed, as far as that goes."""
-        return msgspec.structs.replace(
-            self, streamed=True, fisher=False, tuning_tokens=0, parts=(CODES,)
-        )
+        """The same for a model that is streamed."""
+        return msgspec.structs.replace(self, streamed=True, fisher=False)
 
     @property
     def tunes(self) -> bool:

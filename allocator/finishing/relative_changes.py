@@ -14,7 +14,7 @@ is taken as if it were the identity.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,15 +24,17 @@ from allocator.checkpoint.tensors import Floats
 from allocator.codecs import Bytes, codec_of
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
-from allocator.families import Role
+from allocator.families import Dimensions, Role
 from allocator.formats import Format
-from allocator.scoring.swap_model import SwapModel, expert_form, parameter_name, view_of
+from allocator.scoring.swap_model import expert_form, parameter_name, view_of
 from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.layout import part_names
 
 SCALES, NORMS, ROUTERS = "scales", "norms", "routers"
 KINDS = (SCALES, NORMS, ROUTERS)
 """What can be tuned."""
+EVERY = -1
+"""Stands for all layers, and what is outside of them."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,6 +54,10 @@ class _Tunable(Protocol):
     @property
     def n(self) -> int:
         """Changes that the tensor depends on."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is of routed experts."""
 
     def parameter_in(self, model: Any) -> str:
         """Returns the name of the model's parameter that the tensor is a part of."""
@@ -75,9 +81,9 @@ class _Fixed:
 class _Model:
     """Parameters of a model, their gradients, and views of groups in both."""
 
-    def __init__(self, swap: SwapModel) -> None:
-        self._parameters: dict[str, Any] = dict(swap.model.named_parameters())
-        self._swap = swap
+    def __init__(self, model: Any, dimensions: Dimensions) -> None:
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._model, self._dimensions = model, dimensions
 
     def gradient(self, name: str) -> torch.Tensor:
         """Returns the gradient of a parameter in its shape `(...)`; zeros where none arrived."""
@@ -92,10 +98,9 @@ class _Model:
 
     def of_group(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns a group's values and their gradients, `(..., rows, in_features)` both."""
-        dimensions = self._swap.inventory.dimensions
-        form = expert_form(self._swap.model, group.layer)
-        values = view_of(self.value, dimensions, group, form)
-        return values, view_of(self.gradient, dimensions, group, form)
+        form = expert_form(self._model, group.layer)
+        values = view_of(self.value, self._dimensions, group, form)
+        return values, view_of(self.gradient, self._dimensions, group, form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +128,29 @@ class _Scales:
     def n(self) -> int:
         return self.scales.size
 
+    @property
+    def is_expert(self) -> bool:
+        return self.places is not None
+
     def parameter_in(self, model: Any) -> str:
         return parameter_name(self.group, expert_form(model, self.group.layer))
+
+    def of_expert(self, place: int) -> "tuple[_Scales, slice] | None":
+        """Returns the scales of one expert, and where they are in the vector of changes.
+
+        Args:
+            place: of the expert among those that its layer retains.
+
+        Returns:
+            None if the part has another experts' scales.
+        """
+        if self.places is None or place not in self.places:
+            return None
+        at = self.places.index(place)
+        own = slice(at, at + 1)
+        n = self.n // len(self.places)
+        one = replace(self, places=None, data=self.data[own], scales=self.scales[own])
+        return one, slice(at * n, (at + 1) * n)
 
     def _encoded(self, changes: Floats, *, without_last: bool = False) -> Bytes:
         scales = self.scales * (1 + changes.reshape(self.scales.shape))
@@ -141,6 +167,18 @@ class _Scales:
         if self.places is not None:
             places = torch.tensor(self.places).to(weights.device)
             weights, gradients = weights[places], gradients[places]
+        return self.gradient_of(weights, gradients, changes)
+
+    def gradient_of(
+        self, weights: torch.Tensor, gradients: torch.Tensor, changes: Floats
+    ) -> Floats:
+        """Returns the gradient by the changes, `(n,)`, from that of the weights.
+
+        Args:
+            weights: decoded under the changes, `(..., rows, in_features)`.
+            gradients: of these.
+            changes: `(n,)`.
+        """
         terms = [weights]
         if self.scales.shape[-1] == 2:
             first = codec_of(self.fmt).decode(self._encoded(changes, without_last=True), self.fmt)
@@ -178,6 +216,10 @@ class _Values:
     def n(self) -> int:
         return self.values.numel()
 
+    @property
+    def is_expert(self) -> bool:
+        return False
+
     def parameter_in(self, model: Any) -> str:
         return self.name
 
@@ -197,6 +239,7 @@ class RelativeChanges:
     Args:
         source: the tensors that came in.
         kinds: of `KINDS`, those that change.
+        layer: whose tensors are taken, and no others; `EVERY` for all of the file.
 
     Attributes:
         n: length of the vector.
@@ -204,12 +247,19 @@ class RelativeChanges:
         slices: places in the vector, by kind.
     """
 
-    def __init__(self, source: TensorSource, kinds: frozenset[str] = frozenset(KINDS)) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        kinds: frozenset[str] = frozenset(KINDS),
+        layer: int | None = EVERY,
+    ) -> None:
         self.layout: Layout = source.layout
         self._allocation = source.allocation
         self._fixed: dict[str, StoredTensor] = {}
         self._tunable: list[_Tunable] = []
-        for tensor in sorted((*_encoded(source), *_full_precision(source)), key=_place):
+        for tensor in sorted(
+            (*_encoded(source, layer), *_full_precision(source, layer)), key=_place
+        ):
             if isinstance(tensor, _Fixed):
                 self._fixed[tensor.name] = tensor.tensor
             elif tensor.kind in kinds:
@@ -220,6 +270,11 @@ class RelativeChanges:
         self.n: int = ends[-1]
         spans = zip(self._tunable, ends, ends[1:], strict=False)
         self.places = {t.name: slice(begin, end) for t, begin, end in spans}
+        self._by_group: dict[str, list[tuple[_Scales, int]]] = {}
+        for tunable in self._tunable:
+            if isinstance(tunable, _Scales):
+                of_group = self._by_group.setdefault(tunable.group.name, [])
+                of_group.append((tunable, self.places[tunable.name].start))
         counts = [sum(t.n for t in self._tunable if t.kind == kind) for kind in KINDS]
         ends = np.cumsum([0, *counts]).tolist()
         self.slices = {k: slice(*ends[i : i + 2]) for i, k in enumerate(KINDS)}
@@ -236,16 +291,46 @@ class RelativeChanges:
         """Returns what a candidate brings along under changes, `(n,)`; `digest` names them."""
         return StoredWeights(self.layout, self._allocation, self.tensors(changes), digest)
 
-    def gradient(self, swap: SwapModel, changes: Floats) -> Floats:
+    def gradient(self, model: Any, changes: Floats, *, experts: bool = True) -> Floats:
         """Returns the loss's gradient by the changes, `(n,)`, from the gradients of parameters.
 
         Args:
-            swap: holds the weights under these changes; its parameters have gradients.
+            model: holds the weights under these changes; its parameters have gradients.
+            changes: `(n,)`.
+            experts: routed experts are among these parameters, else their gradients are zero.
+        """
+        held = _Model(model, self.layout.inventory.dimensions)
+        parts = [
+            np.zeros(t.n, np.float32) if t.is_expert and not experts else t.gradient(held, part)
+            for t, part in self._parts(changes)
+        ]
+        return np.concatenate(parts, dtype=np.float32)
+
+    def add_expert(
+        self,
+        gradient: Floats,
+        group: Group,
+        place: int,
+        weights: torch.Tensor,
+        gradients: torch.Tensor,
+        changes: Floats,
+    ) -> None:
+        """Adds what one routed expert's matrix contributes to a gradient by the changes, `(n,)`.
+
+        Args:
+            gradient: that is added to, `(n,)`.
+            group: the expert's projection.
+            place: of the expert among those that its layer retains.
+            weights: decoded under the changes, `(out, in)`.
+            gradients: of these.
             changes: `(n,)`.
         """
-        model = _Model(swap)
-        parts = [t.gradient(model, part) for t, part in self._parts(changes)]
-        return np.concatenate(parts, dtype=np.float32)
+        for scales, first in self._by_group.get(group.name, ()):
+            if (found := scales.of_expert(place)) is None:
+                continue
+            one, own = found
+            here = slice(first + own.start, first + own.stop)
+            gradient[here] += one.gradient_of(weights[None], gradients[None], changes[here])
 
     def _parts(self, changes: Floats) -> Iterator[tuple[_Tunable, Floats]]:
         for tunable in self._tunable:
@@ -256,10 +341,12 @@ def _place(tensor: _Tunable | _Fixed) -> int:
     return KINDS.index(tensor.kind) if tensor.kind else -1
 
 
-def _encoded(source: TensorSource) -> Iterator[_Scales | _Fixed]:
-    """The parts of all groups."""
+def _encoded(source: TensorSource, layer: int | None) -> Iterator[_Scales | _Fixed]:
+    """The parts of groups."""
     layout, allocation = source.layout, source.allocation
     for group in layout.groups.values():
+        if layer not in (EVERY, group.layer):
+            continue
         parts = allocation.parts(layout, group.name)
         retained = group.experts(allocation.retained_experts)
         names = part_names(group.name, parts)
@@ -274,9 +361,11 @@ def _encoded(source: TensorSource) -> Iterator[_Scales | _Fixed]:
             yield _Scales(name, group, fmt, places, data, floats)
 
 
-def _full_precision(source: TensorSource) -> Iterator[_Values | _Fixed]:
+def _full_precision(source: TensorSource, layer: int | None) -> Iterator[_Values | _Fixed]:
     layout = source.layout
     for tensor in layout.full_precision:
+        if layer not in (EVERY, tensor.layer):
+            continue
         values = torch.from_numpy(np.array(source.full_precision(tensor), np.float32))
         kind = {Role.NORM: NORMS, Role.ROUTER: ROUTERS}.get(tensor.role)
         units = _factors(layout, tensor, values).square().mean(-1, keepdim=True).sqrt()

@@ -16,7 +16,7 @@ bytes as one that was not interrupted.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Tuned:
         stopped: steps after which it was stopped; None if all steps were made.
     """
 
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
     digest: str
     before: float
     after: float
@@ -325,7 +325,7 @@ class _Run:
         self._put(state.changes)
         chosen = [self._number[i] for i in self._steps[state.step]]
         _, gradient = self._gradient.at(
-            chosen, lambda: self._changes.gradient(self._swap, state.changes)
+            chosen, lambda: self._changes.gradient(self._swap.model, state.changes)
         )
         state.step += 1
         state.since += 1

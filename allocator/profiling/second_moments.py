@@ -66,6 +66,8 @@ _FEW = 256
 
 PASS_BYTES = 2 << 30
 """Of the sums of one pass with the model in memory, unless the caller says otherwise."""
+STREAMED_BYTES = 512 << 20
+"""The same layer by layer."""
 _PER_HEAD = (Role.K_B, Role.V_B)
 
 
@@ -462,7 +464,7 @@ def second_moments_streamed(
     *,
     original_inputs: bool = False,
     smoothing: Smoothing = DEFAULT_SMOOTHING,
-    memory_bytes: float = 512 << 20,
+    memory_bytes: float = STREAMED_BYTES,
     scratch: Path,
     of: str = "",
     batch_tokens: int = 2048,

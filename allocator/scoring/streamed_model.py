@@ -14,7 +14,7 @@ expert that no token reaches is neither read nor encoded. Where more than an add
 experts, the layer runs once more, given their sum.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from allocator.scoring.candidates import Candidate, Weights
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.experts import ExpertCode, ExpertForm, Observer
 from allocator.scoring.kv_cache import KeysValues, attach, keys_values
-from allocator.scoring.layer_checkpoints import LayerCheckpoints
+from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
 from allocator.scoring.layer_inputs import LayerDecisions
 from allocator.scoring.model_ends import (
     Multiply,
@@ -143,6 +143,41 @@ class StreamedModel:
         """Returns the original's states before the first layer, for documents by batch."""
         return States(self.original, [0], self.embed(chosen, self.original))
 
+    def states_before(
+        self,
+        layer: int,
+        checkpoints: LayerCheckpoints,
+        what: str = "states",
+        candidate_of: Callable[[int | None], Candidate] | None = None,
+        *,
+        forget: bool = False,
+    ) -> Batches:
+        """Returns what enters a layer, from the nearest layer before it whose file is whole.
+
+        Args:
+            layer: that the states enter.
+            checkpoints: of the pass; states of the layers in between are saved there.
+            what: names the states there.
+            candidate_of: who computes a layer, or the embedding (None); the original by default.
+            forget: removes the states of a layer once those of the next are saved.
+
+        Returns:
+            By batch, `(documents, length, hidden)` each.
+        """
+        candidate_of = candidate_of or (lambda _: self.original)
+        first, hidden = layer, None
+        while first and (hidden := checkpoints.load(what, first)) is None:
+            first -= 1
+        if hidden is None:
+            hidden = self.embed(checkpoints.documents, candidate_of(None))
+            self.weights.forget()
+        for at in range(first, layer):
+            self.run(at, [States(candidate_of(at), [0], hidden)])
+            checkpoints.save(what, at + 1, hidden)
+            if forget:
+                checkpoints.remove(what, at)
+        return hidden
+
     def embed(
         self, chosen: Sequence[Sequence[Document]], candidate: Candidate
     ) -> list[torch.Tensor]:
@@ -192,11 +227,16 @@ class StreamedModel:
             hidden: `(tokens, hidden)`.
             candidate: whose last norm it is; the original's by default.
         """
-        for tensor in self._full_precision[None]:
-            values = self.weights.full_precision(candidate or self.original, tensor)
-            install_full_precision(self.model, self.inventory.family, tensor, values)
+        self.install_last_norm(candidate or self.original)
         normed: torch.Tensor = last_norm(self.model)(hidden)
         return normed
+
+    @torch.no_grad()
+    def install_last_norm(self, candidate: Candidate) -> None:
+        """Installs what is outside of the layers but embedding and head."""
+        for tensor in self._full_precision[None]:
+            values = self.weights.full_precision(candidate, tensor)
+            install_full_precision(self.model, self.inventory.family, tensor, values)
 
     def logits(self, hidden: torch.Tensor, candidate: Candidate) -> torch.Tensor:
         """Returns logits `(tokens, vocabulary)` of the last layer's output `(tokens, hidden)`."""
@@ -244,14 +284,15 @@ class StreamedModel:
             torch.mm(x, rows.to(self.device).T, out=products[:, start : start + len(rows)])
         return products
 
-    def through_head(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Returns the gradient `(tokens, hidden)` of what the original's head multiplies.
+    def through_head(self, gradient: torch.Tensor, candidate: Candidate) -> torch.Tensor:
+        """Returns the gradient `(tokens, hidden)` of what a candidate's head multiplies.
 
         Args:
             gradient: of its products, `(tokens, vocabulary)`.
+            candidate: whose head it is.
         """
         product = torch.zeros(len(gradient), self.output.shape[-1], device=self.device)
-        for start, rows in self._chunks(self.output, self.original):
+        for start, rows in self._chunks(self.output, candidate):
             product += gradient[:, start : start + len(rows)] @ rows.to(self.device)
         return product
 
@@ -489,6 +530,17 @@ class Routing:
     def sums(self) -> Sequence[torch.Tensor]:
         """Returns what the routed experts give, `(tokens, hidden)` by batch."""
         return torch.split(self._sum, self._sizes)
+
+    def by_batch(
+        self, of_inputs: torch.Tensor, of_gates: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Splits values of all inputs, `(tokens, hidden)`, and gates, `(tokens * k,)`, by batch.
+
+        Those of gates become `(tokens, k)`.
+        """
+        inputs = torch.split(of_inputs, self._sizes)
+        gates = torch.split(of_gates.view(-1, self._k), self._sizes)
+        return list(zip(inputs, gates, strict=True))
 
     def add_to(self, batches: Sequence[torch.Tensor]) -> None:
         """Adds the sum to a layer's outputs, `(documents, length, hidden)` by batch."""

@@ -13,6 +13,7 @@ from allocator.checkpoint.reading import read_inventory
 from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import CheckpointError, StudyError, VerifyError
 from allocator.finishing import finish
+from allocator.finishing.recipe import CODES, PARTS
 from allocator.scoring import swap_model as model
 from allocator.study.trials import RESULT, allocation_of
 
@@ -189,7 +190,10 @@ def test_weights_are_finished_layer_by_layer(study, tmp_path, monkeypatch):
     streamed = api.finish(folder, "Q4_0", tokens=256, **options)
     assert result.recipe == streamed.recipe
     assert result.record == folder / "allocations/low.json"
-    assert streamed.recipe.parts == ("codes",)
+    assert (streamed.recipe.streamed, streamed.recipe.parts) == (True, PARTS)
+    codes = api.finish(folder, "Q4_0", tokens=256, tuning=False, out="codes", **options)
+    assert codes.recipe.parts == (CODES,)
+    assert streamed.after["selection"] < codes.after["selection"]
     assert streamed.after["selection"] < 0.95 * streamed.before["selection"]
     written = api.materialize(folder, streamed.record, tmp_path / "out", **options)
     found = api.verify(folder, written.folder, tolerance=10.0, **options)

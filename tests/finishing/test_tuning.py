@@ -124,7 +124,7 @@ def test_gradients_are_finite_differences(case, name, target):
     gradient_of = KlGradient(made.swap, documents, changes.parameters(made.swap.model))
     at = np.zeros(changes.n, np.float32)
     loss = loss_at(made, changes, at)
-    found, gradient = gradient_of.at(range(2), lambda: changes.gradient(made.swap, at))
+    found, gradient = gradient_of.at(range(2), lambda: changes.gradient(made.swap.model, at))
     assert found == pytest.approx(loss, rel=1e-5)
     assert gradient.dtype == np.float32
     names = set()
