@@ -230,7 +230,7 @@ def load_named(names: Sequence[str]) -> Any:
                 f"--tasks {name}: no task of lm-eval; "
                 + (f"near it are {', '.join(near)}" if near else "`lm_eval ls tasks` lists them")
             )
-    with waiting("loading lm-eval's tasks"), _quiet_loggers():
+    with waiting("loading lm-eval's tasks"), _quiet_loggers(), _without_bars():
         try:
             return manager.load(list(names))
         except Exception as error:  # of lm-eval, datasets, the hub, or a package that is missing
@@ -523,6 +523,19 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stderr(null),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager

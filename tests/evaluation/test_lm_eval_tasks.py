@@ -318,11 +318,12 @@ def task_file(folder, tmp_path, monkeypatch):
     return path
 
 
-def test_a_named_task_has_the_figure_of_lm_eval(model, tokenizer, folder, task_file):
+def test_a_named_task_has_the_figure_of_lm_eval(model, tokenizer, folder, task_file, capfd):
     ours = run_tasks(model, tokenizer, folder, [CONTINUATION], limit=3)[CONTINUATION]
     for name in ("mine", str(task_file)):
         figures = run_named(model, tokenizer, load_named([name]), limit=3)
         assert figures == {"mine acc_norm": ours["acc_norm"]}
+    assert capfd.readouterr() == ("", "")
 
 
 def test_named_tasks_that_cannot_be_run_are_one_line(task_file):
