@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from allocator.app.trial_table import trials_table
     from allocator.checkpoint.inventory import Inventory
     from allocator.comparison.pool import CompareEstimate
-    from allocator.comparison.runs import CompareRequest, Run
+    from allocator.comparison.runs import Baselines, CompareRequest, Run
     from allocator.decision.allocation_record import AllocationRecord
     from allocator.evaluation.held_out import evaluate
     from allocator.export.checkpoint import Written
@@ -844,6 +844,8 @@ def compare(
     samplers: Sequence[str] | None = None,
     weights: Sequence[int] | None = None,
     seeds: int | None = None,
+    baselines: Baselines = "near",
+    progress: bool = False,
 ) -> pd.DataFrame:
     """Runs the searchers of study.toml's `[compare]` section that are not finished yet.
 
@@ -857,6 +859,8 @@ def compare(
         samplers: runs of these samplers only.
         weights: runs under these budgets only, bytes of the searched matrices.
         seeds: at most this number of seeds.
+        baselines: `near` the budgets, or `none`; the table's column is then empty.
+        progress: shows bars.
 
     Returns:
         What `summary.csv` holds: medians and ranges over seeds, of all finished runs.
@@ -869,7 +873,10 @@ def compare(
 
     folder = Path(study)
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
-    request = _checked_comparison(folder, runs, text=text, cache=cache, threads=threads)
+    request = _checked_comparison(
+        folder, runs, text=text, cache=cache, threads=threads, baselines=baselines,
+        progress=progress,
+    )  # fmt: skip
 
     from allocator.comparison.pool import run_all
 
@@ -889,6 +896,8 @@ def _checked_comparison(
     text: str | Path | None,
     cache: str | Path | None,
     threads: int | None,
+    baselines: Baselines,
+    progress: bool,
 ) -> CompareRequest:
     """Returns what runs are asked for with, after the checks that come before the first run."""
     from allocator.app.resources import Resources
@@ -901,6 +910,8 @@ def _checked_comparison(
         None if text is None else Path(text),
         resources.cache,
         resources.threads or len(os.sched_getaffinity(0)),
+        baselines,
+        progress,
     )
     check_comparison(request, runs)
     return request
@@ -916,13 +927,18 @@ def estimate_compare(
     samplers: Sequence[str] | None = None,
     weights: Sequence[int] | None = None,
     seeds: int | None = None,
+    baselines: Baselines = "near",
+    progress: bool = False,
 ) -> CompareEstimate:
     """Prices what `compare` would run, after the same checks: `compare --dry-run`."""
     from allocator.comparison.runs import chosen_runs
 
     folder = Path(study)
     runs = chosen_runs(folder, targets=targets, samplers=samplers, weights=weights, seeds=seeds)
-    request = _checked_comparison(folder, runs, text=text, cache=cache, threads=threads)
+    request = _checked_comparison(
+        folder, runs, text=text, cache=cache, threads=threads, baselines=baselines,
+        progress=progress,
+    )  # fmt: skip
 
     from allocator.comparison.pool import estimate_runs
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
-from allocator.files.progress import show_progress
+from allocator.files.progress import say, show_progress
 from allocator.units import parse_bytes, parse_seconds, show_bytes, show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -647,21 +647,22 @@ def _compare(args: argparse.Namespace) -> Any:
         "text": args.text,
         "cache": args.cache,
         "threads": workers,
+        "baselines": args.baselines,
+        "progress": not args.quiet,
     }
     e = api.estimate_compare(args.study, **options)
+    baselines = (
+        f", and at most {e.baseline_tokens:,} for {e.baselines} baselines" if e.baselines else ""
+    )
     _print_text(
         f"{len(e.runs) + e.finished} runs, {e.finished} finished; {e.tokens:,} forward tokens to "
-        f"go, about {e.seconds / 60:.0f} min with {workers} workers",
+        f"go{baselines}, about {e.seconds / 60:.0f} min with {workers} workers",
         flush=True,
     )
     if args.dry_run:
         return e
 
-    def show(run: Any) -> None:
-        if not args.quiet:
-            print(f"finished {run.name}", flush=True)
-
-    table = api.compare(args.study, **options, on_run=show)
+    table = api.compare(args.study, **options, on_run=lambda run: say(f"finished {run.name}"))
     _print_table(args, table, keys=5)
     _print_text(f"wrote {args.study}/compare.csv, summary.csv, compare.png and runs/*.json")
     return table
@@ -1135,6 +1136,12 @@ def _parsers(*, listed: bool = False) -> "tuple[_Parser, dict[str, _Parser]]":
     p.add_argument("--weights", type=_bytes, action="append", help="only these budgets")
     p.add_argument("--seeds", type=_positive, help="at most so many seeds")
     p.add_argument("--text", type=Path, help="JSON lines with text: a further held-out split")
+    p.add_argument(
+        "--baselines",
+        default="near",
+        choices=("near", "none"),
+        help="baselines beside the runs: near the budgets, or none (default: near)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the estimate only")
 
     p = verb("reproduce", _reproduce, "rebuild a committed allocation's files; compares sha256")

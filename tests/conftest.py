@@ -1,6 +1,7 @@
 """Checkpoints (random ones by transformers, zeros by hand, the reference) and what tests share."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import zipfile
 import zlib
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -672,6 +674,22 @@ def finished_study(fresh_study, study_cache, tmp_path_factory):
     shutil.copytree(fresh_study, folder)
     api.search(folder, cache=study_cache, threads=1)
     return folder
+
+
+@pytest.fixture
+def every_step():
+    """A stream of all steps, also short ones: each look at the clock is 3 s later."""
+    from allocator.files import progress
+
+    class Ticking(progress.Display):
+        def close(self, step):
+            self.changed()
+            super().close(step)
+
+    stream = io.StringIO()
+    progress.show_progress(Ticking(stream, clock=count(0, 3).__next__, ticks=False))
+    yield stream
+    progress.show_progress(False)
 
 
 # -- drawn inputs: how slowly they are drawn says how busy the machine is

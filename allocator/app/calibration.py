@@ -15,6 +15,7 @@ from allocator.app.study_file import CalibrationSpec
 from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.errors import CalibrationError, reason
+from allocator.files.progress import waiting
 from allocator.scoring.documents import (
     Document,
     documents_of,
@@ -161,7 +162,8 @@ class Calibration:
         return _Cut(_named(paths), sum(cut.n_records for cut in cuts), documents)
 
     def _cut(self, given: Iterable[Record], name: str) -> "_Cut":
-        records = list(given)
+        with waiting(f"reading {name}"):
+            records = list(given)
         if not records:
             raise CalibrationError(f"{name}: no documents; the file is empty")
         if "ids" in records[0].fields:

@@ -33,13 +33,15 @@ from allocator.app.study_folder import StudyFolder
 from allocator.comparison.runs import CompareRequest, Run, RunResult, compare_spec
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import read_allocation
-from allocator.decision.baselines import hand_rule
+from allocator.decision.baselines import baselines, hand_rule
 from allocator.decision.budget import Budget
 from allocator.decision.costs import check_budget
 from allocator.decision.front import Point, baseline_loss, lower_hull
+from allocator.decision.space import Space
 from allocator.errors import AllocatorError, BudgetError, StudyError
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import load_arrays, save_arrays, seal
+from allocator.files.progress import stepping
 from allocator.scoring import documents as calibration
 from allocator.scoring.documents import Document, interleaved
 from allocator.study.folder_lock import search_lock
@@ -58,6 +60,9 @@ Floats = npt.NDArray[np.float64]
 
 Reference = tuple[Allocation, tuple[str, Path] | None]
 """An allocation, and what it is encoded with, as of `Bench.kl`."""
+
+_Sized = tuple[Allocation, int]
+"""An allocation, and the bytes of its searched matrices."""
 
 N_POINTS = 4
 """Points of a run's course whose held-out loss is measured; the first and the last are among."""
@@ -181,13 +186,17 @@ class Bench:
                 importance, scorer.documents, beside=beside
             )
         documents = scorer.documents[:n]
-        name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
-        path = self.study_folder.cache / "held-out" / f"{name}.safetensors"
+        path = self._path(documents, importance, allocation)
         known = load_arrays(path)
         if known is None:
             known = {"kl": np.asarray(scorer.score(allocation, 0, len(documents)).kl)}
             save_arrays(path, known)
         return np.asarray(known["kl"])
+
+    def _path(self, documents: Sequence[Document], importance: str, allocation: Allocation) -> Path:
+        """The file of one allocation's losses."""
+        name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
+        return self.study_folder.cache / "held-out" / f"{name}.safetensors"
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Returns the token-weighted mean of `kl`, nats per token."""
@@ -303,35 +312,77 @@ class Bench:
         return self._baselines[split, weights]
 
     def _baseline(self, split: str, weights: int) -> float:
-        rows = [
-            (a, a.nbytes(self.study_folder.layout).encoded)
-            for _, a in self.study_folder.baselines(pruned=True, skilled=True)
-        ]
-        rows = [(a, n) for a, n in rows if 0.6 * weights < n < 1.6 * weights]
+        return _hull_loss(self._points(split, self._close(split, weights)), weights)
 
-        def points(chosen: list[tuple[Allocation, int]], documents: int | None) -> list[Point]:
-            losses = [float(self.kl(split, a, documents).mean()) for a, _ in chosen]
-            pairs = zip(chosen, losses, strict=True)
-            # a lossless one has no place on a hull of logarithms
-            return [Point(str(i), n, x) for i, ((_, n), x) in enumerate(pairs) if x > 0]
+    def _points(self, split: str, rows: list[_Sized], documents: int | None = None) -> list[Point]:
+        shown = stepping(rows, f"baselines on {split}", unit="allocations", brief=True)
+        losses = [float(self.kl(split, a, documents).mean()) for a, _ in shown]
+        pairs = zip(rows, losses, strict=True)
+        # a lossless one has no place on a hull of logarithms
+        return [Point(str(i), n, x) for i, ((_, n), x) in enumerate(pairs) if x > 0]
 
-        rough = points(rows, _SCREEN_DOCUMENTS)
+    def _near(self, space: Space, weights: int) -> list[_Sized]:
+        """Baselines near these bytes, with a space's ranking of experts."""
+        layout = self.study_folder.layout
+        named = baselines(layout, space.rankings, pruned=True, skilled=True)
+        rows = ((a, a.nbytes(layout).encoded) for _, a in named)
+        return [(a, n) for a, n in rows if 0.6 * weights < n < 1.6 * weights]
+
+    def _close(self, split: str, weights: int) -> list[_Sized]:
+        """Those of them that are close to the hull on the first documents."""
+        rows = self._near(self.study_folder.space, weights)
+        rough = self._points(split, rows, _SCREEN_DOCUMENTS)
         on_hull = {p.name for p in lower_hull(rough)}
-        near = [
+        return [
             rows[int(p.name)]
             for p in rough
             if p.name in on_hull or not p.loss > 1.05 * _hull_loss(rough, p.nbytes)
         ]
-        return _hull_loss(points(near, None), weights)
 
-    def by_hand(self) -> list[dict[str, Any]]:
-        """Returns rows of the seed paper's hand rule, at the sizes that it comes to."""
-        layout, gates = self.study_folder.layout, self.study_folder.profile.saliency["gate"]
+    def baseline_costs(self, budgets: Sequence[int]) -> tuple[int, int]:
+        """Returns how many baselines lack a loss, and the most forward tokens that these take.
+
+        Args:
+            budgets: bytes of the searched matrices.
+        """
+        study_folder, layout = self.study_folder, self.study_folder.layout
+        is_profiled = (study_folder.profiler.folder / "profile.json").is_file()
+        space = study_folder.space if is_profiled else study_folder.unranked_space
+        by_hand = self._by_hand() if is_profiled else hand_rule(layout, space.rankings)
+        hand = [(a, a.nbytes(layout).encoded) for _, a in by_hand]
+        missing: dict[tuple[str, str], int] = {}  # tokens by allocation and documents
+
+        def is_known(documents: Sequence[Document], row: _Sized) -> bool:
+            importance = study_folder.profile.importance if is_profiled else ""
+            return is_profiled and self._path(documents, importance, row[0]).exists()
+
+        def add(documents: Sequence[Document], rows: list[_Sized]) -> None:
+            n_tokens, digest = sum(len(d.ids) for d in documents), calibration.digest(documents)
+            for row in rows:
+                if not is_known(documents, row):
+                    missing[row[0].digest, digest] = n_tokens
+
+        for split, documents in self.splits.items():
+            add(documents, hand)
+            for weights in {*budgets, *(n for _, n in hand)}:
+                first, rows = documents[:_SCREEN_DOCUMENTS], self._near(space, weights)
+                add(first, rows)
+                if all(is_known(first, row) for row in rows):
+                    rows = self._close(split, weights)
+                add(documents, rows)
+        return len({allocation for allocation, _ in missing}), sum(missing.values())
+
+    def _by_hand(self) -> Iterator[tuple[str, Allocation]]:
+        gates = self.study_folder.profile.saliency["gate"]
         rankings = {
             x: tuple(np.argsort(-np.array(v), kind="stable").tolist()) for x, v in gates.items()
         }
-        rows = []
-        for name, allocation in hand_rule(layout, rankings):
+        return hand_rule(self.study_folder.layout, rankings)
+
+    def by_hand(self) -> list[dict[str, Any]]:
+        """Returns rows of the seed paper's hand rule, at the sizes that it comes to."""
+        layout, rows = self.study_folder.layout, []
+        for name, allocation in self._by_hand():
             nbytes = allocation.nbytes(layout).encoded
             for split in self.splits:
                 kl = self.kl(split, allocation)
@@ -396,7 +447,14 @@ def bench_of(request: CompareRequest, target: str, *, threads: int = 1) -> Bench
         target: of the runs.
         threads: cores.
     """
-    return Bench(request.folder, target, text=request.text, cache=request.cache, threads=threads)
+    return Bench(
+        request.folder,
+        target,
+        text=request.text,
+        cache=request.cache,
+        threads=threads,
+        progress=request.progress,
+    )
 
 
 def _launch(run: Run) -> Launch:

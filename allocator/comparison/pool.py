@@ -17,9 +17,10 @@ from pathlib import Path
 from allocator.app.estimate import seconds_per_token
 from allocator.app.workers import begin_worker, end_children
 from allocator.comparison.bench import N_POINTS, Bench, bench_of
-from allocator.comparison.runs import CompareRequest, Run
+from allocator.comparison.runs import CompareRequest, Run, results
 from allocator.comparison.table import check_plot
 from allocator.errors import AllocatorError, StudyError
+from allocator.files.progress import step, waiting
 from allocator.study.folder_lock import search_lock
 
 
@@ -30,13 +31,17 @@ class CompareEstimate:
     Attributes:
         runs: not finished yet.
         finished: runs that are.
-        tokens: forward tokens still to run.
-        seconds: wall-clock guess, from a timed forward pass.
+        tokens: forward tokens of these runs.
+        baselines: beside them, whose loss is not known yet.
+        baseline_tokens: the most forward tokens of these.
+        seconds: wall-clock guess of all, from a timed forward pass.
     """
 
     runs: tuple[Run, ...]
     finished: int
     tokens: int
+    baselines: int
+    baseline_tokens: int
     seconds: float
 
 
@@ -68,21 +73,32 @@ def check_comparison(request: CompareRequest, runs: Sequence[Run]) -> None:
 
 
 def estimate_runs(request: CompareRequest, runs: Sequence[Run]) -> CompareEstimate:
-    """Prices the runs that are not finished."""
-    waiting = [r for r in runs if not r.file(request.folder).exists()]
-    seconds, tokens = 0.0, 0
-    for target in dict.fromkeys(r.target for r in waiting):
+    """Prices the runs that are not finished, and the baselines of all."""
+    to_run = [r for r in runs if not r.file(request.folder).exists()]
+    shown = [*runs, *(r.run for r in results(request.folder))]  # in the table
+    seconds, tokens, n_baselines, baseline_tokens = 0.0, 0, 0, 0
+    for target in dict.fromkeys(r.target for r in shown):
         bench = bench_of(request, target)
-        mine = [r for r in waiting if r.target == target]
+        mine = [r for r in to_run if r.target == target]
+        n_beside, beside = 0, 0
+        if request.baselines != "none":
+            budgets = {r.weights for r in shown if r.target == target}
+            n_beside, beside = bench.baseline_costs(sorted(budgets))
+        if not mine and not n_beside:
+            continue
         study_folder = bench.study_folder
-        per_token = seconds_per_token(study_folder, documents=8, threads=1)
+        with waiting("timing a forward pass"):
+            per_token = seconds_per_token(study_folder, documents=8, threads=1)
         n_reported = sum(len(d.ids) for d in study_folder.scorers.selection.documents)
         n_reported += sum(len(d.ids) for split in bench.splits.values() for d in split)
         searched = sum(r.tokens - study_folder.base_tokens for r in mine)
-        tokens += searched
-        seconds += per_token * (searched + len(mine) * N_POINTS * n_reported)
-    done = len(runs) - len(waiting)
-    return CompareEstimate(tuple(waiting), done, tokens, seconds / request.workers)
+        tokens, n_baselines = tokens + searched, n_baselines + n_beside
+        baseline_tokens += beside
+        seconds += per_token * (searched + len(mine) * N_POINTS * n_reported + beside)
+    done = len(runs) - len(to_run)
+    return CompareEstimate(
+        tuple(to_run), done, tokens, n_baselines, baseline_tokens, seconds / request.workers
+    )
 
 
 def run_all(
@@ -103,21 +119,26 @@ def run_all(
         AllocatorError: of the first run that fails; the others are stopped.
     """
     folder = request.folder
-    waiting = [run for run in runs if not run.file(folder).exists()]
-    if not waiting:
+    to_run = [run for run in runs if not run.file(folder).exists()]
+    if not to_run:
         return
     (folder / "runs").mkdir(exist_ok=True)
     with search_lock(folder / "runs", way_out="wait for it, or stop it") as lock:
         lock.ready()
-        for target in dict.fromkeys(run.target for run in waiting):  # one profile before many runs
+        for target in dict.fromkeys(run.target for run in to_run):  # one profile before many runs
             bench = bench_of(replace(request, text=None), target, threads=request.workers)
             _ = bench.study_folder.profile
-            bench.check_importance([run for run in waiting if run.target == target])
-        with processes(request.workers) as pool:
-            futures = {pool.submit(_run, request, run): run for run in waiting}
+            bench.check_importance([run for run in to_run if run.target == target])
+        n_before, alone = len(runs) - len(to_run), replace(request, progress=False)
+        with (
+            step("comparing", len(runs), initial=n_before, unit="runs") as shown,
+            processes(request.workers) as pool,
+        ):
+            futures = {pool.submit(_run, alone, run): run for run in to_run}
             try:
                 for future in as_completed(futures):
                     future.result()
+                    shown.update()
                     yield futures[future]
             except BrokenProcessPool:
                 raise StudyError(

@@ -7,13 +7,16 @@ tell most, and `RunResult`s from `runs/*.json`. Invariant: no two runs of a plan
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from allocator.app.study_file import CompareSpec, StudySpec
 from allocator.errors import StudyError
 from allocator.files.checksums import unseal
+
+Baselines = Literal["near", "none"]
+"""Which baselines stand beside the runs."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,23 @@ class CompareRequest:
         text: a further held-out file.
         cache: folder for profiles and encoded weights; None for `$ALLOCATOR_CACHE`.
         workers: processes at a time, one core each.
+        baselines: `near`: uniform formats, role mixes and the hand rule stand beside; or `none`.
+        progress: shows what takes long.
+
+    Raises:
+        StudyError: if `baselines` is neither.
     """
 
     folder: Path
     text: Path | None = None
     cache: Path | None = None
     workers: int = 1
+    baselines: Baselines = "near"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.baselines not in get_args(Baselines):
+            raise StudyError(f"baselines {self.baselines!r}: needed near or none")
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,19 @@ from allocator.comparison.bench import Bench, bench_of, ratio
 from allocator.comparison.runs import CompareRequest, RunResult, results
 from allocator.errors import StudyError
 from allocator.files.atomic import write_whole
+from allocator.files.progress import stepping
 from allocator.study.intervals import ratio_interval
 
 
 def table(request: CompareRequest) -> pd.DataFrame:
-    """Returns a row per finished run and held-out split, then the rows of the hand rule.
+    """Returns a row per finished run and held-out split, then the rows of the hand rule, if asked.
 
     Columns `/<reference>` are ratios of mean KL; `low` and `high` the 95 % paired bootstrap
     interval of the ratio to the knapsack alone.
     """
     benches: dict[str, Bench] = {}
     rows = []
-    for run in results(request.folder):
+    for run in stepping(results(request.folder), "held-out figures", unit="runs", brief=True):
         if run.target not in benches:
             benches[run.target] = bench_of(request, run.target, threads=request.workers)
         bench = benches[run.target]
@@ -56,11 +57,13 @@ def table(request: CompareRequest) -> pd.DataFrame:
                 "pruned": run.trials.get("PRUNED", 0),
                 "spent": run.forward_tokens,
                 "overhead": run.spent.overhead,
-                "/baseline": ratio(kl.mean(), bench.baseline(split, run.weights)),
+                "/baseline": ratio(kl.mean(), bench.baseline(split, run.weights))
+                if request.baselines != "none"
+                else math.nan,
             }
             row |= {f"/{name}": ratio(kl.mean(), other.mean()) for name, other in others.items()}
             rows.append(row | {"low": low, "high": high})
-    for bench in benches.values():
+    for bench in benches.values() if request.baselines != "none" else ():
         rows += bench.by_hand()
     return pd.DataFrame(rows)
 
@@ -206,7 +209,7 @@ def write_results(request: CompareRequest) -> pd.DataFrame:
         text_rows = rows.to_csv(index=False, float_format="%.6g")
         write_whole(folder / name, text_rows.encode())
     finished = results(folder)
-    searched = StudyFolder(folder).inventory.n_searched_weights
+    searched = StudyFolder(folder, progress=request.progress).inventory.n_searched_weights
     bits_of = {r.weights: r.weights * 8 / searched for r in finished}
     plot(
         finished, folder / "compare.png", bits_of=bits_of, baselines=best_baselines(frame, bits_of)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from allocator.checkpoint.tokenizer import Tokenizer
 from allocator.errors import CalibrationError
+from allocator.files.progress import stepping, waiting
 from allocator.scoring.chat import ChatTemplate
 from allocator.scoring.records import Record, read_records
 
@@ -94,15 +95,16 @@ def windows_of(
     import tokenizers
 
     try:
-        library = tokenizers.Tokenizer.from_str(tokenizer.text)
-        prefix = tokenizer.prefix
+        with waiting("loading the tokenizer"):
+            library = tokenizers.Tokenizer.from_str(tokenizer.text)
+            prefix = tokenizer.prefix
     except Exception as error:  # the library raises this very class
         raise CalibrationError(
             f"{tokenizer.path}/tokenizer.json: cannot be read ({error}); fetch the file again"
         ) from None
     chat: ChatTemplate | None = None
     streams: dict[str, list[int]] = {}
-    for record in records:
+    for record in stepping(list(records), f"tokenizing {name}", unit="records", brief=True):
         text, before = record.fields.get("text"), prefix
         if text is None and "messages" in record.fields:
             chat = chat or ChatTemplate(tokenizer)

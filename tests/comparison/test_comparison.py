@@ -17,6 +17,7 @@ import pytest
 from allocator import api
 from allocator.app.study_file import CompareSpec, LongRun
 from allocator.checkpoint.reading import read_inventory
+from allocator.comparison import bench as bench_module
 from allocator.comparison import table as compare
 from allocator.comparison.bench import Bench
 from allocator.comparison.pool import estimate_runs, run_all
@@ -175,12 +176,15 @@ def test_a_stopped_run_continues_as_if_undisturbed(
     assert [p.search for p in again.course] == [p.search for p in before.course]
 
 
-def test_processes_write_the_same(folder, finished, study_cache, tmp_path):
+def test_processes_write_the_same(folder, finished, study_cache, tmp_path, every_step):
     copy = tmp_path / "study"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
     runs = chosen_runs(copy, samplers=["knapsack"])
-    assert list(run_all(CompareRequest(copy, cache=study_cache, workers=2), runs)) == runs
-    short = compare.write_results(CompareRequest(copy, cache=study_cache))
+    request = CompareRequest(copy, cache=study_cache, workers=2, progress=True)
+    assert list(run_all(request, runs)) == runs
+    short = compare.write_results(request)
+    for shown in ("comparing: 1/1 runs", "baselines on report: ", "held-out figures: 1/1 runs"):
+        assert shown in every_step.getvalue()
     assert [n for n in short["sampler"] if not n.startswith("hand rule")] == ["knapsack"]
     (run,) = results(copy)
     assert run.pick == next(r for r in results(finished) if r.sampler == "knapsack").pick
@@ -199,13 +203,44 @@ def test_runs_of_other_inputs_are_not_mixed(finished, study_cache, tmp_path):
 
 def test_estimate_counts_what_is_missing(folder, finished, study_cache):
     runs = chosen_runs(folder)
-    found = estimate_runs(CompareRequest(finished, cache=study_cache, workers=2), runs)
-    assert (found.runs, found.finished, found.tokens) == ((), 4, 0)
+    request = CompareRequest(finished, cache=study_cache, workers=2)
+    found = estimate_runs(replace(request, baselines="none"), runs)
+    assert (found.runs, found.finished, found.tokens, found.seconds) == ((), 4, 0, 0)
+    assert (found.baselines, found.baseline_tokens) == (0, 0)
     more = [replace(r, seed=9) for r in runs]
-    found = estimate_runs(CompareRequest(finished, cache=study_cache, workers=2), more)
+    found = estimate_runs(request, more)
     base = results(finished)[0].base_tokens
     assert found.tokens == 4 * (TOKENS - base)
     assert found.seconds > 0
+
+
+def test_baselines_are_priced_before_and_left_out_on_request(finished, study_cache, monkeypatch):
+    request = CompareRequest(finished, cache=study_cache)
+    frame, plain = compare.table(request), compare.table(replace(request, baselines="none"))
+    assert plain["/baseline"].isna().all()
+    assert set(plain["sampler"]) == {"auto", "knapsack", "evolution", "random"}
+    shared = [c for c in plain.columns if c != "/baseline"]
+    alike = frame[frame["sampler"].isin(plain["sampler"])]
+    pd.testing.assert_frame_equal(alike[shared], plain[shared], check_dtype=False)
+    with pytest.raises(StudyError, match="baselines 'all': needed near or none"):
+        replace(request, baselines="all")
+
+    bench = Bench(finished, "safetensors", cache=study_cache)
+    (weights,), layout = bench.spec.weights, bench.study_folder.layout
+    assert bench.baseline_costs([weights]) == (0, 0)  # the table has scored them all
+    hand = {a.digest: a.nbytes(layout).encoded for _, a in bench._by_hand()}
+    beside = {
+        a.digest
+        for _, a in bench.study_folder.baselines(pruned=True, skilled=True)
+        for size in (weights, *hand.values())
+        if 0.6 < a.nbytes(layout).encoded / size < 1.6
+    }
+    assert len(beside) > 3
+    monkeypatch.setattr(bench_module, "_SCREEN_DOCUMENTS", 2)
+    assert bench.baseline_costs([weights]) == (len(beside), 2 * 32 * len(beside))
+    monkeypatch.setattr(Bench, "_path", lambda *_: Path("nowhere"))
+    tokens = 32 * (2 * len(beside) + 3 * len(beside | set(hand)))
+    assert bench.baseline_costs([weights]) == (len(beside | set(hand)), tokens)
 
 
 def test_baseline_is_the_hull_at_these_bytes(finished, study_cache):

@@ -64,12 +64,19 @@ def test_odd_tolerances_are_refused_first(tmp_path, tolerance):
         verify(tmp_path / "nothing", None, None, tolerance=tolerance)
 
 
-def test_good_ones_pass(case, precise, which):
+WAITS = {
+    "gguf": "loading the file in llama.cpp: ",
+    "safetensors": "opening the checkpoint in transformers: ",
+}
+
+
+def test_good_ones_pass(case, precise, which, every_step):
     name, target, container = which
     made, folder = case(name, target), precise(*which)
     # random weights: llama.cpp's 8-bit activations flip routings that trained ones decide clearly
     limit = RANDOM_WEIGHTS_TOLERANCE if container == "gguf" else SAFETENSORS_TOLERANCE
     found = verify(folder, of(made), made.scorer, tolerance=limit)
+    assert WAITS[container] in every_step.getvalue()
     allocation = made.allocation(formats=stored(target))
     size = allocation.nbytes(made.layout, target_named(container))
     assert (found.file_bytes, found.tensor_bytes) == (size.file, size.tensors)

@@ -162,9 +162,13 @@ def foreign_template(raw, config):
         (foreign_template, 0, ()),
     ],
 )
-def test_what_stands_before_a_text_is_the_tokenizers_habit(reading, texts, edit, bos, prefix):
+def test_what_stands_before_a_text_is_the_tokenizers_habit(
+    reading, texts, edit, bos, prefix, every_step
+):
     inventory = reading(edit, bos_token_id=bos)
     found = read_windows(texts, read_tokenizer(inventory), window=4)
+    n = len(texts.read_text().splitlines())
+    assert f"tokenizing {texts}: {n}/{n} records" in every_step.getvalue()
     assert found == cut(prefix, 4)
     assert len(found) > 2
     fields = {f.key: f.value for f in gguf_tokenizer.tokenizer(inventory)}

@@ -206,7 +206,7 @@ def write_decoded(file: BinaryIO, path: Path, tensors: Tensors, n_layers: int) -
     begin = -(-file.tell() // alignment) * alignment
     file.truncate(begin + offset)
     at = begin
-    for name, (fmt, shape) in rows.items():
+    for name, (fmt, shape) in stepping(rows.items(), "decoding to F32", unit="tensors", brief=True):
         if _is_decoded(name, n_layers):
             file.seek(at)
             stored = FORMATS[tensors[name][0]]

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from allocator.codecs import ggml
 from allocator.errors import VerifyError
+from allocator.files.progress import waiting
 from allocator.targets.gguf.memory import kv_parts
 
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
@@ -274,12 +275,13 @@ class LlamaCpp:
             params.yarn[2:] = yarn_betas  # after the factors of extrapolation and attention
         _errors.clear()
         _sizes.clear()
-        self._model = self._lib.llama_model_load_from_file(
-            os.fsencode(self.path), self.model_params(repack=repack)
-        )
-        if not self._model:
-            raise self._failure("llama.cpp does not load it")
-        self._context = self._lib.llama_init_from_model(self._model, params)
+        with waiting("loading the file in llama.cpp"):
+            self._model = self._lib.llama_model_load_from_file(
+                os.fsencode(self.path), self.model_params(repack=repack)
+            )
+            if not self._model:
+                raise self._failure("llama.cpp does not load it")
+            self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
             raise self._failure("llama.cpp makes no context for it")

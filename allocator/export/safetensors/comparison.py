@@ -11,6 +11,7 @@ from allocator.errors import VerifyError
 from allocator.export.base import Comparison
 from allocator.export.safetensors.loading import load
 from allocator.export.stored import StoredWeights
+from allocator.files.progress import waiting
 from allocator.scoring.candidates import Weights
 from allocator.scoring.scorer import mean
 from allocator.scoring.streamed_model import StreamedModel
@@ -34,10 +35,12 @@ def compare(
     """
     if isinstance(scorer, StreamedScorer):
         weights = Weights(stored.layout, lambda: stored)
-        model = StreamedModel(stored.layout, weights, device=str(scorer.model.device))
-        again = StreamedScorer(model, scorer.documents).score(stored.candidate)
+        streamed = StreamedModel(stored.layout, weights, device=str(scorer.model.device))
+        again = StreamedScorer(streamed, scorer.documents).score(stored.candidate)
     else:
-        again = scorer.score_model(load(path.parent))
+        with waiting("opening the checkpoint in transformers"):
+            model = load(path.parent)
+        again = scorer.score_model(model)
     runtime_loss = mean(again.kl, scorer.documents)
     divergence = abs(runtime_loss - loss)
     if not divergence <= tolerance:
