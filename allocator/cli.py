@@ -503,6 +503,7 @@ def _print_finish_estimate(e: Any) -> None:
 def _imatrix(args: argparse.Namespace) -> Any:
     from allocator import api
 
+    _check_writable("OUT", args.out)
     paths = api.imatrix(args.study, args.out, allocation=args.allocation, **_options(args))
     for path in paths:
         print(f"wrote {path}")
@@ -567,7 +568,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
     from allocator import api
 
     if args.csv is not None:
-        _check_writable(args.csv)
+        _check_writable("--csv", args.csv)
     measured: list[pd.DataFrame] = []
 
     def keep(table: "pd.DataFrame") -> None:
@@ -598,11 +599,11 @@ def _tasks(given: str | bool | None) -> bool | list[str]:
     return given.split(",") if isinstance(given, str) else bool(given)
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(option: str, path: Path) -> None:
     if not path.parent.is_dir():
-        raise AllocatorError(f"--csv {path}: no such folder; make it first")
+        raise AllocatorError(f"{option} {path}: no such folder; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise AllocatorError(f"--csv {path}: cannot be written; name another file")
+        raise AllocatorError(f"{option} {path}: cannot be written; name another file")
 
 
 def _report(args: argparse.Namespace) -> Any:

@@ -604,5 +604,8 @@ def test_a_csv_that_cannot_be_written_is_refused_first(run, study, tmp_path, mon
     monkeypatch.setattr(StudyFolder, "__init__", None)
     refused(run("evaluate", study, "--csv", tmp_path), "cannot be written")
     refused(run("evaluate", study, "--csv", tmp_path / "no/rows.csv"), "no such folder")
+    refused(
+        run("imatrix", study, tmp_path / "no/x.gguf"), f"OUT {tmp_path}/no/x.gguf: no such folder"
+    )
     monkeypatch.setattr(os, "access", lambda *_: False)
     refused(run("evaluate", study, "--csv", tmp_path / "rows.csv"), "cannot be written")

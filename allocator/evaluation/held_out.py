@@ -93,7 +93,7 @@ def evaluate(
     encoded = {name: study_folder.read_encoded(path) for name, path in chosen.items()}
     for allocation, _ in encoded.values():
         allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
-    names = OWN if tasks is True else tuple(tasks or ())
+    names = OWN if tasks is True else [tasks] if isinstance(tasks, str) else tasks or ()
     suite = _Tasks(study_folder, held_out, names, limit=limit) if names else None
     scorer = study_folder.scorers.on(held_out)
     from_files = _from_files(study_folder, scorer, encoded, chosen)

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Unpack
@@ -305,7 +306,7 @@ def _priced(request: QuantizeRequest, spec: StudySpec, study: Path) -> RoadEstim
 
 _KEY_OF = {
     "budget": "budget", "weights_budget": "budget", "bits": "budget", "device": "budget",
-    "calibration": "calibration", "report": "calibration",
+    "calibration": "calibration.documents", "report": "calibration.report",
 }  # fmt: skip
 """Keys of study.toml of values that have another name there."""
 
@@ -316,7 +317,7 @@ def _check_same(folder: Path, known: StudySpec, asked: StudySpec, values: StudyV
     """
     given = {_KEY_OF.get(name, name) for name, value in values.items() if value is not None}
     for name in ("checkpoint", *sorted(given)):
-        old, new = getattr(known, name), getattr(asked, name)
+        old, new = map(attrgetter(name), (known, asked))
         if name == "checkpoint":
             old, new = (os.path.realpath(folder / path) for path in (old, new))
         if old != new and not (name == "budget" and _same_limits(folder, old, new)):
