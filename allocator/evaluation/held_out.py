@@ -392,7 +392,7 @@ class _Tasks:
         self._limit = limit
         if not self._names:
             return
-        write_tasks(documents, self._tokenizer, self._folder)
+        write_tasks(documents, self._tokenizer, self._folder, self._names)
         if inventory.gguf is None:
             window = int(AutoConfig.from_pretrained(path).max_position_embeddings)
         else:

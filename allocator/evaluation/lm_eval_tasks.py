@@ -94,12 +94,13 @@ def write_tasks(
     documents: Sequence[Document],
     tokenizer: Any,
     folder: Path,
+    names: Sequence[str] = OWN,
     *,
     seed: int = 0,
     opening_tokens: int = 64,
     continuation_tokens: int = 32,
 ) -> list[str]:
-    """Writes `<name>.jsonl` and `<name>.yaml` of both tasks into `folder`; same input, same bytes.
+    """Writes `<name>.jsonl` and `<name>.yaml` of each task into `folder`; same input, same bytes.
 
     `report_perplexity` has the text of every document. `report_continuation` asks, per document,
     which of four continuations belongs to its opening: the first `opening_tokens` ids decoded (the
@@ -111,23 +112,21 @@ def write_tasks(
         The names of the tasks, for `run_tasks`.
 
     Raises:
-        CalibrationError: if a document is too short for an opening and a continuation, or a domain
-            has fewer than four different continuations.
+        CalibrationError: for `report_continuation`, if a document is too short for an opening and a
+            continuation, or a domain has fewer than four different continuations.
     """
     documents = _interleaved(documents)
-    rows = {
-        PERPLEXITY: [
-            {"text": _text(document, tokenizer), "domain": document.domain}
-            for document in documents
-        ],
-        CONTINUATION: _questions(
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if PERPLEXITY in names:
+        rows[PERPLEXITY] = [{"text": _text(d, tokenizer), "domain": d.domain} for d in documents]
+    if CONTINUATION in names:
+        rows[CONTINUATION] = _questions(
             documents,
             tokenizer,
             seed=seed,
             opening=opening_tokens,
             continuation=continuation_tokens,
-        ),
-    }
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, task_rows in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in task_rows]

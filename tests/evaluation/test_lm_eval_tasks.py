@@ -296,6 +296,8 @@ def test_errors_name_the_way_out(documents, model, tokenizer, tmp_path, folder):
         write_tasks(documents, tokenizer, tmp_path, opening_tokens=300, continuation_tokens=100)
     with pytest.raises(CalibrationError, match="3 different continuations, needed 4"):
         write_tasks(documents[:3], tokenizer, tmp_path)
+    assert write_tasks(documents[:3], tokenizer, tmp_path / "one", [PERPLEXITY]) == [PERPLEXITY]
+    assert {p.stem for p in (tmp_path / "one").iterdir()} == {PERPLEXITY}
     with pytest.raises(CalibrationError, match=r"task 'nothing': .* write it with write_tasks"):
         run_tasks(model, tokenizer, folder, ["nothing"])
     long = [Document(d.ids * 2, d.domain, d.text) for d in documents[:4]]
