@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from allocator.comparison.runs import Baselines, CompareRequest, Run
     from allocator.decision.allocation_record import AllocationRecord
     from allocator.evaluation.held_out import evaluate
+    from allocator.export.base import Runtime
     from allocator.export.checkpoint import Written
     from allocator.export.verification import Verification
     from allocator.finishing.estimate import FinishEstimate
     from allocator.prediction.priors import Prior
     from allocator.prediction.profile import Profile
     from allocator.reporting.report import report
+    from allocator.targets import Layout
 
 
 _STAGES = {  # verbs that are written where their stage is
@@ -668,9 +670,9 @@ def materialize(
             finished ones.
         floats: `BF16`, `F16` or `F32`: writes every matrix of the retained experts and of the rest
             in this format, e.g. for llama-quantize.
-        shard_size: the most bytes of tensors in a file (`5GB`), in container safetensors; one file
-            by default. Headers and index of shards come on top of what a limit on the file's bytes
-            counts.
+        shard_size: the most bytes of tensors in a file of container safetensors; `none` for one
+            file. By default 5GB, unless one file is within a limit of the record and shards, with
+            their headers and index, are not.
         options: as of `StudyOptions`.
 
     Raises:
@@ -683,7 +685,6 @@ def materialize(
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation_record import AllocationRecord, note_digests
-    from allocator.units import parse_bytes
 
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
@@ -701,7 +702,7 @@ def materialize(
     runtime.check_can_write(wanted.decision)
     wanted.decision.check(study_folder.layout)
     chosen = wanted.unfinished if unfinished else wanted
-    shard_bytes = None if shard_size is None else parse_bytes(shard_size)
+    shard_bytes = _shard_bytes(shard_size, runtime, study_folder.layout, wanted)
     if shard_bytes is not None:
         runtime = runtime.in_shards(study_folder.layout, wanted.decision, shard_bytes)
     size = wanted.decision.nbytes(study_folder.layout, runtime.target)
@@ -724,6 +725,23 @@ def materialize(
         digests = {container: written.manifest.sha256_of_weights}
         note_digests(path, wanted, digests, unfinished=unfinished)
     return written
+
+
+def _shard_bytes(
+    asked: int | str | None, runtime: Runtime, layout: Layout, record: AllocationRecord
+) -> int | None:
+    """Returns the most bytes of tensors in a file of an allocation's weights; None for one file."""
+    from allocator.targets.safetensors import SHARD_BYTES
+    from allocator.units import parse_bytes
+
+    if asked is not None:
+        return None if asked == "none" else parse_bytes(asked)
+    if not runtime.index_name:
+        return None
+    shards = runtime.in_shards(layout, record.decision, SHARD_BYTES)
+    one, cut = (record.decision.nbytes(layout, r.target).file for r in (runtime, shards))
+    limits = (nbytes for name, nbytes in record.bytes.items() if name.startswith("budget"))
+    return None if any(one <= limit < cut for limit in limits) else SHARD_BYTES
 
 
 def _in_floats(wanted: AllocationRecord, fmt: str, *, record: bool) -> AllocationRecord:

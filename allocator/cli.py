@@ -1060,8 +1060,8 @@ def _parsers(*, listed: bool = False) -> "tuple[_Parser, dict[str, _Parser]]":
     p.add_argument(
         "--shard-size",
         metavar="SIZE",
-        help="cut safetensors into files of at most so many bytes of tensors, e.g. 5GB, with an "
-        "index (default: one file)",
+        help="cut safetensors into files of at most so many bytes of tensors, with an index; none "
+        "for one file (default: 5GB, where a limit on the file's bytes has room for the index)",
     )
 
     p = verb("imatrix", _imatrix, "write the importance as an imatrix for llama-quantize")

@@ -42,6 +42,7 @@ from allocator.errors import (
 )
 from allocator.export.checkpoint import materialize
 from allocator.export.manifest import Manifest, file_digest
+from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import unseal
 from allocator.formats import FORMATS, offered
 from allocator.profiling.profiler import Profiler
@@ -412,7 +413,7 @@ def test_odd_numbers_of_documents_are_refused(study, options, n):
         api.evaluate(study, documents=n, **options)
 
 
-def test_materialize_verify_reproduce(study, options, tmp_path):
+def test_materialize_verify_reproduce(study, options, tmp_path, monkeypatch):
     pick = study / "allocations/pick.json"
     made = {
         c: api.materialize(study, pick, tmp_path / c, container=c, record=True, **options)
@@ -423,9 +424,23 @@ def test_materialize_verify_reproduce(study, options, tmp_path):
         assert recorded[container] == file_digest(done.folder / done.manifest.file)
         found = api.verify(study, done.folder, documents=3, encode=True, **options)
         assert found.file_bytes == (done.folder / done.manifest.file).stat().st_size
-    shards = {"container": "safetensors", "shard_size": "100KB", "record": True}
-    cut = api.materialize(study, pick, tmp_path / "cut", **shards, **options)
-    assert "model-00002-of-" in " ".join(cut.manifest.sha256)
+    with monkeypatch.context() as patch:
+        patch.setattr("allocator.targets.safetensors.SHARD_BYTES", 100_000)
+        cut = api.materialize(
+            study, pick, tmp_path / "cut", container="safetensors", record=True, **options
+        )
+        assert "model-00002-of-" in " ".join(cut.manifest.sha256)
+        assert cut.manifest.size_of_weights(cut.folder) == cut.manifest.file_bytes
+        (again,) = api.reproduce(pick, tmp_path / "cut", containers=["safetensors"], **options)
+        assert again.manifest == cut.manifest
+        layout, record = StudyFolder(study, **options).layout, AllocationRecord.read(pick)
+        asked = {"none": None, "1MB": 1_000_000, None: 100_000}
+        runtime = runtime_named("safetensors")
+        assert {a: api._shard_bytes(a, runtime, layout, record) for a in asked} == asked
+        for spare, expected in ((0, 100_000), (-1, None)):
+            limits = {"budget": cut.manifest.file_bytes + spare}
+            tight = msgspec.structs.replace(record, bytes={**record.bytes, **limits})
+            assert api._shard_bytes(None, runtime, layout, tight) == expected
     assert AllocationRecord.read(pick).sha256 == recorded  # of the same tensors in one file
     whole = api.verify(study, made["safetensors"].folder, **options)
     assert whole.loss == pytest.approx(AllocationRecord.read(pick).loss["search"], abs=1e-6)

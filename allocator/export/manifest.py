@@ -97,6 +97,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The sha256 of the weights' file; of shards, that of one file with the same tensors."""
         return self.sha256[self.file] if isinstance(self.one_file, UnsetType) else self.one_file
 
+    def size_of_weights(self, folder: Path) -> int:
+        """Returns the bytes that the weights' file, or shards and index, have on the disk now.
+
+        Raises:
+            OSError: if one is missing.
+        """
+        names = {self.file}
+        if self.shard_bytes is not UNSET:
+            names |= {name for name in self.sha256 if Path(name).suffix == ".safetensors"}
+        return sum((folder / name).stat().st_size for name in names)
+
     @property
     def weights_digest(self) -> str:
         """Names weights that the other digests do not determine; empty if they do."""

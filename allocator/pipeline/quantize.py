@@ -113,8 +113,8 @@ class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         checkpoint: directory of the written checkpoint, relative to the study.
-        file: of the weights in it.
-        file_bytes: of that file.
+        file: of the weights in it; the index where they are in shards.
+        file_bytes: of that file, shards included.
         sha256: of that file.
         bits: effective bits of the searched matrices.
         experts: retained per layer.
@@ -359,7 +359,8 @@ def _earlier(request: QuantizeRequest) -> Quantized | None:
         return None
     try:
         record = AllocationRecord.read(study / "allocations/pick.json")
-        size = (study / quantized.checkpoint / quantized.file).stat().st_size
+        folder = study / quantized.checkpoint
+        size = Manifest.read(folder).size_of_weights(folder)
     except (OSError, AllocatorError):
         return None
     record = record if quantized.weights else record.unfinished

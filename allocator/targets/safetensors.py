@@ -31,6 +31,8 @@ INDEX_NAME = "model.safetensors.index.json"
 """Of the file that says which shard has a tensor."""
 
 _LONGEST_OFFSET = 10**16 - 1  # bytes
+SHARD_BYTES = 5 * 10**9
+"""Where nothing else is asked for: of one file, the most bytes of tensors, as the hub's library."""
 
 
 def entries(
