@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -83,5 +84,6 @@ class SumsCheckpoint:
         self._cost = self._saved - began
 
     def remove(self) -> None:
-        """Removes the file, if there is one."""
-        self.path.unlink(missing_ok=True)
+        """Removes the file, if there is one, and what was left of a save that was killed."""
+        for path in (self.path, *self.path.parent.glob(f"{escape(self.path.name)}.*.part")):
+            path.unlink(missing_ok=True)
