@@ -303,12 +303,9 @@ class _Stage:
         if not self._recipe.streamed:
             return _estimate(finisher, seconds_per_token(finisher))
 
-        from allocator.app.estimate import seconds_per_token as streamed_seconds_per_token
+        from allocator.app.estimate import encoded_seconds_per_token
 
-        per_token = streamed_seconds_per_token(
-            self._folder, documents=1, threads=self._folder.threads
-        )
-        return _estimate(finisher, per_token)
+        return _estimate(finisher, encoded_seconds_per_token(self._folder))
 
     def note(self, artifact: Artifact) -> FinishResult:
         """Puts the file of finished weights beside the record, and names it there.

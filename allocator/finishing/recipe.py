@@ -36,8 +36,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts: what is changed, of `PARTS`.
         streamed: second moments are measured layer by layer, then without Fisher weights, and
             tuning is layer by layer, too.
-        stopped_steps: tuning steps after which a time limit ended tuning, of all layers where it is
-            layer by layer; None without one.
+        stopped_steps: tuning steps after which a time limit ended tuning; None without one.
         method: version of the method; another one gives other weights.
     """
 

@@ -250,7 +250,7 @@ class _Run:
         self._directions(self._changed(state), place, chunks, bar)
         tried = [self._moved(state, place, share * state.rate) for share in TRIED]
         losses = self._losses(tried)
-        best = int(np.argmin(losses))
+        best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
         rate, made = state.rate * TRIED[best], state.steps + 1
         if losses[best] < state.least:
             for layer in self._each_layer:
@@ -262,7 +262,8 @@ class _Run:
         for path in self._folder.glob("changes-*"):
             if not path.name.startswith(f"changes-{state.at}-"):
                 path.unlink()
-        shutil.rmtree(place)
+        for done in self._folder.glob("step-*"):
+            shutil.rmtree(done)
         return state
 
     # -- changes

@@ -7,7 +7,7 @@ nothing is written; sizes are upper estimates.
 from dataclasses import dataclass
 from math import prod
 
-from allocator.app.estimate import SearchEstimate, estimate_in
+from allocator.app.estimate import SearchEstimate, encoded_seconds_per_token, estimate_in
 from allocator.app.finish_stage import finish_documents
 from allocator.app.request import SearchRequest
 from allocator.app.study_folder import StudyFolder
@@ -92,7 +92,8 @@ def estimate_road(request: SearchRequest, recipe: Recipe | None) -> RoadEstimate
     }
     if recipe is not None:
         used = recipe.layer_by_layer if streamed else recipe
-        seconds["finish"] = _finish_seconds(study_folder, used, per_token, written)
+        each = encoded_seconds_per_token(study_folder) if streamed else per_token
+        seconds["finish"] = _finish_seconds(study_folder, used, each, written)
     copying = written / _COPY_BYTES_PER_SECOND
     seconds["materialize"] = copying
     seconds["verify"] = copying + per_token * tokens * _RUNTIME_FORWARDS

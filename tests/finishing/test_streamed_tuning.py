@@ -38,7 +38,7 @@ def allocation_of(layout):
             formats[name] = "Q5_1:1,3,5+Q4_0:2,4,6,7"
     return Allocation.of(
         target=layout.target,
-        retained=dict.fromkeys(layout.layers, tuple(range(1, 8))),
+        retained=dict.fromkeys(layout.layers, tuple(range(1, layout.inventory.n_experts))),
         formats=formats,
         experts_used=layout.inventory.experts_used,
     )

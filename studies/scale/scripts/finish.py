@@ -17,7 +17,11 @@ Q2_K, all else in Q4_K. Stages, each in processes of its own:
 - `rechosen`: the codes of one group of each layer removed, those being chosen at the kills among
   them, and chosen again without a stop; the same file and losses must come of it.
 
-A finished stage is in `finish.json` and is not run again. `--small` is a trial of minutes, whose
+`--tuning` measures the other half: a checkpoint of its own (`TUNED`), every matrix in Q2_K or Q4_K, whose scales, norms
+and routers are tuned, and whose codes stay. `scored` runs the losses alone, for the memory that they take; `tuned`
+tunes without a stop; `tuned, killed` is killed with -9 on its way forwards and on its way back.
+
+A finished stage is in `finish.json`, or `tuning.json`, and is not run again. `--small` is a trial of minutes, whose
 results go to DIR.
 """
 
@@ -33,12 +37,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import msgspec
 from build_checkpoint import config_of, tensors_of
 from run import HERE, KINDS, MOST_RESIDENT, Meter, build, status
 
 SMALL = {
     "layers": 3, "experts": 4, "experts_used": 2, "heads": 2, "hidden": 1024, "width": 512,
     "dense_width": 2048, "vocabulary": 8192, "fp8": True,
+}  # fmt: skip
+TUNED = {
+    "layers": 3, "experts": 16, "experts_used": 4, "heads": 8, "hidden": 2048, "width": 1024,
+    "dense_width": 4096, "vocabulary": 8192, "fp8": True,
 }  # fmt: skip
 CHOSEN = {  # the others have no codes
     "layers.0.attention.kv_a": "IQ2_XXS",
@@ -82,19 +91,23 @@ def allocation_of(layout, *, whole):
     )
 
 
-def finisher_of(out, *, whole=False):
+def finisher_of(out, *, whole=False, tuning=False):
     from allocator.export.tensors import EncodedTensors
     from allocator.finishing.finish import FinishDocuments, Finisher
-    from allocator.finishing.recipe import Recipe
+    from allocator.finishing.recipe import CODES, PARTS, Recipe
     from allocator.profiling.statistics import importance_digest
 
     study_folder = study_of(out)
     profiler, texts = study_folder.profiler, study_folder.calibration
     scorers = study_folder.scorers
+    if tuning:
+        settings = {"parts": tuple(part for part in PARTS if part != CODES), "rate": 5e-4}
+    else:
+        settings = {"parts": (CODES,), "tuning_tokens": 0}
     return Finisher(
         EncodedTensors(profiler.encodings, allocation_of(study_folder.layout, whole=whole)),
         importance_digest(profiler.statistics.importance),
-        Recipe().layer_by_layer,
+        msgspec.structs.replace(Recipe(), **settings).layer_by_layer,
         FinishDocuments(texts.search, texts.trial_documents, texts.selection_documents),
         lambda chosen: scorers.on(chosen, model=scorers.model),
         study_folder.finished_folder,
@@ -113,10 +126,18 @@ def prepare(out, *, whole=False):
     return {"encoded_bytes": n, "groups": len(parts_of(source))}
 
 
-def finish(out, *, whole=False):
+def scored(out):
+    """The losses before alone."""
+    finisher = finisher_of(out, whole=True, tuning=True)
+    folder = out / "scored"
+    folder.mkdir(exist_ok=True)
+    return finisher._before(folder)
+
+
+def finish(out, *, whole=False, tuning=False):
     from allocator.finishing.finish import parts_of
 
-    finisher = finisher_of(out, whole=whole)
+    finisher = finisher_of(out, whole=whole, tuning=tuning)
     artifact = finisher.finish()
     of = artifact.description.finishing
     return {
@@ -212,6 +233,8 @@ STAGES = {
     "matrices": matrices,
     "prepare whole": partial(prepare, whole=True),
     "whole": partial(finish, whole=True),
+    "scored": scored,
+    "tuned": partial(finish, whole=True, tuning=True),
 }
 
 
@@ -233,7 +256,7 @@ class Child:
     def __init__(self, given, name):
         command = [sys.executable, __file__, "--out", str(given.out), "--stage", name]
         self.process = subprocess.Popen(
-            command + ["--small"] * given.small, stdout=subprocess.PIPE, text=True,
+            command + ["--small"] * given.small + ["--tuning"] * given.tuning, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         self.resident = 0
@@ -292,6 +315,20 @@ def run_rechosen(given, finished, n_groups):
     return Child(given, "whole").result() | {"removed": [path.stem for path in removed]}
 
 
+def run_tuned_killed(given, finished):
+    """Kills two processes while they tune, then lets a third one end."""
+    killed = []
+    for pattern in ("*/step-0/states-2.*", "*/step-0/direction-1.*"):
+        child = Child(given, "tuned")
+        while child.look() and not list(finished.glob(pattern)):
+            pass
+        if child.process.poll() is not None:
+            raise SystemExit("it ended before it was killed")
+        killed.append(child.kill())
+        print("killed", killed[-1], flush=True)
+    return Child(given, "tuned").result() | {"killed": killed}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -299,16 +336,18 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--whole", action="store_true", help="the whole allocation alone: an hour")
+    parser.add_argument("--tuning", action="store_true", help="tuning alone: minutes")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    out = given.out.resolve() / "small-finish" if given.small else given.out.resolve()
+    aside = "tuning" if given.tuning else "small-finish" if given.small else ""
+    out = given.out.resolve() / aside
     if given.stage:
         return stage(out, given.stage)
     out.mkdir(parents=True, exist_ok=True)
-    dimensions = SMALL if given.small else KINDS["fp8"]
+    dimensions = TUNED if given.tuning else SMALL if given.small else KINDS["fp8"]
     build(out, "fp8", dimensions)
     finished, aside = out / "cache/finish", out / "undisturbed"
-    path = (out if given.small else HERE) / "finish.json"
+    path = (out if given.small else HERE) / ("tuning.json" if given.tuning else "finish.json")
     results = json.loads(path.read_text()) if path.exists() else {}
 
     def note(name, found):
@@ -316,6 +355,8 @@ def main():
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(time.strftime("%H:%M:%S"), name, json.dumps(found), flush=True)
 
+    if given.tuning:
+        return tuning(given, finished, results, note)
     if given.whole:
         return whole(given, finished, results, note)
     if "prepare" not in results:
@@ -344,6 +385,17 @@ def whole(given, finished, results, note):
     if "rechosen" not in results:
         note("rechosen", run_rechosen(given, finished, n_groups))
     report(results, "whole", "rechosen")
+
+
+def tuning(given, finished, results, note):
+    """The stages of tuning."""
+    for name in ("prepare whole", "scored", "tuned"):
+        if name not in results:
+            note(name, Child(given, name).result())
+    if "tuned, killed" not in results:
+        shutil.rmtree(finished)
+        note("tuned, killed", run_tuned_killed(given, finished))
+    report(results, "tuned", "tuned, killed")
 
 
 def report(results, one, other):

@@ -235,7 +235,9 @@ class Measured:
 
         def step():
             self.swap.put(changes.weights(nothing, next(names)).candidate)
-            return gradient.at(range(len(documents)), lambda: changes.gradient(self.swap.model, nothing))
+            return gradient.at(
+                range(len(documents)), lambda: changes.gradient(self.swap.model, nothing)
+            )
 
         (_, found), seconds = self.machine.once(step)
         self.note("tuning step", seconds, *PLAIN)
