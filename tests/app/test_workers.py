@@ -159,7 +159,7 @@ def test_workers_end_with_their_parent(search, trials, fresh, study_cache, how):
     check(trials(None), done + 3)
 
 
-@pytest.mark.slow  # its line is that of a lost database below; its end that of a killed worker above
+@pytest.mark.slow  # its line is that of a lost database below, its end that of a killed worker
 def test_a_failing_worker_stops_the_search_with_its_line(search, trials, postgresql):
     """The database goes away under all of them."""
     import psycopg
