@@ -26,6 +26,7 @@ from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, CheckpointError
 from allocator.evaluation.held_out import _Tasks
+from allocator.evaluation.lm_eval_tasks import OWN
 from allocator.export.checkpoint import materialize
 from allocator.export.gguf.files import read_gguf, write_gguf
 from allocator.export.safetensors.directory import write_config
@@ -456,14 +457,14 @@ def test_lm_eval_gets_a_tokenizer_made_of_the_vocabulary(with_tokenizer, file_of
     written = []
     for name, path in (("gguf", with_tokenizer), ("directory", with_tokenizer.parent)):
         study = SimpleNamespace(inventory=read_inventory(path), cache=tmp_path / name)
-        _Tasks(study, documents)
+        _Tasks(study, documents, OWN, limit=None)
         files = sorted((tmp_path / name / "lm-eval").glob("*.jsonl"))
         written.append([file.read_bytes() for file in files])
     assert len(written[0]) == 2
     assert written[0] == written[1]
     study = SimpleNamespace(inventory=read_inventory(file_of("mixtral", "BF16")), cache=tmp_path)
     with pytest.raises(CalibrationError, match="no tokenizer, which --tasks needs"):
-        _Tasks(study, documents)
+        _Tasks(study, documents, OWN, limit=None)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Experts padded with zeros: against a checkpoint with the zeros in its files, and transformers."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -211,7 +212,7 @@ def test_zeros_count_in_time_and_memory_and_in_no_number_of_parameters(case, mon
 
     scorers = SimpleNamespace(model=model)
     study = SimpleNamespace(scorers=scorers, inventory=layout.inventory, layout=layout)
-    clock = iter(range(10))  # seconds: one expert is read in one, and computed in one
+    clock = itertools.count()  # seconds: one expert is read in one, and computed in one
     monkeypatch.setattr(searching.time, "perf_counter", lambda: next(clock))
     reading, computing = searching._one_expert(study)
     one, idle = 3 * 256 * 256, 2 / 4
