@@ -199,9 +199,10 @@ def _quantize(args: argparse.Namespace) -> Any:
 def _print_quantize_plan(plan: Any) -> None:
     inventory, road = plan.inventory, plan.road
     search, weights = road.search, inventory.n_searched_weights
+    print(f"model    {plan.model}")
     print(
-        f"model    {plan.model}: {inventory.family.model_type}, {inventory.n_layers} "
-        f"layers, {inventory.n_experts} experts, {weights / 1e9:.3g} billion weights"
+        f"         {inventory.family.model_type}, {inventory.n_layers} layers, "
+        f"{inventory.n_experts} experts, {weights:,} weights"
     )
     for limit in search.budget.limits:
         print(f"budget   {show_size(limit.nbytes)}, bounds the {limit.bounds}")

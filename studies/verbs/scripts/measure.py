@@ -1,6 +1,6 @@
 """Runs every verb in a terminal of 80 columns, and says how long each leaves its user in the dark.
 
-    python studies/verbs/scripts/measure.py --out DIR [--model studies/qwen3/model]
+    python studies/verbs/scripts/measure.py --text FILE --out DIR [--model studies/qwen3/model]
 
 In: a checkpoint with a tokenizer. Out: `verbs.csv`, a row per command, in the order of a new user's
 road: seconds to the first character, longest time in which the screen did not change (the end
@@ -27,21 +27,22 @@ from unicodedata import east_asian_width
 import pandas as pd
 
 HERE = Path(__file__).parents[1]
+HELD_OUT = "held-out.jsonl"
 MODEL = HERE.parent / "qwen3" / "model"
 ROWS, COLUMNS = 24, 80
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 COMPARE = '\n[compare]\nsamplers = ["knapsack", "random"]\nweights = [{weights}]\nseeds = {{ gguf = 1 }}\ntokens = {tokens}\n'
 
 
-def commands(model: Path, out: Path) -> list[list[str]]:
+def commands() -> list[list[str]]:
     """Lists the verbs with their arguments, in the order of the road."""
-    study, made = out / "study", out / "made"
+    model, study, made = Path("my-moe"), Path("study"), Path("made")
     pick, knapsack = (str(study / f"allocations/{name}.json") for name in ("pick", "knapsack"))
     gguf = str(made / "gguf/model.gguf")
-    budget = ["--bits", "3", "--trials", "12", "--report", str(out / "report.txt")]
+    budget = ["--bits", "3", "--trials", "12", "--report", HELD_OUT]
     return [
-        ["quantize", str(model), *budget, "--out", str(out / "one"), "--dry-run"],
-        ["quantize", str(model), *budget, "--out", str(out / "one")],
+        ["quantize", str(model), *budget, "--out", "one", "--dry-run"],
+        ["quantize", str(model), *budget, "--out", "one"],
         ["inspect", str(model)],
         ["plan", str(model / "config.json"), "--device", "geforce-rtx-4090"],
         ["init", str(model), *budget, "--out", str(study)],
@@ -59,9 +60,9 @@ def commands(model: Path, out: Path) -> list[list[str]]:
         ["verify", str(made / "gguf"), "--study", str(study)],
         ["materialize", pick, str(made / "safetensors"), "--container", "safetensors", "--record"],
         ["verify", str(made / "safetensors"), "--study", str(study)],
-        ["reproduce", pick, "--out", str(out / "again")],
+        ["reproduce", pick, "--out", "again"],
         ["score", gguf, "--study", str(study)],
-        ["imatrix", str(study), str(out / "imatrix.gguf")],
+        ["imatrix", str(study), "imatrix.gguf"],
         ["compare", str(study), "--dry-run"],
         ["compare", str(study)],
     ]
@@ -70,12 +71,12 @@ def commands(model: Path, out: Path) -> list[list[str]]:
 class Terminal:
     """A pseudo-terminal that keeps what was written, and when."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         began = time.monotonic()
         process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment, close_fds=True
+            command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=folder
         )
         os.close(slave)
         self.changes: list[tuple[float, bytes]] = []
@@ -126,22 +127,23 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; is emptied")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--text", type=Path, help="held-out text; the README by default")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text, JSON lines")
     given = parser.parse_args()
     out = given.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     (out / "terminal").mkdir(parents=True)
-    shutil.copy(given.text or HERE.parents[1] / "README.md", out / "report.txt")
+    shutil.copy(given.text, out / HELD_OUT)
+    shutil.copytree(given.model, out / "my-moe")
     allocator = Path(sys.executable).with_name("allocator")
     environment = os.environ | {
         "ALLOCATOR_CACHE": str(out / "cache"), "TERM": "xterm", "COLUMNS": str(COLUMNS),
     }  # fmt: skip
     rows = []
-    for number, command in enumerate(commands(given.model.resolve(), out)):
+    for number, command in enumerate(commands()):
         if command[0] == "compare":
             add_compare(out / "study")
-        shown = " ".join(["allocator", *command]).replace(f"{out}/", "")
-        terminal = Terminal([str(allocator), *command], environment)
+        shown = " ".join(["allocator", *command])
+        terminal = Terminal([str(allocator), *command], environment, out)
         record = out / "terminal" / f"{number:02}-{command[0]}.txt"
         record.write_text(f"$ {shown}\n{terminal.text}")
         rows.append({
