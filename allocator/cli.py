@@ -289,7 +289,7 @@ def _search(args: argparse.Namespace) -> Any:
     for limit in result.budget.limits:
         _print_limit(limit)
     for line in result.calibration:
-        print(f"calibration: {line}")
+        print(f"text: {line}")
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     _print_outcome(result.outcome)
@@ -389,7 +389,7 @@ def _explain(args: argparse.Namespace) -> Any:
     _print_table(args, table)
     for split, before, after in table.attrs["losses"]:
         finished = "" if after is None else _finished_loss(before, after)
-        print(f"loss on the {split} split {before:.6f} nats per token{finished}")
+        print(f"{split} loss {before:.6f} nats per token{finished}")
     return table
 
 

@@ -100,7 +100,7 @@ def test_from_a_fresh_study_to_a_reproduced_file(run, fresh, study_cache, tmp_pa
     check_profile_line(good(run("profile", fresh)), fresh, study_cache)
     assert state(fresh) == before
     out = good(run("search", fresh, "--trials", 8))
-    assert "calibration: 12 records: 8 search + 4 selection documents of 32\n" in out
+    assert "text: 12 records: 8 search + 4 selection documents of 32\n" in out
     assert sum(map(int, re.findall(r"(\d+) (?:COMPLETE|PRUNED|FAIL)", out))) == 8
     first = trials(fresh)
     assert len(first) == 8

@@ -84,7 +84,7 @@ def search(request: SearchRequest) -> SearchResult:
     with search_lock(study_folder.path, join=request.join) as lock, reaching(launch.storage):
         calibration = study_folder.calibration.summary, study_folder.calibration.use
         if study_folder.progress and lock.exclusive_start:  # workers of this search stay silent
-            say("\n".join(f"calibration: {line}" for line in calibration))
+            say("\n".join(f"text: {line}" for line in calibration))
         messages = mend_storage(launch.storage, study_folder.path) if lock.exclusive_start else []
         study = study_folder.study(launch)
         if lock.exclusive_start and (
