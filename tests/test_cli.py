@@ -448,7 +448,7 @@ def test_bad_paths(run, study, checkpoints, tmp_path):
     refused(run("score", nowhere, "--study", study), "no such allocation file")
     refused(run("explain", nowhere, "--study", study), "no such allocation file")
     refused(run("materialize", nowhere, tmp_path / "out", "--study", study), "nowhere")
-    refused(run("materialize", pick, nowhere / "deep/out"), "no such directory")
+    refused(run("materialize", pick, study / "study.toml/out"), "is a file")
     refused(run("materialize", pick, study), "holds something else")
     refused(run("verify", nowhere, "--study", study), "manifest.json")
     refused(run("reproduce", nowhere, "--study", study), "nowhere")

@@ -29,6 +29,7 @@ from allocator.export.card import CARD, CardFacts, licence_files, model_card
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import seal
+from allocator.files.machine import free_disk
 from allocator.files.progress import stepping
 
 if TYPE_CHECKING:  # which loads torch
@@ -142,15 +143,14 @@ def check_place(
     Raises:
         VerifyError: if `folder` holds something else, or the disk is too small.
     """
-    if not folder.parent.is_dir():
-        raise VerifyError(f"{folder.parent}: no such directory; make it first")
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise VerifyError(f"{folder}: {there} is a file; choose another directory")
     if folder.exists() and not _holds(folder, allocation, weights, container):
         raise VerifyError(f"{folder}: holds something else; choose another directory or remove it")
-    free = shutil.disk_usage(folder.parent).free
-    if free < nbytes * 1.01 + (16 << 20):
-        raise VerifyError(
-            f"{folder.parent}: {free:,} bytes free, needed {nbytes:,}; free some disk"
-        )
+    free, needed = free_disk(folder), int(nbytes * 1.01) + (16 << 20)
+    if free < needed:
+        raise VerifyError(f"{there}: {free:,} bytes free, needed {needed:,}; free some disk")
 
 
 def _holds(folder: Path, allocation: Allocation, weights: str, container: str) -> bool:
@@ -173,7 +173,7 @@ def _whole_directory(folder: Path) -> Iterator[Path]:
     place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = place.with_suffix(".old")
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place.mkdir(parents=True)
     try:
         yield place
         if folder.exists():  # moved aside first: a kill leaves no half of it under the name

@@ -369,7 +369,8 @@ def test_too_small_a_disk_is_refused(case, tmp_path, monkeypatch):
     size = made.allocation().nbytes(made.layout).file
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(size * 2, size, size - 1))
-    refuses(tmp_path, VerifyError, f"{size - 1:,} bytes free, needed {size:,}",
+    needed = int(size * 1.01) + (16 << 20)
+    refuses(tmp_path, VerifyError, f"{size - 1:,} bytes free, needed {needed:,}",
             lambda: made.write(tmp_path / "out", "gguf"))  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size * 2 + (32 << 20)))
     made.write(tmp_path / "out", "gguf")
@@ -393,10 +394,13 @@ def test_a_directory_with_something_else_is_refused(case, tmp_path):
     made.write(tmp_path / "empty", "gguf")  # its own is replaced
 
 
-def test_a_missing_parent_is_refused(case, tmp_path):
+def test_missing_parents_are_made_but_not_in_the_place_of_a_file(case, tmp_path):
     made = case("qwen3", "gguf")
-    refuses(tmp_path, VerifyError, "no such directory",
-            lambda: made.write(tmp_path / "no/out", "gguf"))  # fmt: skip
+    (tmp_path / "file").write_text("mine")
+    refuses(tmp_path, VerifyError, "file is a file; choose another directory",
+            lambda: made.write(tmp_path / "file/deep/out", "gguf"))  # fmt: skip
+    made.write(tmp_path / "new/deep/out", "gguf")
+    assert (tmp_path / "new/deep/out/manifest.json").is_file()
 
 
 def test_a_safetensors_allocation_is_no_gguf(case, tmp_path):
