@@ -386,7 +386,12 @@ def front(
             f"{study_folder.path}: its study was searched for target {searched!r}, asked for "
             f"{asked!r}; leave the target out"
         )
-    return write_front(study_folder, opened)
+    table = write_front(study_folder, opened)
+    if table.empty:
+        raise StudyError(
+            f"{study_folder.path}: no trial is finished yet; continue with `allocator search`"
+        )
+    return table
 
 
 def score(

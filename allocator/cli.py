@@ -311,8 +311,8 @@ def _print_outcome(outcome: Any) -> None:
     if outcome.ratio is not None:
         low, high = outcome.ratio_interval
         print(
-            f"         {outcome.ratio:.3f} [{low:.3f}, {high:.3f}] of the best baseline within the "
-            f"budget,\n         {outcome.baseline}"
+            f"         {outcome.ratio:.3f} [{low:.3f}, {high:.3f}] of {outcome.baseline},\n"
+            "         the best baseline that this study scored in full"
         )
 
 

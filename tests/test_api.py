@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import msgspec
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -243,6 +244,13 @@ def test_front_without_a_study_is_refused(fresh, options):
     with pytest.raises(StudyError, match="no study yet"):
         api.front(fresh, **options)
     assert state(fresh) == before
+
+
+def test_the_front_of_a_study_that_was_stopped_before_its_first_trial(fresh, options):
+    storage = f"sqlite:///{fresh}/study.db"
+    optuna.create_study(study_name=fresh.name, storage=storage, directions=["minimize"] * 2)
+    with pytest.raises(StudyError, match="no trial is finished yet"):
+        api.front(fresh, storage=storage, **options)
 
 
 def test_finalists_are_different_allocations(formula):
