@@ -116,7 +116,7 @@ def add_compare(study: Path) -> None:
     settings = json.loads((study / "allocations/pick.json").read_text())
     path = study / "study.toml"
     if "\n[compare]" not in path.read_text():
-        text = COMPARE.format(weights=settings["weights_bytes"], tokens=150_000)
+        text = COMPARE.format(weights=settings["bytes"]["budget"], tokens=450_000)
         path.write_text(path.read_text() + text)
 
 
@@ -155,10 +155,10 @@ def main() -> None:
             "code": terminal.code,
             "command": shown,
         })  # fmt: skip
+        pd.DataFrame(rows).to_csv(HERE / "verbs.csv", index=False)
         print({k: v for k, v in rows[-1].items() if k != "command"}, flush=True)
         if terminal.code:
             raise SystemExit(f"{shown}: ended with {terminal.code}, see {record}")
-    pd.DataFrame(rows).to_csv(HERE / "verbs.csv", index=False)
 
 
 if __name__ == "__main__":
