@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from allocator.errors import StudyError
+from allocator.files.machine import existing
 
 STUDY_FILE = "study.toml"
 """The file that says what a study asks."""
@@ -46,7 +47,7 @@ def check_new(folder: Path) -> None:
         )
     if (folder / "config.json").exists():
         raise StudyError(f"{folder}: a model; name another folder for its study with --out")
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         fault = "cannot be written" if place.is_dir() else "is a file"
         raise StudyError(

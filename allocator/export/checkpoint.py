@@ -29,7 +29,7 @@ from allocator.export.card import CARD, CardFacts, licence_files, model_card
 from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_digest, files_in
 from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import seal
-from allocator.files.machine import free_disk
+from allocator.files.machine import existing, free_disk
 from allocator.files.progress import stepping
 
 if TYPE_CHECKING:  # which loads torch
@@ -143,7 +143,7 @@ def check_place(
     Raises:
         VerifyError: if `folder` holds something else, or the disk is too small.
     """
-    there = next(path for path in folder.absolute().parents if path.exists())
+    there = existing(folder.parent)
     if not there.is_dir():
         raise VerifyError(f"{folder}: {there} is a file; choose another directory")
     if folder.exists() and not _holds(folder, allocation, weights, container):

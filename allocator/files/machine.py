@@ -20,9 +20,14 @@ def load_per_core() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
-def free_disk(path: Path) -> int:
-    """Returns the bytes that are free on the disk of a path, which need not exist yet."""
+def existing(path: Path) -> Path:
+    """Returns a path, absolute, or the nearest folder above it that exists."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def free_disk(path: Path) -> int:
+    """Returns the bytes that are free on the disk of a path, which need not exist yet."""
+    return shutil.disk_usage(existing(path)).free

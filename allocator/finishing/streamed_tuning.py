@@ -32,14 +32,14 @@ import numpy as np
 import torch
 
 from allocator.checkpoint.tensors import Floats
-from allocator.errors import CalibrationError, CheckpointError
+from allocator.errors import CheckpointError
 from allocator.export.stored import StoredTensor, StoredWeights
 from allocator.export.tensors import TensorSource
 from allocator.files.checksums import load_arrays, read_checked, save_arrays, write_checked
 from allocator.files.progress import Step, step
 from allocator.finishing.layer_gradient import head_gradient, layer_gradient
 from allocator.finishing.relative_changes import NORMS, RelativeChanges
-from allocator.finishing.tuning import Check, Tuned, TuningSettings, steps_of
+from allocator.finishing.tuning import Check, Tuned, TuningSettings, checked_steps
 from allocator.scoring.candidates import Candidate
 from allocator.scoring.documents import Document, batches
 from allocator.scoring.layer_checkpoints import Batches, LayerCheckpoints
@@ -173,15 +173,10 @@ def tune_streamed(
     """
     settings = settings or TuningSettings()
     n_tokens = min(settings.tokens, sum(len(d.ids) for d in documents))
-    of_chunk = min(settings.batch_tokens, n_tokens // (LONG_STEPS * _LEAST_CHUNKS))
+    of_chunk = min(settings.batch_tokens, max(1, n_tokens // (LONG_STEPS * _LEAST_CHUNKS)))
     settings = replace(settings, batch_tokens=of_chunk)
-    chunks = [[documents[i] for i in chunk] for chunk in steps_of(documents, settings)]
-    checked = selection.documents[: settings.check_documents]
-    if not chunks or not checked:
-        raise CalibrationError(
-            f"tuning: {len(documents)} search and {len(selection.documents)} selection documents, "
-            f"{settings.tokens:,} tokens; needed one document of each, and its tokens"
-        )
+    steps = checked_steps(documents, selection.n_documents, settings)
+    chunks = [[documents[i] for i in chunk] for chunk in steps]
     run = _Run(source, selection, settings, folder, of)
     return run.run(long_steps(chunks), progress, stop or (lambda _: False))
 
@@ -232,7 +227,7 @@ class _Run:
         )
 
     def _begin(self) -> _State:
-        """Where an earlier run was, or the start, scored."""
+        """Returns where an earlier run was, or the start, scored."""
         known = read_checked(self._folder / _STATE, _State, self._of)
         if known is not None:
             return known
@@ -273,7 +268,7 @@ class _Run:
         return (*range(self._n_layers), None)
 
     def _changed(self, state: _State) -> _Changed:
-        """The tensors under the present changes."""
+        """Returns the tensors under the present changes."""
         at = state.at
 
         def vectors(layer: int | None) -> Floats | None:
@@ -282,7 +277,7 @@ class _Run:
         return _Changed(self._layers, vectors, f"{self._of} {at}")
 
     def _moved(self, state: _State, place: Path, rate: float) -> _Changed:
-        """The tensors after a step at a rate."""
+        """Returns the tensors after a step at a rate."""
         present = self._changed(state)
 
         def vectors(layer: int | None) -> Floats:
@@ -306,7 +301,7 @@ class _Run:
         return values
 
     def _losses(self, tried: Sequence[_Changed]) -> list[float]:
-        """Loss of each on the checked documents, nats per token."""
+        """Returns the loss of each on the checked documents, nats per token."""
         n = min(self._settings.check_documents, self._scorer.n_documents)
         found = self._scorer.score_many([changed.candidate for changed in tried], 0, n)
         return [mean(losses.kl, self._scorer.documents[:n]) for losses in found]
@@ -384,10 +379,8 @@ class _Run:
 
     @torch.no_grad()
     def _before(self, layer: int, present: _Changed, checkpoints: LayerCheckpoints) -> Batches:
-        """What enters a layer of the candidate, `(documents, length, hidden)` by batch."""
-        return self._streamed.states_before(
-            layer, checkpoints, "states", lambda _: present.candidate
-        )
+        """Returns what enters a layer of the candidate, `(documents, length, hidden)` by batch."""
+        return self._streamed.states_before(layer, checkpoints, "states", present.candidate)
 
 
 class _Direction:

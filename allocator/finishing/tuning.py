@@ -141,6 +141,28 @@ def steps_of(documents: Sequence[Document], settings: TuningSettings) -> list[li
     return steps
 
 
+def checked_steps(
+    documents: Sequence[Document], n_selection: int, settings: TuningSettings
+) -> list[list[int]]:
+    """Returns what `steps_of` does.
+
+    Args:
+        documents: of the search split.
+        n_selection: documents of the selection split.
+        settings: of the tuning.
+
+    Raises:
+        CalibrationError: if there is no step, or no document to check one on.
+    """
+    steps = steps_of(documents, settings)
+    if not steps or not n_selection:
+        raise CalibrationError(
+            f"tuning: {len(documents)} search and {n_selection} selection documents, "
+            f"{settings.tokens:,} tokens; needed one document of each, and its tokens"
+        )
+    return steps
+
+
 def tune(
     source: TensorSource,
     documents: Sequence[Document],
@@ -170,12 +192,7 @@ def tune(
         CalibrationError: if there are no documents for a step.
     """
     settings = settings or TuningSettings()
-    steps = steps_of(documents, settings)
-    if not steps or not selection.documents:
-        raise CalibrationError(
-            f"tuning: {len(documents)} search and {selection.n_documents} selection documents, "
-            f"{settings.tokens:,} tokens; needed one document of each, and its tokens"
-        )
+    steps = checked_steps(documents, selection.n_documents, settings)
     run = _Run(source, documents, selection, settings, steps, folder)
     run.resume()
     if stop is not None and 0 < run.state.step < len(steps) and stop(run.state.step):

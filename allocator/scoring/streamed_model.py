@@ -14,7 +14,7 @@ expert that no token reaches is neither read nor encoded. Where more than an add
 experts, the layer runs once more, given their sum.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class StreamedModel:
         layer: int,
         checkpoints: LayerCheckpoints,
         what: str = "states",
-        candidate_of: Callable[[int | None], Candidate] | None = None,
+        candidate: Candidate | None = None,
         *,
         forget: bool = False,
     ) -> Batches:
@@ -158,21 +158,21 @@ class StreamedModel:
             layer: that the states enter.
             checkpoints: of the pass; states of the layers in between are saved there.
             what: names the states there.
-            candidate_of: who computes a layer, or the embedding (None); the original by default.
+            candidate: whose embedding and layers compute them; the original's by default.
             forget: removes the states of a layer once those of the next are saved.
 
         Returns:
             By batch, `(documents, length, hidden)` each.
         """
-        candidate_of = candidate_of or (lambda _: self.original)
+        candidate = candidate or self.original
         first, hidden = layer, None
         while first and (hidden := checkpoints.load(what, first)) is None:
             first -= 1
         if hidden is None:
-            hidden = self.embed(checkpoints.documents, candidate_of(None))
+            hidden = self.embed(checkpoints.documents, candidate)
             self.weights.forget()
         for at in range(first, layer):
-            self.run(at, [States(candidate_of(at), [0], hidden)])
+            self.run(at, [States(candidate, [0], hidden)])
             checkpoints.save(what, at + 1, hidden)
             if forget:
                 checkpoints.remove(what, at)
