@@ -211,3 +211,12 @@ def test_chunks_are_shared_out_in_order():
     assert [chunk for step in steps for chunk in step] == chunks
     assert long_steps(chunks[:8]) == [chunks[:8]]
     assert long_steps(chunks[:2]) == [chunks[:2]]
+
+
+def test_fewer_tokens_than_chunks_make_one_step(case, make_documents, tmp_path):
+    scorer = StreamedScorer(case.streamed, make_documents([9], 4))
+    done = tune_streamed(
+        case.source, make_documents([6], 3), scorer, SETTINGS, folder=tmp_path, of="these"
+    )
+    assert len(done.checks) in (1, 2)  # the step was taken, or lost more
+    assert done.after <= done.before
