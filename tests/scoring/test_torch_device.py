@@ -26,7 +26,10 @@ from allocator.codecs.blocks import Fields
 from allocator.codecs.encodings import Encodings
 from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError
+from allocator.export.tensors import EncodedTensors
 from allocator.finishing.codes import choose
+from allocator.finishing.streamed_tuning import tune_streamed
+from allocator.finishing.tuning import TuningSettings
 from allocator.formats.ggml import FORMATS
 from allocator.profiling.curvature import measure
 from allocator.profiling.second_moments import second_moments, second_moments_streamed
@@ -259,6 +262,23 @@ def test_codes(name):
     assert {t.device.type for t in (there.data, there.before, there.after)} == {NAME}
     torch.testing.assert_close(there.after.cpu(), here.after, rtol=1e-5, atol=0)
     assert (there.data.cpu() == here.data).float().mean() > 0.99
+
+
+def test_tuning_layer_by_layer(layout, documents, make_documents, encodings, tmp_path):
+    source = EncodedTensors(encodings, candidates(layout)[2])
+    settings = TuningSettings(tokens=40, rate=0.004)
+
+    def tuned(device):
+        model = StreamedModel(layout, Weights(layout, lambda: encodings), device=device)
+        scorer = StreamedScorer(model, make_documents([16, 9], 4))
+        folder = tmp_path / device
+        folder.mkdir()
+        return tune_streamed(source, documents, scorer, settings, folder=folder, of="these")
+
+    there, here = tuned(NAME), tuned("cpu")
+    assert len(here.checks) == len(there.checks) == 2
+    for mine, known in zip(there.checks, here.checks, strict=True):
+        assert mine.loss == pytest.approx(known.loss, rel=1e-4)
 
 
 @pytest.mark.slow
