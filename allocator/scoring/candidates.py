@@ -19,6 +19,7 @@ import torch
 from allocator.checkpoint.tensors import Floats, read_rows, read_tensor
 from allocator.codecs import Bytes, codec_of
 from allocator.decision.allocation import DEFAULT_KV_FORMAT, Allocation
+from allocator.files.progress import stepping
 from allocator.formats import format_named, parts
 from allocator.targets import FullPrecision, Group, Layout
 from allocator.targets.group_weights import group_weights
@@ -193,8 +194,13 @@ class Weights:
         groups: Sequence[Group],
         candidates: Sequence[Candidate],
     ) -> Iterator[int]:
-        """Yields experts one by one; reads the next one's originals meanwhile, where needed."""
-        for expert, following in zip(experts, [*experts[1:], None], strict=True):
+        """Yields experts one by one; reads the next one's originals meanwhile, where needed.
+
+        A layer of a large checkpoint takes minutes: its experts are shown as a step of their own.
+        """
+        pairs = list(zip(experts, [*experts[1:], None], strict=True))
+        name = f"layer {groups[0].layer}" if groups else "a layer"
+        for expert, following in stepping(pairs, name, unit="experts", brief=True):
             for group in groups if following is not None else ():
                 key = group.name, following
                 if any(self._asks(c, group, following) for c in candidates):

@@ -183,3 +183,13 @@ def test_rows_are_those_of_retained_experts(layout):
     retained = dict.fromkeys(layout.layers, (1, 4))
     assert retained_rows(of_role(layout, Role.ROUTER, layer), retained) == (1, 4)
     assert retained_rows(of_role(layout, Role.NORM, layer), retained) is None
+
+
+def test_experts_of_a_layer_are_counted_on_the_screen(layout, tmp_path, every_step):
+    encodings = Encodings(tmp_path / "bank", layout, {})
+    weights = Weights(layout, lambda: encodings)
+    layer = max(layout.layers)
+    groups = [g for g in layout.groups.values() if g.layer == layer and g.role.is_expert]
+    original = Candidate.original(layout)
+    assert list(weights.in_turn([3, 5, 6], groups, [original])) == [3, 5, 6]
+    assert f"layer {layer}: 1/3 experts" in every_step.getvalue()
