@@ -1,6 +1,7 @@
-"""Imports point inward, and torch stays at the rim."""
+"""Imports point inward, torch stays at the rim, and the studies' scripts find what they import."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_imports_point_inward(module):
     place = PLACE_OF[module.split(".")[0]]
     outward = {n for n in imported(MODULES[module]) if PLACE_OF.get(n, 0) > place}
     assert not outward
+
+
+SCRIPTS = sorted((ROOT.parent / "studies").glob("*/scripts/*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parts[-3]}/{path.name}")
+def test_a_studys_script_finds_what_it_imports(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("allocator"):
+            module = importlib.import_module(node.module)
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            for name in missing:  # modules that nobody has imported yet, or nothing
+                importlib.import_module(f"{node.module}.{name}")
 
 
 def loads(code):

@@ -21,8 +21,8 @@ import pandas as pd
 from allocator import api
 from allocator.app.record_weights import record_of, source_of
 from allocator.app.study_folder import StudyFolder
-from allocator.comparison.table import interval
 from allocator.scoring.documents import interleaved
+from allocator.study.intervals import ratio_interval
 
 COUNTS = {
     "statistics_documents": 96, "measured_documents": 4, "curvature_documents": 8, "search_documents": 24,
@@ -83,7 +83,7 @@ def main():
         found[name] = losses(args.out / name, result.pick, args, options)
         print(name, *result.calibration, f"KL {found[name].mean():.4f}", sep="\n  ", flush=True)
     own, default = found["own"], found["default"]
-    low, high = interval(default, own)
+    low, high = ratio_interval(default, own)
     row = {
         "trials": args.trials, "full": args.full, "windows": len(own), "own": own.mean(),
         "default": default.mean(), "ratio": default.mean() / own.mean(), "low": low, "high": high,
