@@ -92,6 +92,7 @@ class Bench:
         self.study_folder = StudyFolder(folder, target=target, **options)
         self._text = text
         self._baselines: dict[tuple[str, int], float] = {}
+        self._digests: dict[tuple[str, int | None], str] = {}
         self._references: dict[int, dict[str, Reference]] = {}
 
     @cached_property
@@ -185,18 +186,26 @@ class Bench:
             scorer = self.study_folder.scorers.encoded_with(
                 importance, scorer.documents, beside=beside
             )
-        documents = scorer.documents[:n]
-        path = self._path(documents, importance, allocation)
+        path = self._path(split, n, importance, allocation)
         known = load_arrays(path)
         if known is None:
-            known = {"kl": np.asarray(scorer.score(allocation, 0, len(documents)).kl)}
+            stop = len(scorer.documents[:n])
+            known = {"kl": np.asarray(scorer.score(allocation, 0, stop).kl)}
             save_arrays(path, known)
         return np.asarray(known["kl"])
 
-    def _path(self, documents: Sequence[Document], importance: str, allocation: Allocation) -> Path:
-        """The file of one allocation's losses."""
-        name = f"{calibration.digest(documents)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
+    def _path(self, split: str, n: int | None, importance: str, allocation: Allocation) -> Path:
+        """The file of one allocation's losses on the first `n` documents of a split."""
+        name = f"{self._digest(split, n)[:16]}-{importance[:16]}-{allocation.digest[:32]}"
         return self.study_folder.cache / "held-out" / f"{name}.safetensors"
+
+    def _digest(self, split: str, n: int | None = None) -> str:
+        """The digest of the first `n` documents of a split, read once for thousands of files."""
+        if (split, n) not in self._digests:
+            selection = self.study_folder.calibration.selection_documents
+            documents = ({"selection": selection} | self.splits)[split]
+            self._digests[split, n] = calibration.digest(documents[:n])
+        return self._digests[split, n]
 
     def loss(self, split: str, allocation: Allocation) -> float:
         """Returns the token-weighted mean of `kl`, nats per token."""
@@ -239,8 +248,8 @@ class Bench:
         lock = self.study_folder.lock(_launch(run))
         return {
             **lock,
-            "selection split": calibration.digest(self.study_folder.scorers.selection.documents),
-            "report split": calibration.digest(self.splits["report"]),
+            "selection split": self._digest("selection"),
+            "report split": self._digest("report"),
         }
 
     def check(self, result: RunResult) -> tuple[Allocation, Allocation]:
@@ -352,24 +361,24 @@ class Bench:
         hand = [(a, a.nbytes(layout).encoded) for _, a in by_hand]
         missing: dict[tuple[str, str], int] = {}  # tokens by allocation and documents
 
-        def is_known(documents: Sequence[Document], row: _Sized) -> bool:
+        def is_known(split: str, n: int | None, row: _Sized) -> bool:
             importance = study_folder.profile.importance if is_profiled else ""
-            return is_profiled and self._path(documents, importance, row[0]).exists()
+            return is_profiled and self._path(split, n, importance, row[0]).exists()
 
-        def add(documents: Sequence[Document], rows: list[_Sized]) -> None:
-            n_tokens, digest = sum(len(d.ids) for d in documents), calibration.digest(documents)
+        def add(split: str, n: int | None, rows: list[_Sized]) -> None:
+            n_tokens = sum(len(d.ids) for d in self.splits[split][:n])
             for row in rows:
-                if not is_known(documents, row):
-                    missing[row[0].digest, digest] = n_tokens
+                if not is_known(split, n, row):
+                    missing[row[0].digest, self._digest(split, n)] = n_tokens
 
-        for split, documents in self.splits.items():
-            add(documents, hand)
+        for split in self.splits:
+            add(split, None, hand)
             for weights in {*budgets, *(n for _, n in hand)}:
-                first, rows = documents[:_SCREEN_DOCUMENTS], self._near(space, weights)
-                add(first, rows)
-                if all(is_known(first, row) for row in rows):
+                rows = self._near(space, weights)
+                add(split, _SCREEN_DOCUMENTS, rows)
+                if all(is_known(split, _SCREEN_DOCUMENTS, row) for row in rows):
                     rows = self._close(split, weights)
-                add(documents, rows)
+                add(split, None, rows)
         return len({allocation for allocation, _ in missing}), sum(missing.values())
 
     def _by_hand(self) -> Iterator[tuple[str, Allocation]]:

@@ -83,7 +83,8 @@ def estimate_runs(request: CompareRequest, runs: Sequence[Run]) -> CompareEstima
         n_beside, beside = 0, 0
         if request.baselines != "none":
             budgets = {r.weights for r in shown if r.target == target}
-            n_beside, beside = bench.baseline_costs(sorted(budgets))
+            with waiting("pricing baselines"):
+                n_beside, beside = bench.baseline_costs(sorted(budgets))
         if not mine and not n_beside:
             continue
         study_folder = bench.study_folder

@@ -26,6 +26,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.front import Point, baseline_loss
 from allocator.errors import AllocatorError, StudyError
 from allocator.files.checksums import unseal
+from allocator.scoring import documents as calibration
 from allocator.study.intervals import ratio_interval
 from allocator.targets import TARGETS
 
@@ -228,6 +229,9 @@ def test_baselines_are_priced_before_and_left_out_on_request(finished, study_cac
     bench = Bench(finished, "safetensors", cache=study_cache)
     (weights,), layout = bench.spec.weights, bench.study_folder.layout
     assert bench.baseline_costs([weights]) == (0, 0)  # the table has scored them all
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "digest", None)
+        assert bench.baseline_costs([weights]) == (0, 0)  # no document is read for every baseline
     hand = {a.digest: a.nbytes(layout).encoded for _, a in bench._by_hand()}
     beside = {
         a.digest
