@@ -156,8 +156,11 @@ def init(
             wrong: one line per fault. Nothing is written then.
     """
     from allocator.app.study_path import check_new
+    from allocator.files.outputs import check_output_folder
 
-    if out is not None:
+    if out is None:
+        check_output_folder("--out", Path())
+    else:
         check_new(Path(out))
 
     from allocator.checkpoint.hub import model_path
@@ -198,8 +201,11 @@ def plan(
         AllocatorError: one line on whatever is wrong.
     """
     from allocator.app.resources import Resources
+    from allocator.files.outputs import check_output_folder
 
     Resources.of(options)  # refuses unknown keywords
+    if out is not None:
+        check_output_folder("--out", Path(out))
     asked: dict[str, Any] = {
         "budget": None if device is None else device.budget(Path()),
         "counts": experts,
@@ -639,11 +645,14 @@ def imatrix(
         The files.
 
     Raises:
+        OutputError: if `out` cannot be written.
         TargetError: if llama.cpp has not the model's tensors, or not the allocation's.
     """
     from allocator.app.study_folder import StudyFolder
+    from allocator.files.outputs import check_output_file
 
     options["target"] = "gguf"
+    check_output_file("OUT", Path(out))
     study_folder = StudyFolder(study, **options)
 
     from allocator.app.imatrix_stage import write
@@ -682,6 +691,7 @@ def materialize(
 
     Raises:
         SpaceError: if `floats` is no such format, or asked for with `record`.
+        OutputError: if the directory cannot be made, or with `record` the file not be written.
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
         CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
@@ -690,10 +700,13 @@ def materialize(
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation_record import AllocationRecord, note_digests
+    from allocator.files.outputs import check_output_file
 
     study_folder = StudyFolder(study, **options)
     path = Path(allocation)
     wanted = AllocationRecord.read(path)
+    if record:
+        check_output_file("--record", path)
     check_same_checkpoint(wanted.checkpoint, study_folder.inventory)
     container = container or study_folder.spec.target
 
@@ -985,39 +998,48 @@ def reproduce(
         allocation: `<study>/allocations/<name>.json`.
         out: parent directory; `<study>/out` by default.
         study: if the file lies elsewhere.
-        containers: which; by default those whose sha256 the file records, else the target.
+        containers: which of those whose sha256 the file records; all by default.
         options: as of `StudyOptions`.
 
     Raises:
         CheckpointError: if the source checkpoint is another one.
-        VerifyError: if a rebuilt file differs from the recorded one, or weights that were finished
-            anew do.
+        VerifyError: if no sha256 is recorded, a rebuilt file differs from the recorded one, or
+            weights that were finished anew do.
     """
     from allocator.app.allocation_files import check_same_checkpoint
     from allocator.app.resources import Resources
     from allocator.app.study_folder import StudyFolder
     from allocator.decision.allocation_record import AllocationRecord
     from allocator.errors import VerifyError
+    from allocator.files.outputs import check_output_folder
 
     Resources.of(options)  # refuses unknown keywords
     path = Path(allocation)
     record = AllocationRecord.read(path)
     folder = Path(study if study is not None else Path(os.path.realpath(path)).parent.parent)
     parent = Path(out) if out is not None else folder / "out"
+    check_output_folder("--out", parent)
     study_folder = StudyFolder(folder, **options)
     check_same_checkpoint(record.checkpoint, study_folder.inventory)
+    containers = containers or tuple(record.sha256)
+    if not containers or {*containers} - record.sha256.keys():
+        named = ", ".join(containers) or record.decision.target
+        raise VerifyError(
+            f"{path}: no sha256 of {named} is recorded, so no file was compared; `allocator "
+            f"materialize {path} OUT --record` writes one and records it"
+        )
     parent.mkdir(parents=True, exist_ok=True)
     _ensure_finished(study_folder, record, path)
     rebuilt = []
 
     from allocator.codecs import identity_of
 
-    for container in containers or tuple(record.sha256) or (record.decision.target,):
+    for container in containers:
         written = materialize(
             folder, path, parent / f"{path.stem}-{container}", container=container, **options
         )
         digest = written.manifest.sha256_of_weights
-        if container in record.sha256 and digest != record.sha256[container]:
+        if digest != record.sha256[container]:
             raise VerifyError(
                 f"{written.folder}: sha256 {digest[:12]}…, {path.name} records "
                 f"{record.sha256[container][:12]}… (written by {record.codec}, here "

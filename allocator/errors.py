@@ -36,6 +36,10 @@ class StudyError(AllocatorError):
     """A study, its lock or its storage does not allow what was asked."""
 
 
+class OutputError(AllocatorError):
+    """A file or folder cannot be written where it was asked for."""
+
+
 class VerifyError(AllocatorError):
     """A written checkpoint is not what its allocation says."""
 

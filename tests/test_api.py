@@ -399,6 +399,7 @@ def test_a_record_without_its_importance_is_not_scored_with_ours(study, options)
 
 def test_a_record_cannot_name_places(study, options, tmp_path):
     pick = study / "allocations/pick.json"
+    api.materialize(study, pick, tmp_path / "made", record=True, **options)
     data = unseal(pick.read_bytes())
     pick.write_text(json.dumps(data | {"name": "../../evil"}))
     (made,) = api.reproduce(pick, tmp_path / "deep" / "er", **options)
@@ -588,6 +589,20 @@ def test_reproduce_notices_other_bytes(study, options, tmp_path):
     pick.write_text(json.dumps(data))
     with pytest.raises(VerifyError, match="records 000000000000"):
         api.reproduce(pick, tmp_path / "out", **options)
+
+
+def test_reproduce_without_a_recorded_sha256_is_no_success(study, options, tmp_path, monkeypatch):
+    """Of any container: nothing is built that could not be compared."""
+    pick = study / "allocations/pick.json"
+    data = unseal(pick.read_bytes())
+    monkeypatch.setattr(api, "materialize", None)
+    for recorded, asked, named in (({}, (), "gguf"), ({"gguf": "0" * 64}, ["safetensors"], "safe")):
+        pick.write_text(json.dumps(data | {"sha256": recorded}))
+        with pytest.raises(
+            VerifyError, match=f"no sha256 of {named}.*was compared; .*OUT --record"
+        ):
+            api.reproduce(pick, tmp_path / "out", containers=asked, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_reproduce_refuses_another_checkpoint(study, options, tmp_path, make_checkpoint):

@@ -21,6 +21,7 @@ from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.errors import StudyError
 from allocator.export.manifest import file_digest
+from allocator.files.checksums import unseal
 from allocator.scoring.scorer import Scorer
 from allocator.study.folder_lock import search_lock
 from allocator.study.search import Search
@@ -448,7 +449,7 @@ def test_bad_paths(run, study, checkpoints, tmp_path):
     refused(run("score", nowhere, "--study", study), "no such allocation file")
     refused(run("explain", nowhere, "--study", study), "no such allocation file")
     refused(run("materialize", nowhere, tmp_path / "out", "--study", study), "nowhere")
-    refused(run("materialize", pick, study / "study.toml/out"), "is a file")
+    refused(run("materialize", pick, study / "study.toml/out"), "study.toml is no folder")
     refused(run("materialize", pick, study), "holds something else")
     refused(run("verify", nowhere, "--study", study), "manifest.json")
     refused(run("reproduce", nowhere, "--study", study), "nowhere")
@@ -602,12 +603,29 @@ def test_rows_that_were_measured_are_shown_and_kept(run, study, tmp_path, monkey
     assert all(name.split()[0] in out for name in kept)
 
 
-def test_a_csv_that_cannot_be_written_is_refused_first(run, study, tmp_path, monkeypatch):
-    monkeypatch.setattr(StudyFolder, "__init__", None)
-    refused(run("evaluate", study, "--csv", tmp_path), "cannot be written")
-    refused(run("evaluate", study, "--csv", tmp_path / "no/rows.csv"), "no such folder")
-    refused(
-        run("imatrix", study, tmp_path / "no/x.gguf"), f"OUT {tmp_path}/no/x.gguf: no such folder"
-    )
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    refused(run("evaluate", study, "--csv", tmp_path / "rows.csv"), "cannot be written")
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--csv", ["evaluate", "STUDY", "--csv", "PLACE"]),
+        ("--out", ["init", "MODEL", "--out", "PLACE"]),
+        ("--out", ["plan", "MODEL", "--out", "PLACE", "--device-memory", "1GiB"]),
+        ("--out", ["quantize", "MODEL", "--bits", "3", "--out", "PLACE"]),
+        ("--out", ["report", "STUDY", "--out", "PLACE"]),
+        ("--out", ["reproduce", "PICK", "--out", "PLACE"]),
+        ("OUT", ["imatrix", "STUDY", "PLACE"]),
+        ("OUT", ["materialize", "PICK", "PLACE"]),
+    ],
+)
+def test_an_output_where_nothing_can_be_made_is_refused_first(
+    run, study, checkpoints, monkeypatch, option, arguments
+):
+    pick = study / "allocations/pick.json"
+    pick.write_text(json.dumps(unseal(pick.read_bytes()) | {"sha256": {"gguf": "0" * 64}}))
+    for costly in ("calibration", "profiler", "scorers"):
+        monkeypatch.setattr(StudyFolder, costly, None)
+    monkeypatch.setattr("allocator.pipeline.quantize.model_path", None)  # which may fetch
+    monkeypatch.setattr("allocator.app.planning.plan", None)
+    place = "/proc/x/y"  # in which root can make nothing either
+    given = {"STUDY": study, "MODEL": checkpoints["qwen3"], "PICK": pick, "PLACE": place}
+    says = rf"{option} {place}: nothing can be made in /proc \(.*\); name another place"
+    refused(run(*(given.get(a, a) for a in arguments)), says)

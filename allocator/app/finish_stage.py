@@ -28,6 +28,7 @@ from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord, changing, recorded_bytes
 from allocator.errors import SpaceError, StudyError
 from allocator.files.atomic import write_whole
+from allocator.files.outputs import check_output_file
 from allocator.finishing.recipe import CODES, Recipe
 
 if TYPE_CHECKING:  # these load torch
@@ -236,6 +237,7 @@ class _Stage:
         self._beside = None if self._record is None else given
         self._resolved: Resolved | None = None
         self._path = self._record_path()
+        check_output_file("record", self._path)
         _ = self._folder.calibration.splits
         self._allocation, self._importance = self._folder.read_encoded(given, base=request.base)
         if not request.resolve:

@@ -23,6 +23,7 @@ from allocator.errors import BudgetError, SpaceError, TargetError
 from allocator.families import Role
 from allocator.families.config import quantization_method
 from allocator.files.atomic import write_whole
+from allocator.files.outputs import check_output_file
 from allocator.prediction.priors import Prior
 from allocator.prediction.solver import solve
 from allocator.prediction.surrogate import Surrogate
@@ -213,7 +214,7 @@ def first_paths(plan: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
 
     Raises:
         BudgetError: if no allocation of the plan fits.
-        SpaceError: if a path is taken by something else.
+        OutputError: if a path is taken by something else.
     """
     first = {folder / f"first-{c.experts}.json": c for c in plan.candidates if c.name == "first"}
     if not first:
@@ -221,11 +222,8 @@ def first_paths(plan: Plan, folder: Path) -> dict[Path, PlannedAllocation]:
             "no allocation to write: none of the counts fits the device, or none was given; give "
             "--device-memory, or fewer --experts"
         )
-    if folder.exists() and not folder.is_dir():
-        raise SpaceError(f"{folder}: is a file, needed a folder for the allocations; name another")
     for path in first:
-        if path.is_dir():
-            raise SpaceError(f"{path}: is a folder, needed room for a file; name another --out")
+        check_output_file("--out", path)
     return first
 
 

@@ -3,11 +3,10 @@
 In: a path. Out: the same path. Invariant: this module loads nothing but Python's own modules.
 """
 
-import os
 from pathlib import Path
 
 from allocator.errors import StudyError
-from allocator.files.machine import existing
+from allocator.files.outputs import check_output_folder
 
 STUDY_FILE = "study.toml"
 """The file that says what a study asks."""
@@ -37,7 +36,8 @@ def study_path(folder: str | Path) -> Path:
 
 def check_new(folder: Path) -> None:
     """Raises:
-    StudyError: if there is a study already, which is never overwritten, or none can be made.
+    StudyError: if there is a study already, which is never overwritten, or a model.
+    OutputError: if none can be made.
     """
     path = folder / STUDY_FILE
     if path.exists():
@@ -47,9 +47,4 @@ def check_new(folder: Path) -> None:
         )
     if (folder / "config.json").exists():
         raise StudyError(f"{folder}: a model; name another folder for its study with --out")
-    place = existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        fault = "cannot be written" if place.is_dir() else "is a file"
-        raise StudyError(
-            f"{folder}: cannot be made, {place} {fault}; name another folder with --out"
-        )
+    check_output_folder("--out", folder)

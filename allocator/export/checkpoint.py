@@ -30,6 +30,7 @@ from allocator.export.manifest import ALLOCATION, MANIFEST, Manifest, file_diges
 from allocator.export.runtimes import runtime_named
 from allocator.files.checksums import seal
 from allocator.files.machine import existing, free_disk
+from allocator.files.outputs import check_output_folder
 from allocator.files.progress import stepping
 
 if TYPE_CHECKING:  # which loads torch
@@ -78,6 +79,7 @@ def materialize(
     Raises:
         SpaceError: if the allocation does not fit the source's layout.
         TargetError: if the container's runtime cannot express the allocation.
+        OutputError: if `folder` cannot be made.
         VerifyError: if `folder` holds something else, the disk is too small, or gives back other
             bytes than it was given.
         CheckpointError: if the checkpoint changed since it was opened.
@@ -141,16 +143,17 @@ def check_place(
         nbytes: of the weights' file.
 
     Raises:
+        OutputError: if `folder` cannot be made.
         VerifyError: if `folder` holds something else, or the disk is too small.
     """
-    there = existing(folder.parent)
-    if not there.is_dir():
-        raise VerifyError(f"{folder}: {there} is a file; choose another directory")
+    check_output_folder("OUT", folder, whole=True)
     if folder.exists() and not _holds(folder, allocation, weights, container):
         raise VerifyError(f"{folder}: holds something else; choose another directory or remove it")
     free, needed = free_disk(folder), int(nbytes * 1.01) + (16 << 20)
     if free < needed:
-        raise VerifyError(f"{there}: {free:,} bytes free, needed {needed:,}; free some disk")
+        raise VerifyError(
+            f"{existing(folder)}: {free:,} bytes free, needed {needed:,}; free some disk"
+        )
 
 
 def _holds(folder: Path, allocation: Allocation, weights: str, container: str) -> bool:

@@ -37,6 +37,7 @@ from allocator.export.manifest import MANIFEST, Manifest
 from allocator.export.runtimes import runtime_named
 from allocator.files.atomic import write_whole
 from allocator.files.checksums import seal, unseal
+from allocator.files.outputs import check_output_folder
 from allocator.files.progress import step
 from allocator.pipeline.estimate import RoadEstimate, estimate_road
 from allocator.study.stop_rule import StopRule
@@ -246,6 +247,7 @@ class _CheckedRequest:
         """Prices the stages."""
         request, study, spec = self.request, self.study, self.spec
         if spec is not None:
+            check_output_folder("--out", study)
             road = _priced(request, spec, study)
         else:
             spec, road = self._priced_before_it_is_there()

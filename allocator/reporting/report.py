@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Unpack
 
 from allocator.app.resources import StudyOptions
-from allocator.errors import StudyError
 from allocator.files.atomic import write_whole
+from allocator.files.outputs import check_output_file
 from allocator.reporting.facts import read_facts
 from allocator.reporting.page import page
 
@@ -41,8 +41,7 @@ def report(
         AllocatorError: if there is nothing to report yet, or a file is damaged.
     """
     path = Path(study) / NAME if out is None else Path(out)
-    if path.is_dir():
-        raise StudyError(f"{path}: is a folder, needed a file to write; name another --out")
+    check_output_file("--out", path)
     facts = read_facts(study, allocation=allocation, storage=storage, **options)
     write_whole(path, page(facts).encode())
     return path

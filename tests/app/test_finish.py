@@ -18,7 +18,7 @@ from allocator.app import finish_stage
 from allocator.app.resources import Resources
 from allocator.app.study_folder import StudyFolder
 from allocator.decision.allocation import Allocation
-from allocator.decision.allocation_record import AllocationRecord, finished_name
+from allocator.decision.allocation_record import AllocationRecord, finished_name, note_digests
 from allocator.errors import SpaceError, StudyError, VerifyError
 from allocator.export.manifest import file_digest
 from allocator.finishing import finish as stage
@@ -148,11 +148,13 @@ def test_again_there_is_nothing_to_compute(base, monkeypatch):
 def test_without_the_file_it_is_finished_anew_to_the_same_bytes(base, fresh, tmp_path):
     result = base[2]
     study, options = fresh
-    path = shutil.copy(result.record, study / "allocations")
+    path = Path(shutil.copy(result.record, study / "allocations"))
+    made = api.materialize(base[0], result.record, tmp_path / "made", cache=base[1], threads=1)
+    note_digests(path, AllocationRecord.read(path), {"gguf": made.manifest.sha256_of_weights})
     rebuilt = api.reproduce(path, tmp_path / "anew", **options)
     shutil.copy(result.artifact, study / "allocations")
     again = api.reproduce(path, tmp_path / "again", **options)
-    assert [w.manifest for w in rebuilt] == [w.manifest for w in again]
+    assert [w.manifest for w in (*rebuilt, *again)] == [made.manifest] * 2
 
 
 def test_other_bytes_of_the_same_recipe_are_said_with_both_losses(base, fresh, tmp_path):
@@ -160,7 +162,10 @@ def test_other_bytes_of_the_same_recipe_are_said_with_both_losses(base, fresh, t
     record = AllocationRecord.read(base[2].record)
     other = msgspec.structs.replace(record.finished, after={"search": 0.123456})
     path = study / "allocations/low.json"
-    path.write_bytes(record.finished_with("f" * 64, other).to_bytes())
+    noted = msgspec.structs.replace(
+        record.finished_with("f" * 64, other), sha256={"gguf": "0" * 64}
+    )
+    path.write_bytes(noted.to_bytes())
     options["cache"] = base[1]  # which has the weights
     with pytest.raises(VerifyError, match="same recipe, other bytes") as caught:
         api.reproduce(path, tmp_path / "out", **options)
@@ -254,6 +259,7 @@ def test_a_time_limit_ends_tuning_which_is_recorded_and_reproduced(base, fresh, 
     record = AllocationRecord.read(path)
     assert record.finished.recipe["stopped_steps"] == 1
     assert record.weights_digest != base[2].weights
+    api.materialize(study, path, tmp_path / "made", record=True, **options)
     result.artifact.unlink()
     shutil.rmtree(options["cache"] / "finish")
     api.reproduce(path, tmp_path / "out", **options)

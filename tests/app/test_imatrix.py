@@ -65,7 +65,7 @@ def test_a_search_records_the_imatrix(fresh_study, study_cache, tmp_path):
     record = AllocationRecord.read(result.pick)
     assert record.imatrix == hashlib.sha256((study / "i.dat").read_bytes()).hexdigest()
     (study / "i.dat").unlink()  # what is committed is enough
-    (rebuilt,) = api.reproduce(result.pick, tmp_path / "out", cache=study_cache)
+    rebuilt = api.materialize(study, result.pick, tmp_path / "out", cache=study_cache)
     assert rebuilt.manifest.importance == record.importance
 
 

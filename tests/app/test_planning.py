@@ -294,8 +294,8 @@ def test_what_a_plan_does_not_take_as_it_is_quantized_is_noted(changes, noted):
     [
         (TINY, [9], "out", "9 experts"),
         ({}, [], "out", "model_type"),
-        (TINY, [4], "config.json", "needed a folder"),
-        (TINY, [4], "full", "is a folder"),
+        (TINY, [4], "config.json", "is no folder"),
+        (TINY, [4], "full", "first-4.json: no regular file"),
     ],
 )
 def test_everything_else_is_looked_at_before_a_profile(config, experts, out, said, tmp_path):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from allocator.checkpoint.reading import read_inventory
 from allocator.codecs.encodings import Encodings
-from allocator.errors import CheckpointError, SpaceError, TargetError, VerifyError
+from allocator.errors import CheckpointError, OutputError, SpaceError, TargetError, VerifyError
 from allocator.export import checkpoint
 from allocator.export.checkpoint import materialize
 from allocator.export.manifest import Manifest
@@ -397,7 +397,7 @@ def test_a_directory_with_something_else_is_refused(case, tmp_path):
 def test_missing_parents_are_made_but_not_in_the_place_of_a_file(case, tmp_path):
     made = case("qwen3", "gguf")
     (tmp_path / "file").write_text("mine")
-    refuses(tmp_path, VerifyError, "file is a file; choose another directory",
+    refuses(tmp_path, OutputError, "OUT .*/out: .*/file is no folder; name another place",
             lambda: made.write(tmp_path / "file/deep/out", "gguf"))  # fmt: skip
     made.write(tmp_path / "new/deep/out", "gguf")
     assert (tmp_path / "new/deep/out/manifest.json").is_file()

@@ -18,7 +18,7 @@ from allocator.app.tables import front_table
 from allocator.app.trial_table import trials_table
 from allocator.decision.allocation import Allocation
 from allocator.decision.allocation_record import AllocationRecord, Finishing
-from allocator.errors import SpaceError, StudyError
+from allocator.errors import OutputError, SpaceError, StudyError
 from allocator.files.checksums import seal
 from allocator.formats import format_named
 from allocator.study.storages import open_storage
@@ -217,7 +217,7 @@ def test_a_study_without_anything_is_refused(write, tmp_path):
         api.report(study)
     with pytest.raises(SpaceError, match=r"none\.json"):
         api.report(study, allocation=study / "none.json")
-    with pytest.raises(StudyError, match="is a folder"):
+    with pytest.raises(OutputError, match=r"--out .*: no regular file"):
         api.report(write("other", record_of(1, 8, 8)), out=tmp_path)
     assert not (study / "report.html").exists()
 

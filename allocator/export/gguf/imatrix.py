@@ -21,7 +21,6 @@ from gguf import GGUFWriter
 
 from allocator.checkpoint.gguf.imatrix import COUNTS, SUMS
 from allocator.checkpoint.tensors import Floats
-from allocator.errors import CalibrationError
 from allocator.files.atomic import write_whole
 from allocator.targets import Layout
 
@@ -53,12 +52,7 @@ def write_imatrix(
 
     Returns:
         How many tensors it has.
-
-    Raises:
-        CalibrationError: if the folder is not there.
     """
-    if not path.parent.is_dir():
-        raise CalibrationError(f"{path.parent}: no such folder; make it first")
     n_routed = n_tokens * experts_used // layout.inventory.n_experts
     tensors: dict[str, tuple[Floats, list[int]]] = {}
     for group in layout.groups.values():
@@ -88,6 +82,7 @@ def _write_gguf(
     path: Path, tensors: Mapping[str, tuple[Floats, list[int]]], n_chunks: int, dataset: str
 ) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(temporary, "")
     try:
         writer.kv_data[0].clear()  # no architecture, as llama-imatrix writes none
