@@ -2,7 +2,7 @@
 
 In: steps that open, advance and close, one inside another. Out: on a terminal one line that is
 written over; on a pipe a line where a step has taken two seconds, a line every ten seconds after
-that, and a line where it ends. Invariants: a step that advances slowly shows its time, which a
+that, and a line where it ends; a brief step inside another is in the lines of that one. Invariants: a step that advances slowly shows its time, which a
 thread rewrites; the time to go follows from the work done in this run; where progress is not shown,
 nothing is written and no thread runs.
 
@@ -158,7 +158,7 @@ class Display:
                 self._erase()
                 if not step.brief:
                     self._write(text + "\n")
-            elif step.was_shown or not step.brief:
+            elif not step.brief or (step.was_shown and not self._steps):
                 self._write(text + "\n")
 
     def changed(self) -> None:
@@ -174,7 +174,11 @@ class Display:
                     self._written = now
                     self._draw(line)
                 return
-            is_new = any(not s.was_shown and now - s.began >= _FIRST_SECONDS for s in shown)
+            is_new = any(
+                not s.was_shown and now - s.began >= _FIRST_SECONDS
+                for s in shown
+                if not s.brief or s is self._steps[0]
+            )
             if is_new or now - self._written >= _LINE_SECONDS:
                 self._written = now
                 for step in shown:

@@ -62,12 +62,17 @@ def test_waits_are_shown_only_where_they_take_long(pipe):
             pipe.now += 1.0
             pipe.display.changed()
         with waiting("another process measures"):
-            pipe.now += 3.0
-            pipe.display.changed()
+            for _ in range(4):
+                pipe.now += 3.0
+                pipe.display.changed()
+    with waiting("nobody else"):
+        pipe.now += 3.0
+        pipe.display.changed()
     assert pipe.lines == [
         "search: 0/2 trials, 4 s > another process measures: 3 s",
-        "another process measures: 3 s",
-        "search: 0/2 trials, 4 s",
+        "search: 0/2 trials, 13 s",
+        "nobody else: 3 s",
+        "nobody else: 3 s",
     ]
 
 
