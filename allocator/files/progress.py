@@ -2,9 +2,9 @@
 
 In: steps that open, advance and close, one inside another. Out: on a terminal one line that is
 written over; on a pipe a line where a step has taken two seconds, a line every ten seconds after
-that, and a line where it ends; a brief step inside another is in the lines of that one. Invariants: a step that advances slowly shows its time, which a
-thread rewrites; the time to go follows from the work done in this run; where progress is not shown,
-nothing is written and no thread runs.
+that, and a line where it ends; a brief step inside another is in the lines of that one. Invariants:
+a step that advances slowly shows its time, which a thread rewrites; the time to go follows from the
+work done in this run; where progress is not shown, nothing is written and no thread runs.
 
     with step("calibration", total=96, unit="documents") as shown:
         for document in documents:
