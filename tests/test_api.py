@@ -843,6 +843,7 @@ def test_tasks_add_figures_row_by_row(with_tokenizer, options, make_documents, m
 
     at = "allocator.evaluation.lm_eval_tasks"
     monkeypatch.setattr(f"{at}.run_tasks", three)
+    monkeypatch.setattr("allocator.evaluation.held_out.check_named", lambda names: None)
     monkeypatch.setattr(f"{at}.load_named", lambda names: names)
     monkeypatch.setattr(f"{at}.run_named", lambda _m, _t, names, limit: {names[0]: limit / 3})
     with pytest.raises(VerifyError, match="no more"):

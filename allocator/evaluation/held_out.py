@@ -25,7 +25,7 @@ from allocator.checkpoint.inventory import Inventory
 from allocator.checkpoint.tokenizer import read_tokenizer
 from allocator.decision.allocation import Allocation
 from allocator.errors import CalibrationError, StudyError, first_line
-from allocator.evaluation.lm_eval_tasks import OWN
+from allocator.evaluation.lm_eval_tasks import OWN, check_named
 from allocator.files.progress import stepping
 from allocator.scoring.documents import Document, digest, interleaved
 
@@ -82,6 +82,8 @@ def evaluate(
         AllocatorError: one line on whatever is wrong, before anything is measured where it can be
             seen then.
     """
+    names = OWN if tasks is True else [tasks] if isinstance(tasks, str) else tasks or ()
+    check_named(names)
     study_folder = StudyFolder(study, **options)
     if tasks and study_folder.spec.streamed is not None:
         raise StudyError(
@@ -93,7 +95,6 @@ def evaluate(
     encoded = {name: study_folder.read_encoded(path) for name, path in chosen.items()}
     for allocation, _ in encoded.values():
         allocation.nbytes(study_folder.layout)  # which looks at the tokenizer too
-    names = OWN if tasks is True else [tasks] if isinstance(tasks, str) else tasks or ()
     suite = _Tasks(study_folder, held_out, names, limit=limit) if names else None
     scorer = study_folder.scorers.on(held_out)
     from_files = _from_files(study_folder, scorer, encoded, chosen)

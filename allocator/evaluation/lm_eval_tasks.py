@@ -17,9 +17,11 @@ import logging
 import math
 import os
 import random
+import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,11 @@ N_CHOICES = 4  # the true continuation and three distractors
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match")
 """The metric of lm-eval's own tasks that is shown, the first that a task has; else its first."""
 _N_NEAR = 3
+_NAMED = re.compile(
+    r"""^["']?(?:task|group|tag)["']?:((?:\s*-?\s+["']?[^\s"'#:]+["']?$)+)""", re.MULTILINE
+)
+"""The names after a key of a task file, each on its line, or one on the line of the key."""
+_WORD = re.compile(r"""[^\s"'-][^\s"']*""")
 
 _HEAD = """\
 task: {name}
@@ -205,6 +212,43 @@ def run_tasks(
         }
 
 
+def check_named(names: Sequence[str]) -> None:
+    """Refuses names that lm-eval cannot know, before anything is loaded, lm-eval itself included.
+
+    lm-eval parses 14,000 files to list its tasks, which takes it 15 s; the words of these files
+    are read in one. A word of another kind passes here, and `load_named` refuses it.
+
+    Args:
+        names: of our two tasks or of lm-eval's, or paths of task files (`.yaml`).
+
+    Raises:
+        CalibrationError: if a name is no word of a task file, with those near it.
+    """
+    others = [name for name in names if name not in OWN and not Path(name).is_file()]
+    text = _task_files() if others else ""
+    for name in others:
+        if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
+            listed = (word for words in _NAMED.findall(text) for word in _WORD.findall(words))
+            raise _unknown(name, listed)
+
+
+def _task_files() -> str:
+    """The text of all of lm-eval's task files, and of what they include."""
+    found = find_spec("lm_eval")
+    folders = [] if found is None else found.submodule_search_locations or []
+    paths = sorted(path for folder in folders for path in Path(folder, "tasks").rglob("*"))
+    files = (path for path in paths if path.suffix in ("", ".yaml") and path.is_file())
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+
+
+def _unknown(name: str, known: Iterable[str]) -> CalibrationError:
+    near = difflib.get_close_matches(name, {*OWN, *known}, n=_N_NEAR)
+    return CalibrationError(
+        f"--tasks {name}: no task of lm-eval; "
+        + (f"near it are {', '.join(near)}" if near else "`lm_eval ls tasks` lists them")
+    )
+
+
 def load_named(names: Sequence[str]) -> Any:
     """Loads lm-eval's own tasks, groups and tags; their data comes from the Hugging Face hub.
 
@@ -224,11 +268,7 @@ def load_named(names: Sequence[str]) -> Any:
         manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, (*OWN, *manager.all_tasks), n=_N_NEAR)
-            raise CalibrationError(
-                f"--tasks {name}: no task of lm-eval; "
-                + (f"near it are {', '.join(near)}" if near else "`lm_eval ls tasks` lists them")
-            )
+            raise _unknown(name, manager.all_tasks)
     with waiting("loading lm-eval's tasks"), _quiet_loggers(), _without_bars():
         try:
             return manager.load(list(names))

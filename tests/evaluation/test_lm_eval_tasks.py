@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets.config
 import lm_eval.tasks
@@ -17,9 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allocator.errors import CalibrationError, VerifyError
+from allocator.evaluation import lm_eval_tasks
 from allocator.evaluation.lm_eval_tasks import (
     CONTINUATION,
+    OWN,
     PERPLEXITY,
+    check_named,
     load_named,
     run_named,
     run_tasks,
@@ -326,6 +330,32 @@ def test_a_named_task_has_the_figure_of_lm_eval(model, tokenizer, folder, task_f
         figures = run_named(model, tokenizer, load_named([name]), limit=3)
         assert figures == {"mine acc_norm": ours["acc_norm"]}
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_that_no_task_file_has_is_refused_before_lm_eval_is_loaded(
+    task_file, tmp_path, monkeypatch
+):
+    """Names, groups and tags pass, also where an included file without a suffix has them."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/_template").write_text(
+        'tag:\n  - one_tag\n  - "other_tag"\n"task": shared\n'
+    )
+    (tmp_path / "tasks/a.yaml").write_text(
+        "group: \u00e9tudes\ntask:\n- first-task\nmetric: score\n"
+    )
+    place = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(lm_eval_tasks, "find_spec", {"lm_eval": place}.get)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)
+    check_named(
+        [*OWN, "one_tag", "other_tag", "shared", "\u00e9tudes", "first-task", str(task_file)]
+    )
+    for name, near in {
+        "one_tug": "one_tag", "first-tusk": "first-task", "first": "first-task", "shard": "shared",
+        "report_continuations": "report_continuation", "scoor": None,
+    }.items():  # fmt: skip
+        says = f"near it are .*{near}" if near else "`lm_eval ls tasks` lists them"
+        with pytest.raises(CalibrationError, match=f"^--tasks {name}: no task of lm-eval; {says}"):
+            check_named(["one_tag", name])
 
 
 def test_named_tasks_that_cannot_be_run_are_one_line(task_file):
