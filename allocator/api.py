@@ -695,6 +695,7 @@ def materialize(
         StudyError: if the allocation file was changed meanwhile, and `record` is set; the
             checkpoint of the earlier one is there then.
         CheckpointError: if the checkpoint, the importance or the weights of the file are not here.
+        BudgetError: if `shard_size` exceeds a limit of the record that one file does not.
         TargetError: if the container's runtime cannot express the allocation, or has no shards.
     """
     from allocator.app.allocation_files import check_same_checkpoint
@@ -748,18 +749,30 @@ def materialize(
 def _shard_bytes(
     asked: int | str | None, runtime: Runtime, layout: Layout, record: AllocationRecord
 ) -> int | None:
-    """Returns the most bytes of tensors in a file of an allocation's weights; None for one file."""
+    """Returns the most bytes of tensors in a file of an allocation's weights; None for one file.
+
+    Raises:
+        BudgetError: if one file is within a limit of the record, and the shards asked for are not.
+    """
+    from allocator.errors import BudgetError
     from allocator.targets.safetensors import SHARD_BYTES
     from allocator.units import parse_bytes
 
-    if asked is not None:
-        return None if asked == "none" else parse_bytes(asked)
-    if not runtime.index_name:
+    if asked == "none" or (asked is None and not runtime.index_name):
         return None
-    shards = runtime.in_shards(layout, record.decision, SHARD_BYTES)
+    shard_bytes = SHARD_BYTES if asked is None else parse_bytes(asked)
+    shards = runtime.in_shards(layout, record.decision, shard_bytes)
     one, cut = (record.decision.nbytes(layout, r.target).file for r in (runtime, shards))
     limits = (nbytes for name, nbytes in record.bytes.items() if name.startswith("budget"))
-    return None if any(one <= limit < cut for limit in limits) else SHARD_BYTES
+    exceeded = [limit for limit in limits if one <= limit < cut]
+    if not exceeded:
+        return shard_bytes
+    if asked is None:
+        return None
+    raise BudgetError(
+        f"--shard-size {asked}: {cut:,} bytes with the headers and the index of shards, the limit "
+        f"of the record is {min(exceeded):,}; needed larger shards, or none: one file has {one:,}"
+    )
 
 
 def _in_floats(wanted: AllocationRecord, fmt: str, *, record: bool) -> AllocationRecord:

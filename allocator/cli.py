@@ -533,8 +533,9 @@ def _print_written(written: Any) -> None:
 
     m = written.manifest
     _print_text(
-        f"{written.folder / m.file}: {m.file_bytes:,} bytes = {m.tensor_bytes:,} tensors + "
-        f"{m.overhead_bytes:,} overhead, as predicted; sha256 {m.sha256_of_weights}"
+        f"{written.folder / m.file}{' and shards' if m.in_shards else ''}: {m.file_bytes:,} bytes "
+        f"= {m.tensor_bytes:,} tensors + {m.overhead_bytes:,} overhead, as predicted; "
+        f"{m.shown_sha256}"
         + (f"; finished weights {m.weights_digest[:12]}" if m.weights_digest else "")
     )
     if written.options:

@@ -450,6 +450,13 @@ def test_materialize_verify_reproduce(study, options, tmp_path, monkeypatch):
             limits = {"budget": cut.manifest.file_bytes + spare}
             tight = msgspec.structs.replace(record, bytes={**record.bytes, **limits})
             assert api._shard_bytes(None, runtime, layout, tight) == expected
+            if expected:  # shards of that size are on the disk, see above
+                assert api._shard_bytes("100kB", runtime, layout, tight) == expected
+        with pytest.raises(
+            BudgetError, match=f"{cut.manifest.file_bytes:,} bytes with the headers"
+        ):
+            api._shard_bytes("100kB", runtime, layout, tight)
+        assert api._shard_bytes("none", runtime, layout, tight) is None
     assert AllocationRecord.read(pick).sha256 == recorded  # of the same tensors in one file
     whole = api.verify(study, made["safetensors"].folder, **options)
     assert whole.loss == pytest.approx(AllocationRecord.read(pick).loss["search"], abs=1e-6)

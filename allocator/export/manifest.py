@@ -80,7 +80,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"container {self.container!r}, needed {' or '.join(RUNTIMES)}")
         runtime = RUNTIMES[self.container]
         names = (runtime.file_name, *runtime.earlier_names)
-        if self.shard_bytes is not UNSET:
+        if self.in_shards:
             names = (runtime.index_name,)
         if self.file not in names:
             raise ValueError(f"file {self.file!r}, needed {names[0]!r} beside it")
@@ -97,6 +97,21 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The sha256 of the weights' file; of shards, that of one file with the same tensors."""
         return self.sha256[self.file] if isinstance(self.one_file, UnsetType) else self.one_file
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether the weights are in shards, and `file` is their index."""
+        return self.shard_bytes is not UNSET
+
+    @property
+    def shown_sha256(self) -> str:
+        """For messages: the sha256 of `file`, and where that is an index, of one file instead."""
+        if not self.in_shards:
+            return f"sha256 {self.sha256_of_weights}"
+        return (
+            f"sha256 {self.sha256[self.file]} of the index (of each shard: {MANIFEST}), "
+            f"{self.sha256_of_weights} of one file with the same tensors, which a record notes"
+        )
+
     def size_of_weights(self, folder: Path) -> int:
         """Returns the bytes that the weights' file, or shards and index, have on the disk now.
 
@@ -104,7 +119,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             OSError: if one is missing.
         """
         names = {self.file}
-        if self.shard_bytes is not UNSET:
+        if self.in_shards:
             names |= {name for name in self.sha256 if Path(name).suffix == ".safetensors"}
         return sum((folder / name).stat().st_size for name in names)
 

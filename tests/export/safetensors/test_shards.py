@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +85,26 @@ def test_the_digest_for_records_is_that_of_one_file(both):
     _, shards, one = both
     expected = hashlib.sha256((one.folder / FILE_NAME).read_bytes()).hexdigest()
     assert shards.manifest.sha256_of_weights == one.manifest.sha256_of_weights == expected
+    assert one.manifest.shown_sha256 == f"sha256 {expected}"
+    of_index = file_digest(shards.folder / INDEX_NAME)
+    assert f"sha256 {of_index} of the index " in shards.manifest.shown_sha256
+    assert f" {expected} of one file " in shards.manifest.shown_sha256
+
+
+def test_sha256sum_checks_a_directory_as_the_docs_say(both, tmp_path):
+    """With the lines of docs/reproducing.md; a byte that changed is found."""
+    page = (Path(__file__).parents[3] / "docs/reproducing.md").read_text()
+    command = re.search(r"    (python3 -c .*\| sha256sum -c)\n", page)[1]
+    folder = shutil.copytree(both[1].folder, tmp_path / "copy")
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{INDEX_NAME}: OK" in done.stdout
+    assert done.stdout.count(": OK") == len(both[1].manifest.sha256)
+    with next(folder.glob("model-00002-of-*")).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xa5")
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("FAILED")) == (1, 1)
 
 
 @torch.inference_mode()
