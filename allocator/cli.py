@@ -1,6 +1,8 @@
 """The command line: a table of verbs; each parses, calls a function of `allocator.api`, prints."""
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import re
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from allocator.app.study_path import study_path
 from allocator.errors import AllocatorError, SpaceError
+from allocator.files.loading import show_loading
 from allocator.files.progress import say, show_progress
 from allocator.units import parse_bytes, parse_seconds, show_bytes, show_seconds, show_size
 
@@ -1204,6 +1207,8 @@ def _main(argv: Sequence[str] | None) -> int:
     parser, _ = _parsers()
     args = parser.parse_args(argv)
     show_progress(not args.quiet)
+    show_loading("torch")  # seconds, wherever a verb comes to need it
+    atexit.register(gc.freeze)  # looking for garbage in all of torch takes seconds, too
     if args.log_level is not None:
         _set_log_level(args.log_level)
     try:

@@ -205,6 +205,35 @@ def test_a_wrong_allocation_never_loads_torch(verb, fresh_study, study_cache, tm
 
 
 @pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("search", ["STUDY", "--dry-run"]),
+        ("profile", ["STUDY"]),
+        ("finish", ["PICK", "--dry-run"]),
+        ("score", ["PICK"]),
+        ("explain", ["PICK", "--json"]),
+        ("materialize", ["PICK", "OUT"]),
+        ("evaluate", ["STUDY"]),
+        ("evaluate", ["STUDY", "--quiet"]),
+    ],
+)
+def test_loading_torch_is_the_first_that_a_verb_says(
+    verb, arguments, finished_study, study_cache, tmp_path, run_light
+):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise KeyboardInterrupt")
+    pick = finished_study / "allocations/pick.json"
+    paths = {"STUDY": finished_study, "PICK": pick, "OUT": tmp_path / "out"}
+    code, lines, errors, _ = command(
+        verb, *(paths.get(word, word) for word in arguments), "--cache", study_cache,
+        run=lambda code: run_light(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"),
+    )  # fmt: skip
+    assert (code, lines) == (130, [])
+    assert errors[:-1] == ([] if "--quiet" in arguments else ["loading torch"])
+    assert "stopped; run the same command to resume" in errors[-1]
+
+
+@pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
         ("materialize", ["PICK", "OUT", "--container", "onnx"], "unknown container 'onnx'"),

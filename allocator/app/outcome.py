@@ -10,9 +10,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
-from allocator.app.tables import SEARCHED
 from allocator.study.intervals import mean_interval, ratio_interval
-from allocator.study.trials import KIND, LOSSES, RESULT, complete_trials
+from allocator.study.trials import KIND, LOSSES, RESULT, SEARCHED, complete_trials
 
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

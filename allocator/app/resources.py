@@ -19,7 +19,7 @@ class ResourceOptions(TypedDict, total=False):
     Attributes:
         cache: folder for profiles and encoded weights; `$ALLOCATOR_CACHE` by default.
         threads: cores for torch and for encoding; all by default.
-        progress: shows bars for whatever takes longer than two seconds.
+        progress: shows what takes long, on stderr.
         torch_device: where forward passes run, e.g. `cuda`; `cpu` by default.
     """
 
@@ -46,7 +46,7 @@ class Resources:
     Attributes:
         cache: folder for profiles and encoded weights; None for `$ALLOCATOR_CACHE`.
         threads: cores for torch and for encoding; None for all.
-        progress: shows bars for whatever takes longer than two seconds.
+        progress: shows what takes long, on stderr.
         torch_device: where forward passes run, e.g. `cuda`; encoding runs on cores.
     """
 

@@ -152,10 +152,9 @@ class StudyFolder:
         _use_threads(self.threads)
         streamed = self.spec.streamed
 
-        with waiting("loading torch"):
-            from allocator.profiling.in_memory_profiler import InMemoryProfiler
-            from allocator.profiling.inputs import ProfileInputs
-            from allocator.profiling.streamed_profiler import StreamedProfiler
+        from allocator.profiling.in_memory_profiler import InMemoryProfiler
+        from allocator.profiling.inputs import ProfileInputs
+        from allocator.profiling.streamed_profiler import StreamedProfiler
 
         inputs = ProfileInputs(
             layout=layout,

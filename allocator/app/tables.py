@@ -17,9 +17,8 @@ from allocator.decision.allocation_record import AllocationRecord
 from allocator.errors import StudyError, reason
 from allocator.files.checksums import unseal
 from allocator.formats import format_named
+from allocator.study.trials import SEARCHED
 
-SEARCHED = {"knapsack": "knapsack", "pruned": "knapsack", "proposal": "proposal"}
-"""Series by kind, of trials that are not baselines; a baseline's kind is its name."""
 THIS_STUDY = "this study"
 """Calibration of baselines that the study itself measured."""
 BASELINE_COLUMNS = ("calibration", "target", "split", "name", "bytes", "kl")

@@ -1,10 +1,11 @@
 """What a long computation is doing now, on stderr: a count, the time so far, and the time to go.
 
 In: steps that open, advance and close, one inside another. Out: on a terminal one line that is
-written over; on a pipe a line where a step has taken two seconds, a line every ten seconds after
-that, and a line where it ends; a brief step inside another is in the lines of that one. Invariants:
-a step that advances slowly shows its time, which a thread rewrites; the time to go follows from the
-work done in this run; where progress is not shown, nothing is written and no thread runs.
+written over, and a brief step is in it after half a second; on a pipe a line where a step has taken
+two seconds, a line every ten seconds after that, and a line where it ends; a brief step inside
+another is in the lines of that one. Invariants: a step that advances slowly shows its time, which a
+thread rewrites; the time to go follows from the work done in this run; where progress is not shown,
+nothing is written and no thread runs.
 
     with step("calibration", total=96, unit="documents") as shown:
         for document in documents:
@@ -26,7 +27,8 @@ from allocator.units import show_seconds, show_size
 
 BYTES = "bytes"
 """A unit that is shown as a size."""
-_FIRST_SECONDS, _LINE_SECONDS, _TICK_SECONDS, _DRAW_SECONDS = 2.0, 10.0, 1.0, 0.1
+_SOON_SECONDS, _TICK_SECONDS, _DRAW_SECONDS = 0.5, 0.5, 0.1  # on a terminal, whose line goes away
+_FIRST_SECONDS, _LINE_SECONDS = 2.0, 10.0
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ class Step:
         total: of the count, if known.
         initial: of the total, done before.
         unit: what is counted, in the plural; `BYTES` for a size.
-        brief: shown only where it takes longer than two seconds, and leaves no line on a terminal.
+        brief: shown only where it takes long, and leaves no line on a terminal.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Step:
         self._n = self._initial = initial
         self._unit, self._note = unit, ""
         self.brief = brief
-        self.was_shown = False
+        self.was_shown = self.was_announced = False
         self.began = self._advanced = 0.0 if display is None else display.clock()
         if display is not None:
             display.open(self)
@@ -74,6 +76,12 @@ class Step:
         if self._display is not None:
             self._advanced = self._display.clock()
             self._display.changed()
+
+    def announce(self) -> None:
+        """Shows the step now, by its name, however brief it will be."""
+        if self._display is not None:
+            self.was_announced = True
+            self._display.announce(self._name)
 
     def note(self, text: str) -> None:
         """Puts a few words behind the count."""
@@ -117,7 +125,7 @@ class Display:
     Args:
         stream: to write to; stderr, as it is then, by default.
         clock: seconds.
-        ticks: rewrites what is shown from a thread, every second.
+        ticks: rewrites what is shown from a thread, twice a second.
     """
 
     def __init__(
@@ -165,7 +173,8 @@ class Display:
         """Shows the open steps anew, if it is time to."""
         with self._lock:
             now = self.clock()
-            shown = [s for s in self._steps if not s.brief or now - s.began >= _FIRST_SECONDS]
+            least = _SOON_SECONDS if self._is_terminal else _FIRST_SECONDS
+            shown = [s for s in self._steps if not s.brief or now - s.began >= least]
             if not shown:
                 return
             line = " > ".join(s.text(now) for s in shown)
@@ -175,7 +184,7 @@ class Display:
                     self._draw(line)
                 return
             is_new = any(
-                not s.was_shown and now - s.began >= _FIRST_SECONDS
+                not (s.was_shown or s.was_announced) and now - s.began >= _FIRST_SECONDS
                 for s in shown
                 if not s.brief or s is self._steps[0]
             )
@@ -184,6 +193,14 @@ class Display:
                 for step in shown:
                     step.was_shown = True
                 self._write(line + "\n")
+
+    def announce(self, name: str) -> None:
+        """Shows the name of a step that was opened."""
+        with self._lock:
+            if self._is_terminal:
+                self._draw(name)
+            else:
+                self._write(name + "\n")
 
     def say(self, text: str) -> None:
         """Writes lines beside what is shown."""
@@ -264,7 +281,7 @@ def step(
 
 
 def waiting(name: str) -> Step:
-    """Opens a step without a count, shown where it takes longer than two seconds."""
+    """Opens a step without a count, shown where it takes long."""
     return step(name, brief=True)
 
 

@@ -14,6 +14,8 @@ from allocator.decision.allocation import Allocation
 from allocator.errors import StudyError
 
 ALLOCATION, KIND, LOSSES, RESULT = "allocation", "kind", "losses", "result"
+SEARCHED = {"knapsack": "knapsack", "pruned": "knapsack", "proposal": "proposal"}
+"""Series by kind, of trials that are not baselines; a baseline's kind is its name."""
 ABANDONED = "abandoned"
 """User attribute of a trial whose process died, or gave it up; see `is_abandoned`."""
 DOUBLED = "doubled"

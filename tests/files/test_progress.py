@@ -1,9 +1,12 @@
 """Progress, against a clock that the test moves."""
 
+import importlib
 import io
+import sys
 
 import pytest
 
+from allocator.files.loading import show_loading
 from allocator.files.progress import BYTES, Display, Step, show_progress, step, stepping, waiting
 
 
@@ -74,6 +77,50 @@ def test_waits_are_shown_only_where_they_take_long(pipe):
         "nobody else: 3 s",
         "nobody else: 3 s",
     ]
+
+
+def test_an_announced_wait_is_one_line_and_more_where_it_takes_long(pipe):
+    for seconds in (5, 12):
+        with waiting("loading torch") as loading:
+            loading.announce()
+            for _ in range(seconds):
+                pipe.now += 1.0
+                pipe.display.changed()
+    assert pipe.lines == [
+        "loading torch", "loading torch", "loading torch: 10 s", "loading torch: 12 s"
+    ]  # fmt: skip
+
+
+def test_a_brief_wait_is_on_a_terminal_after_half_a_second_or_once_announced_and_goes_away():
+    stream = Shown(terminal=True)
+    display = Display(stream, clock=lambda: stream.now, ticks=False)
+    for seconds, announced in ((0.4, False), (0.6, False), (0.4, True)):
+        wait = Step(display, "lock", None, initial=0, unit="", brief=True)
+        if announced:
+            wait.announce()
+        stream.now += seconds
+        display.changed()
+        wait.close()
+    assert stream.getvalue() == "\rlock: 1 s\r         \r" + "\rlock\r    \r"
+
+
+def test_the_first_import_of_a_slow_library_is_shown_and_looking_for_it_is_not(
+    pipe, tmp_path, monkeypatch
+):
+    (tmp_path / "slow_library").mkdir()
+    (tmp_path / "slow_library/__init__.py").write_text("data = __spec__.loader.get_data(__file__)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    n_finders = len(sys.meta_path)
+    for _ in range(2):
+        show_loading("slow_library")
+    assert len(sys.meta_path) == n_finders + 1
+    assert importlib.util.find_spec("slow_library").origin.startswith(str(tmp_path))
+    assert pipe.lines == []
+    for _ in range(2):
+        assert importlib.import_module("slow_library").data.startswith(b"data")
+    del sys.modules["slow_library"]
+    assert pipe.lines == ["loading slow_library"]
 
 
 def test_a_terminal_has_one_line_that_is_written_over():
