@@ -202,9 +202,9 @@ def _streamed_memory(finisher: Finisher, tokens: FinishTokens, missing: Sequence
     scoring = 4 * state * scored + min(STREAMED_BYTES, 3 * logits * scored)
     tuning = 0
     if tokens.tuned:
-        held = 3 * max(encoded.values())  # as they came, and under the changes of two tried rates
+        layers = 3 * max(encoded.values())  # as they came, and under the changes of two tried rates
         step = 4 * state * (tokens.tuned // LONG_STEPS) + 5 * logits * PASS_TOKENS
-        tuning = held + max(step, 3 * state * tokens.checked)
+        tuning = layers + max(step, 3 * state * tokens.checked)
     return final + layer + max(moments, scoring, tuning)
 
 

@@ -299,9 +299,11 @@ class RelativeChanges:
             changes: `(n,)`.
             experts: routed experts are among these parameters, else their gradients are zero.
         """
-        held = _Model(model, self.layout.inventory.dimensions)
+        gradients = _Model(model, self.layout.inventory.dimensions)
         parts = [
-            np.zeros(t.n, np.float32) if t.is_expert and not experts else t.gradient(held, part)
+            np.zeros(t.n, np.float32)
+            if t.is_expert and not experts
+            else t.gradient(gradients, part)
             for t, part in self._parts(changes)
         ]
         return np.concatenate(parts, dtype=np.float32)
@@ -326,9 +328,9 @@ class RelativeChanges:
             changes: `(n,)`.
         """
         for scales, first in self._by_group.get(group.name, ()):
-            if (found := scales.of_expert(place)) is None:
+            if (scales_of_expert := scales.of_expert(place)) is None:
                 continue
-            one, own = found
+            one, own = scales_of_expert
             here = slice(first + own.start, first + own.stop)
             gradient[here] += one.gradient_of(weights[None], gradients[None], changes[here])
 

@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -59,6 +60,7 @@ TRIED = 1.0, 0.5
 """Shares of the rate that a step is checked at."""
 _EPSILON = 1e-12
 _STATE = "tuning.json"
+_T = TypeVar("_T")
 
 Vectors = Callable[[int | None], Floats | None]
 """Changes by layer, `(n,)`; None for zeros. Layer None is what is outside of the layers."""
@@ -89,6 +91,22 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
         return self.checks[-1].loss
 
 
+class _OneLayer(Generic[_T]):
+    """What belongs to a layer, in memory until that of another layer is asked for."""
+
+    def __init__(self) -> None:
+        self._layer: int | None = None
+        self._values: list[_T] = []
+
+    def of(self, layer: int | None, make: Callable[[], _T]) -> _T:
+        """Returns what belongs to a layer, made if it is not in memory."""
+        if not self._values or self._layer != layer:
+            self._values.clear()  # not in memory beside the next
+            self._values.append(make())
+            self._layer = layer
+        return self._values[0]
+
+
 class _Layers:
     """The tensors of a file, as functions of changes; those of one layer are in memory."""
 
@@ -100,15 +118,12 @@ class _Layers:
             parts = part_names(name, allocation.parts(layout, name))
             self.layer_of |= dict.fromkeys(parts, group.layer)
         self.layer_of |= {tensor.source: tensor.layer for tensor in layout.full_precision}
-        self._recent: list[tuple[int | None, RelativeChanges]] = []
+        self._one_layer = _OneLayer[RelativeChanges]()
 
     def changes(self, layer: int | None) -> RelativeChanges:
         """Returns the changes of a layer; of what is outside of the layers, those of norms."""
-        if not self._recent or self._recent[0][0] != layer:
-            self._recent.clear()  # not in memory beside the next ones
-            kinds = self._kinds if layer is not None else self._kinds & {NORMS}
-            self._recent.append((layer, RelativeChanges(self.source, kinds, layer)))
-        return self._recent[0][1]
+        kinds = self._kinds if layer is not None else self._kinds & {NORMS}
+        return self._one_layer.of(layer, lambda: RelativeChanges(self.source, kinds, layer))
 
 
 class _Changed(Mapping[str, StoredTensor]):
@@ -117,7 +132,7 @@ class _Changed(Mapping[str, StoredTensor]):
     def __init__(self, layers: _Layers, vectors: Vectors, named: str) -> None:
         self.digest = hashlib.sha256(named.encode()).hexdigest()
         self._layers, self._vectors = layers, vectors
-        self._recent: list[tuple[int | None, dict[str, StoredTensor]]] = []
+        self._one_layer = _OneLayer[dict[str, StoredTensor]]()
 
     @property
     def candidate(self) -> Candidate:
@@ -132,11 +147,9 @@ class _Changed(Mapping[str, StoredTensor]):
 
     def __getitem__(self, name: str) -> StoredTensor:
         layer = self._layers.layer_of[name]
-        if not self._recent or self._recent[0][0] != layer:
-            self._recent.clear()
-            tensors = self._layers.changes(layer).tensors(self.vector(layer))
-            self._recent.append((layer, tensors))
-        return self._recent[0][1][name]
+        changes = self._layers.changes
+        tensors = self._one_layer.of(layer, lambda: changes(layer).tensors(self.vector(layer)))
+        return tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers.layer_of)

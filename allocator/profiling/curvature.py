@@ -354,10 +354,10 @@ def measure(
     curvature = Curvature(layout, n_tokens, forms)
     labels, n_before = Labels(seed), 0
     if checkpoint is not None and (state := checkpoint.load(device_of(model))) is not None:
-        n_batches, n_before = state.pop("done").tolist()
-        labels = Labels(seed, n_batches, state.pop("generator").cpu())
+        n_earlier, n_before = state.pop("done").tolist()
+        labels = Labels(seed, n_earlier, state.pop("generator").cpu())
         curvature.restore(state)
-    done = torch.tensor([labels.n_done, n_before])
+    n_batches, n_documents = labels.n_done, n_before
     calls = Calls()
     take = calls.later(curvature.take)
     groups = [g for g in layout.groups.values() if not g.role.is_expert]
@@ -373,15 +373,17 @@ def measure(
         return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     def each(batch: list[int], ids: torch.Tensor, gradient: torch.Tensor, slopes: Any) -> None:
+        nonlocal n_batches, n_documents
         curvature.add_lookup(ids, gradient)
         curvature.add_slopes(dict(zip(parameters, slopes or (), strict=True)))
         shown.update(len(batch))
-        done.add_(torch.tensor([1, len(batch)]))
+        n_batches, n_documents = n_batches + 1, n_documents + len(batch)
         if checkpoint is not None:
             checkpoint.save_if_due(sums)
 
     def sums() -> dict[str, torch.Tensor]:
-        generator = labels.state_after(int(done[0]) - 1)
+        done = torch.tensor([n_batches, n_documents])
+        generator = labels.state_after(n_batches - 1)
         return {**curvature.state(), "done": done, "generator": generator}
 
     gradient_bytes = sum(p.nbytes for p in parameters.values())

@@ -20,20 +20,22 @@ from allocator.export.safetensors.directory import FILE_NAME, weights_paths
 from allocator.export.stored import StoredTensor
 from allocator.export.tensors import TensorSource
 from allocator.files.progress import BYTES, step
-from allocator.targets.safetensors import INDEX_NAME, Entry, Shard, entries, header, index, nbytes
+from allocator.targets.safetensors import INDEX_NAME, Entry, Shard, header, index, nbytes
 
 _ENCODED = "U8"
 
 
-def write_safetensors(folder: Path, source: TensorSource, shards: Sequence[Shard]) -> None:
+def write_safetensors(
+    folder: Path, source: TensorSource, rows: Sequence[Entry], shards: Sequence[Shard]
+) -> None:
     """Writes the file, or the shards and their index; one tensor in memory at a time.
 
     Args:
         folder: where.
         source: the tensors.
+        rows: of the one file with all of them.
         shards: that they are cut into; none for one file.
     """
-    rows = entries_of(source)
     total, tensors = sum(map(nbytes, rows)), _tensors(source)
     one_file = hashlib.sha256(header(rows))
     with step("writing", total, unit=BYTES) as shown:
@@ -48,14 +50,6 @@ def write_safetensors(folder: Path, source: TensorSource, shards: Sequence[Shard
                 os.fsync(file.fileno())
     if shards:
         (folder / INDEX_NAME).write_bytes(index(shards, one_file.hexdigest()))
-
-
-def entries_of(source: TensorSource) -> list[Entry]:
-    """Lists every tensor that a source has, in the file's order."""
-    allocation = source.allocation
-    return entries(
-        source.layout, retained=allocation.retained_experts, formats=allocation.format_of
-    )
 
 
 def _tensors(source: TensorSource) -> Iterator[Bytes]:

@@ -22,6 +22,7 @@ from allocator.export.safetensors.directory import EARLIER_NAME, FILE_NAME, writ
 from allocator.targets import SAFETENSORS, FullPrecision, Layout
 from allocator.targets.safetensors import (
     INDEX_NAME,
+    Entry,
     SafetensorsTarget,
     Shard,
     entries,
@@ -96,8 +97,7 @@ class SafetensorsRuntime(Runtime):
 
     def _shards(self, layout: Layout, allocation: Allocation) -> list[Shard]:
         """The files that the tensors lie in; none where they lie in one."""
-        retained, formats = allocation.retained_experts, allocation.format_of
-        return self.target.shards(entries(layout, retained=retained, formats=formats))
+        return self.target.shards(_rows(layout, allocation))
 
     def weights_names(self, source: TensorSource) -> tuple[str, ...]:
         """Returns the names of all files of the weights, the index included."""
@@ -126,7 +126,8 @@ class SafetensorsRuntime(Runtime):
         """Writes the weights, config.json with the allocation, and the tokenizer's files."""
         from allocator.export.safetensors.files import write_safetensors  # which loads torch
 
-        write_safetensors(folder, source, self._shards(source.layout, source.allocation))
+        rows = _rows(source.layout, source.allocation)
+        write_safetensors(folder, source, rows, self.target.shards(rows))
         write_config(folder, source.layout, source.allocation)
         return ""
 
@@ -162,6 +163,11 @@ class SafetensorsRuntime(Runtime):
         from allocator.export.safetensors.comparison import compare  # which loads torch
 
         return compare(path, stored, scorer, loss=loss, tolerance=tolerance)
+
+
+def _rows(layout: Layout, allocation: Allocation) -> list[Entry]:
+    retained, formats = allocation.retained_experts, allocation.format_of
+    return entries(layout, retained=retained, formats=formats)
 
 
 SAFETENSORS_RUNTIME = SafetensorsRuntime()
