@@ -13,7 +13,7 @@ import msgspec
 
 from allocator.app.device_presets import DevicePreset
 from allocator.app.study_file import StudySpec
-from allocator.cli import help_texts
+from allocator.cli.parsers import help_texts
 from allocator.decision.search_space import SearchSpace
 from allocator.files.toml_reference import reference
 from allocator.files.toml_schema import json_schema

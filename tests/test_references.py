@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from allocator.cli import help_texts
+from allocator.cli.parsers import help_texts
 from allocator.files.shipped import schema_file
 from allocator.files.toml_files import faults_of
 from allocator.references import KINDS
