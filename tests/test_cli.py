@@ -17,6 +17,7 @@ import optuna
 import pytest
 import torch
 
+from allocator.app.calibration import Calibration
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.errors import StudyError
@@ -414,12 +415,29 @@ def test_bad_options(run, study, arguments, match):
     assert {n for n in after if after[n] != before.get(n)} <= {"search.lock"}
 
 
+def test_a_long_line_on_the_text_is_wrapped(run, study, monkeypatch):
+    words = "default text, 220 records: 219 search + 104 selection + 41 held-out windows of 256"
+    monkeypatch.setattr(Calibration, "summary", property(lambda calibration: words))
+    for options in ([], ["--dry-run"]):
+        out = good(run("search", study, *options))
+        assert all(len(line) <= 80 or str(study) in line for line in out.splitlines())
+        assert words in " ".join(out.split())
+
+
 def test_paths_that_lead_nowhere_are_one_line(run, study, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     for verb in ("explain", "score", "materialize", "reproduce"):
         refused(run(verb, loop, *(["out"] if verb == "materialize" else [])), "loop")
     refused(run("search", study, "--device", loop), "loop")
+    outside, none = tmp_path / "x.gguf", tmp_path / "none.json"
+    outside.write_bytes(b"GGUF" + b"x" * 4000)
+    refused(run("score", outside), "x.gguf: lies in no study folder; name one by --study")
+    refused(run("report", study, "--allocation", none), "none.json: no such allocation file")
+    recipe = outside.rename(tmp_path / "x.safetensors")
+    code, out, error = run("score", recipe, "--study", study)
+    refused((code, out, error), "x', needed regex=type")
+    assert len(error) < 500
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     refused(run("evaluate", study, "--text", tmp_path / "deep.jsonl"), "deep.jsonl:1: no JSON")
 

@@ -213,7 +213,7 @@ def _budget_faults(values: StudyValues) -> Iterator[str]:
     if not 0 < bits <= _MOST_BITS:
         yield f"bits = {bits}: needed a number above 0 and up to {_MOST_BITS}"
     if any(values.get(name) is not None for name in ("budget", "weights_budget", "device")):
-        yield "bits: needed alone, or one of budget, weights_budget and device"
+        yield "bits: needed alone, without budget, weights_budget or device"
 
 
 def _data(model: Path, folder: Path, values: StudyValues) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             bandwidth = preset.bandwidth if bandwidth is None else bandwidth
         if memory is None:
             raise StudyError(
-                "a device budget without memory: give --device-memory SIZE, or --device FILE"
+                "a device budget without memory: give --device-memory SIZE, or --device NAME"
             )
         workload = Workload(
             context=4096 if self.context is None else self.context,

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from allocator.app.study_path import study_path
+from allocator.app.study_path import STUDY_FILE, study_path
 from allocator.cli.parsers import parsers
 from allocator.cli.verbs import VERBS, limit_optuna
 from allocator.errors import AllocatorError, SpaceError
@@ -35,6 +35,8 @@ def _check_study(args: argparse.Namespace) -> None:
             named = "; a format's name needs --study" if args.verb in _BY_NAME else ""
             raise SpaceError(f"{args.allocation}: no such allocation file{named}")
         args.study = Path(os.path.realpath(args.allocation)).parent.parent
+        if not (args.study / STUDY_FILE).exists():
+            raise SpaceError(f"{args.allocation}: lies in no study folder; name one by --study")
     study_path(args.study)
 
 

@@ -278,7 +278,7 @@ def _search(args: argparse.Namespace) -> Any:
     for limit in result.budget.limits:
         _print_limit(limit)
     for line in result.calibration:
-        print(f"text: {line}")
+        _print_text(f"text: {line}", indent=6)
     print("trials: " + ", ".join(f"{n} {state}" for state, n in result.trials.items()))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
     _print_outcome(result.outcome)
@@ -347,7 +347,8 @@ def _print_estimate(e: Any) -> None:
     for name, memory in zip(("floor", "ceiling"), e.memory or (), strict=False):
         print(f"{name}, itemised")
         _print_memory(memory)
-    print("text     {}\n         {}".format(*e.calibration))
+    _print_text(f"text     {e.calibration[0]}", indent=9)
+    _print_text(f"         {e.calibration[1]}", indent=9)
     print(f"groups   {e.groups} with a choice; retained experts {e.counts[0]}..{e.counts[-1]}")
     print(
         f"trial    {e.seconds_per_full_trial:.1f} s on the full search split; losers stop earlier"

@@ -155,6 +155,8 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         try:
             record = msgspec.convert(unseal(path.read_bytes()), cls)
+        except FileNotFoundError:
+            raise SpaceError(f"{path}: no such allocation file") from None
         except (OSError, ValueError, RecursionError) as error:
             raise SpaceError(
                 f"{path}: no allocation file ({reason(error)}); restore it from a copy, or "

@@ -224,11 +224,11 @@ def _entries(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[Entry, ..
                 raise cursor.fail(f"{name} of ggml type {kind} and shape {shape}")
             nbytes = fmt.nbytes(shape)
             step = -(-nbytes // alignment) * alignment
-        if offset != expected or step < 0 or start + offset + nbytes > len(cursor.data):
-            raise cursor.fail(
-                f"{name} at offset {offset} with {nbytes} bytes (expected offset {expected}) in a "
-                f"file of {len(cursor.data)}, found"
-            )
+        if offset != expected or step < 0:
+            raise cursor.fail(f"{name} at offset {offset}, expected {expected}, found")
+        if start + offset + nbytes > len(cursor.data):
+            last = start + offset + nbytes
+            raise cursor.fail(f"{name} ends at byte {last}, the file at {len(cursor.data)}, found")
         expected += step
         end = start + offset + nbytes
         entries.append(Entry(name, shape, fmt, kind, start + offset, nbytes))

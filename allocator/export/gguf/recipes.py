@@ -82,7 +82,8 @@ def _entry(number: int, word: str) -> tuple[re.Pattern[str], str]:
     pattern, equals, kind = word.partition("=")
     if not pattern or not equals or kind.upper() not in FORMATS:
         raise FormatError(
-            f"line {number}: {word!r}, needed regex=type, a type of {', '.join(FORMATS).lower()}"
+            f"line {number}: {word[:80]!r}, needed regex=type, a type of "
+            f"{', '.join(FORMATS).lower()}"
         )
     try:
         return re.compile(pattern.lower()), kind.upper()
