@@ -415,7 +415,7 @@ def test_bad_options(run, study, arguments, match):
     assert {n for n in after if after[n] != before.get(n)} <= {"search.lock"}
 
 
-def test_a_long_line_on_the_text_is_wrapped(run, study, monkeypatch):
+def test_long_lines_of_a_search_are_wrapped(run, study, monkeypatch):
     words = "default text, 220 records: 219 search + 104 selection + 41 held-out windows of 256"
     monkeypatch.setattr(Calibration, "summary", property(lambda calibration: words))
     for options in ([], ["--dry-run"]):

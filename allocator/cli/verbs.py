@@ -299,9 +299,10 @@ def _print_outcome(outcome: Any) -> None:
     )
     if outcome.ratio is not None:
         low, high = outcome.ratio_interval
-        print(
-            f"         {outcome.ratio:.3f} [{low:.3f}, {high:.3f}] of {outcome.baseline},\n"
-            "         the best baseline that this study scored in full"
+        _print_text(
+            f"         {outcome.ratio:.3f} [{low:.3f}, {high:.3f}] of {outcome.baseline}, "
+            "the best baseline that this study scored in full",
+            indent=9,
         )
 
 
