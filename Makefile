@@ -7,7 +7,7 @@ STUDY = studies/reference
 RUN = studies/quickstart
 QUESTION = study.toml splits.json model generated
 # the scripts of studies/reference are kept as they trained the model
-SOURCES = allocator tests notebooks studies/benchmark studies/calibration studies/device studies/faults studies/finish studies/qwen3 studies/scale studies/structure studies/verbs
+SOURCES = allocator tests notebooks studies/benchmark studies/calibration studies/device studies/faults studies/finish studies/padding studies/qwen3 studies/scale studies/structure studies/verbs
 export ALLOCATOR_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -495,7 +495,7 @@ def test_a_full_disk_names_the_places_that_were_given(run, study, tmp_path, monk
         refused(run("report", study, "--out", out), f"report: {out}: No space left on device")
     assert not list(tmp_path.glob("report*"))
     monkeypatch.setattr("allocator.api.front", full)
-    refused(run("front", study), f"{study} or the cache: No space left on device")
+    refused(run("front", study), f"{study} or the cache or standard output: No space left")
 
 
 def test_a_reader_that_stops_ends_a_verb_in_silence(finished_study):
@@ -507,6 +507,18 @@ def test_a_reader_that_stops_ends_a_verb_in_silence(finished_study):
         done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env)
         assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
     os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"), [(">&-", 0, ""), (">/dev/full", 2, "standard output: No space left")]
+)
+def test_an_output_that_is_closed_or_full(finished_study, to, code, said):
+    pick = finished_study / "allocations/pick.json"
+    command = ["sh", "-c", f'"$@" {to}', "-", sys.executable, "-m", "allocator", "diff", pick, pick]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == bool(said)
 
 
 COMPLETE = """

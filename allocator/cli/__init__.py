@@ -53,13 +53,21 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _places(args: argparse.Namespace) -> list[str]:
-    """Where a verb may write: the paths that it was given, and the cache."""
+    """Where a verb may write: the paths that it was given, the cache, and what prints."""
     given = (getattr(args, name, None) for name in ("out", "study"))
-    return [*(str(place) for place in given if place is not None), "the cache"]
+    return [*(str(place) for place in given if place is not None), "the cache", "standard output"]
+
+
+def _open_streams() -> None:
+    """Opens what the shell has closed, as by `>&-`: nobody reads it, and nothing fails."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 after one line on stderr when the input is wrong."""
+    _open_streams()
     try:
         try:
             return _main(argv)

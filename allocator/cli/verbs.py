@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from allocator.app.resources import ResourceOptions
 
+_NO_BREAK = "\u00a0"
+
 
 def limit_optuna(args: argparse.Namespace) -> None:
     """Sets what Optuna writes to stderr, by --log-level."""
@@ -66,12 +68,12 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 
 def _print_text(text: str, *, indent: int = 0, flush: bool = False) -> None:
-    """Prints a paragraph in 80 columns; no word is broken."""
+    """Prints a paragraph in 80 columns; no word is broken, and no line at a `_NO_BREAK`."""
     lines = textwrap.fill(
         text, WIDTH, subsequent_indent=" " * indent, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
-    print(lines, flush=flush)
+    print(lines.replace(_NO_BREAK, " "), flush=flush)
 
 
 def _init(args: argparse.Namespace) -> Any:
@@ -196,9 +198,15 @@ def _print_quantize_plan(plan: Any) -> None:
     for limit in search.budget.limits:
         print(f"budget   {show_size(limit.nbytes)}, bounds the {limit.bounds}")
     print(f"range    smallest {show_size(search.floor)}, largest {show_size(search.ceiling)}")
-    stages = ", ".join(f"{stage} {show_seconds(s)}" for stage, s in road.seconds.items())
-    limit = "" if plan.seconds is None else f", at most {show_seconds(plan.seconds)}"
-    print(f"takes    up to {show_seconds(road.total_seconds)}{limit}, as timed just now:")
+    takes, given = show_seconds(road.total_seconds), plan.seconds
+    if given is not None and given < road.total_seconds:
+        takes = f"{show_seconds(given)}, the limit; without it up to {takes}"
+    else:
+        takes = f"up to {takes}" + ("" if given is None else f" of {show_seconds(given)}")
+    print(f"takes    {takes}, as timed just now:")
+    stages = ", ".join(
+        f"{stage} {show_seconds(s)}".replace(" ", _NO_BREAK) for stage, s in road.seconds.items()
+    )
     _print_text(f"         {stages}", indent=9)
     memory = (
         "layer by layer: the model is larger than the memory that is free"

@@ -94,7 +94,7 @@ def compare_spec(folder: Path) -> CompareSpec:
     spec = StudySpec.read(folder).compare
     if spec is None:
         raise StudyError(
-            f"{folder}/study.toml: no [compare] section; see studies/benchmark/study.toml"
+            f"{folder}/study.toml: no [compare] section; add one, docs/comparing.md shows how"
         )
     return spec
 

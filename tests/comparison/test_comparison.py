@@ -272,7 +272,7 @@ def test_interval_holds_the_ratio():
 
 
 def test_bad_input(fresh_study, folder, tmp_path):
-    with pytest.raises(StudyError, match=r"no \[compare\] section; see studies/benchmark"):
+    with pytest.raises(StudyError, match=r"no \[compare\] section; add one, docs/comparing.md"):
         chosen_runs(fresh_study)
     with pytest.raises(StudyError, match=r"--sampler luck: not under .* which has auto, k"):
         chosen_runs(folder, samplers=["auto", "luck"])

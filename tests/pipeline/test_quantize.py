@@ -190,6 +190,7 @@ def test_the_command_says_what_it_will_do_and_what_came_out(done, capsys, monkey
     assert main([*arguments, "--dry-run"]) == 0
     assert main(arguments) == 0
     out = capsys.readouterr().out
+    assert not re.search(r"\d\n +(s|min|h)\b", out)  # no number without its unit
     for path in (request.model, request.out):  # which are as long as they are
         out = out.replace(str(path), "PATH")
     assert max(map(len, out.splitlines())) <= 80
