@@ -17,8 +17,8 @@ import pandas as pd
 from allocator import api
 from allocator.app.record_weights import record_of
 from allocator.app.study_folder import StudyFolder
-from allocator.study.intervals import ratio_interval as interval
 from allocator.errors import BudgetError
+from allocator.study.intervals import ratio_interval as interval
 
 REFERENCE = Path(__file__).parents[2] / "reference"
 WIDTHS = {"plain": None, "padded": 256}

@@ -47,7 +47,9 @@ def narrowed(state, config, width):
             made[name] = torch.stack(firsts)
             made[name.replace("gate_up_proj", "down_proj")] = torch.stack(lasts)
         elif ".shared_experts.gate_proj" in name:
-            names = [name.replace("gate_proj", kind) for kind in ("gate_proj", "up_proj", "down_proj")]
+            names = [
+                name.replace("gate_proj", kind) for kind in ("gate_proj", "up_proj", "down_proj")
+            ]
             gate, up, down = (state[n] for n in names)
             stay = chosen(gate, up, down, width * config.n_shared_experts)
             made |= dict(zip(names, (gate[stay], up[stay], down[:, stay]), strict=True))
