@@ -64,7 +64,7 @@ def commands() -> list[list[str]]:
         ["score", gguf, "--study", str(study)],
         ["imatrix", str(study), "imatrix.gguf"],
         ["compare", str(study), "--dry-run"],
-        ["compare", str(study)],
+        ["compare", str(study), "--baselines", "none"],
     ]
 
 
