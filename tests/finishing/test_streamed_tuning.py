@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from allocator.codecs.encodings import Encodings
-from allocator.decision.allocation import Allocation
 from allocator.export.stored import StoredWeights
 from allocator.export.tensors import EncodedTensors
-from allocator.families import Role
 from allocator.finishing import streamed_tuning
 from allocator.finishing.kl_gradient import KlGradient
 from allocator.finishing.layer_gradient import head_gradient, layer_gradient
@@ -28,24 +26,8 @@ from allocator.scoring.swap_model import SwapModel
 torch.set_num_threads(1)
 
 
-def allocation_of(layout):
-    """Formats with one scale and with two, parts where the target has them, a lost expert."""
-    formats = {}
-    for name, group in layout.groups.items():
-        wide = group.shape[-1] % 256 == 0
-        formats[name] = "Q4_K" if wide else "Q4_1" if group.role is Role.O else "Q4_0"
-        if group.role is Role.EXPERT_DOWN and layout.target == "safetensors":
-            formats[name] = "Q5_1:1,3,5+Q4_0:2,4,6,7"
-    return Allocation.of(
-        target=layout.target,
-        retained=dict.fromkeys(layout.layers, tuple(range(1, layout.inventory.n_experts))),
-        formats=formats,
-        experts_used=layout.inventory.experts_used,
-    )
-
-
 @pytest.fixture
-def case(layout, tmp_path):
+def case(layout, allocation_of, tmp_path):
     """An allocation's plain tensors, and models: streamed, and in memory."""
     encodings = Encodings(tmp_path / "bank", layout, {})
     folder = tmp_path / "pass"

@@ -10,7 +10,6 @@ import torch
 from allocator.checkpoint.reading import read_inventory
 from allocator.codecs import codec_of
 from allocator.codecs.encodings import Encodings
-from allocator.decision.allocation import Allocation
 from allocator.errors import AllocatorError, CalibrationError
 from allocator.export.stored import StoredWeights
 from allocator.export.tensors import EncodedTensors
@@ -25,7 +24,6 @@ from allocator.targets import TARGETS
 
 torch.set_num_threads(1)
 CASES = [("deepseek", "gguf"), ("qwen3_tied", "gguf"), ("qwen3", "safetensors")]
-PARTS = "Q5_1:1,3,5+Q4_0:2,4,6,7"  # expert 0 is not retained
 
 
 class Source(EncodedTensors):
@@ -48,26 +46,8 @@ SMOOTH = {  # every retained expert is used: no change sends a token elsewhere
 }
 
 
-def allocation_of(layout):
-    """Formats with one scale and with two, parts where the target has them, a lost expert."""
-    formats = {}
-    for name, group in layout.groups.items():
-        wide = group.shape[-1] % 256 == 0
-        formats[name] = "Q4_K" if wide else "Q4_1" if group.role is Role.O else "Q4_0"
-        if group.role is Role.EXPERT_DOWN and layout.target == "safetensors":
-            formats[name] = PARTS
-        if group.role is Role.SHARED_UP:
-            formats[name] = "BF16"  # no scales
-    return Allocation.of(
-        target=layout.target,
-        retained=dict.fromkeys(layout.layers, tuple(range(1, 8))),
-        formats=formats,
-        experts_used=layout.inventory.experts_used,
-    )
-
-
 @pytest.fixture(scope="module")
-def case(checkpoints, make_checkpoint, make_documents, tmp_path_factory):
+def case(checkpoints, make_checkpoint, make_documents, allocation_of, tmp_path_factory):
     """`case(name, target)`: what tuning takes; loaded once."""
     made = {}
 
