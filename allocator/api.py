@@ -217,12 +217,12 @@ def plan(
 
     inventory = _padded(planned_inventory(Path(config)), expert_width)
 
-    from allocator.app.planning import check_context, first_paths, write_first
+    from allocator.app.planning import first_paths, write_first
     from allocator.app.planning import plan as _plan
     from allocator.prediction.priors import published
 
-    if device is not None and device.context is not None:
-        check_context(inventory, device.context)
+    if device is not None:
+        device.check_context(inventory)
     planned = _plan(inventory, prior=published(), **asked)
     if out is not None:
         first_paths(planned, Path(out))

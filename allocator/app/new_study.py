@@ -130,7 +130,7 @@ def new_study(model: Path, out: Path | None, values: StudyValues) -> NewStudy:
         limit, note = _weights_limit(values.get("bits"), space)
         spec = msgspec.structs.replace(spec, budget=BudgetSpec(weights=limit))
         notes += note
-    budget = chosen_budget(spec.budget, folder)
+    budget = chosen_budget(spec.budget, folder, inventory=inventory)
     check_budget(space, budget)
     notes += budget_notes(space, budget)
     needed, free = 2 * inventory.float32_bytes, free_memory()

@@ -248,25 +248,6 @@ def write_first(plan: Plan, folder: Path) -> tuple[Path, ...]:
 # -- what is asked for
 
 
-def check_context(inventory: Inventory, context: int) -> None:
-    """Checks that the model has a position for every token of a sequence.
-
-    Args:
-        inventory: the checkpoint.
-        context: tokens of a sequence.
-
-    Raises:
-        SpaceError: if `config.json` says that it has fewer.
-    """
-    facts = inventory.facts
-    positions = facts.config.get(facts.keys.context)
-    if type(positions) is int and context > positions:
-        raise SpaceError(
-            f"context {context}: config.json has {facts.keys.context} {positions}; lower "
-            "--context, or plan with a config.json whose positions reach that far"
-        )
-
-
 def _usual_counts(inventory: Inventory) -> tuple[int, ...]:
     groups, least = inventory.expert_groups, inventory.least_experts(inventory.experts_used)
     shares = (round(s * inventory.n_experts / groups) * groups for s in HAND_COUNTS)

@@ -14,8 +14,9 @@ import msgspec
 
 from allocator.app.device_presets import read_device_preset
 from allocator.app.study_path import STUDY_FILE, check_new
+from allocator.checkpoint.inventory import Inventory
 from allocator.decision.budget import Budget
-from allocator.errors import StudyError
+from allocator.errors import BudgetError, StudyError
 from allocator.files.keys import About
 from allocator.files.shipped import DEVICES, SEARCH_SPACES, named_file
 from allocator.files.toml_files import check_files, read_toml
@@ -96,6 +97,26 @@ class DeviceBudgetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Returns this budget, with the other's values where this one has none."""
         given = {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) is not None}
         return msgspec.structs.replace(other, **given)
+
+    def check_context(self, inventory: Inventory) -> None:
+        """Checks that the model has a position for every token of a sequence.
+
+        The default is no wish of anybody, and passes.
+
+        Args:
+            inventory: the checkpoint.
+
+        Raises:
+            BudgetError: if the model has fewer positions than `context`.
+        """
+        key = inventory.facts.keys.context
+        positions = inventory.facts.config.get(key)
+        if self.context is not None and type(positions) is int and self.context > positions:
+            raise BudgetError(
+                f"context {self.context}: the model has {positions} positions ({key}); needed "
+                f"--context {positions} or less ([budget.device] of study.toml), or a checkpoint "
+                "whose positions reach that far"
+            )
 
     def budget(self, folder: Path) -> Budget:
         """Returns the limit of the device.
@@ -495,7 +516,13 @@ class StudySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_files(folder / STUDY_FILE, self, StudyError)
 
 
-def chosen_budget(spec: BudgetSpec, folder: Path, asked: BudgetSpec | None = None) -> Budget:
+def chosen_budget(
+    spec: BudgetSpec,
+    folder: Path,
+    asked: BudgetSpec | None = None,
+    *,
+    inventory: Inventory | None = None,
+) -> Budget:
     """Returns the budget of a launch: the limits that are asked for, else the study's.
 
     What is no limit of its own (context, sequences, reserve, bandwidth, tokens per second) changes
@@ -506,9 +533,11 @@ def chosen_budget(spec: BudgetSpec, folder: Path, asked: BudgetSpec | None = Non
         folder: that its device preset is relative to.
         asked: the whole file or the searched matrices replace the study's limits; a device does
             too, or changes single values where the study has a device already.
+        inventory: the checkpoint, which must have the positions of a device's context.
 
     Raises:
         StudyError: if there is no limit, or both of file and weights.
+        BudgetError: if the checkpoint has fewer positions.
     """
     asked = asked or BudgetSpec()
     named = asked.file is not None or asked.weights is not None
@@ -535,4 +564,6 @@ def chosen_budget(spec: BudgetSpec, folder: Path, asked: BudgetSpec | None = Non
         )
     if spec.device is None:
         return plain[0]
+    if inventory is not None:
+        spec.device.check_context(inventory)
     return replace(spec.device.budget(folder), beside=plain[0] if plain else None)

@@ -117,7 +117,7 @@ class StudyFolder:
 
     def budget(self, asked: BudgetSpec | None = None) -> Budget:
         """Returns the limits that are asked for, else study.toml's, checked against the floor."""
-        budget = chosen_budget(self.spec.budget, self.path, asked)
+        budget = chosen_budget(self.spec.budget, self.path, asked, inventory=self.inventory)
         check_budget(self.unranked_space, budget)
         return budget
 

@@ -11,7 +11,7 @@ from allocator.app.study_file import DeviceBudgetSpec
 from allocator.app.study_folder import StudyFolder
 from allocator.cli import main
 from allocator.decision.allocation_record import AllocationRecord
-from allocator.errors import StudyError
+from allocator.errors import BudgetError, StudyError
 from allocator.export.gguf.llamacpp import LlamaCpp
 from allocator.files.checksums import unseal
 from allocator.study.trials import RESULT, allocation_of
@@ -35,7 +35,9 @@ bandwidth = "1GB"
 def made(make_checkpoint, write_study, tmp_path_factory):
     """A study folder under a device's budget, never launched, and options."""
     root = tmp_path_factory.mktemp("device")
-    checkpoint = make_checkpoint(root / "checkpoint", "qwen3", head_dim=32)
+    checkpoint = make_checkpoint(
+        root / "checkpoint", "qwen3", head_dim=32, max_position_embeddings=512
+    )
     folder = write_study(root / "study", checkpoint)
     (folder / "space.toml").write_text(SPACE)
     toml = folder / "study.toml"
@@ -232,6 +234,8 @@ def test_the_estimate_is_itemised(made):
     assert smallest.total == found.floor < found.ceiling == largest.total
     assert smallest.reserve == largest.reserve == 1 << 20
     assert smallest.kv_cache < largest.kv_cache
+    with pytest.raises(BudgetError, match="context 513: the model has 512 positions"):
+        api.estimate(folder, device=DeviceBudgetSpec(context=513), **options)
 
 
 def test_both_limits_are_shown(made, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from allocator import api
 from allocator.app import new_study
-from allocator.app.study_file import BudgetSpec, StreamedSpec, StudySpec
+from allocator.app.study_file import BudgetSpec, DeviceBudgetSpec, StreamedSpec, StudySpec
 from allocator.app.study_folder import StudyFolder
 from allocator.checkpoint.reading import read_inventory
 from allocator.cli import main
@@ -146,6 +146,7 @@ def test_a_model_larger_than_memory_is_read_layer_by_layer(
         ({"bits": 40}, ["bits = 40: needed a number above 0 and up to 32"]),
         ({"budget": "1MiB", "weights_budget": "1MiB"}, ["weights and file: needed one"]),
         ({"bits": 0.1}, ["under the floor"]),
+        ({"device": DeviceBudgetSpec(memory="1GiB", context=129)}, ["has 128 positions"]),
         ({"space": "carefull"}, ["careful, default, whole-device"]),
     ],
     ids=str,

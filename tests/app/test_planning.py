@@ -343,8 +343,9 @@ def test_the_verb(capsys, tmp_path):
 def test_a_context_beyond_the_positions_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     positions = TINY["max_position_embeddings"]
-    api.plan(tmp_path, device=DeviceBudgetSpec(memory="1GiB", context=positions))
-    with pytest.raises(SpaceError, match=f"context {positions + 1}: .* {positions}; lower"):
+    for context in (positions, None):  # the default of 4096 is nobody's wish
+        api.plan(tmp_path, device=DeviceBudgetSpec(memory="1GiB", context=context))
+    with pytest.raises(BudgetError, match=f"context {positions + 1}: .* {positions} positions"):
         api.plan(tmp_path, device=DeviceBudgetSpec(memory="1GiB", context=positions + 1))
 
 
