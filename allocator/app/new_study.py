@@ -5,6 +5,7 @@ files as they are, for the budget is above the floor and the model opens.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,8 +203,29 @@ def _spec(model: Path, folder: Path, values: StudyValues) -> StudySpec:
         *missing_files(from_cwd, StudySpec, Path.cwd()),
     ]
     if faults:
-        raise StudyError("\n".join(f"{folder / STUDY_FILE}: {fault}" for fault in faults))
+        raise StudyError("\n".join(map(_in_options, faults)))
     return typed(data, StudySpec)
+
+
+_OPTIONS = {
+    "[budget] weights and file": "--weights-budget and --budget",
+    "[budget] weights": "--weights-budget",
+    "[budget] file": "--budget",
+    "[budget.device] preset": "--device",
+    "[budget.device] memory": "--device-memory",
+    "[calibration] documents": "--calibration",
+    "[calibration] report": "--report",
+}
+"""Options by the keys of study.toml that have other names there."""
+
+
+def _in_options(fault: str) -> str:
+    """A fault of the values in words of the command line, since there is no study.toml yet."""
+    key = re.match(r"(\[[\w.]+\] )?\w+( and \w+)?", fault)
+    if key is None:  # about options already
+        return fault
+    option = "--" + key[0].rpartition("] ")[2].replace("_", "-")
+    return _OPTIONS.get(key[0], option) + re.sub("^ = ", " ", fault[key.end() :])
 
 
 def _budget_faults(values: StudyValues) -> Iterator[str]:
@@ -211,9 +233,9 @@ def _budget_faults(values: StudyValues) -> Iterator[str]:
     if bits is None:
         return
     if not 0 < bits <= _MOST_BITS:
-        yield f"bits = {bits}: needed a number above 0 and up to {_MOST_BITS}"
+        yield f"--bits {bits}: needed a number above 0 and up to {_MOST_BITS}"
     if any(values.get(name) is not None for name in ("budget", "weights_budget", "device")):
-        yield "bits: needed alone, without budget, weights_budget or device"
+        yield "--bits: needed alone, without --budget, --weights-budget and --device"
 
 
 def _data(model: Path, folder: Path, values: StudyValues) -> dict[str, Any]:

@@ -4,6 +4,7 @@ In: what a user wrote, a path or a name. Out: a path. Invariant: a file that exi
 says is the one that is read; a name has no folder and no ending.
 """
 
+import os
 from pathlib import Path
 
 from allocator.errors import SpaceError
@@ -39,12 +40,12 @@ def named_file(text: str, *, kind: str, relative_to: Path) -> Path:
     Args:
         text: e.g. `space.toml`, `/a/space.toml` or `careful`.
         kind: folder of the shipped ones, `SEARCH_SPACES` or `DEVICES`.
-        relative_to: folder that paths are relative to.
+        relative_to: folder that paths are relative to; it need not exist yet.
 
     Raises:
         SpaceError: if it is neither.
     """
-    path = relative_to / text
+    path = Path(os.path.realpath(relative_to / text))
     if path.is_file():
         return path
     shipped = {file.stem: file for file in sorted(shipped_folder(kind).glob("*.toml"))}

@@ -115,15 +115,17 @@ def test_without_a_budget_it_is_three_bits_of_the_searched_weights(tmp_path):
     assert made.spec.budget == BudgetSpec(weights=29_278_208 * 3 // 8)
 
 
-def test_paths_are_relative_to_the_study(checkpoints, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("space", "written"), [("default", "default"), ("s.toml", "../s.toml")])
+def test_paths_are_relative_to_the_study(checkpoints, text, tmp_path, monkeypatch, space, written):
     (tmp_path / "model").symlink_to(checkpoints["qwen3"])
     (tmp_path / "a.jsonl").write_bytes(text.read_bytes())
+    SearchSpace(schema=1).write(tmp_path / "s.toml")
     monkeypatch.chdir(tmp_path)
-    made = api.init("model", calibration=["a.jsonl"], tokenizer="none", space="default", seed=7)
+    made = api.init("model", calibration=["a.jsonl"], tokenizer="none", space=space, seed=7)
     assert made.folder == Path(f"{checkpoints['qwen3'].name}-study")
     spec = StudySpec.read(made.folder)
     assert (spec, spec.seed) == (made.spec, 7)
-    assert (spec.checkpoint, spec.space) == ("../model", "default")
+    assert (spec.checkpoint, spec.space) == ("../model", written)
     assert spec.calibration.documents == "../a.jsonl"
     spec.check_files(made.folder)
     assert not (made.folder / "space.toml").exists()
@@ -141,13 +143,26 @@ def test_a_model_larger_than_memory_is_read_layer_by_layer(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"calibration": "no.jsonl", "trials": 0, "sampler": "luck"}, ["no.jsonl", "0", "luck"]),
-        ({"bits": 2.0, "budget": "1MiB"}, ["needed alone"]),
-        ({"bits": 40}, ["bits = 40: needed a number above 0 and up to 32"]),
-        ({"budget": "1MiB", "weights_budget": "1MiB"}, ["weights and file: needed one"]),
+        (
+            {"calibration": "no.jsonl", "trials": 0, "sampler": "luck", "expert_width": 0},
+            [
+                '--calibration "no.jsonl": no such file',
+                "--trials 0: needed",
+                '--sampler "luck": ',
+                "--expert-width 0: ",
+            ],
+        ),
+        ({"bits": 2.0, "budget": "1MiB"}, ["--bits: needed alone, without --budget"]),
+        ({"bits": 40}, ["--bits 40: needed a number above 0 and up to 32"]),
+        (
+            {"budget": "1MiB", "weights_budget": "1MiB"},
+            ["--weights-budget and --budget: needed one"],
+        ),
+        ({"budget": "much", "report": ["no.txt"]}, ['--budget "much": ', '--report "no.txt": ']),
+        ({"device": DeviceBudgetSpec(preset="abacus", context=0)}, ["--device ", "--context 0: "]),
         ({"bits": 0.1}, ["under the floor"]),
         ({"device": DeviceBudgetSpec(memory="1GiB", context=129)}, ["has 128 positions"]),
-        ({"space": "carefull"}, ["careful, default, whole-device"]),
+        ({"space": "carefull"}, ['--space "carefull": no such file']),
     ],
     ids=str,
 )
@@ -160,6 +175,7 @@ def test_wrong_values_are_told_at_once_and_nothing_is_written(
     lines = str(caught.value).splitlines()
     assert len(lines) == len(said)
     assert all(any(word in line for line in lines) for word in said)
+    assert "study.toml: " not in str(caught.value)
     assert not (tmp_path / "study").exists()
 
 

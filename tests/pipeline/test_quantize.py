@@ -90,7 +90,7 @@ def with_values(request, **changes):
     ("changes", "values", "says"),
     [
         ({}, {"bits": None}, "needed a limit"),
-        ({}, {"budget": "1MiB"}, "bits: needed alone"),
+        ({}, {"budget": "1MiB"}, "--bits: needed alone"),
         ({}, {"bits": 0.0}, "above 0 and up to 32"),
         ({}, {"bits": 4.0}, "study.toml: budget is weights = "),
         ({}, {"seed": 3}, "study.toml: seed is 0, asked for 3"),
