@@ -467,6 +467,17 @@ def test_bad_paths(run, study, checkpoints, tmp_path):
     refused(run("score", nowhere, "--study", study), "no such allocation file")
     refused(run("explain", nowhere, "--study", study), "no such allocation file")
     refused(run("materialize", nowhere, tmp_path / "out", "--study", study), "nowhere")
+    written, planned = tmp_path / "written", tmp_path / "first-8.json"
+    planned.write_text(json.dumps(unseal(pick.read_bytes())["allocation"]))
+    way_out = f"an allocation alone.*`allocator finish {planned} --study STUDY`"
+    refused(run("materialize", planned, tmp_path / "out", "--study", study), way_out)
+    for rest in ([], ["--study", study]):
+        refused(run("score", study, *rest), f"a folder, .* {pick}")
+    refused(run("diff", tmp_path, pick), "a folder, needed an allocation file")
+    refused(run("materialize", tmp_path, written, "--study", study), "a folder, needed")
+    written.mkdir()
+    shutil.copy(planned, written / "allocation.json")
+    refused(run("explain", written, "--study", study), "a folder, .*written/allocation.json")
     refused(run("materialize", pick, study / "study.toml/out"), "study.toml is no folder")
     refused(run("materialize", pick, study), "holds something else")
     refused(run("verify", nowhere, "--study", study), "manifest.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from allocator.checkpoint.inventory import Inventory
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_path import no_file
 from allocator.decision.allocation_record import read_allocation
 from allocator.decision.baselines import mixed
 from allocator.errors import CheckpointError, SpaceError
@@ -42,7 +43,7 @@ def read_encoded(
         allocation.check(layout)
         return allocation, None
     if not path.is_file():
-        raise SpaceError(f"{path}: no such allocation file")
+        raise no_file(path)
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix != ".json" and not text.lstrip().startswith("{"):
         allocation = _from_recipe(text, layout, base)

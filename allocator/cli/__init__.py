@@ -16,6 +16,7 @@ from pathlib import Path
 from allocator.app.study_path import STUDY_FILE, study_path
 from allocator.cli.parsers import parsers
 from allocator.cli.verbs import VERBS, limit_optuna
+from allocator.decision.allocation_path import no_file
 from allocator.errors import AllocatorError, SpaceError
 from allocator.files.loading import show_loading
 from allocator.files.progress import show_progress
@@ -33,7 +34,7 @@ def _check_study(args: argparse.Namespace) -> None:
     if args.study is None:
         if not args.allocation.is_file():
             named = "; a format's name needs --study" if args.verb in _BY_NAME else ""
-            raise SpaceError(f"{args.allocation}: no such allocation file{named}")
+            raise no_file(args.allocation, named)
         args.study = Path(os.path.realpath(args.allocation)).parent.parent
         if not (args.study / STUDY_FILE).exists():
             raise SpaceError(f"{args.allocation}: lies in no study folder; name one by --study")

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from allocator.checkpoint.tensors import Floats
 from allocator.decision.allocation import Allocation
+from allocator.decision.allocation_path import no_file
 from allocator.decision.pricing import FileBytes
 from allocator.errors import CheckpointError, SpaceError, StudyError, first_line, reason
 from allocator.files.atomic import accessing, locked, write_whole
@@ -154,9 +155,12 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             SpaceError: if the file is no allocation record, or is damaged.
         """
         try:
-            record = msgspec.convert(unseal(path.read_bytes()), cls)
-        except FileNotFoundError:
-            raise SpaceError(f"{path}: no such allocation file") from None
+            data = unseal(path.read_bytes())
+            if "retained" in data:
+                raise SpaceError(_plain(path))
+            record = msgspec.convert(data, cls)
+        except (FileNotFoundError, IsADirectoryError):
+            raise no_file(path) from None
         except (OSError, ValueError, RecursionError) as error:
             raise SpaceError(
                 f"{path}: no allocation file ({reason(error)}); restore it from a copy, or "
@@ -175,6 +179,15 @@ class AllocationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_bytes(self) -> builtins.bytes:
         """Returns the record as JSON for a person to open, with its checksum."""
         return seal(self)
+
+
+def _plain(path: Path) -> str:
+    """The refusal of an allocation that names no checkpoint and no importance."""
+    return (
+        f"{path}: an allocation alone, as `allocator plan --out` writes; needed one that names "
+        f"its weights: `allocator finish {path} --study STUDY` makes one, of a study of the "
+        "model's weights"
+    )
 
 
 def recorded_bytes(size: FileBytes) -> dict[str, int]:
@@ -267,6 +280,8 @@ def read_allocation(path: Path) -> tuple[Allocation, AllocationRecord | None]:
     """
     try:
         data = json.loads(path.read_bytes())
+    except IsADirectoryError:
+        raise no_file(path) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SpaceError(
             f"{path}: cannot be read as an allocation ({reason(error)}); needed an allocation "

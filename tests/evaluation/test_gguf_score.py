@@ -64,6 +64,10 @@ def test_other_files_are_refused(checkpoints, layout, tmp_path):
     other = GGUF.layout(read_inventory(checkpoints["deepseek"]))
     with pytest.raises(VerifyError, match="a file of 'qwen3moe', needed 'deepseek2'"):
         check_gguf(path, other)
+    nameless = tmp_path / "nameless.gguf"
+    nameless.write_bytes(data.replace(b"general.architecture", b"general.architectura", 1))
+    with pytest.raises(VerifyError, match="names no architecture, needed 'qwen3moe'"):
+        check_gguf(nameless, layout)
     part = tmp_path / "a-00001-of-00002.gguf"
     part.write_bytes(data)
     with pytest.raises(AllocatorError, match=r"1 of 2 parts are missing, e.g. a-00002-of-00002"):
