@@ -36,7 +36,7 @@ def splits(folder):
     ids=["diff", "record", "manifest", "splits", "front", "profile"],
 )
 def test_a_missing_file_is_said_in_words(tmp_path, read):
-    with pytest.raises(AllocatorError, match="(?i)no such (allocation )?file") as caught:
+    with pytest.raises(AllocatorError, match=r"(?i)no such (allocation )?file") as caught:
         read(tmp_path)
     assert "Errno" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
