@@ -9,6 +9,7 @@ at, killed, resumed or run alone; the same call resumes.
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -265,13 +266,14 @@ class _CheckedRequest:
     def _priced_before_it_is_there(self) -> tuple[StudySpec, RoadEstimate]:
         """The study that would be made, and its price, from a temporary copy."""
         with TemporaryDirectory() as place:
-            copy = Path(place)
+            copy = Path(os.path.realpath(place))
             try:
                 spec = new_study(self.model, copy, self.request.values).spec
                 return spec, _priced(self.request, spec, copy)
             except AllocatorError as error:
-                message = str(error).replace(str(copy), str(self.study))
-                raise type(error)(message) from None
+                outside = re.compile(re.escape(str(copy)) + r"/\.\.\S*")  # files it refers to
+                message = outside.sub(lambda path: os.path.relpath(path[0]), str(error))
+                raise type(error)(message.replace(str(copy), str(self.study))) from None
 
 
 def _check_place(study: Path) -> None:

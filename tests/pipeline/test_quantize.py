@@ -135,11 +135,20 @@ def test_a_limit_is_compared_as_bytes(done):
     assert run(replace(request, values={**values, "weights_budget": f"{nbytes}B"})) == result
 
 
-def test_a_refusal_names_the_study_that_was_asked_for(done, tmp_path):
+def test_a_refusal_names_the_option_and_leaves_nothing(done, tmp_path):
     wrong = replace(with_values(done[0], target="tflite"), out=tmp_path / "asked")
-    with pytest.raises(AllocatorError, match=re.escape(str(tmp_path / "asked"))):
+    with pytest.raises(AllocatorError, match=r'^--target "tflite": needed one of'):
         run(wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_faulty_text_is_named_as_it_was_given(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("texts/bad.jsonl").write_text("no JSON\n")
+    wrong = replace(with_values(done[0], calibration="texts/bad.jsonl"), out=tmp_path / "study")
+    with pytest.raises(AllocatorError, match=r"^texts/bad\.jsonl:1: no JSON"):
+        run(wrong)
 
 
 def test_a_budget_below_the_floor_leaves_no_folder(done, tmp_path):
