@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from allocator.app.resources import ResourceOptions
 
 _NO_BREAK = "\u00a0"
+"""Stands for a space of `_print_text` at which no line ends."""
 
 
 def limit_optuna(args: argparse.Namespace) -> None:
@@ -198,12 +199,12 @@ def _print_quantize_plan(plan: Any) -> None:
     for limit in search.budget.limits:
         print(f"budget   {show_size(limit.nbytes)}, bounds the {limit.bounds}")
     print(f"range    smallest {show_size(search.floor)}, largest {show_size(search.ceiling)}")
-    takes, given = show_seconds(road.total_seconds), plan.seconds
-    if given is not None and given < road.total_seconds:
-        takes = f"{show_seconds(given)}, the limit; without it up to {takes}"
-    else:
-        takes = f"up to {takes}" + ("" if given is None else f" of {show_seconds(given)}")
-    print(f"takes    {takes}, as timed just now:")
+    duration, limit = f"up to {show_seconds(road.total_seconds)}", plan.seconds
+    if limit is not None and limit < road.total_seconds:
+        duration = f"{show_seconds(limit)}, the limit; without it {duration}"
+    elif limit is not None:
+        duration += f" of {show_seconds(limit)}"
+    print(f"takes    {duration}, as timed just now:")
     stages = ", ".join(
         f"{stage} {show_seconds(s)}".replace(" ", _NO_BREAK) for stage, s in road.seconds.items()
     )

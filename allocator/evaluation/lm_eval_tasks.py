@@ -234,8 +234,8 @@ def check_named(names: Sequence[str]) -> None:
 
 def _task_files() -> str:
     """The text of all of lm-eval's task files, and of what they include."""
-    found = find_spec("lm_eval")
-    folders = [] if found is None else found.submodule_search_locations or []
+    package = find_spec("lm_eval")
+    folders = [] if package is None else package.submodule_search_locations or []
     paths = sorted(path for folder in folders for path in Path(folder, "tasks").rglob("*"))
     files = (path for path in paths if path.suffix in ("", ".yaml") and path.is_file())
     return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)

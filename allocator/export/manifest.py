@@ -104,7 +104,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def shown_sha256(self) -> str:
-        """For messages: the sha256 of `file`, and where that is an index, of one file instead."""
+        """The sha256 of `file`, in words; of an index, that of one file instead, too."""
         if not self.in_shards:
             return f"sha256 {self.sha256_of_weights}"
         return (

@@ -57,9 +57,9 @@ def check_gguf(path: Path, layout: Layout) -> ForeignGguf:
     architecture = layout.inventory.family.for_gguf().architecture
     found = pairs["general.architecture"].value if "general.architecture" in pairs else None
     if found != architecture:
-        said = "a file that names no architecture" if found is None else f"a file of {found!r}"
+        kind = "a file that names no architecture" if found is None else f"a file of {found!r}"
         raise VerifyError(
-            f"{path}: {said}, needed {architecture!r}, the study's model; name a GGUF of this model"
+            f"{path}: {kind}, needed {architecture!r}, the study's model; name a GGUF of this model"
         )
     n_experts = _n_experts(headers[0], architecture, layout)
     entries = {entry.name: entry for header in headers for entry in header.entries}
